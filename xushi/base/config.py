@@ -1,0 +1,86 @@
+"""Strict configuration: pydantic models that forbid unknown keys, read from TOML, overridden by dotted keys."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from xushi.base.errors import XushiError
+
+
+class StrictConfig(BaseModel):
+    """Base of every room's config: unknown keys are errors and values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table in a TOML file; a missing or malformed file is a `XushiError`."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise XushiError(f"recipe {path} does not exist", "give the path of a recipe, for example recipes/demo.toml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise XushiError(f"recipe {path} cannot be read: {error}", "check the path, its permissions and its encoding (UTF-8)") from None
+    except tomllib.TOMLDecodeError as error:
+        raise XushiError(f"recipe {path} is not valid TOML: {error}", "mend that line; strings need quotes, lists need brackets") from None
+
+
+def override(table: dict[str, Any], assignment: str) -> None:
+    """Apply `dotted.key=value` to a nested table in place; the value is read as TOML, else taken as a string."""
+    key, sign, text = assignment.partition("=")
+    if not sign or not key.strip():
+        raise XushiError(f"--set {assignment!r} is not of the form key=value", "write for example --set train.steps=200")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = key.strip().split(".")
+    for part in path:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise XushiError(f"--set {assignment!r}: {part} is not a table", "see the keys with xushi run --dry-run")
+        table = inner
+    table[last] = value
+
+
+def parse(model: type[ConfigT], table: dict[str, Any], where: str) -> ConfigT:
+    """Validate `table` as `model`; the first fault becomes a `XushiError` that names its dotted key in `where`."""
+    try:
+        # TOML has no tuples and writes 1 where 1.0 is meant, so TOML-level conversions are JSON-mode's.
+        return model.model_validate(table)
+    except ValidationError as error:
+        raise _as_xushi_error(error, model, where) from None
+
+
+def _as_xushi_error(error: ValidationError, model: type[BaseModel], where: str) -> XushiError:
+    fault = error.errors()[0]
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(model, [str(part) for part in fault["loc"][:-1]])
+        close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"known keys there: {', '.join(sorted(known))}"
+        return XushiError(f"{where}: unknown key {key}", remedy)
+    if fault["type"] == "missing":
+        return XushiError(f"{where}: key {key} is missing", "add it to the recipe, or give it with --set")
+    given = fault.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    message = fault["msg"].removeprefix("Value error, ")
+    return XushiError(f"{where}: {key or 'recipe'}: {message}{shown}", "correct that value in the recipe or with --set")
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None:
+            continue  # a list index or a union's tag
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if nested:
+            model = nested[0]
+    return list(model.model_fields)

@@ -1,0 +1,34 @@
+"""Randomness by name: every stream is a pure function of the run's seed and a name, never of a global state."""
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+_MASK = (1 << 64) - 1
+
+
+def derive(seed: int, *names: str | int) -> int:
+    """A 64-bit key for the stream called `names` under `seed`; streams of different names are independent."""
+    text = "\0".join([str(seed), *map(str, names)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def generator(seed: int, *names: str | int) -> np.random.Generator:
+    """A numpy generator (Philox, counter-based) for the stream called `names`."""
+    return np.random.Generator(np.random.Philox(key=derive(seed, *names)))
+
+
+def mix64(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finalizer, element by element (Steele, Lea and Flood 2014): a bijection on 64-bit words."""
+    with np.errstate(over="ignore"):
+        z = value + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def uniforms(keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """One uniform in (0, 1) per (key, counter) pair; the same pair gives the same number, whatever stands beside it."""
+    bits = mix64(mix64(keys) ^ mix64(counters ^ np.uint64(0xD1B54A32D192ED03)))
+    return (np.asarray(bits >> np.uint64(11), dtype=np.float64) + 0.5) * 2.0**-53

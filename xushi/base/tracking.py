@@ -1,0 +1,99 @@
+"""The tracking store of a run: events, metrics and decisions in one append-only SQLite file.
+
+A killed run repeats the steps since its last checkpoint, so a (stage, step, name) may stand twice; readers take the
+last. Nothing here is read back by training, except decisions, which are taken once and kept.
+"""
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xushi.base.errors import XushiError
+from xushi.base.files import disk_errors
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, time REAL, stage TEXT, name TEXT, details TEXT);
+CREATE TABLE IF NOT EXISTS metrics (id INTEGER PRIMARY KEY, stage TEXT, step INTEGER, name TEXT, value REAL);
+CREATE TABLE IF NOT EXISTS decisions (id INTEGER PRIMARY KEY, time REAL, stage TEXT, name TEXT, value TEXT);
+CREATE INDEX IF NOT EXISTS metrics_by_name ON metrics (stage, name, step);
+"""
+
+
+class Tracking:
+    """Open (or create) the store at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._connection = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.executescript(_TABLES)
+        except sqlite3.DatabaseError as error:
+            raise XushiError(f"tracking store {path} cannot be used: {error}",
+                             "move it away to start a new one; checkpoints are not touched by this", 1) from None
+
+    def event(self, stage: str, name: str, **details: Any) -> None:
+        """Something that happened once, such as a stage's start, with JSON-able details."""
+        self._write("INSERT INTO events (time, stage, name, details) VALUES (?, ?, ?, ?)",
+                    [(time.time(), stage, name, json.dumps(details, ensure_ascii=False))])
+
+    def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Numbers of one step, under dotted names."""
+        self._write("INSERT INTO metrics (stage, step, name, value) VALUES (?, ?, ?, ?)",
+                    [(stage, step, name, float(value)) for name, value in values.items()])
+
+    def decide(self, stage: str, name: str, value: Any) -> Any:
+        """Record a choice the first time and return the recorded one ever after (for example the thread count)."""
+        row = self._connection.execute("SELECT value FROM decisions WHERE stage=? AND name=? ORDER BY id LIMIT 1",
+                                       (stage, name)).fetchone()
+        if row is not None:
+            return json.loads(row[0])
+        self._write("INSERT INTO decisions (time, stage, name, value) VALUES (?, ?, ?, ?)",
+                    [(time.time(), stage, name, json.dumps(value))])
+        return value
+
+    def series(self, stage: str, name: str) -> list[tuple[int, float]]:
+        """(step, value) of one metric in step order, the last writing of each step."""
+        rows = self._connection.execute(
+            "SELECT step, value FROM metrics WHERE id IN "
+            "(SELECT MAX(id) FROM metrics WHERE stage=? AND name=? GROUP BY step) ORDER BY step", (stage, name))
+        return [(int(step), float("nan") if value is None else float(value)) for step, value in rows]
+
+    def names(self, stage: str) -> list[str]:
+        """The metrics that a stage has written."""
+        return [name for (name,) in self._connection.execute(
+            "SELECT DISTINCT name FROM metrics WHERE stage=? ORDER BY name", (stage,))]
+
+    def events(self, stage: str | None = None, name: str | None = None) -> list[dict[str, Any]]:
+        """Events in the order in which they happened: {time, stage, name, details}."""
+        rows = self._connection.execute(
+            "SELECT time, stage, name, details FROM events WHERE (? IS NULL OR stage=?) AND (? IS NULL OR name=?) "
+            "ORDER BY id", (stage, stage, name, name))
+        return [{"time": t, "stage": s, "name": n, "details": json.loads(d)} for t, s, n, d in rows]
+
+    def close(self) -> None:
+        """Close the store; further writes are an error."""
+        self._connection.close()
+
+    def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
+        with self._lock:
+            try:
+                self._connection.execute("BEGIN")
+                self._connection.executemany(statement, rows)
+                self._connection.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                if "full" in str(error):
+                    raise XushiError(f"no space left on the disk that holds {self.path}",
+                                     "free some space and run the same command again", 1) from None
+                raise XushiError(f"tracking store {self.path} cannot be written: {error}",
+                                 "see that no other run uses this directory and that it may be written", 1) from None
