@@ -1,0 +1,125 @@
+"""The latent cache and the flat tokens that the decoding forward takes.
+
+MLA caches one latent and one rotated key per token and layer (DeepSeek-V2, arXiv:2405.04434, section 2.1), and both
+are final once written. A slot holds one token of one sequence, so a fork shares slots by counting references and never
+copies, and truncation drops references.
+
+Axes: N flat tokens of one call, S sequences in it, L cached positions, R latent rank + rotated key width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xushi.base.errors import XushiError
+from xushi.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class FlatTokens:
+    """One decoding call: prefill chunks and single steps mixed. All tensors are int64."""
+
+    tokens_N: Tensor
+    rows_N: Tensor  # which sequence of the call, 0 <= row < S
+    columns_N: Tensor  # place inside that sequence's new tokens
+    positions_N: Tensor  # place inside that sequence
+    slots_N: Tensor  # where the token's cache entry goes
+    slot_table_SL: Tensor  # slots of all positions of each sequence, new ones included; padded with 0
+    wanted_M: Tensor  # indices into N of the tokens whose logits are wanted
+
+
+class LatentCache:
+    """Slots for `slots` tokens over all layers, with allocate, fork, truncate and free of sequences."""
+
+    def __init__(self, config: ModelConfig, slots: int, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu") -> None:
+        width = config.kv_lora_rank + config.qk_rope_head_dim
+        self.device = torch.device(device)
+        self.layers = [torch.zeros(slots, width, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self._references = [0] * slots
+        self._unused = list(range(slots - 1, -1, -1))
+        self._slots: dict[int, list[int]] = {}
+        self._next = 0
+
+    @property
+    def available(self) -> int:
+        """Slots that no sequence holds."""
+        return len(self._unused)
+
+    def allocate(self) -> int:
+        """A new, empty sequence; returns its id."""
+        self._slots[self._next] = []
+        self._next += 1
+        return self._next - 1
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence that begins with everything `sequence` holds; shares its slots."""
+        copy = self.allocate()
+        self._slots[copy] = list(self._slots[sequence])
+        for slot in self._slots[copy]:
+            self._references[slot] += 1
+        return copy
+
+    def length(self, sequence: int) -> int:
+        """Tokens that `sequence` holds."""
+        return len(self._slots[sequence])
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget everything from position `length` on."""
+        slots = self._slots[sequence]
+        if not 0 <= length <= len(slots):
+            raise ValueError(f"cannot truncate a sequence of {len(slots)} tokens to {length}")
+        for slot in slots[length:]:
+            self._release(slot)
+        del slots[length:]
+
+    def free(self, sequence: int) -> None:
+        """Forget the sequence altogether."""
+        self.truncate(sequence, 0)
+        del self._slots[sequence]
+
+    def extend(self, additions: Sequence[tuple[int, Sequence[int]]], wanted: str = "last") -> FlatTokens:
+        """Reserve slots for new tokens of some sequences and lay them out for `Deepseek.decode`.
+
+        `additions` holds (sequence id, token ids), each sequence at most once and with at least one token; `wanted`
+        is "last" (logits of each sequence's last new token, in the order given) or "all" (of every new token).
+        """
+        need = sum(len(tokens) for _, tokens in additions)
+        if need > self.available:
+            raise XushiError(f"the cache has {self.available} free slots and {need} are needed",
+                             "ask for fewer or shorter sequences at once, or give the cache more slots", 1)
+        tokens_N: list[int] = []
+        rows: list[int] = []
+        columns: list[int] = []
+        positions: list[int] = []
+        slots_N: list[int] = []
+        ends: list[int] = []
+        for row, (sequence, tokens) in enumerate(additions):
+            held = self._slots[sequence]
+            start = len(held)
+            new = [self._unused.pop() for _ in tokens]
+            for slot in new:
+                self._references[slot] = 1
+            held.extend(new)
+            tokens_N.extend(tokens)
+            rows.extend([row] * len(new))
+            columns.extend(range(len(new)))
+            positions.extend(range(start, start + len(new)))
+            slots_N.extend(new)
+            ends.append(len(tokens_N) - 1)
+        longest = max(len(self._slots[sequence]) for sequence, _ in additions)
+        table = [self._slots[sequence] + [0] * (longest - len(self._slots[sequence])) for sequence, _ in additions]
+
+        def on_device(values: list[int] | list[list[int]]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+        return FlatTokens(on_device(tokens_N), on_device(rows), on_device(columns), on_device(positions),
+                          on_device(slots_N), on_device(table),
+                          on_device(ends if wanted == "last" else list(range(len(tokens_N)))))
+
+    def _release(self, slot: int) -> None:
+        self._references[slot] -= 1
+        if self._references[slot] == 0:
+            self._unused.append(slot)
