@@ -1,0 +1,124 @@
+"""The routed experts of a mixture: y_n = sum over n's chosen experts of gate * SwiGLU_e(x_n).
+
+Axes: N tokens, k experts per token, E experts, D hidden, F expert width, P rows sorted by expert and padded.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xushi.ops.dispatch import use_reference
+
+# oneDNN compiles a kernel for every new row count, and the counts change at every step: rounding them up keeps the
+# kernels in its cache.
+ROW_MULTIPLE = 32
+
+
+def routed_experts_reference(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor,
+                             down_EDF: Tensor) -> Tensor:
+    """One expert after another: [N, D] in x's dtype. `gate_up_EGD` is [E, 2F, D], gate rows first."""
+    out_ND = torch.zeros_like(x_ND)
+    for expert in range(gate_up_EGD.shape[0]):
+        token, place = torch.where(indices_Nk == expert)
+        gate, up = F.linear(x_ND.index_select(0, token), gate_up_EGD[expert].to(x_ND.dtype)).chunk(2, dim=-1)
+        y = F.linear(F.silu(gate) * up, down_EDF[expert].to(x_ND.dtype))
+        weight = weights_Nk.flatten().index_select(0, token * weights_Nk.shape[1] + place)
+        out_ND = out_ND.index_add(0, token, y * weight[:, None].to(y.dtype))
+    return out_ND
+
+
+def routed_experts(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor,
+                   down_EDF: Tensor) -> Tensor:
+    """The same with rows sorted by expert, one product per expert and a backward pass written out."""
+    if use_reference() or x_ND.dtype == torch.float64:
+        return routed_experts_reference(x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF)
+    result: Tensor = _RoutedExperts.apply(x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF)
+    return result
+
+
+def sort_by_expert(indices_Nk: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Rows in expert order, each expert's share padded to a multiple of `ROW_MULTIPLE`.
+
+    Returns the flat (token, place) index of each padded row [P], whether it is real [P], and the row where each
+    expert begins, with the end last. Padding repeats row 0 and is weighted with zero.
+    """
+    flat = indices_Nk.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=experts)
+    padded = (counts + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
+    ends = padded.cumsum(0)
+    starts = ends - padded
+    rank = torch.arange(flat.numel(), device=flat.device) - (counts.cumsum(0) - counts).index_select(0, flat[order])
+    place = starts.index_select(0, flat[order]) + rank
+    bounds = [0, *ends.tolist()]
+    rows_P = torch.zeros(bounds[-1], dtype=torch.int64, device=flat.device).index_copy_(0, place, order)
+    real_P = torch.zeros(bounds[-1], dtype=torch.bool, device=flat.device).index_fill_(0, place, True)
+    return rows_P, real_P, bounds
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """Forward keeps the gathered rows and the gate/up products; everything else is recomputed in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor,
+                down_EDF: Tensor) -> Tensor:
+        dtype, (experts, width2, _) = x_ND.dtype, gate_up_EGD.shape
+        rows_P, real_P, bounds = sort_by_expert(indices_Nk, experts)
+        token_P = rows_P // indices_Nk.shape[1]
+        weight_P = weights_Nk.flatten().index_select(0, rows_P).masked_fill(~real_P, 0).to(dtype)
+        gate_up, down = gate_up_EGD.to(dtype), down_EDF.to(dtype)
+        x_PD = x_ND.index_select(0, token_P)
+        h_PG = x_PD.new_empty(x_PD.shape[0], width2)
+        for e in range(experts):
+            if bounds[e] < bounds[e + 1]:
+                torch.mm(x_PD[bounds[e]:bounds[e + 1]], gate_up[e].T, out=h_PG[bounds[e]:bounds[e + 1]])
+        gate, up = h_PG.chunk(2, dim=-1)
+        a_PF = F.silu(gate).mul_(up)
+        y_PD = torch.empty_like(x_PD)
+        for e in range(experts):
+            if bounds[e] < bounds[e + 1]:
+                torch.mm(a_PF[bounds[e]:bounds[e + 1]], down[e].T, out=y_PD[bounds[e]:bounds[e + 1]])
+        out_ND = torch.zeros_like(x_ND).index_add_(0, token_P, y_PD.mul_(weight_P[:, None]))
+        ctx.save_for_backward(x_PD, h_PG, weight_P, rows_P, real_P, token_P, gate_up, down)
+        ctx.bounds, ctx.shape, ctx.places = bounds, x_ND.shape, indices_Nk.shape
+        ctx.dtypes = (weights_Nk.dtype, gate_up_EGD.dtype, down_EDF.dtype)
+        return out_ND
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
+        x_PD, h_PG, weight_P, rows_P, real_P, token_P, gate_up, down = ctx.saved_tensors
+        bounds, experts = ctx.bounds, gate_up.shape[0]
+        weight_dtype, gate_up_dtype, down_dtype = ctx.dtypes
+        gate, up = h_PG.chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        a_PF = silu * up
+        dy_PD = gradients[0].index_select(0, token_P)  # before the gate value multiplies
+        da_PF = torch.empty_like(a_PF)
+        d_down = torch.zeros_like(down)
+        for e in range(experts):
+            rows = slice(bounds[e], bounds[e + 1])
+            if bounds[e] < bounds[e + 1]:
+                torch.mm(dy_PD[rows], down[e], out=da_PF[rows])
+                torch.mm(dy_PD[rows].T, a_PF[rows] * weight_P[rows, None], out=d_down[e])
+        d_weight_P = (da_PF * a_PF).sum(-1)
+        da_PF.mul_(weight_P[:, None])
+        dh_PG = torch.empty_like(h_PG)
+        d_gate, d_up = dh_PG.chunk(2, dim=-1)
+        torch.mul(da_PF, silu, out=d_up)
+        # d silu(g) = sigmoid(g) * (1 + g * (1 - sigmoid(g)))
+        torch.mul(da_PF.mul_(up), sigmoid.mul_(1 + gate - silu), out=d_gate)
+        dx_PD = torch.empty_like(x_PD)
+        d_gate_up = torch.zeros_like(gate_up)
+        for e in range(experts):
+            rows = slice(bounds[e], bounds[e + 1])
+            if bounds[e] < bounds[e + 1]:
+                torch.mm(dh_PG[rows], gate_up[e], out=dx_PD[rows])
+                torch.mm(dh_PG[rows].T, x_PD[rows], out=d_gate_up[e])
+        dx_ND = dx_PD.new_zeros(ctx.shape).index_add_(0, token_P, dx_PD)
+        # Padding rows add zero to (token 0, place 0); the weights' own gradient must not receive them.
+        d_weights = d_weight_P.new_zeros(ctx.places).flatten().index_add_(0, rows_P, d_weight_P.masked_fill(~real_P, 0))
+        return (dx_ND, None, d_weights.view(ctx.places).to(weight_dtype), d_gate_up.to(gate_up_dtype),
+                d_down.to(down_dtype))

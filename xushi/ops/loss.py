@@ -1,0 +1,99 @@
+"""The output head and its log-probabilities, chunk by chunk: the logits of a whole batch are never held.
+
+Axes: N tokens, D hidden, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xushi.ops.dispatch import use_reference
+
+CHUNK = 1024  # rows of logits held at a time
+
+
+def token_log_probabilities_reference(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """log softmax(x head^T)[target] with the softmax in float32 at least: [N]."""
+    logits = F.linear(x_ND, head_VD.to(x_ND.dtype))
+    return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets_N, reduction="none")
+
+
+def token_log_probabilities(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """The same in chunks, its logits computed again in the backward pass."""
+    if use_reference() or x_ND.dtype == torch.float64:
+        return token_log_probabilities_reference(x_ND, head_VD, targets_N)
+    result: Tensor = _TokenLogProbabilities.apply(x_ND, head_VD, targets_N)
+    return result
+
+
+def cross_entropy_reference(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+    """-sum_n weight_n * log softmax(x_n head^T)[target_n], a scalar."""
+    return -(token_log_probabilities_reference(x_ND, head_VD, targets_N) * weights_N).sum()
+
+
+def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+    """The same in chunks, with both gradients made on the way forward: no product is done twice."""
+    if use_reference() or x_ND.dtype == torch.float64 or not torch.is_grad_enabled():
+        return -(token_log_probabilities(x_ND, head_VD, targets_N) * weights_N).sum()
+    result: Tensor = _CrossEntropy.apply(x_ND, head_VD, targets_N, weights_N)
+    return result
+
+
+def _chunk_log_probabilities(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Chosen log-probabilities [n] and all of them [n, V], float32."""
+    log_p = F.linear(x, head).float().log_softmax(-1)
+    return log_p.gather(1, targets[:, None]).squeeze(1), log_p
+
+
+class _TokenLogProbabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+        head = head_VD.to(x_ND.dtype)
+        ctx.save_for_backward(x_ND, head, targets_N)
+        ctx.head_dtype = head_VD.dtype
+        return torch.cat([_chunk_log_probabilities(x, head, targets)[0]
+                          for x, targets in zip(x_ND.split(CHUNK), targets_N.split(CHUNK), strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_ND, head, targets_N = ctx.saved_tensors
+        dx_ND = torch.empty_like(x_ND)
+        d_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
+        for start in range(0, x_ND.shape[0], CHUNK):
+            rows = slice(start, start + CHUNK)
+            x, targets, gradient = x_ND[rows], targets_N[rows], gradients[0][rows]
+            # d log p[target] / d logits = onehot(target) - p
+            d_logits = _chunk_log_probabilities(x, head, targets)[1].exp_().mul_(-gradient[:, None])
+            d_logits.scatter_add_(1, targets[:, None], gradient[:, None].to(d_logits.dtype))
+            d_logits = d_logits.to(x.dtype)
+            torch.mm(d_logits, head, out=dx_ND[rows])
+            d_head += (d_logits.T @ x).float()
+        return dx_ND, d_head.to(ctx.head_dtype), None
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+        head = head_VD.to(x_ND.dtype)
+        dx_ND = torch.empty_like(x_ND)
+        d_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
+        loss = torch.zeros((), dtype=torch.float32, device=head.device)
+        for start in range(0, x_ND.shape[0], CHUNK):
+            rows = slice(start, start + CHUNK)
+            x, targets, weights = x_ND[rows], targets_N[rows], weights_N[rows].float()
+            chosen, log_p = _chunk_log_probabilities(x, head, targets)
+            loss -= (chosen * weights).sum()
+            d_logits = log_p.exp_().mul_(weights[:, None])
+            d_logits.scatter_add_(1, targets[:, None], -weights[:, None])
+            d_logits = d_logits.to(x.dtype)
+            torch.mm(d_logits, head, out=dx_ND[rows])
+            d_head += (d_logits.T @ x).float()
+        ctx.save_for_backward(dx_ND, d_head.to(head_VD.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dx_ND, d_head = ctx.saved_tensors
+        return dx_ND * gradients[0].to(dx_ND.dtype), d_head * gradients[0], None, None
