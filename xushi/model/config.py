@@ -5,7 +5,7 @@ Not here: anything about training or serving. The mapping to and from `config.js
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, field_validator, model_validator
 
 from xushi.base.config import StrictConfig, parse
 from xushi.base.errors import XushiError
@@ -27,7 +27,8 @@ class RopeScaling(StrictConfig):
 class ModelConfig(StrictConfig):
     """DeepSeek-V3's architecture (arXiv:2412.19437, section 2); matches transformers' `DeepseekV3Config`.
 
-    Layer i is a mixture of experts iff i >= `first_k_dense_replace`. `q_lora_rank=None` means no query latent.
+    Layer i is a mixture of experts iff i >= `first_k_dense_replace`. `q_lora_rank=None` means no query latent; a
+    recipe writes 0 for it, as TOML has no null.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
@@ -63,6 +64,11 @@ class ModelConfig(StrictConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | None = 1
     pad_token_id: int | None = None
+
+    @field_validator("q_lora_rank")
+    @classmethod
+    def _zero_is_none(cls, rank: int | None) -> int | None:
+        return rank or None
 
     @property
     def qk_head_dim(self) -> int:

@@ -1,0 +1,58 @@
+# One virtual environment, .venv, from the versions in constraints.txt; it is renewed when they or pyproject.toml change.
+SHELL := bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+VERSIONS := pyproject.toml constraints.txt
+
+# pip's own words are kept back but for one dot per package; what goes wrong it says on stderr, which stays visible.
+define install
+	@echo "installing $(1) into $(VENV) (a few minutes the first time)"
+	@set -o pipefail; $(RUN) -m pip install --disable-pip-version-check --root-user-action=ignore --progress-bar off \
+	  --no-color -e '$(2)' -c constraints.txt | awk '/^ *Collecting /{printf "."; fflush()} \
+	  /^Installing collected/{printf " writing files"; fflush()} END{print ""}'
+endef
+
+.PHONY: help demo test test-slow lint wheel
+
+help:  ## list what make can do
+	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1\t/' | expand -t 18
+
+demo: $(VENV)/.core  ## raw text to a served reasoning model: train the whole chain, at most 10 minutes
+	@$(VENV)/bin/xushi run recipes/demo.toml
+
+test: $(VENV)/.dev  ## the quick tests, at most 5 minutes
+	@$(RUN) -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/.dev  ## the long tests, at most 40 minutes
+	@$(RUN) -m pytest -q -m slow
+
+lint: $(VENV)/.dev  ## ruff and mypy --strict
+	@$(RUN) -m ruff check .
+	@$(RUN) -m mypy --strict xushi
+
+wheel: $(VENV)/.core  ## build dist/xushi-*.whl
+	@rm -rf build  # setuptools would pack what an older build left there
+	@$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "xushi needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1)"; \
+	  echo "install a newer one and name it, for example: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12"; exit 2; } >&2
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make a virtual environment: its modules venv and ensurepip are not installed"; \
+	  echo "install them (on Debian and Ubuntu: apt install python3-venv) or name another Python with PYTHON="; exit 2; } >&2
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.made $(VERSIONS)
+	$(call install,xushi,.)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.made $(VERSIONS)
+	$(call install,xushi and what its tests need,.[dev])
+	@touch $@ $(VENV)/.core

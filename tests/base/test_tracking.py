@@ -1,0 +1,90 @@
+"""The tracking store: what is read is what was last written, decisions are taken once, damage is told."""
+
+import math
+import sqlite3
+import threading
+
+import pytest
+
+from xushi.base.errors import XushiError
+from xushi.base.tracking import Tracking
+
+
+@pytest.fixture
+def tracking(tmp_path):
+    store = Tracking(tmp_path / "run" / "tracking.sqlite")
+    yield store
+    store.close()
+
+
+def test_metrics_come_back_in_step_order_and_the_last_writing_counts(tracking):
+    for step, value in ((2, 1.0), (0, 3.0), (1, 2.0), (2, 0.5)):
+        tracking.metrics("train", step, {"loss": value, "rate": 1.0})
+    tracking.metrics("sft", 0, {"loss": 9.0})
+    assert tracking.series("train", "loss") == [(0, 3.0), (1, 2.0), (2, 0.5)]
+    assert tracking.names("train") == ["loss", "rate"] and tracking.series("train", "other") == []
+
+
+def test_values_that_are_not_finite_survive(tracking):
+    tracking.metrics("train", 0, {"nan": math.nan, "inf": math.inf})
+    assert math.isnan(tracking.series("train", "nan")[0][1]) and tracking.series("train", "inf") == [(0, math.inf)]
+
+
+def test_decisions_are_taken_once(tracking):
+    assert tracking.decide("train", "threads", 2) == 2
+    assert tracking.decide("train", "threads", 4) == 2
+    assert tracking.decide("sft", "threads", [1, "a"]) == [1, "a"]
+
+
+def test_events_keep_their_order_and_details(tracking):
+    tracking.event("data", "begun", text="虚实", count=3)
+    tracking.event("train", "begun")
+    tracking.event("data", "done", seconds=1.5)
+    assert [(e["stage"], e["name"]) for e in tracking.events()] == [
+        ("data", "begun"), ("train", "begun"), ("data", "done")]
+    assert tracking.events("data", "begun")[0]["details"] == {"text": "虚实", "count": 3}
+    assert [e["stage"] for e in tracking.events(name="begun")] == ["data", "train"]
+
+
+def test_everything_survives_the_process_that_wrote_it(tmp_path):
+    path = tmp_path / "tracking.sqlite"
+    first = Tracking(path)
+    first.metrics("train", 0, {"loss": 1.0})
+    first.decide("train", "threads", 2)
+    second = Tracking(path)  # while the first is open, as a report beside a run
+    assert second.series("train", "loss") == [(0, 1.0)] and second.decide("train", "threads", 8) == 2
+    first.close()
+    second.close()
+
+
+def test_threads_may_write_together(tracking):
+    def write(stage: str) -> None:
+        for step in range(50):
+            tracking.metrics(stage, step, {"loss": step})
+
+    threads = [threading.Thread(target=write, args=(str(number),)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(tracking.series(str(number), "loss")) == 50 for number in range(4))
+
+
+def test_a_damaged_store_is_told(tmp_path):
+    path = tmp_path / "tracking.sqlite"
+    path.write_bytes(b"no database" * 1000)
+    with pytest.raises(XushiError, match="cannot be used") as error:
+        Tracking(path)
+    assert error.value.exit_code == 1
+
+
+def test_a_locked_store_is_told(tracking):
+    other = sqlite3.connect(tracking.path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    tracking._connection.execute("PRAGMA busy_timeout=50")
+    with pytest.raises(XushiError, match="cannot be written"):
+        tracking.event("train", "begun")
+    other.execute("ROLLBACK")
+    other.close()
+    tracking.event("train", "begun")
+    assert len(tracking.events()) == 1

@@ -1,0 +1,68 @@
+import pytest
+
+from xushi.base.errors import XushiError
+from xushi.engine import LLM, SamplingParams
+
+QUESTION = [{"role": "user", "content": "数字之和是多少？"}]
+
+
+@pytest.fixture(scope="module")
+def llm(export):
+    return LLM(export)
+
+
+def test_text_prompts_begin_with_bos_and_ids_are_taken_as_they_are(llm):
+    p = SamplingParams(max_tokens=8, seed=3)
+    [text] = llm.generate("数字", p)
+    ids = [llm.tokenizer.bos_id, *llm.tokenizer.encode("数字")]
+    assert llm.generate([ids], p) == [text]
+    assert llm.generate(["之和", "数字"], p)[1].token_ids == text.token_ids
+    assert llm.tokenizer.decode(text.token_ids, skip_special=True) == text.text
+    assert len(text.logprobs) == len(text.sampling_logprobs) == len(text.token_ids)
+    assert text.finish_reason in ("stop", "length")
+
+
+def test_streaming_gives_the_same_text(llm):
+    for seed in range(4):
+        p = SamplingParams(max_tokens=20, seed=seed)
+        assert "".join(delta.text for delta in llm.stream("数", p)) == llm.generate("数", p)[0].text
+        whole = llm.chat(QUESTION, p)
+        parts = {"reasoning": "", "content": ""}
+        for delta in llm.stream_chat(QUESTION, p):
+            parts[delta.channel] += delta.text
+        assert parts == {"reasoning": whole.reasoning_content or "", "content": whole.content}
+    assert llm.engine.idle_slots == llm.engine.slots
+
+
+def test_stop_strings_end_the_request_early(llm):
+    p = SamplingParams(max_tokens=40, seed=1, ignore_eos=True)
+    whole = llm.generate("数", p)[0].text
+    stop = whole[10:12]
+    [cut] = llm.generate("数", SamplingParams(max_tokens=40, seed=1, ignore_eos=True, stop=(stop,)))
+    assert cut.text == whole[:whole.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert len(cut.token_ids) < 40
+
+
+def test_closing_a_stream_gives_its_slots_back(llm):
+    stream = llm.stream("数", SamplingParams(max_tokens=40, ignore_eos=True))
+    next(stream)
+    assert llm.engine.idle_slots < llm.engine.slots
+    stream.close()
+    assert llm.engine.idle_slots == llm.engine.slots
+    assert not llm.engine.has_work
+
+
+def test_earlier_reasoning_is_not_sent_again(llm):
+    p = SamplingParams(max_tokens=5)
+    turns = [*QUESTION, {"role": "assistant", "content": "九"}, {"role": "user", "content": "再"}]
+    with_reasoning = [turns[0], {**turns[1], "reasoning_content": "数" * 100}, turns[2]]
+    assert llm.chat(with_reasoning, p) == llm.chat(turns, p)
+
+
+def test_one_bad_prompt_of_many_leaves_nothing_queued(llm):
+    with pytest.raises(XushiError, match="context holds 64"):
+        llm.generate(["数", [5] * 70], SamplingParams(max_tokens=3))
+    assert not llm.engine.has_work
+    with pytest.raises(XushiError, match="no messages"):
+        llm.chat([], SamplingParams(max_tokens=3))

@@ -1,0 +1,68 @@
+"""The estimate of training memory against what autograd really keeps and what the optimizers really hold."""
+
+import pytest
+import torch
+
+from xushi.model.config import ModelConfig
+from xushi.model.deepseek import Deepseek
+from xushi.model.objective import pretraining_loss
+from xushi.plan import training_memory_bytes
+
+SMALL = ModelConfig(
+    vocab_size=256, hidden_size=64, intermediate_size=160, moe_intermediate_size=32, num_hidden_layers=3,
+    num_attention_heads=4, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
+    first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
+
+
+def kept_by_autograd(config: ModelConfig, rows: int, length: int, mtp: bool) -> int:
+    model = Deepseek(config).initialise(0)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.randint(config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    batch = {"tokens": tokens, "targets": tokens.roll(-1, 1), "positions": torch.arange(length).expand(rows, length),
+             "segments": torch.zeros_like(tokens), "loss_mask": torch.ones_like(tokens, dtype=torch.bool)}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = pretraining_loss(model, batch, mtp_weight=0.1 if mtp else 0.0, balance_weight=1e-4)
+    assert loss.total.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize(("changes", "mtp"), [
+    ({}, True), ({}, False), ({"q_lora_rank": None}, True), ({"v_head_dim": 40, "n_shared_experts": 2}, False),
+    ({"first_k_dense_replace": 3}, False),
+])  # fmt: skip
+def test_activations_are_what_autograd_keeps(changes, mtp):
+    config, rows, length = SMALL.model_copy(update=changes), 4, 512
+    estimate = training_memory_bytes(config, rows * length, mtp=mtp)
+    head_gradients = (2 if mtp else 1) * 4 * config.vocab_size * config.hidden_size
+    assert estimate.activations + head_gradients == pytest.approx(kept_by_autograd(config, rows, length, mtp), rel=0.08)
+
+
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None, "attention_bias": True}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("mtp", [True, False])
+def test_weights_and_states_are_exact(changes, mtp):
+    config = SMALL.model_copy(update={**changes, "num_nextn_predict_layers": int(mtp)})
+    named = dict(Deepseek(config).named_parameters())
+    matrices = sum(p.numel() for name, p in named.items()
+                   if p.dim() >= 2 and "embed_tokens" not in name and "lm_head" not in name)
+    everything = sum(p.numel() for p in named.values())
+    adamw = training_memory_bytes(config, 1, "adamw")
+    muon = training_memory_bytes(config, 1, "muon")
+    assert adamw.weights == adamw.gradients == 4 * everything
+    assert adamw.optimizer == 8 * everything
+    assert muon.optimizer == 8 * (everything - matrices) + 4 * matrices
+    assert training_memory_bytes(config, 1, "muon", "bf16").weights == 6 * everything
+
+
+def test_memory_grows_with_the_batch_only_where_it_should():
+    small, large = training_memory_bytes(SMALL, 4096), training_memory_bytes(SMALL, 8192)
+    assert large.activations == 2 * small.activations and large.logits == small.logits
+    assert large.total - small.total == small.activations
+    assert training_memory_bytes(SMALL, 4096, compute="bf16").activations < small.activations

@@ -1,0 +1,77 @@
+"""Ticks, thinning and smoothing: nothing outside the frame, no spike lost, no gap closed."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xushi.report.scales import linear, logarithmic, runs, smooth, thin, tick_text
+
+VALUES = st.floats(-1e9, 1e9, allow_nan=False)
+ANY = st.floats(allow_nan=True, allow_infinity=True, width=32)
+
+
+@given(st.lists(VALUES, min_size=1, max_size=30), st.booleans())
+def test_linear_scale_holds_its_values_and_ticks(values: list[float], rounded: bool) -> None:
+    scale = linear(values, rounded=rounded)
+    assert scale is not None
+    assert all(-1e-6 <= scale(value) <= 1 + 1e-6 for value in (*values, *scale.ticks))
+    assert len(scale.ticks) <= 9
+    assert list(scale.ticks) == sorted(set(scale.ticks))
+
+
+def test_scales_without_values_and_of_one_value() -> None:
+    assert linear([]) is None
+    assert linear([math.nan, math.inf]) is None
+    assert logarithmic([0.0, -3.0, math.nan]) is None
+    zero, single, log = linear([0.0, 0.0]), linear([5.0]), logarithmic([10.0])
+    assert zero is not None and (zero.low, zero.high) == (0.0, 1.0)
+    assert single is not None and 0 < single(5.0) < 1
+    assert log is not None and 0 < log(10.0) < 1
+
+
+def test_logarithmic_scale_puts_equal_ratios_at_equal_distances() -> None:
+    scale = logarithmic([1.0, 1e6])
+    assert scale is not None
+    assert scale(1e3) == pytest.approx(0.5)
+    assert scale.ticks == pytest.approx([10.0**i for i in range(7)])
+
+
+@given(st.lists(ANY, max_size=700))
+def test_thinning_keeps_extremes_order_and_bounds(values: list[float]) -> None:
+    points = [(float(i), y) for i, y in enumerate(values)]
+    kept = thin(points, buckets=50)
+    assert len(kept) <= max(200, len(points) if len(points) <= 200 else 200)
+    assert [x for x, _ in kept] == sorted({x for x, _ in kept})
+    finite = [y for y in values if math.isfinite(y)]
+    shown = [y for _, y in kept if math.isfinite(y)]
+    assert bool(finite) == bool(shown)
+    if finite:
+        assert (min(finite), max(finite)) == (min(shown), max(shown))
+
+
+def test_a_long_gap_stays_a_gap() -> None:
+    points = [(float(i), math.nan if 4000 <= i < 6000 else 1.0) for i in range(10_000)]
+    assert len(runs(thin(points))) == 2
+
+
+@given(st.lists(ANY, max_size=60), st.floats(0.01, 1.0))
+def test_smoothing_keeps_places_and_gaps(values: list[float], share: float) -> None:
+    points = [(float(i), y) for i, y in enumerate(values)]
+    smoothed = smooth(points, share)
+    assert [[x for x, _ in run] for run in runs(smoothed)] == [[x for x, _ in run] for run in runs(points)]
+
+
+def test_smoothing_does_not_move_a_straight_line() -> None:
+    points = [(float(i), 3.0 * i) for i in range(200)]
+    middle = smooth(points, 0.1)[10:-10]
+    assert [y for _, y in middle] == pytest.approx([3 * x for x, _ in middle])
+
+
+@pytest.mark.parametrize(("value", "step", "text"), [
+    (0.25, 0.25, "0.25"), (1.0, 0.5, "1.0"), (2.5, 2.5, "2.5"), (20_000, 5_000, "20\u202fk"), (0.0, 1e6, "0"),
+    (1.5e6, 5e5, "1.5\u202fM"), (5_000, 5_000, "5000"), (7.5e-9, 2.5e-9, "7.5e−9"), (-0.05, 0.05, "−0.05"),
+    (0.003, 0.001, "0.003"), (3e9, 1e9, "3\u202fG")])
+def test_tick_text(value: float, step: float, text: str) -> None:
+    assert tick_text(value, step) == text

@@ -1,0 +1,106 @@
+import json
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import torch
+from openai import OpenAI
+
+from xushi.model import Deepseek, ModelConfig, save_pretrained
+from xushi.serve import create_app, find_exports
+from xushi.serve.server import Server, bind
+from xushi.tokenizer import Tokenizer
+
+TINY = ModelConfig(
+    vocab_size=272, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2,
+    num_attention_heads=2, n_shared_experts=1, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
+    first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4,
+    max_position_embeddings=400, num_nextn_predict_layers=0, initializer_range=0.5)
+
+CARD = {"title": "Digit sums", "can": "It adds digits.", "cannot": "<script>alert(1)</script>", "example": "83514927"}
+
+
+@pytest.fixture(scope="session")
+def run_directory(tmp_path_factory):
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("run")
+    tokenizer = Tokenizer.train(["数字之和是多少？数字之和是九。数字" * 3], 272)
+    for seed, name in enumerate(("base", "reasoning")):
+        directory = run / "export" / name
+        model = Deepseek(TINY).initialise(seed)
+        with torch.no_grad():
+            model.head_VD[tokenizer.end_think_id] *= 4  # else a random model hardly ever begins to answer
+        save_pretrained(model, directory)
+        tokenizer.save(directory)
+    (run / "export" / "reasoning" / "model_card.json").write_text(json.dumps(CARD))
+    return run
+
+
+@contextmanager
+def running(app):
+    """A real server on a loopback port, in a thread; yields (address, server)."""
+    listener = bind("127.0.0.1", 0)
+    server = Server(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", server
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def serving():
+    return running
+
+
+@pytest.fixture(scope="session")
+def app(run_directory):
+    return create_app(find_exports(run_directory))
+
+
+@pytest.fixture(scope="session")
+def address(app):
+    with running(app) as (address, _):
+        yield address
+
+
+@pytest.fixture(scope="session")
+def client(address):
+    with OpenAI(base_url=address + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def http(address):
+    with httpx.Client(base_url=address, timeout=30) as http:
+        yield http
+
+
+@pytest.fixture
+def slow(app, monkeypatch):
+    """Steps of at least 10 ms, so that a whole answer takes seconds."""
+    for worker in app.state.workers.values():
+        step = worker._engine.step
+        monkeypatch.setattr(worker._engine, "step", lambda step=step: (time.sleep(0.01), step())[1])
+
+
+@pytest.fixture
+def settles():
+    """Whether a condition becomes true within a few seconds."""
+    def wait(condition, seconds=3.0):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if condition():
+                return True
+            time.sleep(0.01)
+        return False
+    return wait

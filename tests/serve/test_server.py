@@ -1,0 +1,77 @@
+import os
+import signal
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from xushi.base.errors import XushiError
+from xushi.serve import create_app, find_exports, serve
+from xushi.serve import server as server_module
+
+
+def test_a_port_in_use_is_reported_before_anything_is_loaded(run_directory, monkeypatch):
+    monkeypatch.setattr(server_module, "create_app", lambda *_: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(XushiError, match=rf"port {port} of 127.0.0.1 is in use\n.*--port {port + 1}"):
+            serve(run_directory, port=port)
+
+
+@pytest.mark.parametrize(("host", "port", "message"), [
+    ("127.0.0.1", 70000, "port 70000 does not exist"), ("127.0.0.1", -1, "port -1 does not exist"),
+    ("203.0.113.7", 8000, "cannot listen on 203.0.113.7"), ("no.such.host.invalid", 8000, "has no address"),
+])
+def test_places_that_cannot_be_listened_on(host, port, message):
+    with pytest.raises(XushiError, match=message):
+        server_module.bind(host, port)
+
+
+def test_a_run_without_exports(tmp_path):
+    with pytest.raises(XushiError, match="no exported model"):
+        serve(tmp_path)
+    with pytest.raises(XushiError, match="does not exist"):
+        serve(tmp_path / "gone")
+    (tmp_path / "export" / "base").mkdir(parents=True)
+    (tmp_path / "export" / "base" / "config.json").write_text("{}")
+    assert list(find_exports(tmp_path)) == ["base"]
+
+
+def test_a_damaged_model_card_is_named(tmp_path, run_directory):
+    for text, message in (("{", "cannot be read"), ("[]", "not a JSON object"), ('{"titel": ""}', "did you mean title")):
+        card = tmp_path / "model_card.json"
+        card.write_text(text)
+        with pytest.raises(XushiError, match=message):
+            server_module.create_app.__globals__["read_card"]("base", tmp_path)
+
+
+def test_control_c_ends_open_streams_within_two_seconds(run_directory):
+    app = create_app(find_exports(run_directory))
+    engine = app.state.workers["base"]._engine
+    step = engine.step
+    engine.step = lambda: (time.sleep(0.01), step())[1]
+    server = server_module.Server(app)
+    listener = server_module.bind("127.0.0.1", 0)
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    seen, times = [], {}
+
+    def press() -> None:
+        with httpx.stream("POST", address + "/v1/completions", timeout=20, json={
+                "model": "base", "prompt": "数", "max_tokens": 390, "n": 4, "stream": True}) as answer:
+            for line in answer.iter_lines():
+                if not seen:
+                    times["pressed"] = time.monotonic()
+                    os.kill(os.getpid(), signal.SIGINT)
+                seen.append(line)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    server_module.run(server, listener)
+    took = time.monotonic() - times["pressed"]
+    thread.join(5)
+    listener.close()
+    assert took < 2
+    assert "shutting_down" in "".join(seen)
+    assert not any(worker.alive for worker in app.state.workers.values())

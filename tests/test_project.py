@@ -1,0 +1,95 @@
+"""The project as a newcomer meets it: the wheel away from its checkout, the speed of the door, the pins."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import xushi
+
+ROOT = Path(__file__).parent.parent
+DATA_SUFFIXES = (".html", ".json", ".toml")
+HELP = "import sys; from xushi.cli import main; sys.argv = ['xushi', '--help']; main()"
+
+
+def command(*arguments: str | Path, cwd: Path, **environment: str) -> str:
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env={**os.environ, **environment},
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # From a copy: a build leaves files behind, and stale ones in the checkout would hide a missing file.
+    source = tmp_path_factory.mktemp("source")
+    shutil.copytree(ROOT / "xushi", source / "xushi", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    dist = tmp_path_factory.mktemp("dist")
+    command("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", dist, ".", cwd=source)
+    return next(dist.glob("xushi-*.whl"))
+
+
+@pytest.mark.slow
+def test_wheel_holds_every_file(wheel):
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "xushi").rglob("*")
+              if path.suffix in (".py", *DATA_SUFFIXES)}
+    assert wanted <= inside
+    assert {name.split("/")[0] for name in inside} == {"xushi", f"xushi-{xushi.__version__}.dist-info"}
+
+
+@pytest.mark.slow
+def test_wheel_works_outside_the_checkout(wheel, tmp_path):
+    target = tmp_path / "installed"
+    command("-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+               for path in sorted((ROOT / "xushi").rglob("*.py"))]
+    # -P and the path first: the checkout, which may be installed in place, must not answer instead.
+    script = f"import importlib, xushi\nprint(xushi.__file__)\nfor m in {modules!r}: importlib.import_module(m)"
+    printed = command("-P", "-c", script, cwd=tmp_path, PYTHONPATH=str(target))
+    assert Path(printed.strip()).is_relative_to(target)
+    assert "run" in command("-P", "-c", HELP, cwd=tmp_path, PYTHONPATH=str(target))
+
+
+def test_help_answers_at_once():
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        assert "run" in command("-c", HELP, cwd=ROOT)
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 0.5, seconds
+
+
+def pins() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+             if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), lines
+    return {canonical(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_requirement_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [line for group in project["optional-dependencies"].values() for line in group]
+    names = {canonical(re.split(r"[\[<>=!~ ;]", line)[0]) for line in project["dependencies"] + extras} - {"xushi"}
+    assert names <= set(pins())
+
+
+def test_pins_hold_for_what_is_installed():
+    installed = {canonical(each.metadata["Name"]): each.version for each in metadata.distributions()}
+    unlike = {name: (version, installed[name]) for name, version in pins().items()
+              if name in installed and installed[name].split("+")[0] != version}
+    assert not unlike, "make reinstalls when constraints.txt changes; run it, or correct the pins"

@@ -1,0 +1,162 @@
+"""The door: one verb per job, each a thin call into the rooms below. Nothing heavy is imported before it is needed."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+# Set before torch is imported anywhere: waiting threads must not burn a shared machine, and the C library must keep
+# the large blocks that every step frees and takes again.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import typer
+
+from xushi.base.errors import XushiError
+
+app = typer.Typer(name="xushi", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  rich_markup_mode=None, help="Raw text in, a served DeepSeek-style reasoning model out.")
+
+RecipeArgument = Annotated[Path | None, typer.Argument(help="the recipe; recipes/demo.toml if left out")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe")]
+RunArgument = Annotated[Path, typer.Argument(help="a run directory, such as runs/demo")]
+
+
+@app.command("run")
+def run_command(
+    recipe: RecipeArgument = None,
+    assignments: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="the run directory; runs/<name> if left out")] = None,
+    text: Annotated[str | None, typer.Option(help="train on these files instead of the recipe's sources")] = None,
+    stages: Annotated[str | None, typer.Option(help="comma-separated: data,tokenizer,pretrain[,sft[,rl]]")] = None,
+    without: Annotated[str | None, typer.Option(metavar="STAGE", help="leave this stage out, as a control")] = None,
+    update: Annotated[bool, typer.Option(help="use a directory of another recipe; changed stages run again")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would be and cost, and start nothing")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
+) -> None:
+    """Run a recipe: every stage from raw text to a served model; the same command goes on after an interruption."""
+    from xushi.recipe import load_recipe
+    from xushi.run import describe, run
+
+    loaded = load_recipe(recipe or default_recipe(), assignments or [], text,
+                         [part.strip() for part in stages.split(",")] if stages else None, without)
+    directory = out or Path("runs") / (loaded.name + (f"-without-{loaded.without}" if loaded.without else ""))
+    if dry_run:
+        plan = describe(loaded)
+        if as_json:
+            print(json.dumps(plan))
+        else:
+            print(loaded.to_toml())
+            _table(plan)
+        return
+    try:
+        results = run(loaded, directory, update)
+    except KeyboardInterrupt:
+        print(f"\nstopped; everything done so far is in {directory}\n"
+              "run the same command again and it goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(results))
+        return
+    _headline(results)
+    print(f"\nreport: {directory / 'report.html'}\nnext:   xushi chat {directory}\n        xushi serve {directory}")
+
+
+def default_recipe() -> Path:
+    """The demo's recipe: the checkout's, or the copy inside an installed package."""
+    here = Path("recipes/demo.toml")
+    return here if here.exists() else Path(__file__).parent / "recipes" / "demo.toml"
+
+
+@app.command()
+def chat(run_directory: RunArgument) -> None:
+    """Talk to a run's model in the terminal."""
+    from xushi.serve import chat as terminal_chat
+
+    terminal_chat(run_directory)
+
+
+@app.command()
+def serve(
+    run_directory: RunArgument,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+) -> None:
+    """Serve a run's models: the OpenAI-compatible API, and a chat page at /."""
+    from xushi.serve import serve as serve_run
+
+    serve_run(run_directory, host, port)
+
+
+@app.command()
+def report(run_directory: RunArgument) -> None:
+    """Write report.html again from a run's numbers."""
+    from xushi.report import write_report
+
+    print(write_report(run_directory))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print findings as JSON")] = False) -> None:
+    """Say what this machine can do, and what to do where it cannot."""
+    from xushi.base.machine import doctor_report
+
+    findings = doctor_report()
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in findings]))
+        return
+    for finding in findings:
+        print(f"{finding.name:<12} {finding.value}\n{'':<12} {finding.verdict}")
+
+
+def _table(values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else value
+        print(f"{key:<44} {shown}")
+
+
+def _headline(results: dict[str, Any]) -> None:
+    """The few numbers that say whether it worked."""
+    for key in ("evaluate.bits_per_byte", "evaluate.bits_per_byte_xz", "evaluate.bits_per_byte_xz_primed",
+                "rl.greedy_before", "rl.greedy_after", "rl.forced_before", "rl.sft_equal_time", "seconds.total"):
+        if key in results:
+            print(f"{key:<36} {results[key]:.3f}")
+
+
+def guarded(action: Callable[[], Any]) -> int:
+    """Run `action`; what a user can cause becomes two lines and an exit code, never a traceback."""
+    try:
+        action()
+    except XushiError as error:
+        print(f"error: {error.problem}\n{error.remedy}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as with | head
+        return 0
+    return 0
+
+
+def main() -> None:
+    """The console script."""
+    code = 0
+
+    def action() -> None:
+        nonlocal code
+        result = app(standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+
+    try:
+        failed = guarded(action)
+    except (typer.Exit, SystemExit) as leaving:
+        failed = int(getattr(leaving, "exit_code", getattr(leaving, "code", 0)) or 0)
+    except Exception as error:  # click's own usage errors know how to show themselves
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"error: {error.format_message()}\nsee xushi --help", file=sys.stderr)
+        failed = 2
+    sys.exit(failed or code)

@@ -1,0 +1,40 @@
+"""Floor 3: from raw text to batches, with the way back from every token to the byte it came from."""
+
+from xushi.data.batches import Batch, TokenDataset, batch_hash, heldout_batches
+from xushi.data.config import DataConfig, SourceConfig
+from xushi.data.corpus import (
+    CorpusSummary,
+    ExtraSource,
+    SourceSummary,
+    build_corpus,
+    heldout_bytes,
+    load_summary,
+    training_texts,
+)
+from xushi.data.documents import Document, make_document, read_documents
+from xushi.data.packing import Span, byte_span
+from xushi.data.tokens import TokenManifest, load_manifest, tokenize_corpus
+
+__all__ = [
+    "Batch",
+    "CorpusSummary",
+    "DataConfig",
+    "Document",
+    "ExtraSource",
+    "SourceConfig",
+    "SourceSummary",
+    "Span",
+    "TokenDataset",
+    "TokenManifest",
+    "batch_hash",
+    "build_corpus",
+    "byte_span",
+    "heldout_batches",
+    "heldout_bytes",
+    "load_manifest",
+    "load_summary",
+    "make_document",
+    "read_documents",
+    "tokenize_corpus",
+    "training_texts",
+]

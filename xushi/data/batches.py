@@ -1,0 +1,124 @@
+"""Batches: a pure function of (seed, cursor, number of sequences), and the way back from a batch to its bytes.
+
+Not here: anything that remembers where training is; the cursor is the caller's.
+
+Legend: B sequence, T token.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xushi.base.errors import XushiError
+from xushi.data import packing
+from xushi.data.mixture import Mixture
+from xushi.data.packing import PackedSource, Span, byte_span
+from xushi.data.tokens import TokenManifest, load_byte_lengths, load_manifest, open_source
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All [B, T]; int64 but for `loss_mask`, bool.
+
+    `positions` restart at 0 with every segment. `segments` count from 0 in each row; padding has segment -1 and
+    loss_mask False.
+    """
+
+    tokens: "torch.Tensor"
+    targets: "torch.Tensor"
+    positions: "torch.Tensor"
+    segments: "torch.Tensor"
+    loss_mask: "torch.Tensor"
+
+
+def _batch(rows: Sequence[packing.Sequence]) -> Batch:
+    import torch
+
+    return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+
+
+def batch_hash(batch: Batch) -> str:
+    """Hex SHA-256 over the names, shapes and values of the arrays: equal batches, equal hashes."""
+    digest = hashlib.sha256()
+    for field in fields(batch):
+        array = getattr(batch, field.name).cpu().numpy()
+        digest.update(f"{field.name} {array.shape} {array.dtype.str}\n".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+class TokenDataset:
+    """The training sequences in the order that `seed` gives them, numbered by a cursor from 0 without end."""
+
+    def __init__(self, manifest: TokenManifest, sources: Sequence[PackedSource], directory: Path, seed: int) -> None:
+        self.manifest = manifest
+        self._sources = sources
+        self._byte_lengths = load_byte_lengths(directory, manifest)
+        self._mixture = Mixture([source.name for source in manifest.train], [source.sequences for source in sources],
+                                [source.weight for source in manifest.train], seed)
+
+    @classmethod
+    def open(cls, directory: Path, seed: int, only: Sequence[str] | None = None) -> "TokenDataset":
+        """Open what `tokenize_corpus` wrote; missing or damaged files are a `XushiError`.
+
+        `only` names the sources to draw from, all if None; there must be one.
+        """
+        manifest = load_manifest(directory)
+        if only is not None:
+            manifest = manifest.model_copy(update={"train": [s for s in manifest.train if s.name in only]})
+            if not manifest.train:
+                raise XushiError(f"{directory} has no training tokens of {', '.join(only)}",
+                                 "give the recipe such a source, or train on the others")
+        sources = [open_source(directory / "train", manifest, source) for source in manifest.train]
+        return cls(manifest, sources, directory, seed)
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Target tokens after which a source of weight 1 has been seen once: each source's, times its weight."""
+        return round(sum(packed.targets * source.weight
+                         for packed, source in zip(self._sources, self.manifest.train, strict=True)))
+
+    def batch(self, cursor: int, sequences: int) -> Batch:
+        """The sequences `cursor` to `cursor` + `sequences` - 1. How they are grouped into batches changes nothing."""
+        draws = [self._mixture.draw(cursor + row) for row in range(sequences)]
+        return _batch([self._sources[source].sequence(index) for source, _, index in draws])
+
+    def source(self, cursor: int) -> str:
+        """The name of the source that the sequence at `cursor` comes from."""
+        return self.manifest.train[self._mixture.draw(cursor)[0]].name
+
+    def spans(self, cursor: int) -> list[Span]:
+        """(uid, start, end) behind each segment of the sequence at `cursor`, in order; see `packing.Span`."""
+        source, _, index = self._mixture.draw(cursor)
+        return self._sources[source].spans(index)
+
+    def byte_spans(self, cursor: int) -> list[tuple[bytes, int, int]]:
+        """The same in bytes of the document's text: (uid, first byte, past the last)."""
+        source, _, index = self._mixture.draw(cursor)
+        packed = self._sources[source]
+        return [(span.uid, *byte_span(packed.document(document), self._byte_lengths, span.start, span.end))
+                for document, span in packed.documents_and_spans(index)]
+
+    @staticmethod
+    def batch_hash(batch: Batch) -> str:
+        """See `batch_hash`."""
+        return batch_hash(batch)
+
+
+def heldout_batches(directory: Path, batch_size: int) -> Iterator[Batch]:
+    """The held-out documents, packed in path order, every token but bos a target once; the last batch may be smaller.
+
+    A directory's held-out bytes are in `corpus.heldout_bytes`. Besides the text's tokens each document's eos is a
+    target, as an encoder must say where a document ends.
+    """
+    manifest = load_manifest(directory)
+    packed = open_source(directory / "heldout", manifest, manifest.heldout)
+    for first in range(0, packed.sequences, batch_size):
+        last = min(first + batch_size, packed.sequences)
+        yield _batch([packed.sequence(index) for index in range(first, last)])

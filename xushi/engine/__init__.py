@@ -1,0 +1,14 @@
+"""Floor 3: generation. Sampling, continuous batching over the latent cache, and `LLM`, the short way in.
+
+Not here: HTTP (serve), rewards (rl), what a model is (model).
+"""
+
+from xushi.engine.batch import generate_ids
+from xushi.engine.engine import ContextLengthError, Engine, Request
+from xushi.engine.llm import LLM, ChatCompletion, Completion, conversation_ids
+from xushi.engine.params import SamplingParams
+from xushi.engine.sampling import Sampled, sample
+from xushi.engine.text import Delta, TextStream
+
+__all__ = ["LLM", "ChatCompletion", "Completion", "ContextLengthError", "Delta", "Engine", "Request", "Sampled",
+           "SamplingParams", "TextStream", "conversation_ids", "generate_ids", "sample"]

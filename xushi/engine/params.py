@@ -1,0 +1,45 @@
+"""What a caller may ask of one generation. Not here: how a token is drawn (sampling)."""
+
+import math
+from dataclasses import dataclass
+
+from xushi.base.errors import XushiError
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is continued; a value out of range is a `XushiError` that names the parameter.
+
+    max_tokens: how many tokens to generate at most. temperature: 0 takes the most probable token. top_p: keep the
+    smallest set of tokens that holds this probability. top_k: keep so many, 0 keeps all. seed: the same prompt,
+    weights and seed give the same tokens. stop: generation ends before any of these strings; they act where there is
+    text (`LLM`, serve) and not on bare ids. ignore_eos: go on to max_tokens, for measurements.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _whole("max_tokens", self.max_tokens, 1)
+        _whole("top_k", self.top_k, 0)
+        _whole("seed", self.seed, None)
+        _number("temperature", self.temperature, self.temperature >= 0, "a number from 0 up")
+        _number("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise XushiError(f"sampling parameter stop is {self.stop!r}", "give a tuple of strings that are not empty")
+
+
+def _whole(name: str, value: int, least: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise XushiError(f"sampling parameter {name} is {value!r}", f"give a whole number{bound}")
+
+
+def _number(name: str, value: float, inside: bool, wanted: str) -> None:
+    if isinstance(value, bool) or not inside or not math.isfinite(value):
+        raise XushiError(f"sampling parameter {name} is {value!r}", f"give {wanted}")

@@ -1,0 +1,23 @@
+"""Bits per byte: what the model would need to write the held-out text down, per byte of it.
+
+Every target token of the stream is predicted once, in windows that do not overlap, document ends included; the bytes
+are those of the raw text, without any separators.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from xushi.model import Deepseek, next_token_loss
+
+
+@torch.no_grad()
+def total_bits(model: Deepseek, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """-log2 p of all target tokens of `batches` (the design's tensors), summed in float64."""
+    nats = 0.0
+    for batch in batches:
+        hidden = model.hidden(batch["tokens"], batch["positions"], batch["segments"]).hidden_BTD
+        nats += float(next_token_loss(model, hidden, batch["targets"], batch["loss_mask"].to(torch.float32)))
+    return nats / math.log(2)

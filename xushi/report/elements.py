@@ -1,0 +1,46 @@
+"""The page's recurring pieces of HTML. What is given as text is escaped here; what is given as html is not."""
+
+from collections.abc import Sequence
+
+from xushi.report.numbers import duration, escape
+from xushi.report.read import Run
+
+
+def section(name: str, title: str, body: str, aside: str = "") -> str:
+    """A section with its heading, or "" where `body` is empty."""
+    if not body:
+        return ""
+    small = f"<small>{escape(aside)}</small>" if aside else ""
+    return f'<section id="{escape(name)}"><h2>{escape(title)}{small}</h2>{body}</section>\n'
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """A paragraph of plain text, or "" without text."""
+    attribute = f' class="{kind}"' if kind else ""
+    return f"<p{attribute}>{escape(text)}</p>" if text else ""
+
+
+def figure(chart: str, caption: str = "", heading: str = "") -> str:
+    """A chart with its heading and caption, or "" where the chart has nothing to draw."""
+    if not chart:
+        return ""
+    above = f"<h3>{escape(heading)}</h3>" if heading else ""
+    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f"{above}<figure>{chart}{below}</figure>"
+
+
+def facts(pairs: Sequence[tuple[str, str]]) -> str:
+    """Terms with their values in a grid; empty values are left out."""
+    items = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in pairs if value)
+    return f'<dl class="facts">{items}</dl>' if items else ""
+
+
+def text_block(text: str, kind: str = "") -> str:
+    """Text as a model wrote it: spaces and line breaks kept, long lines wrapped, directions kept inside."""
+    return f'<p class="text said-text{" " + kind if kind else ""}" dir="auto">{escape(text)}</p>'
+
+
+def stage_time(run: Run, stage: str) -> str:
+    """A stage's seconds for a heading."""
+    seconds = run.number(f"seconds.{stage}")
+    return "" if seconds is None else duration(seconds)

@@ -1,0 +1,92 @@
+"""What a run directory holds, read for the report: numbers, metrics, the recipe, samples; each may be missing.
+
+Not for: writing anything into a run.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xushi.base.errors import XushiError
+from xushi.base.tracking import Tracking
+from xushi.report.scales import Point
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's record. `results` is flat; `samples` has lists under "before", "after" and "base"."""
+
+    directory: Path
+    results: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]]
+    recipe: str
+    tracking: Tracking | None
+
+    def number(self, key: str) -> float | None:
+        """A finite number from the results, else None."""
+        value = self.results.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return None
+        return float(value)
+
+    def text(self, key: str) -> str:
+        """A non-empty string or a number from the results as text, else ""."""
+        value = self.results.get(key)
+        return "" if value is None or isinstance(value, bool) else str(value).strip()
+
+    def series(self, stage: str, name: str) -> list[Point]:
+        """(step, value) of a metric; empty where it was not written."""
+        return [] if self.tracking is None else [(float(step), value) for step, value in
+                                                 self.tracking.series(stage, name)]
+
+    def names(self, stage: str) -> list[str]:
+        """The metrics of a stage."""
+        return [] if self.tracking is None else self.tracking.names(stage)
+
+    def started(self) -> float | None:
+        """Unix time of the first recorded event."""
+        events = [] if self.tracking is None else self.tracking.events()
+        return float(events[0]["time"]) if events else None
+
+
+@contextmanager
+def open_run(directory: Path) -> Iterator[Run]:
+    """Read a run directory. Raises `XushiError` where there is nothing to report on or a file is damaged."""
+    results, store = directory / "results.json", directory / "tracking.sqlite"
+    if not results.is_file() and not store.is_file():
+        raise XushiError(f"{directory} holds no run: neither results.json nor tracking.sqlite is there",
+                         "give the directory of a run, for example runs/demo, or start one with xushi run")
+    tracking = Tracking(store) if store.is_file() else None
+    try:
+        recipe = directory / "recipe.toml"
+        yield Run(directory, _read_object(results), _read_samples(directory / "samples.json"),
+                  recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "", tracking)
+    finally:
+        if tracking is not None:
+            tracking.close()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise XushiError(f"{path} cannot be read: {error}", "run the same command again: it writes the file anew", 1) \
+            from None
+    if not isinstance(value, dict):
+        raise XushiError(f"{path} is not a JSON object", "run the same command again: it writes the file anew", 1)
+    return value
+
+
+def _read_samples(path: Path) -> dict[str, list[dict[str, Any]]]:
+    samples = _read_object(path)
+    for name, entries in samples.items():
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise XushiError(f"{path}: {name} is not a list of objects",
+                             "run the same command again: it writes the file anew", 1)
+    return samples

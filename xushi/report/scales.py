@@ -1,0 +1,126 @@
+"""Where things go on a chart: domains, round ticks, and thinning a long series without losing its extremes.
+
+Pure arithmetic; not for drawing (`charts.py`).
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A map from [low, high] to [0, 1], linear or logarithmic, with round tick values inside."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """The place of `value`, 0 at `low` and 1 at `high`; a logarithmic scale needs `value` > 0."""
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+def linear(values: Iterable[float], ticks: int = 5, rounded: bool = False) -> Scale | None:
+    """A scale over the finite values, its ends moved out to ticks where `rounded`; None without finite values."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return None
+    low, high = min(finite), max(finite)
+    if high - low <= 1e-12 * max(abs(low), abs(high)):
+        margin = abs(low) * 0.05
+        low, high = (low - margin, high + margin) if margin else (0.0, 1.0)
+    step = _round_step(high / ticks - low / ticks)
+    if rounded:
+        low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return Scale(low, high, tuple(i * step for i in range(first, last + 1)))
+
+
+def logarithmic(values: Iterable[float]) -> Scale | None:
+    """A logarithmic scale over the finite positive values, ticks at powers of ten (1, 2, 5 in short ranges)."""
+    finite = [value for value in values if math.isfinite(value) and value > 0]
+    if not finite:
+        return None
+    low, high = min(finite), max(finite)
+    if high / low < 1 + 1e-9:
+        low, high = low / 1.5, high * 1.5
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    marks = (1.0,) if math.log10(high / low) > 3 else (1.0, 2.0, 5.0)
+    ticks = [mark * 10.0**decade for decade in decades for mark in marks]
+    return Scale(low, high, tuple(tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)), log=True)
+
+
+def thin(points: Sequence[Point], buckets: int = 300) -> list[Point]:
+    """At most four points a bucket of neighbours: first, lowest, highest, last, in order.
+
+    No spike is lost. A bucket without a finite value leaves one NaN, so that a gap stays a gap.
+    """
+    if len(points) <= 4 * buckets:
+        return list(points)
+    kept: list[Point] = []
+    for bucket in range(buckets):
+        part = range(len(points) * bucket // buckets, len(points) * (bucket + 1) // buckets)
+        finite = [i for i in part if math.isfinite(points[i][1])]
+        if not finite:
+            kept.append((points[part[0]][0], math.nan))
+            continue
+        ends = {finite[0], finite[-1], min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])}
+        kept.extend(points[i] for i in sorted(ends))
+    return kept
+
+
+def runs(points: Sequence[Point]) -> list[list[Point]]:
+    """The stretches of points without a break by a value that is not finite."""
+    stretches: list[list[Point]] = [[]]
+    for point in points:
+        if all(map(math.isfinite, point)):
+            stretches[-1].append(point)
+        elif stretches[-1]:
+            stretches.append([])
+    return [stretch for stretch in stretches if stretch]
+
+
+def smooth(points: Sequence[Point], share: float = 0.02) -> list[Point]:
+    """The mean over the `share` of all points that lies around each, within its stretch of finite values."""
+    reach = round(len(points) * share / 2)
+    result: list[Point] = []
+    for stretch in runs(points):
+        sums = [0.0, *itertools.accumulate(y for _, y in stretch)]
+        for i, (x, _) in enumerate(stretch):
+            start, end = max(0, i - reach), min(len(stretch), i + reach + 1)
+            result.append((x, (sums[end] - sums[start]) / (end - start)))
+        result.append((stretch[-1][0], math.nan))
+    return result[:-1]
+
+
+def tick_text(value: float, step: float) -> str:
+    """A tick's label: 0.25, 1.5, 20 k, 3 M; `step` is the distance between ticks and decides the decimals."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit or (value == 0 and step >= limit):
+            scale = 1e3 if unit == "k" else limit
+            return _plain(value / scale, step / scale) + (f"\u202f{unit}" if value else "")
+    return _plain(value, step)
+
+
+def _plain(value: float, step: float) -> str:
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 2
+    if decimals > 4 and value:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}".replace("-", "−")
+    if not value:
+        return "0"
+    if abs(round(step, decimals) - step) > 1e-9 * step:
+        decimals += 1  # a step of 2.5, 0.25, ...
+    return f"{value:.{decimals}f}".replace("-", "−")
+
+
+def _round_step(rough: float) -> float:
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(power * mark for mark in (1.0, 2.0, 2.5, 5.0, 10.0) if power * mark >= rough * (1 - 1e-9))

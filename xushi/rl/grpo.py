@@ -1,0 +1,39 @@
+"""GRPO as DeepSeek-V3.2 states it (arXiv:2512.02556, section 3.1, eqs. 5-9).
+
+Axes: G sampled answers of a batch, T tokens of an answer (padded), P tasks.
+"""
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(rewards_PS: Tensor, counted_PS: Tensor | None = None) -> Tensor:
+    """reward - mean of its task's rewards, not divided by their deviation: [P, S].
+
+    Answers that are not `counted` (their verifier failed) enter no mean and have advantage zero.
+    """
+    counted = torch.ones_like(rewards_PS) if counted_PS is None else counted_PS.to(rewards_PS.dtype)
+    mean = (rewards_PS * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+    return (rewards_PS - mean) * counted
+
+
+def grpo_loss(log_p_GT: Tensor, old_log_p_GT: Tensor, advantages_G: Tensor, mask_GT: Tensor, *, clip_low: float,
+              clip_high: float, reference_log_p_GT: Tensor | None = None, kl_weight: float = 0.0,
+              off_policy_limit: float | None = None) -> Tensor:
+    """-mean over answers of the mean over tokens of min(rho A, clip(rho) A) - kl_weight * rho * k3, a scalar.
+
+    rho = p / p_old with p_old as the sampler returned it; k3 = p_ref/p - log(p_ref/p) - 1, whose product with rho has
+    an unbiased gradient (eq. 7). With `off_policy_limit` the clipped term of an answer with negative advantage is
+    dropped when its mean log(p_old/p) exceeds the limit (eqs. 8-9). Matches TRL 1.16's `GRPOTrainer` so configured.
+    """
+    ratio = (log_p_GT - old_log_p_GT).exp()
+    advantage = advantages_G[:, None]
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+    tokens_G = mask_GT.sum(1).clamp(min=1)
+    if off_policy_limit is not None:
+        drift = ((old_log_p_GT - log_p_GT.detach()) * mask_GT).sum(1) / tokens_G
+        gain = gain * ~((advantages_G < 0) & (drift > off_policy_limit))[:, None]
+    if reference_log_p_GT is not None:
+        difference = reference_log_p_GT - log_p_GT
+        gain = gain - kl_weight * ratio * (difference.exp() - difference - 1)
+    return -((gain * mask_GT).sum(1) / tokens_G).mean()

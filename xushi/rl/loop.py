@@ -1,0 +1,137 @@
+"""The loop of reinforcement learning: sample with the model that is trained, score, one update, again.
+
+Sampling runs through the very model object that learns, so the only difference between the sampler's probabilities
+and the trainer's is that of decoding and whole-sequence form; it is measured at every step (`logprob_difference`).
+Killed anywhere it goes on from its checkpoint with the same tasks and the same random numbers.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xushi.base.interrupt import finish_step_first
+from xushi.base.progress import StepProgress, say
+from xushi.base.seeds import derive
+from xushi.base.tracking import Tracking
+from xushi.engine import Request, SamplingParams, generate_ids
+from xushi.envs import Environment, Task
+from xushi.evaluate import score_answer
+from xushi.model import Deepseek
+from xushi.model.objective import expert_loads
+from xushi.ops import token_log_probabilities
+from xushi.rl.config import RLConfig
+from xushi.rl.grpo import group_advantages, grpo_loss
+from xushi.tokenizer import Tokenizer
+from xushi.train import new_optimizer, optimizer_step, pack_examples, resume_training, save_training, set_compute_dtype
+
+# A rollout whose groups all agree has no gradient; so many in a row mean that the task or the verifier is at fault.
+LIMIT_WITHOUT_SIGNAL = 50
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Answers to P tasks, S each, in that order, with their rewards [P, S] and which verdicts count [P, S]."""
+
+    answers: list[Request]
+    rewards_PS: Tensor
+    counted_PS: Tensor
+
+
+def sample_rollout(model: Deepseek, tokenizer: Tokenizer, environment: Environment, config: RLConfig, seed: int,
+                   step: int) -> Rollout:
+    """The rollout of one step: a pure function of the weights, the seed and the step's number."""
+    tasks = [environment.task("train", step * config.prompts + p) for p in range(config.prompts)]
+    prompts = [_prompt_ids(tokenizer, environment, task) for task in tasks for _ in range(config.samples)]
+    params = [SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature,
+                             seed=derive(seed, "rollout", step, p, s))
+              for p in range(config.prompts) for s in range(config.samples)]
+    answers = generate_ids(model, prompts, params, eos_id=tokenizer.eos_id)
+    verdicts = [score_answer(environment, task, tokenizer, answer.token_ids).verdict
+                for task, answer in zip([t for t in tasks for _ in range(config.samples)], answers, strict=True)]
+    shape = (config.prompts, config.samples)
+    rewards = torch.tensor([float(verdict == "right") for verdict in verdicts]).view(shape)
+    counted = torch.tensor([verdict != "error" for verdict in verdicts]).view(shape)
+    return Rollout(answers, rewards, counted)
+
+
+def _prompt_ids(tokenizer: Tokenizer, environment: Environment, task: Task) -> list[int]:
+    return tokenizer.chat_ids([{"role": "user", "content": environment.reset(task)}])
+
+
+def policy_loss(model: Deepseek, tokenizer: Tokenizer, config: RLConfig, rollout: Rollout
+                ) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
+    """GRPO's loss on a rollout, its figures, and the experts' loads."""
+    answers = rollout.answers
+    packed = pack_examples([([*a.prompt_ids, *a.token_ids], [False] * len(a.prompt_ids) + [True] * len(a.token_ids))
+                            for a in answers], config.sequence_length, tokenizer.pad_id)
+    batch = packed.batch
+    trunk = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+    places = torch.tensor([place for example in packed.places for place in example])
+    hidden_ND = trunk.hidden_BTD.flatten(0, 1).index_select(0, places)
+    log_p_N = token_log_probabilities(hidden_ND.to(model.compute_dtype or hidden_ND.dtype), model.head_VD,
+                                      batch["targets"].flatten().index_select(0, places))
+    lengths = torch.tensor([len(a.token_ids) for a in answers])
+    row_N = torch.repeat_interleave(torch.arange(len(answers)), lengths)
+    column_N = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    shape = (len(answers), int(lengths.max()))
+
+    def as_rows(values_N: Tensor) -> Tensor:
+        flat = values_N.new_zeros(shape[0] * shape[1])
+        return flat.index_copy(0, row_N * shape[1] + column_N, values_N).view(shape)
+
+    old_N = torch.tensor([p for a in answers for p in a.sampling_logprobs], dtype=log_p_N.dtype)
+    mask_GT = as_rows(torch.ones_like(log_p_N))
+    advantages_G = group_advantages(rollout.rewards_PS, rollout.counted_PS).flatten()
+    # At a temperature other than 1 the sampler's distribution is not the model's; then the trainer's own probability
+    # before the update, equal on-policy, stands for the old one.
+    old_GT = as_rows(old_N) if config.temperature == 1.0 else as_rows(log_p_N).detach()
+    loss = grpo_loss(as_rows(log_p_N), old_GT, advantages_G, mask_GT, clip_low=config.clip_low,
+                     clip_high=config.clip_high)
+    model_N = torch.tensor([p for a in answers for p in a.logprobs], dtype=log_p_N.dtype)
+    difference = (log_p_N.detach() - model_N).abs().max()
+    figures = {"loss": float(loss.detach()), "reward": float(rollout.rewards_PS.mean()),
+               "length": float(lengths.float().mean()), "entropy": float(-model_N.mean()),
+               "truncated": sum(a.finish_reason == "length" for a in answers) / len(answers),
+               "verifier_errors": float((~rollout.counted_PS).sum()),
+               "with_signal": float((advantages_G.view_as(rollout.rewards_PS).abs().sum(1) > 0).float().mean()),
+               "logprob_difference": float(difference)}
+    valid_N = (batch["segments"] >= 0).flatten()
+    names = [name for name in model.routers() if int(name) < model.config.num_hidden_layers]
+    loads = {name: expert_loads(choice, valid_N) for name, choice in zip(names, trunk.routing, strict=True)}
+    return loss, figures, loads
+
+
+def reinforce(model: Deepseek, tokenizer: Tokenizer, environment: Environment, config: RLConfig, seed: int,
+              directory: Path, tracking: Tracking) -> None:
+    """Train `model` in place for `config.steps` steps; checkpoints go to `directory`, figures to stage "rl"."""
+    set_compute_dtype(model, config.dtype)
+    optimizer = new_optimizer(model, config)
+    first = resume_training(directory, model, optimizer)
+    without_signal = 0
+    with finish_step_first() as stop, StepProgress("rl", config.steps, first) as progress:
+        for step in range(first, config.steps):
+            step_began = time.monotonic()
+            rollout = sample_rollout(model, tokenizer, environment, config, seed, step)
+            loss, figures, loads = policy_loss(model, tokenizer, config, rollout)
+            loss.backward()  # type: ignore[no-untyped-call]
+            figures |= optimizer_step(model, optimizer, config, step, loads)
+            done = step + 1
+            figures["seconds"] = time.monotonic() - step_began
+            tracking.metrics("rl", done, figures)
+            progress.update(done, f"reward {figures['reward']:.2f}  length {figures['length']:.1f}  "
+                                  f"truncated {figures['truncated']:.0%}")
+            flat = figures["with_signal"] == 0 and figures["reward"] < 0.5
+            without_signal = without_signal + 1 if flat else 0
+            hopeless = without_signal == LIMIT_WITHOUT_SIGNAL
+            if done % config.checkpoint_every == 0 or done == config.steps or stop.requested or hopeless:
+                save_training(directory, done, model, optimizer)
+            if stop.requested:
+                raise KeyboardInterrupt
+            if hopeless:
+                say(f"rl: no group of the last {LIMIT_WITHOUT_SIGNAL} steps had both right and wrong answers, so there is "
+                    f"nothing to learn from; stopped after {done} steps (more sft.steps may help)")
+                tracking.event("rl", "stopped_without_signal", step=done)
+                break

@@ -1,0 +1,185 @@
+"""The stages that make a model: data, tokenizer, pretraining, fine-tuning, reinforcement learning, and its control."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from xushi.base.seeds import derive
+from xushi.data import (
+    ExtraSource,
+    TokenDataset,
+    build_corpus,
+    heldout_batches,
+    load_manifest,
+    load_summary,
+    make_document,
+    tokenize_corpus,
+    training_texts,
+)
+from xushi.data.config import DataConfig
+from xushi.envs import Environment, transcript_text
+from xushi.envs import Message as EnvironmentMessage
+from xushi.evaluate import total_bits
+from xushi.rl import reinforce
+from xushi.run.context import RunContext
+from xushi.tokenizer import Message, Tokenizer
+from xushi.tokenizer.config import SMALLEST_VOCABULARY
+from xushi.train import PretrainConfig, SFTConfig, pack_examples, train
+
+TRANSCRIPTS = "transcripts"  # the name of the environment's source
+LINES_PER_TRANSCRIPT = 32  # a document of one short line would be mostly bos and eos
+
+
+def chat_messages(messages: Sequence[EnvironmentMessage]) -> list[Message]:
+    """An environment's messages in the tokenizer's form."""
+    result: list[Message] = []
+    for message in messages:
+        written: Message = {"role": message.role, "content": message.content}  # type: ignore[typeddict-item]
+        if message.reasoning is not None:
+            written["reasoning_content"] = message.reasoning
+        result.append(written)
+    return result
+
+
+def _transcripts(context: RunContext) -> dict[str, ExtraSource]:
+    """Worked solutions as plain text, many lines to a document."""
+    config = context.recipe.environment
+    if config is None or not config.transcripts:
+        return {}
+    environment = context.environment()
+    lines = [transcript_text(environment.demonstration("train", index, 1.0)) for index in range(config.transcripts)]
+    documents = [make_document(TRANSCRIPTS, "".join(lines[start:start + LINES_PER_TRANSCRIPT]),
+                               {"path": f"{environment.name}/{start}"})
+                 for start in range(0, len(lines), LINES_PER_TRANSCRIPT)]
+    return {TRANSCRIPTS: ExtraSource(documents, config.transcript_weight)}
+
+
+def data(context: RunContext) -> dict[str, Any]:
+    """Read, divide and write the corpus."""
+    config: DataConfig = context.recipe.data
+    build_corpus(config, _transcripts(context), context.path("data", "corpus"))
+    summary = load_summary(context.path("data", "corpus"))
+    return {"data.bytes": summary.bytes, "data.documents": summary.documents, "data.files": summary.files,
+            "data.sha256": summary.sha256, "data.heldout_bytes": summary.heldout_bytes,
+            "data.heldout_fraction": summary.heldout_bytes / summary.bytes,
+            "data.heldout_rule": summary.rule, "data.heldout_groups": ", ".join(summary.heldout_groups)}
+
+
+def tokenizer(context: RunContext) -> dict[str, Any]:
+    """Train the tokenizer on the training text and write the corpus as tokens."""
+    corpus, recipe = context.path("data", "corpus"), context.recipe
+    size = recipe.tokenizer.vocab_size if recipe.runs("tokenizer") else SMALLEST_VOCABULARY
+    trained = Tokenizer.train(training_texts(corpus), size)
+    trained.save(context.path("tokenizer"))
+    tokenize_corpus(corpus, trained, context.path("data", "tokens"), recipe.data.sequence_length)
+    manifest, summary = load_manifest(context.path("data", "tokens")), load_summary(corpus)
+    return {"tokenizer.vocab_size": trained.vocab_size, "tokenizer.sha256": trained.hash,
+            "tokenizer.bytes_per_token": summary.heldout_bytes / max(1, manifest.heldout.tokens),
+            "data.train_tokens": sum(source.tokens for source in manifest.train),
+            "data.heldout_tokens": manifest.heldout.tokens}
+
+
+def _dataset(context: RunContext) -> TokenDataset:
+    """The training sequences; the control without data sees the environment's transcripts alone."""
+    directory = context.path("data", "tokens")
+    sources = None if context.recipe.runs("data") else [TRANSCRIPTS]
+    return TokenDataset.open(directory, derive(context.recipe.seed, "data") >> 1, sources)
+
+
+def _heldout_part(context: RunContext, config: PretrainConfig) -> tuple[list[dict[str, Tensor]], float]:
+    """About `evaluate_tokens` of the held-out stream, spread over it, and their share of its bytes."""
+    length = context.recipe.data.sequence_length
+    rows = max(1, config.evaluate_tokens // length)
+    batches = [vars(batch) for batch in heldout_batches(context.path("data", "tokens"), 8)]
+    step = max(1, len(batches) * 8 // rows)
+    chosen = batches[::step]
+    wanted = sum(int(batch["loss_mask"].sum()) for batch in chosen)
+    total = sum(int(batch["loss_mask"].sum()) for batch in batches)
+    return chosen, load_summary(context.path("data", "corpus")).heldout_bytes * wanted / total
+
+
+def pretrain(context: RunContext) -> dict[str, Any]:
+    """Train on the corpus from random weights."""
+    config, dataset = context.recipe.pretrain, _dataset(context)
+    rows = config.batch_tokens // context.recipe.data.sequence_length
+    some, some_bytes = _heldout_part(context, config)
+    model = context.trained_model(None)
+
+    def evaluate() -> dict[str, float]:
+        return {"heldout_bits_per_byte": total_bits(model, some) / some_bytes}
+
+    train("pretrain", model, config, lambda step: vars(dataset.batch(step * rows, rows)),
+          context.checkpoints("pretrain"), context.tracking, (config.evaluate_every, evaluate))
+    return {"pretrain.steps": config.steps, "pretrain.tokens": config.steps * config.batch_tokens,
+            "pretrain.epochs": config.steps * config.batch_tokens / dataset.tokens_per_epoch,
+            **_last(context, "pretrain", "loss", "mtp_loss"),
+            "pretrain.tokens_per_second": config.steps * config.batch_tokens / training_seconds(context, "pretrain")}
+
+
+def _last(context: RunContext, stage: str, *names: str) -> dict[str, float]:
+    """The mean of the last tenth of some metrics: a single step's value is mostly noise."""
+    values = {}
+    for name in names:
+        series = [value for _, value in context.tracking.series(stage, name)]
+        tail = series[-max(1, len(series) // 10):]
+        values[f"{stage}.{name}"] = sum(tail) / len(tail)
+    return values
+
+
+def training_seconds(context: RunContext, stage: str) -> float:
+    """Seconds of all steps of a training stage, whether or not it was interrupted between them."""
+    return sum(value for _, value in context.tracking.series(stage, "seconds"))
+
+
+def demonstration_batches(context: RunContext, tokens: Tokenizer, config: SFTConfig, first_step: int = 0
+                          ) -> Callable[[int], dict[str, Tensor]]:
+    """Batches of demonstrations, a fresh set at every step."""
+    environment: Environment = context.environment()
+
+    def batch(step: int) -> dict[str, Tensor]:
+        start = (first_step + step) * config.batch_examples
+        examples = [tokens.chat_example(chat_messages(environment.demonstration("train", index, config.thinking_share)))
+                    for index in range(start, start + config.batch_examples)]
+        return pack_examples(examples, config.sequence_length, tokens.pad_id).batch
+
+    return batch
+
+
+def sft(context: RunContext) -> dict[str, Any]:
+    """Fine-tune the pretrained model on demonstrations."""
+    config, tokens = context.recipe.sft, context.tokenizer()
+    assert config is not None, "the recipe's validation asks for [sft]"
+    model = context.trained_model(context.last_stage("pretrain"))
+    train("sft", model, config, demonstration_batches(context, tokens, config), context.checkpoints("sft"),
+          context.tracking)
+    return {"sft.steps": config.steps, "sft.examples": config.steps * config.batch_examples,
+            **_last(context, "sft", "loss")}
+
+
+def rl(context: RunContext) -> dict[str, Any]:
+    """Reinforce what the verifier finds right."""
+    config = context.recipe.rl
+    assert config is not None, "the recipe's validation asks for [rl]"
+    model = context.trained_model(context.last_stage("pretrain", "sft"))
+    reinforce(model, context.tokenizer(), context.environment(), config, derive(context.recipe.seed, "rl"),
+              context.checkpoints("rl"), context.tracking)
+    differences = [value for _, value in context.tracking.series("rl", "logprob_difference")]
+    return {"rl.steps": config.steps, "rl.answers": config.steps * config.prompts * config.samples,
+            "rl.max_logprob_difference": max(differences), **_last(context, "rl", "reward")}
+
+
+def control(context: RunContext) -> dict[str, Any]:
+    """Continue the fine-tuning for as long as reinforcement learning took: what mere further training would give.
+
+    The number of steps is taken from the measured times once and kept, so that a resumed run does the same work.
+    """
+    config, tokens = context.recipe.sft, context.tokenizer()
+    assert config is not None, "control runs only after sft"
+    per_step = training_seconds(context, "sft") / config.steps
+    steps = context.tracking.decide("control", "steps", max(1, round(training_seconds(context, "rl") / per_step)))
+    model = context.trained_model("sft")
+    train("control", model, config.model_copy(update={"steps": steps}),
+          demonstration_batches(context, tokens, config, config.steps), context.checkpoints("control"),
+          context.tracking)
+    return {"control.steps": steps}

@@ -1,0 +1,77 @@
+"""The process: a port, uvicorn, and a quick end. Not here: what is answered (app)."""
+
+import errno
+import socket
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from xushi.base.errors import XushiError
+from xushi.serve.app import create_app
+from xushi.serve.exports import find_exports
+from xushi.serve.worker import Worker
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+# Ctrl-C ends open connections after this; their jobs are failed at once.
+SECONDS_TO_CLOSE = 1
+
+
+class Server(uvicorn.Server):
+    """Tells the engines of a signal at once, so that open streams end by themselves."""
+
+    def __init__(self, app: FastAPI) -> None:
+        """For an application made by `create_app`."""
+        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
+                                        timeout_graceful_shutdown=SECONDS_TO_CLOSE))
+        self._workers: list[Worker] = list(app.state.workers.values())
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal ends it in order, a second one at once."""
+        for worker in self._workers:
+            worker.close()
+        super().handle_exit(sig, frame)
+
+
+def serve(run_directory: Path, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT) -> None:
+    """Serve a run's models until Ctrl-C. A run without exports, or a port in use, is a `XushiError`."""
+    exports = find_exports(run_directory)
+    with bind(host, port) as listener:
+        app = create_app(exports)
+        shown = f"[{host}]" if ":" in host else host
+        address = f"http://{shown}:{listener.getsockname()[1]}"
+        print(f"serving {', '.join(exports)} of {run_directory}\n  page  {address}/\n  API   {address}/v1\n"
+              "Ctrl-C stops", flush=True)
+        run(Server(app), listener)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that holds the port, or a `XushiError` that says what to do."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except socket.gaierror as error:
+        raise XushiError(f"host {host!r} has no address: {error.strerror}",
+                         "give --host 127.0.0.1 for this machine alone, --host 0.0.0.0 for everybody") from None
+    except OverflowError:
+        raise XushiError(f"port {port} does not exist", "choose one from 1024 to 65535 with --port") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise XushiError(f"port {port} of {host} is in use", f"choose another, for example --port {port + 1}"
+                             if port < 65535 else "choose another with --port") from None
+        if error.errno == errno.EACCES:
+            raise XushiError(f"port {port} of {host} may not be used", "choose one above 1023 with --port") from None
+        raise XushiError(f"cannot listen on {host} port {port}: {error.strerror}",
+                         "give --host 127.0.0.1 for this machine alone") from None
+
+
+def run(server: Server, listener: socket.socket) -> None:
+    """Serve until a signal; Ctrl-C is an ordinary end."""
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        return  # uvicorn raises it again after it has closed everything
+    if not server.started:
+        raise XushiError("the server could not start", "its log above says why", 1)

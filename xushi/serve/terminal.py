@@ -1,0 +1,142 @@
+"""Chat in the terminal: text appears as it is made, thinking dimmed. Not here: HTTP.
+
+On a terminal Ctrl-C stops an answer and Ctrl-D leaves; with another standard input each line is one turn.
+"""
+
+import re
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from xushi.base.errors import XushiError
+from xushi.engine import LLM, Delta, SamplingParams
+from xushi.serve.exports import BASE, REASONING, find_exports, read_card
+from xushi.tokenizer import Message
+
+# DeepSeek-R1's recommended sampling (its model card, "Usage Recommendations").
+TEMPERATURE, TOP_P = 0.6, 0.95
+COMPLETION_TOKENS = 200
+
+# What a terminal would obey: a model must not move the cursor or change the title.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Terminal:
+    """One conversation with the models of a run, which are loaded when first used."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self._exports = find_exports(run_directory)
+        self._models: dict[str, LLM] = {}
+        self._messages: list[Message] = []
+        self._colours = sys.stdout.isatty()
+        self.chats = REASONING in self._exports
+
+    def greet(self) -> None:
+        """What the models can do, and the keys."""
+        for name, path in self._exports.items():
+            card = read_card(name, path)
+            print(self._dim(" ".join(part for part in (f"{card.title or name}:", card.can, card.cannot) if part)))
+            if card.example:
+                print(self._dim(f"  for example: {card.example}"))
+        if self.chats and BASE in self._exports:
+            print(self._dim("/base TEXT completes TEXT with the base model."))
+        if self.chats:
+            print(self._dim("/new begins a new conversation."))
+        print(self._dim("Ctrl-C stops an answer, Ctrl-D leaves."))
+
+    def turn(self, line: str) -> None:
+        """Answer one line; what is wrong with it is said and the conversation goes on."""
+        try:
+            if line == "/new":
+                self._messages.clear()
+            elif line.startswith("/base ") or line == "/base":
+                self._complete(line.removeprefix("/base").removeprefix(" "))
+            elif self.chats:
+                self._chat(line)
+            else:
+                self._complete(line)
+        except XushiError as error:
+            print(f"{error.problem}\n{error.remedy}, or begin anew with /new" if self._messages else str(error))
+
+    def _chat(self, line: str) -> None:
+        llm = self._load(REASONING)
+        self._messages.append({"role": "user", "content": line})
+        try:
+            answer = self._show(llm.stream_chat(self._messages, self._params(llm.context)))
+        except XushiError:
+            self._messages.pop()
+            raise
+        self._messages.append({"role": "assistant", "content": answer})
+
+    def _complete(self, text: str) -> None:
+        if BASE not in self._exports:
+            raise XushiError("this run has no base model", "run its pretrain stage with xushi run")
+        llm = self._load(BASE)
+        print(self._dim(_plain(text)), end="", flush=True)
+        self._show(llm.stream(text, self._params(COMPLETION_TOKENS)))
+
+    def _show(self, deltas: Iterator[Delta]) -> str:
+        """Print an answer as it comes, up to Ctrl-C; returns the answer without its reasoning."""
+        stopped = threading.Event()
+        # Not by an exception: that could fall into the middle of a step and leave the engine in disorder.
+        previous = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+        answer = ""
+        channel = "content"
+        try:
+            for delta in deltas:
+                if delta.channel != channel and channel == "reasoning":
+                    print()
+                channel = delta.channel
+                text = _plain(delta.text)
+                print(self._dim(text) if channel == "reasoning" else text, end="", flush=True)
+                if channel == "content":
+                    answer += delta.text
+                if stopped.is_set():
+                    print(self._dim(" (stopped)"), end="")
+                    break
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        print(flush=True)
+        return answer
+
+    def _load(self, name: str) -> LLM:
+        if name not in self._models:
+            self._models[name] = LLM(self._exports[name])
+        return self._models[name]
+
+    def _params(self, max_tokens: int) -> SamplingParams:
+        return SamplingParams(max_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=secrets.randbits(63))
+
+    def _dim(self, text: str) -> str:
+        return f"\x1b[2m{text}\x1b[22m" if self._colours and text else text
+
+
+def _plain(text: str) -> str:
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def chat(run_directory: Path) -> None:
+    """Talk to a run's models until the input ends. A run without exports is a `XushiError`."""
+    terminal = Terminal(run_directory)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401 (gives input() line editing and history)
+
+        terminal.greet()
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            print()
+            continue
+        except UnicodeDecodeError as error:
+            raise XushiError(f"the input is not UTF-8: {error.reason}", "convert it, for example with iconv") from None
+        if line:
+            terminal.turn(line)
+    if interactive:
+        print()

@@ -1,0 +1,24 @@
+"""Text from ids as they arrive. Not here: the decoding of a whole list, which is `Tokenizer.decode`."""
+
+import codecs
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from xushi.tokenizer.tokenizer import Tokenizer
+
+
+class StreamDecoder:
+    """Holds back the bytes of an unfinished UTF-8 character; all pieces joined are what `Tokenizer.decode` gives."""
+
+    def __init__(self, tokenizer: "Tokenizer", skip_special: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, often "" in the middle of a character."""
+        return self._decoder.decode(self._tokenizer.spelling(token, self._skip_special))
+
+    def flush(self) -> str:
+        """The end: an unfinished character becomes U+FFFD."""
+        return self._decoder.decode(b"", final=True)

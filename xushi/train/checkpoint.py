@@ -1,0 +1,89 @@
+"""Checkpoints: tensors in safetensors, everything else in a JSON manifest with the files' hashes, renamed into place.
+
+A checkpoint counts if its manifest is there and every file has the hash that stands in it; the newest that counts is
+the one training goes on from.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from xushi.base.errors import XushiError
+from xushi.base.files import directory_in_place, sha256_file, write_json
+from xushi.base.progress import say
+
+FORMAT = 1
+KEEP = 2  # the one before the newest stays, in case the newest is damaged
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved moment: `tensors` by group ("model", "optimizer") and name, `state` JSON-able."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
+    """Write `directory`/step-<step> and remove all but the newest `KEEP`."""
+    with directory_in_place(directory / f"step-{checkpoint.step:09d}") as aside:
+        hashes = {}
+        for group, tensors in checkpoint.tensors.items():
+            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, aside / f"{group}.safetensors")
+            hashes[f"{group}.safetensors"] = sha256_file(aside / f"{group}.safetensors")
+        write_json(aside / MANIFEST, {"format": FORMAT, "step": checkpoint.step, "state": checkpoint.state,
+                                      "sha256": hashes})
+    for old in _newest_first(directory)[KEEP:]:
+        shutil.rmtree(old)
+
+
+def latest_checkpoint(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None where there is none at all.
+
+    A damaged one is passed over with a word to the person; if there are only damaged ones, that is a `XushiError`.
+    """
+    candidates = _newest_first(directory)
+    for path in candidates:
+        problem, manifest = _inspect(path)
+        if not problem:
+            tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in manifest["sha256"]}
+            return Checkpoint(manifest["step"], tensors, manifest["state"])
+        say(f"checkpoint {path} is damaged ({problem}); trying the one before it")
+    if candidates:
+        raise XushiError(f"no checkpoint in {directory} is whole: {candidates[0].name} {problem}",
+                         f"remove {directory} and run the same command again: this stage starts over", 1)
+    return None
+
+
+def _newest_first(directory: Path) -> list[Path]:
+    return sorted(directory.glob("step-*"), reverse=True)
+
+
+def _inspect(path: Path) -> tuple[str, dict[str, Any]]:
+    """What is wrong with a checkpoint ("" if nothing), and its manifest."""
+    try:
+        manifest: Mapping[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        found = manifest["format"]
+        hashes = dict(manifest["sha256"])
+    except FileNotFoundError:
+        return f"has no {MANIFEST}", {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read: {error!r}", {}
+    if found != FORMAT:
+        raise XushiError(f"checkpoint {path} has format {found}, this version of xushi reads format {FORMAT}",
+                         "use the version of xushi that wrote it, or another run directory")
+    for name, expected in hashes.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing", {}
+        if sha256_file(file) != expected:
+            return f"{name} does not have the hash in {MANIFEST}", {}
+    return "", dict(manifest)

@@ -1,0 +1,70 @@
+"""The training parts of a recipe: pretraining and supervised fine-tuning."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from xushi.base.config import StrictConfig
+
+
+class OptimizationConfig(StrictConfig):
+    """What every kind of training shares. Sizes are in tokens and steps, never in seconds."""
+
+    steps: int
+    learning_rate: float
+    optimizer: Literal["muon", "adamw"] = "muon"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+    warmup_steps: int = 0
+    decay_fraction: float = 0.0  # the last part of the steps, in which the learning rate falls to zero
+    mtp_weight: float = 0.3
+    balance_weight: float = 1e-4  # the sequence-wise loss's alpha
+    bias_speed: float = 1e-3  # the router bias's gamma, per optimizer step
+    allow_unbalanced: bool = False  # train a mixture with neither bias nor balance loss
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    checkpoint_every: int = 100
+
+    @model_validator(mode="after")
+    def _sound(self) -> "OptimizationConfig":
+        for name in ("steps", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        for name in ("learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0")
+        for name in ("warmup_steps", "weight_decay", "mtp_weight", "balance_weight", "bias_speed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1")
+        if not 0 <= self.decay_fraction <= 1:
+            raise ValueError("decay_fraction must lie between 0 and 1")
+        if self.balance_weight == 0 and self.bias_speed == 0 and not self.allow_unbalanced:
+            raise ValueError("balance_weight and bias_speed are both 0, so a mixture of experts would train unbalanced; "
+                             "set allow_unbalanced = true if that is wanted")
+        return self
+
+
+class PretrainConfig(OptimizationConfig):
+    """`batch_tokens` per optimizer step, a multiple of the sequence length."""
+
+    batch_tokens: int
+    evaluate_every: int = 200  # steps between measurements on `evaluate_tokens` of the held-out text
+    evaluate_tokens: int = 16384
+
+
+class SFTConfig(OptimizationConfig):
+    """Supervised fine-tuning on the environment's demonstrations, `batch_examples` per optimizer step."""
+
+    batch_examples: int
+    thinking_share: float = 0.2  # of the demonstrations that are worked, the rest being bare answers
+    sequence_length: int = 128  # demonstrations are packed into sequences of this many tokens
+
+    @model_validator(mode="after")
+    def _share(self) -> "SFTConfig":
+        if not 0 <= self.thinking_share <= 1:
+            raise ValueError("thinking_share must lie between 0 and 1")
+        return self
