@@ -8,11 +8,12 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 VERSIONS := pyproject.toml constraints.txt
 
-# pip's own words are kept back but for one dot per package; what goes wrong it says on stderr, which stays visible.
+# Of pip's words one dot per package is left, and its errors: a newcomer can do nothing about its warnings.
 define install
 	@echo "installing $(1) into $(VENV) (a few minutes the first time)"
 	@set -o pipefail; $(RUN) -m pip install --disable-pip-version-check --root-user-action=ignore --progress-bar off \
-	  --no-color -e '$(2)' -c constraints.txt | awk '/^ *Collecting /{printf "."; fflush()} \
+	  --no-color -e '$(2)' -c constraints.txt \
+	  2> >(grep -v '^WARNING:' >&2) | awk '/^ *Collecting /{printf "."; fflush()} \
 	  /^Installing collected/{printf " writing files"; fflush()} END{print ""}'
 endef
 
@@ -41,7 +42,7 @@ wheel: $(VENV)/.core  ## build dist/xushi-*.whl
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "xushi needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1)"; \
+	  echo "xushi needs Python 3.11 or newer; $(PYTHON) --version says: $$($(PYTHON) --version 2>&1 | head -n 1)"; \
 	  echo "install a newer one and name it, for example: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12"; exit 2; } >&2
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "$(PYTHON) cannot make a virtual environment: its modules venv and ensurepip are not installed"; \

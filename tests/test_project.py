@@ -1,5 +1,6 @@
 """The project as a newcomer meets it: the wheel away from its checkout, the speed of the door, the pins."""
 
+import ast
 import os
 import re
 import shutil
@@ -86,6 +87,19 @@ def test_every_requirement_is_pinned():
     extras = [line for group in project["optional-dependencies"].values() for line in group]
     names = {canonical(re.split(r"[\[<>=!~ ;]", line)[0]) for line in project["dependencies"] + extras} - {"xushi"}
     assert names <= set(pins())
+
+
+def test_every_import_is_a_declared_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {canonical(re.split(r"[<>=!~ ;]", line)[0]) for line in project["dependencies"]}
+    imported = {name.name if isinstance(node, ast.Import) else node.module or ""
+                for path in (ROOT / "xushi").rglob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))
+                if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level)
+                for name in node.names}
+    outside = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names) - {"xushi"}
+    makers = metadata.packages_distributions()
+    assert "numpy" in outside
+    assert {name for name in outside if not declared & {canonical(maker) for maker in makers.get(name, [])}} == set()
 
 
 def test_pins_hold_for_what_is_installed():

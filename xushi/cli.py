@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-# Set before torch is imported anywhere: waiting threads must not burn a shared machine, and the C library must keep
-# the large blocks that every step frees and takes again.
+# Set before torch is imported anywhere: waiting threads must not burn a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -38,6 +37,7 @@ def run_command(
 ) -> None:
     """Run a recipe: every stage from raw text to a served model; the same command goes on after an interruption."""
     from xushi.recipe import load_recipe
+    from xushi.report import write_report
     from xushi.run import describe, run
 
     loaded = load_recipe(recipe or default_recipe(), assignments or [], text,
@@ -53,6 +53,7 @@ def run_command(
         return
     try:
         results = run(loaded, directory, update)
+        page = write_report(directory)
     except KeyboardInterrupt:
         print(f"\nstopped; everything done so far is in {directory}\n"
               "run the same command again and it goes on from there", file=sys.stderr)
@@ -61,7 +62,7 @@ def run_command(
         print(json.dumps(results))
         return
     _headline(results)
-    print(f"\nreport: {directory / 'report.html'}\nnext:   xushi chat {directory}\n        xushi serve {directory}")
+    print(f"\nreport: {page}\nnext:   xushi chat {directory}\n        xushi serve {directory}")
 
 
 def default_recipe() -> Path:

@@ -137,7 +137,7 @@ def test_abort_frees_and_disturbs_nobody(model):
     assert engine.idle_slots == 60
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.lists(st.one_of(
     st.tuples(st.just("add"), st.integers(1, 12), st.integers(1, 8), st.integers(1, 3)),
     st.tuples(st.just("step"), st.just(0), st.just(0), st.just(0)),

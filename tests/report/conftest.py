@@ -142,7 +142,8 @@ def _samples() -> dict[str, list[dict[str, Any]]]:
         before.append({"prompt": prompt, "reasoning": "", "content": guess, "right": guess == right, "answer": right})
         after.append({"prompt": prompt, "reasoning": " ".join(sums), "content": right, "right": True, "answer": right})
     base = [{"prompt": "def mean(values):\n    ",
-             "completion": 'return sum(values) / len(values)\n\n\ndef _check(value):\n    if not isinstance(value, (list, tuple)):\n        raise TypeError("values must be a list")\n'},
+             "completion": 'return sum(values) / len(values)\n\n\ndef _check(value):\n'
+             '    if not isinstance(value, (list, tuple)):\n        raise TypeError("values must be a list")\n'},
             {"prompt": "import os\nimport ", "completion": "sys\nimport time\n\nfrom typing import Any, Optional\n"},
             {"prompt": "class Config:\n    def __init__(self, ",
              "completion": "config: dict[str, Any] | None = None) -> None:\n        self.config = config or {}\n"}]

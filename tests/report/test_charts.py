@@ -8,7 +8,8 @@ import xml.etree.ElementTree as ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xushi.report.charts import Bar, Reference, Series, as_percent, bar_chart, heat_map, line_chart
+from xushi.report.charts import Bar, Reference, Series, bar_chart, heat_map, line_chart
+from xushi.report.numbers import percent
 
 ANY = st.floats(allow_nan=True, allow_infinity=True, width=32)
 
@@ -72,7 +73,7 @@ def test_band_and_bars_with_intervals() -> None:
     chart = _line([(0, 1.0), (1, 2.0)], band=[(0, 0.5, 1.5), (1, 1.0, math.nan), (1, 1.5, 2.5)])
     assert chart.count('class="band"') == 1
     bars = bar_chart([Bar("before", 0.1, 0.05, 0.2, group="greedy"), Bar("after", 0.99, 0.97, 1.0, group="greedy"),
-                      Bar("lost", math.nan), Bar("no interval", 0.4, None, 0.6)], title="t", write=as_percent,
+                      Bar("lost", math.nan), Bar("no interval", 0.4, None, 0.6)], title="t", write=percent,
                      maximum=1.0)
     ElementTree.fromstring(bars)
     assert bars.count('class="bar ') == 3

@@ -17,7 +17,7 @@ TINY = ModelConfig(
     vocab_size=272, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2,
     num_attention_heads=2, n_shared_experts=1, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
     first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4,
-    max_position_embeddings=400, num_nextn_predict_layers=0, initializer_range=0.5)
+    max_position_embeddings=128, num_nextn_predict_layers=0, initializer_range=0.5)
 
 CARD = {"title": "Digit sums", "can": "It adds digits.", "cannot": "<script>alert(1)</script>", "example": "83514927"}
 
@@ -31,7 +31,8 @@ def run_directory(tmp_path_factory):
         directory = run / "export" / name
         model = Deepseek(TINY).initialise(seed)
         with torch.no_grad():
-            model.head_VD[tokenizer.end_think_id] *= 4  # else a random model hardly ever begins to answer
+            if name == "reasoning":  # else a random model hardly ever begins an answer, or ends it
+                model.head_VD[[tokenizer.end_think_id, tokenizer.eos_id]] *= 4
         save_pretrained(model, directory)
         tokenizer.save(directory)
     (run / "export" / "reasoning" / "model_card.json").write_text(json.dumps(CARD))
@@ -87,16 +88,16 @@ def http(address):
 
 @pytest.fixture
 def slow(app, monkeypatch):
-    """Steps of at least 10 ms, so that a whole answer takes seconds."""
+    """Steps of at least 50 ms, so that a whole answer takes seconds."""
     for worker in app.state.workers.values():
         step = worker._engine.step
-        monkeypatch.setattr(worker._engine, "step", lambda step=step: (time.sleep(0.01), step())[1])
+        monkeypatch.setattr(worker._engine, "step", lambda step=step: (time.sleep(0.05), step())[1])
 
 
 @pytest.fixture
 def settles():
     """Whether a condition becomes true within a few seconds."""
-    def wait(condition, seconds=3.0):
+    def wait(condition, seconds=2.0):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if condition():

@@ -35,7 +35,8 @@ def test_models(client):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_chat_equals_the_engine_on_its_own(client, reasoning, seed):
-    whole = client.chat.completions.create(model="reasoning", messages=QUESTION, seed=seed, max_tokens=30, logprobs=True)
+    whole = client.chat.completions.create(model="reasoning", messages=QUESTION, seed=seed, max_tokens=30,
+                                           logprobs=True)
     expected = reasoning.chat(QUESTION, SamplingParams(30, seed=seed))
     [choice] = whole.choices
     assert (choice.message.content, choice.finish_reason) == (expected.content, expected.finish_reason)
@@ -102,7 +103,8 @@ def test_completion_of_every_form_of_prompt(client, base):
     for result in results:
         [choice] = result.choices
         assert (choice.text, choice.finish_reason) == (expected.text, expected.finish_reason)
-        assert choice.logprobs.token_logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        spelled = [logprob for token, logprob in zip(expected.token_ids, expected.logprobs, strict=True) if token > 6]
+        assert choice.logprobs.token_logprobs == pytest.approx(spelled, abs=1e-4)
         assert choice.logprobs.text_offset[0] == 0
     several = client.completions.create(model="base", prompt=["数字", "之"], n=2, seed=2, max_tokens=9)
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
@@ -121,8 +123,8 @@ def test_streamed_logprobs_are_those_of_the_whole(client):
 
 def test_without_a_seed_answers_differ_and_greedy_ones_do_not(client):
     def texts(**more):
-        return {client.completions.create(model="base", prompt="数", max_tokens=12, **more).choices[0].text
-                for _ in range(4)}
+        return {client.completions.create(model="base", prompt="数", max_tokens=6, **more).choices[0].text
+                for _ in range(3)}
     assert len(texts()) > 1
     assert len(texts(temperature=0)) == 1
     assert len(texts(seed=9)) == 1
@@ -182,7 +184,7 @@ TEXT = {"model": "base", "prompt": "数", "max_tokens": 2}
     ("", {**TEXT, "prompt": [7] * 400}, 400, "prompt", "context_length_exceeded"),
     ("", {**TEXT, "prompt": [5, 272]}, 400, "prompt", "invalid_value"),
     ("", {**TEXT, "prompt": []}, 400, "prompt", "invalid_value"),
-    ("", {**TEXT, "prompt": "\ud800"}, 400, "prompt.0.Text", "invalid_value"),
+    ("", {**TEXT, "prompt": "\ud800"}, 400, "prompt.0", "invalid_value"),
     ("", {**TEXT, "max_tokens": 0}, 400, "max_tokens", "invalid_value"),
     ("", {**TEXT, "max_tokens": "2"}, 400, "max_tokens", "invalid_value"),
     ("", {**TEXT, "top_p": 0}, 400, "top_p", "invalid_value"),
@@ -204,11 +206,11 @@ def test_refusals(http, path, body, status, param, code):
 
 
 def test_the_context_error_has_both_numbers(client, base):
-    with pytest.raises(openai.BadRequestError, match=r"500 tokens .* holds 400") as caught:
+    with pytest.raises(openai.BadRequestError, match=r"500 tokens .* holds 128") as caught:
         client.completions.create(model="base", prompt=[7] * 500)
     assert caught.value.code == "context_length_exceeded"
     # what goes beyond the context is cut, not refused
-    result = client.completions.create(model="base", prompt=[7] * 398, max_tokens=1000)
+    result = client.completions.create(model="base", prompt=[7] * 126, max_tokens=1000)
     assert result.usage.completion_tokens <= 2
 
 
@@ -239,11 +241,12 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
 keys = st.sampled_from(["model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p",
                         "n", "seed", "stop", "stream", "stream_options", "logprobs", "top_logprobs", "user", "\ud800"])
-likely = st.sampled_from(["base", "reasoning", "数", 1, 0, -1, 0.5, 3, True, False, None, [], ["a"], [7, 8], [[7]], 1e999,
-                          10**400, {"include_usage": True}, [{"role": "user", "content": "a"}], [{"role": "user"}]])
+likely = st.sampled_from(["base", "reasoning", "数", 1, 0, -1, 0.5, 3, True, False, None, [], ["a"], [7, 8], [[7]],
+                          1e999, 10**400, {"include_usage": True}, [{"role": "user"}],
+                          [{"role": "user", "content": "a"}]])
 
 
-@settings(max_examples=120)
+@settings(max_examples=40)
 @given(st.sampled_from(["chat/", ""]), st.dictionaries(keys, likely | json_values, max_size=5), st.booleans())
 def test_no_body_is_a_server_error(http, path, changes, valid):
     start = (CHAT if path else TEXT) if valid else {}

@@ -10,6 +10,7 @@ import pytest
 from xushi.base.errors import XushiError
 from xushi.serve import create_app, find_exports, serve
 from xushi.serve import server as server_module
+from xushi.serve.exports import read_card
 
 
 def test_a_port_in_use_is_reported_before_anything_is_loaded(run_directory, monkeypatch):
@@ -39,19 +40,18 @@ def test_a_run_without_exports(tmp_path):
     assert list(find_exports(tmp_path)) == ["base"]
 
 
-def test_a_damaged_model_card_is_named(tmp_path, run_directory):
-    for text, message in (("{", "cannot be read"), ("[]", "not a JSON object"), ('{"titel": ""}', "did you mean title")):
-        card = tmp_path / "model_card.json"
-        card.write_text(text)
+def test_a_damaged_model_card_is_named(tmp_path):
+    for text, message in (("{", "cannot be read"), ("[]", "not a JSON object"), ('{"titel": ""}', "mean title")):
+        (tmp_path / "model_card.json").write_text(text)
         with pytest.raises(XushiError, match=message):
-            server_module.create_app.__globals__["read_card"]("base", tmp_path)
+            read_card("base", tmp_path)
 
 
 def test_control_c_ends_open_streams_within_two_seconds(run_directory):
     app = create_app(find_exports(run_directory))
     engine = app.state.workers["base"]._engine
     step = engine.step
-    engine.step = lambda: (time.sleep(0.01), step())[1]
+    engine.step = lambda: (time.sleep(0.05), step())[1]
     server = server_module.Server(app)
     listener = server_module.bind("127.0.0.1", 0)
     address = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -59,7 +59,7 @@ def test_control_c_ends_open_streams_within_two_seconds(run_directory):
 
     def press() -> None:
         with httpx.stream("POST", address + "/v1/completions", timeout=20, json={
-                "model": "base", "prompt": "数", "max_tokens": 390, "n": 4, "stream": True}) as answer:
+                "model": "base", "prompt": "数", "max_tokens": 120, "n": 4, "stream": True}) as answer:
             for line in answer.iter_lines():
                 if not seen:
                     times["pressed"] = time.monotonic()

@@ -18,7 +18,7 @@ def test_piped_lines_are_turns(run_directory, monkeypatch, capsys):
     chat(run_directory)
     out = capsys.readouterr().out
     assert "def f" in out
-    assert "context holds 400" in out
+    assert "context holds 128" in out
     assert "\x1b" not in out
     assert "think>" not in out
 

@@ -2,7 +2,7 @@
 
 gzip -9, xz -9 and zstd -19 see the held-out text alone, whole file sizes with headers included. `xz_primed` is the
 honest one: xz -9 that was given the training text first, as the model was. Not for: measuring a model
-(`bits_per_byte.py`) or for compressing files that anybody keeps.
+(`bits.py`) or for compressing files that anybody keeps.
 """
 
 import lzma

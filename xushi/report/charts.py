@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from xushi.report.numbers import digits, escape, percent
+from xushi.report.numbers import digits, escape
 from xushi.report.scales import Point, Scale, linear, logarithmic, runs, thin, tick_text
 
 WIDTH = 1000.0
@@ -133,11 +133,6 @@ def heat_map(rows: Sequence[Sequence[float]], *, title: str, edges: Sequence[flo
             + f'</svg><text class="tick" x="0" y="{height + 16:.0f}">{escape(x_ends[0])}</text>'
             f'<text class="tick" text-anchor="end" x="100%" y="{height + 16:.0f}">{escape(x_ends[1])}</text>'
             "</svg></div>")
-
-
-def as_percent(value: float) -> str:
-    """A bar's value as a percentage: the `write` of bar charts of rates."""
-    return percent(value)
 
 
 def _path(one: Series, points: Sequence[Point], x_scale: Scale, y_scale: Scale, height: int, name: str) -> str:

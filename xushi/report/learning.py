@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from xushi.report import words
-from xushi.report.charts import Bar, Series, as_percent, bar_chart, line_chart
+from xushi.report.charts import Bar, Series, bar_chart, line_chart
 from xushi.report.elements import figure, paragraph, section, stage_time, text_block
-from xushi.report.numbers import count, digits, escape
+from xushi.report.numbers import count, digits, escape, percent
 from xushi.report.read import Run
 from xushi.report.scales import smooth
 
@@ -94,7 +94,7 @@ def _rates_chart(run: Run) -> str:
             bars += _bar(run, f"rl.{name}_{when}", label, tone, group)
     for name, label in _CONTROLS:
         bars += _bar(run, f"rl.{name}", label, 1, "Controls, greedy")
-    return bar_chart(bars, title="Share of right answers before and after", write=as_percent, maximum=1.0)
+    return bar_chart(bars, title="Share of right answers before and after", write=percent, maximum=1.0)
 
 
 def _bar(run: Run, key: str, label: str, tone: int, group: str) -> list[Bar]:

@@ -58,7 +58,7 @@ h2 small{margin-left:auto;font:400 .88rem system-ui,sans-serif;letter-spacing:0;
 h3{font-size:1.02rem;font-weight:650;margin:2.4rem 0 .3rem}
 p{margin:0 0 1rem;max-width:42rem}
 p.hash{max-width:none;overflow-wrap:anywhere;color:var(--soft);font-size:.78rem}
-p.note,figcaption,.legend{font-size:.86rem;line-height:1.5;color:var(--soft)}
+figcaption,.legend{font-size:.86rem;line-height:1.5;color:var(--soft)}
 a{color:inherit;text-decoration-color:var(--line);text-underline-offset:.2em}
 a:hover{text-decoration-color:currentColor}
 ol.story{list-style:none;margin:0;padding:0}

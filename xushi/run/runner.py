@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from xushi import __version__
+from xushi.base.allocator import keep_freed_memory
 from xushi.base.errors import XushiError
 from xushi.base.files import disk_errors, write_atomic, write_json
 from xushi.base.machine import children_peak_memory_bytes, inspect
@@ -38,6 +39,7 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
         context = RunContext(directory, recipe, tracking)
         threads = tracking.decide("run", "threads", recipe.threads or inspect().usable_cores)
         torch.set_num_threads(threads)
+        keep_freed_memory()
         try:
             return _run_stages(context)
         finally:
@@ -85,10 +87,6 @@ def _run_stages(context: RunContext) -> dict[str, Any]:
     results |= seconds | {"seconds.total": sum(seconds.values()), "seconds.this_start": time.monotonic() - began}
     results |= closing.describe_run(context) | {"memory.peak_children_bytes": children_peak_memory_bytes()}
     write_json(context.path("results.json"), results)
-    from xushi.report import write_report
-
-    page = write_report(context.directory)
-    say(f"report: {page}")
     return results
 
 

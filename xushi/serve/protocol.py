@@ -166,15 +166,20 @@ def parse_body(kind: type[BodyT], raw: bytes) -> BodyT:
     return body
 
 
+_FIELDS = {name for kind in (ChatBody, CompletionBody, ChatMessage, StreamOptions) for name in kind.model_fields}
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
 def _refusal(error: ValidationError) -> ApiError:
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = ".".join(str(part) for part in fault["loc"] if part == fault["loc"][0] or isinstance(part, int)
-                     or str(part).isidentifier())
-    if fault["type"] == "extra_forbidden":
+    is_extra = fault["type"] == "extra_forbidden"
+    # pydantic also names the branch of a union, which is nothing that the client wrote
+    param = ".".join(str(part) for part in fault["loc"]
+                     if isinstance(part, int) or part in _FIELDS or (is_extra and part == fault["loc"][-1]))
+    if is_extra:
         return ApiError(400, f"unknown or unsupported parameter: {param}", param, "unknown_parameter")
     if fault["type"] == "missing":
         return ApiError(400, f"missing parameter: {param}", param, "missing_required_parameter")

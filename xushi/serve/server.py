@@ -49,14 +49,14 @@ def serve(run_directory: Path, host: str = DEFAULT_HOST, port: int = DEFAULT_POR
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket that holds the port, or a `XushiError` that says what to do."""
+    if not 0 <= port <= 65535:
+        raise XushiError(f"port {port} does not exist", "choose one from 1024 to 65535 with --port")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except socket.gaierror as error:
         raise XushiError(f"host {host!r} has no address: {error.strerror}",
                          "give --host 127.0.0.1 for this machine alone, --host 0.0.0.0 for everybody") from None
-    except OverflowError:
-        raise XushiError(f"port {port} does not exist", "choose one from 1024 to 65535 with --port") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise XushiError(f"port {port} of {host} is in use", f"choose another, for example --port {port + 1}"

@@ -40,7 +40,7 @@ class Terminal:
             card = read_card(name, path)
             print(self._dim(" ".join(part for part in (f"{card.title or name}:", card.can, card.cannot) if part)))
             if card.example:
-                print(self._dim(f"  for example: {card.example}"))
+                print(self._dim(f"  for example: {card.example.rstrip()}"))
         if self.chats and BASE in self._exports:
             print(self._dim("/base TEXT completes TEXT with the base model."))
         if self.chats:
@@ -50,7 +50,7 @@ class Terminal:
     def turn(self, line: str) -> None:
         """Answer one line; what is wrong with it is said and the conversation goes on."""
         try:
-            if line == "/new":
+            if line.strip() == "/new":
                 self._messages.clear()
             elif line.startswith("/base ") or line == "/base":
                 self._complete(line.removeprefix("/base").removeprefix(" "))
@@ -128,7 +128,7 @@ def chat(run_directory: Path) -> None:
         terminal.greet()
     while True:
         try:
-            line = input("> " if interactive else "").strip()
+            line = input("> " if interactive else "").removesuffix("\r")
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -136,7 +136,7 @@ def chat(run_directory: Path) -> None:
             continue
         except UnicodeDecodeError as error:
             raise XushiError(f"the input is not UTF-8: {error.reason}", "convert it, for example with iconv") from None
-        if line:
+        if line.strip():
             terminal.turn(line)
     if interactive:
         print()
