@@ -32,7 +32,7 @@ def run_command(
     stages: Annotated[str | None, typer.Option(help="comma-separated: data,tokenizer,pretrain[,sft[,rl]]")] = None,
     without: Annotated[str | None, typer.Option(metavar="STAGE", help="leave this stage out, as a control")] = None,
     update: Annotated[bool, typer.Option(help="use a directory of another recipe; changed stages run again")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would be and cost, and start nothing")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would cost, and start nothing")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
 ) -> None:
     """Run a recipe: every stage from raw text to a served model; the same command goes on after an interruption."""

@@ -19,6 +19,12 @@ from xushi.train.config import PretrainConfig, SFTConfig
 TRAINING_STAGES = ("data", "tokenizer", "pretrain", "sft", "rl")
 
 
+def _check_digits(least: int, most: int) -> None:
+    if not 2 <= least <= most:
+        raise ValueError(f"digits go from min_digits={least} to max_digits={most}; give 2 or more, and no fewer at the "
+                         "top than at the bottom")
+
+
 class EnvironmentConfig(StrictConfig):
     """The reasoning environment: the digit sum modulo 10, instances of `min_digits` to `max_digits` digits."""
 
@@ -26,6 +32,13 @@ class EnvironmentConfig(StrictConfig):
     max_digits: int = 8
     transcripts: int = 0  # worked examples as plain text beside the pretraining text
     transcript_weight: float = 1.0  # how often their tokens are seen, relative to a source of weight 1
+
+    @model_validator(mode="after")
+    def _sound(self) -> "EnvironmentConfig":
+        _check_digits(self.min_digits, self.max_digits)
+        if self.transcripts < 0 or not self.transcript_weight > 0:
+            raise ValueError("transcripts must not be negative and transcript_weight must be above 0")
+        return self
 
 
 class EvaluateConfig(StrictConfig):
@@ -38,6 +51,13 @@ class EvaluateConfig(StrictConfig):
     longer_digits: int = 10  # tasks of one digit more than were trained up to this are scored apart
     max_tokens: int = 32
     xz_primed: bool = True  # xz given the training text first: about a second per MB of it
+
+    @model_validator(mode="after")
+    def _sound(self) -> "EvaluateConfig":
+        _check_digits(self.min_digits, self.max_digits)
+        if min(self.tasks, self.samples, self.max_tokens) < 1:
+            raise ValueError("tasks, samples and max_tokens must be at least 1")
+        return self
 
 
 class Recipe(StrictConfig):

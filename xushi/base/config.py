@@ -24,18 +24,22 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise XushiError(f"recipe {path} does not exist", "give the path of a recipe, for example recipes/demo.toml") from None
+        raise XushiError(f"recipe {path} does not exist",
+                         "give the path of a recipe, for example recipes/demo.toml") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise XushiError(f"recipe {path} cannot be read: {error}", "check the path, its permissions and its encoding (UTF-8)") from None
+        raise XushiError(f"recipe {path} cannot be read: {error}",
+                         "check the path, its permissions and its encoding (UTF-8)") from None
     except tomllib.TOMLDecodeError as error:
-        raise XushiError(f"recipe {path} is not valid TOML: {error}", "mend that line; strings need quotes, lists need brackets") from None
+        raise XushiError(f"recipe {path} is not valid TOML: {error}",
+                         "mend that line; strings need quotes, lists need brackets") from None
 
 
 def override(table: dict[str, Any], assignment: str) -> None:
     """Apply `dotted.key=value` to a nested table in place; the value is read as TOML, else taken as a string."""
     key, sign, text = assignment.partition("=")
     if not sign or not key.strip():
-        raise XushiError(f"--set {assignment!r} is not of the form key=value", "write for example --set train.steps=200")
+        raise XushiError(f"--set {assignment!r} is not of the form key=value",
+                         "write for example --set pretrain.steps=200")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

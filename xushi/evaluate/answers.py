@@ -27,16 +27,16 @@ class Answer:
 
 
 def score_answer(environment: Environment, task: Task, tokenizer: Tokenizer, token_ids: Sequence[int]) -> Score:
-    """The verdict on a sampled answer; an answer that never ended is judged by what it holds after `</think>`."""
-    reasoning, content, _ = tokenizer.parse_assistant(token_ids)
-    return environment.score(task, [Message("user", environment.reset(task)), Message("assistant", content, reasoning)])
+    """The verdict on a sampled answer; one that never ended has given no final answer, whatever stands in it."""
+    reasoning, content, finished = tokenizer.parse_assistant(token_ids)
+    said = Message("assistant", content if finished else "", reasoning)
+    return environment.score(task, [Message("user", environment.reset(task)), said])
 
 
 def answer_tasks(model: Deepseek, tokenizer: Tokenizer, environment: Environment, tasks: Sequence[Task], *,
                  samples: int, temperature: float, max_tokens: int, seed: int, think: bool = False
                  ) -> list[list[Answer]]:
-    """`samples` answers to each task (temperature 0 is greedy). With `think` the answer is made to begin with a thought.
-    """
+    """`samples` answers to each task; temperature 0 is greedy. With `think` an answer is made to begin by thinking."""
     forced = [tokenizer.think_id] if think else []
     prompts = [[*tokenizer.chat_ids([{"role": "user", "content": environment.reset(task)}]), *forced]
                for task in tasks for _ in range(samples)]

@@ -109,7 +109,7 @@ class MultiHeadLatentAttention(nn.Module):
         latent_NC, k_rope_NR = self._latents(x_ND, cos, sin)
         entries.index_copy_(0, flat.slots_N, torch.cat((latent_NC, k_rope_NR), dim=-1).to(entries.dtype))
         expand = self.kv_b_proj.weight.to(x_ND.dtype).view(heads, -1, config.kv_lora_rank)
-        w_key_HKC, w_value_HVC = expand.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        w_key_HKC, w_value_HVC = torch.split(expand, [config.qk_nope_head_dim, config.v_head_dim], dim=1)
         q_NHC = torch.cat((torch.einsum("nhk,hkc->nhc", q_nope_NHK, w_key_HKC), q_rope_NHR), dim=-1)
 
         rows, columns, table_SL = flat.rows_N, flat.columns_N, flat.slot_table_SL

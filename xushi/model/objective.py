@@ -47,7 +47,7 @@ def sequence_balance_loss(choice: RouterChoice, segments_BT: Tensor) -> Tensor:
     """
     scores_NE, indices_Nk = choice.scores_NE, choice.indices_Nk
     experts, per_token = scores_NE.shape[1], indices_Nk.shape[1]
-    rows, length = segments_BT.shape
+    rows = segments_BT.shape[0]
     documents = int(segments_BT.max()) + 2  # the last one takes the padding
     row = torch.arange(rows, device=segments_BT.device)[:, None] * documents
     document_N = (row + segments_BT.remainder(documents)).flatten()

@@ -114,7 +114,7 @@ def load_pretrained(path: str | Path, dtype: torch.dtype = torch.float32, device
         model = Deepseek(config)
     model.to_empty(device=device)
     model.angles = RotaryAngles(config).to(device)  # its frequencies are no weights, so no file fills them
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     targets = dict(published_tensors(model))
     filled: set[str] = set()

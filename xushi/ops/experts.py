@@ -34,7 +34,8 @@ def routed_experts(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, gate_up
     """The same with rows sorted by expert, one product per expert and a backward pass written out."""
     if use_reference() or x_ND.dtype == torch.float64:
         return routed_experts_reference(x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF)
-    result: Tensor = _RoutedExperts.apply(x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF)
+    result: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
+        x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF)
     return result
 
 

@@ -24,7 +24,7 @@ def token_log_probabilities(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) ->
     """The same in chunks, its logits computed again in the backward pass."""
     if use_reference() or x_ND.dtype == torch.float64:
         return token_log_probabilities_reference(x_ND, head_VD, targets_N)
-    result: Tensor = _TokenLogProbabilities.apply(x_ND, head_VD, targets_N)
+    result: Tensor = _TokenLogProbabilities.apply(x_ND, head_VD, targets_N)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -37,7 +37,7 @@ def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: T
     """The same in chunks, with both gradients made on the way forward: no product is done twice."""
     if use_reference() or x_ND.dtype == torch.float64 or not torch.is_grad_enabled():
         return -(token_log_probabilities(x_ND, head_VD, targets_N) * weights_N).sum()
-    result: Tensor = _CrossEntropy.apply(x_ND, head_VD, targets_N, weights_N)
+    result: Tensor = _CrossEntropy.apply(x_ND, head_VD, targets_N, weights_N)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -54,7 +54,7 @@ class _TokenLogProbabilities(torch.autograd.Function):
         ctx.save_for_backward(x_ND, head, targets_N)
         ctx.head_dtype = head_VD.dtype
         return torch.cat([_chunk_log_probabilities(x, head, targets)[0]
-                          for x, targets in zip(x_ND.split(CHUNK), targets_N.split(CHUNK), strict=True)])
+                          for x, targets in zip(torch.split(x_ND, CHUNK), torch.split(targets_N, CHUNK), strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:

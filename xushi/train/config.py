@@ -43,7 +43,7 @@ class OptimizationConfig(StrictConfig):
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError("decay_fraction must lie between 0 and 1")
         if self.balance_weight == 0 and self.bias_speed == 0 and not self.allow_unbalanced:
-            raise ValueError("balance_weight and bias_speed are both 0, so a mixture of experts would train unbalanced; "
+            raise ValueError("balance_weight and bias_speed are both 0, so a mixture would train unbalanced; "
                              "set allow_unbalanced = true if that is wanted")
         return self
 

@@ -72,14 +72,14 @@ class Optimizer:
         if not names:
             return
         beta1, beta2 = self.betas
-        parameters = [self.parameters[n] for n in names]
+        parameters: list[Tensor] = [self.parameters[n] for n in names]
         gradients = [_gradient(p) for p in parameters]
         means = [self.state[f"mean.{n}"] for n in names]
         squares = [self.state[f"square.{n}"] for n in names]
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        decayed = [p for p in parameters if p.dim() >= 2]
+        decayed: list[Tensor] = [p for p in parameters if p.dim() >= 2]
         torch._foreach_mul_(decayed, 1 - learning_rate * self.weight_decay)
         denominators = torch._foreach_sqrt(squares)
         torch._foreach_div_(denominators, (1 - beta2**self.steps) ** 0.5)
@@ -98,7 +98,8 @@ class Optimizer:
         for (rows, columns), pairs in by_shape.items():
             updates = orthogonalise(torch.cat([direction for _, direction in pairs]))
             rate = learning_rate * MUON_SCALE * max(rows, columns) ** 0.5
-            for (weight, _), update in zip(pairs, updates.split([w.shape[0] for w, _ in pairs]), strict=True):
+            sizes = [weight.shape[0] for weight, _ in pairs]
+            for (weight, _), update in zip(pairs, torch.split(updates, sizes), strict=True):
                 weight.mul_(1 - learning_rate * self.weight_decay).add_(update, alpha=-rate)
 
 
