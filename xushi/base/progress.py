@@ -18,9 +18,10 @@ class StepProgress:
         self._began = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if sys.stderr.isatty():
-            self._bar = Progress(TextColumn("{task.description:<10}"), BarColumn(),
-                                 TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"),
-                                 TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar = Progress(
+                TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                console=Console(stderr=True))
             self._task = self._bar.add_task(stage, total=total, completed=start, note="")
 
     def __enter__(self) -> "StepProgress":

@@ -131,7 +131,7 @@ def reinforce(model: Deepseek, tokenizer: Tokenizer, environment: Environment, c
             if stop.requested:
                 raise KeyboardInterrupt
             if hopeless:
-                say(f"rl: no group of the last {LIMIT_WITHOUT_SIGNAL} steps had both right and wrong answers, so there is "
-                    f"nothing to learn from; stopped after {done} steps (more sft.steps may help)")
+                say(f"rl: no group of the last {LIMIT_WITHOUT_SIGNAL} steps had both right and wrong answers, so there "
+                    f"is nothing to learn from; stopped after {done} steps (more sft.steps may help)")
                 tracking.event("rl", "stopped_without_signal", step=done)
                 break
