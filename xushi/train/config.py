@@ -12,6 +12,7 @@ class OptimizationConfig(StrictConfig):
 
     steps: int
     learning_rate: float
+    adamw_learning_rate: float | None = None  # beside Muon, for embedding, head and norms; None: the same rate
     optimizer: Literal["muon", "adamw"] = "muon"
     beta1: float = 0.9
     beta2: float = 0.95
@@ -31,8 +32,8 @@ class OptimizationConfig(StrictConfig):
         for name in ("steps", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        for name in ("learning_rate", "gradient_clip"):
-            if not getattr(self, name) > 0:
+        for name in ("learning_rate", "adamw_learning_rate", "gradient_clip"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0")
         for name in ("warmup_steps", "weight_decay", "mtp_weight", "balance_weight", "bias_speed"):
             if getattr(self, name) < 0:

@@ -62,8 +62,9 @@ def optimizer_step(model: Deepseek, optimizer: Optimizer, config: OptimizationCo
     if not math.isfinite(norm):
         raise XushiError(f"step {step + 1}: the gradient is not finite ({norm})",
                          "lower learning_rate or raise warmup_steps; the last checkpoint is untouched", 1)
-    rate = config.learning_rate * warmup_stable_decay(step, config.steps, config.warmup_steps, config.decay_fraction)
-    optimizer.step(rate)
+    factor = warmup_stable_decay(step, config.steps, config.warmup_steps, config.decay_fraction)
+    rate = config.learning_rate * factor
+    optimizer.step(rate, (config.adamw_learning_rate or config.learning_rate) * factor)
     optimizer.zero_grad()
     if config.bias_speed:
         update_router_biases(model, loads, config.bias_speed)

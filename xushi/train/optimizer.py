@@ -57,10 +57,14 @@ class Optimizer:
             self.state[f"square.{name}"] = torch.zeros_like(self.parameters[name])
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Apply the gradients; parameters without one (an MTP layer that has no loss) are left alone."""
+    def step(self, learning_rate: float, adamw_learning_rate: float | None = None) -> None:
+        """Apply the gradients; parameters without one (an MTP layer that has no loss) are left alone.
+
+        `adamw_learning_rate` is for what AdamW takes; the same if None.
+        """
         self.steps += 1
-        self._step_adam([n for n in self._adam if self.parameters[n].grad is not None], learning_rate)
+        self._step_adam([n for n in self._adam if self.parameters[n].grad is not None],
+                        learning_rate if adamw_learning_rate is None else adamw_learning_rate)
         self._step_muon([n for n in self._muon if self.parameters[n].grad is not None], learning_rate)
 
     def zero_grad(self) -> None:

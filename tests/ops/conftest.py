@@ -1,0 +1,43 @@
+"""What the tests of ops share: a bound on float32's rounding, and running on two threads.
+
+The bound is derived, not tuned. A sum of n products in float32, in any order, is off by at most n * 2^-24 times the sum
+of the products' absolute values (Higham 2002, section 3.1, first order). So each test computes the op once more in
+float64 with every term made positive (`magnitude`) and counts, as `roundings`, the lengths of all sums on the longest
+path to a result plus the pointwise operations on it. It holds element by element: where an element's own terms are
+small, so is the error that it may have, which is what shows a leak from one row into another.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+UNIT_ROUNDOFF = 2.0**-24
+
+
+@pytest.fixture(scope="session")
+def within() -> Callable[[str, Tensor, Tensor, Tensor, float], None]:
+    """Assert |got - exact| <= roundings * 2^-24 * magnitude, element by element."""
+    def check(name: str, got: Tensor, exact: Tensor, magnitude: Tensor, roundings: float) -> None:
+        assert got.shape == exact.shape == magnitude.shape, name
+        assert got.isfinite().all(), f"{name} is not finite"
+        error, bound = (got.double() - exact).abs(), roundings * UNIT_ROUNDOFF * magnitude + 1e-30
+        worst = (error / bound).max()
+        assert worst <= 1, f"{name}: {worst:.3g} times the bound of {roundings} roundings"
+    return check
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads, whatever the environment says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def leaves() -> Callable[..., list[Tensor]]:
+    """Copies of tensors in another dtype that gradients can be asked of."""
+    return lambda dtype, *tensors: [tensor.detach().to(dtype).clone().requires_grad_() for tensor in tensors]

@@ -1,0 +1,132 @@
+"""Fused attention in blocks against the reference in float64: widths that differ, segments, lengths over a block."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from xushi.ops import attention, causal_attention, causal_attention_reference
+from xushi.ops.attention import segment_mask
+
+
+def random_segments(rows: int, length: int, documents: int, g: torch.Generator) -> Tensor:
+    """Documents one after another, and padding (-1) at the end of some rows."""
+    segments = torch.randint(0, documents, (rows, length), generator=g).sort(1).values
+    padding = torch.randint(0, length, (rows, 1), generator=g)
+    return segments.where((torch.arange(length) < padding) | (torch.rand(rows, 1, generator=g) < 0.5), -1)
+
+
+def brute_force(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, scale: float) -> Tensor:
+    """One query after another, only over the keys that it may see."""
+    batch, heads, length, _ = q.shape
+    out = []
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(length):
+                seen = [s for s in range(t + 1) if segments is None or segments[b, s] == segments[b, t]]
+                out.append((k[b, h, seen] @ q[b, h, t] * scale).softmax(0) @ v[b, h, seen])
+    return torch.stack(out).view(batch, heads, length, -1)
+
+
+def check(form, q, k, v, d_out, mask, within, leaves, exact_form) -> None:
+    scale = q.shape[-1]**-0.5
+    fast, exact = leaves(torch.float32, q, k, v), leaves(torch.float64, q, k, v)
+    got, want = form(*fast, mask, scale), exact_form(*exact, mask, scale)
+    got.backward(d_out)
+    want.backward(d_out.double())
+    # Every term positive. p are the weights, dp what comes back to them, ds what goes on to the scores.
+    visible = torch.ones(q.shape[2], q.shape[2]).tril().bool() if mask is None else mask
+    q_, k_, v_, do = (t.detach().double() for t in (q, k, v, d_out))
+    p = (q_ @ k_.mT * scale).masked_fill(~visible, float("-inf")).softmax(-1)
+    scores = (q_.abs() @ k_.abs().mT * scale).masked_fill(~visible, 0)
+    dp = do.abs() @ v_.abs().mT
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * scale
+    sizes = (p @ v_.abs(), ds @ k_.abs(), ds.mT @ q_.abs(), p.mT @ do.abs())
+    # A score is off by K roundings of its terms, and a weight by as much relative to itself, twice (its own score and
+    # the sum); sums over T (weights, outputs, both ways) and over V follow.
+    length, key, value = q.shape[2], q.shape[3], v.shape[3]
+    roundings = 2 * key * float(scores.max()) + 4 * length + 2 * value + key + 16
+    for name, a, b, size in zip(("output", "q", "k", "v"), (got.detach(), *(t.grad for t in fast)),
+                                (want.detach(), *(t.grad for t in exact)), sizes, strict=True):
+        within(name, a, b, size, roundings)
+
+
+@given(seed=st.integers(0, 2**31), batch=st.integers(1, 3), heads=st.integers(1, 3), length=st.integers(1, 45),
+       key=st.integers(1, 21), value=st.integers(1, 21), documents=st.integers(1, 4),
+       block=st.sampled_from([1, 7, 16, 128]), masked=st.booleans())
+def test_values_and_gradients(seed, batch, heads, length, key, value, documents, block, masked, within, leaves) -> None:
+    g = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(batch, heads, length, key, generator=g) for _ in range(2))
+    v, d_out = (torch.randn(batch, heads, length, value, generator=g) for _ in range(2))
+    mask = segment_mask(random_segments(batch, length, documents, g)) if masked else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "QUERY_BLOCK", block)
+        check(causal_attention, q, k, v, d_out, mask, within, leaves, causal_attention_reference)
+
+
+@pytest.mark.parametrize("key, value", [(24, 16), (16, 24), (16, 16)])
+@pytest.mark.parametrize("length", [attention.QUERY_BLOCK, 2 * attention.QUERY_BLOCK + 41])
+def test_more_than_one_block(key: int, value: int, length: int, within, leaves) -> None:
+    g = torch.Generator().manual_seed(length + key)
+    q, k = (torch.randn(2, 2, length, key, generator=g) for _ in range(2))
+    v, d_out = (torch.randn(2, 2, length, value, generator=g) for _ in range(2))
+    for mask in (None, segment_mask(random_segments(2, length, 3, g))):
+        check(causal_attention, q, k, v, d_out, mask, within, leaves, causal_attention_reference)
+
+
+@given(seed=st.integers(0, 2**31), length=st.integers(1, 9), documents=st.integers(1, 4))
+def test_the_reference_is_attention_over_what_may_be_seen(seed: int, length: int, documents: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, 1, length, 3, generator=g, dtype=torch.float64) for _ in range(3))
+    segments = random_segments(2, length, documents, g)
+    got = causal_attention_reference(q, k, v, segment_mask(segments), 0.7)
+    torch.testing.assert_close(got, brute_force(q, k, v, segments, 0.7), rtol=1e-12, atol=1e-12)
+    got = causal_attention_reference(q, k, v, None, 0.7)
+    torch.testing.assert_close(got, brute_force(q, k, v, None, 0.7), rtol=1e-12, atol=1e-12)
+
+
+@given(seed=st.integers(0, 2**31), length=st.integers(1, 12), documents=st.integers(1, 5))
+def test_segment_mask(seed: int, length: int, documents: int) -> None:
+    segments = random_segments(3, length, documents, torch.Generator().manual_seed(seed))
+    mask = segment_mask(segments)
+    expected = torch.tensor([[[s <= t and row[s] == row[t] for s in range(length)] for t in range(length)]
+                             for row in segments.tolist()])
+    if mask is None:
+        assert (expected == torch.ones(length, length).tril().bool()).all()
+    else:
+        assert torch.equal(mask[:, 0], expected)
+    assert expected.any(-1).all(), "a query that sees nothing would be not a number"
+
+
+def test_bfloat16_is_no_further_than_the_plain_form(leaves) -> None:
+    """The fused form keeps scores in float32, so it should be nearer; it may not be further than by chance."""
+    g = torch.Generator().manual_seed(4)
+    q, k = (torch.randn(2, 4, 150, 24, generator=g).bfloat16() for _ in range(2))
+    v, d_out = (torch.randn(2, 4, 150, 16, generator=g).bfloat16() for _ in range(2))
+    mask = segment_mask(random_segments(2, 150, 3, g))
+    exact = leaves(torch.float64, q, k, v)
+    want = causal_attention_reference(*exact, mask, 0.2)
+    want.backward(d_out.double())
+    errors = []
+    for form in (causal_attention, causal_attention_reference):
+        inputs = leaves(torch.bfloat16, q, k, v)
+        got = form(*inputs, mask, 0.2)
+        got.backward(d_out)
+        errors.append(torch.stack([(a.double() - b).norm() for a, b in zip(
+            (got.detach(), *(t.grad for t in inputs)), (want.detach(), *(t.grad for t in exact)), strict=True)]))
+    assert (errors[0] <= 1.1 * errors[1]).all(), (errors[0] / errors[1]).tolist()
+
+
+def test_ten_runs_on_two_threads_give_the_same_bits(two_threads, leaves) -> None:
+    g = torch.Generator().manual_seed(5)
+    inputs = [torch.randn(4, 4, 300, width, generator=g) for width in (24, 24, 16)]
+    mask = segment_mask(random_segments(4, 300, 3, g))
+    first: list[Tensor] = []
+    for _ in range(10):
+        q, k, v = leaves(torch.float32, *inputs)
+        out = causal_attention(q, k, v, mask, 0.2)
+        out.square().sum().backward()
+        now = [out.detach(), q.grad, k.grad, v.grad]
+        first = first or now
+        assert all(torch.equal(a, b) for a, b in zip(now, first, strict=True))

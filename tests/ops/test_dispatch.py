@@ -1,0 +1,53 @@
+"""XUSHI_OPS=reference: every op then runs its reference and nothing else."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from xushi.ops import attention, experts, loss, use_reference
+
+G = torch.Generator().manual_seed(0)
+X, HEAD, TARGETS = torch.randn(6, 4, generator=G), torch.randn(9, 4, generator=G), torch.arange(6)
+HEADS = torch.randn(3, 1, 2, 6, 4, generator=G)
+EXPERTS = (X, torch.tensor([[0, 1]] * 6), torch.rand(6, 2, generator=G), torch.randn(3, 8, 4, generator=G),
+           torch.randn(3, 4, 4, generator=G))
+
+# op, its reference's name in its module, its fast form's name, the arguments
+OPS = [
+    (experts, "routed_experts", "_RoutedExperts", EXPERTS),
+    (loss, "token_log_probabilities", "_TokenLogProbabilities", (X, HEAD, TARGETS)),
+    (loss, "cross_entropy", "_CrossEntropy", (X.clone().requires_grad_(), HEAD, TARGETS, torch.ones(6))),
+    (attention, "causal_attention", "F", (*HEADS, None, 0.5)),
+]
+
+
+class Used(Exception):
+    """The fast form was used."""
+
+
+class Refuse:
+    def __getattr__(self, name: str) -> Callable[..., Tensor]:
+        raise Used
+
+
+@pytest.mark.parametrize("module, name, fast, arguments", OPS, ids=[name for _, name, _, _ in OPS])
+def test_references_are_forced(module, name, fast, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, reference = getattr(module, name), getattr(module, f"{name}_reference")
+    expected = reference(*arguments)
+    keep = module.F.cross_entropy if module is loss else None
+    monkeypatch.setattr(module, fast, Refuse())
+    assert keep is None or module.F.cross_entropy is keep
+    with pytest.raises(Used):
+        op(*arguments)
+    monkeypatch.setenv("XUSHI_OPS", "reference")
+    assert use_reference() and torch.equal(op(*arguments), expected)
+
+
+@pytest.mark.parametrize("value", [None, "", "fast"])
+def test_only_the_word_reference_asks_for_them(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XUSHI_OPS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("XUSHI_OPS", value)
+    assert not use_reference()

@@ -1,0 +1,37 @@
+"""RMS norm against transformers' module and, with its gradients, against the formula in float64."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
+
+from xushi.ops import rms_norm
+
+
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 9), width=st.integers(1, 70),
+       scale=st.sampled_from([1e-4, 1.0, 1e4]))
+def test_values_and_gradients(seed: int, rows: int, width: int, scale: float, within, leaves) -> None:
+    g = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(rows, width, generator=g) * scale, torch.randn(width, generator=g)
+    d_out = torch.randn(rows, width, generator=g)
+    x, weight = leaves(torch.float32, *inputs)
+    x64, weight64 = leaves(torch.float64, *inputs)
+    got, want = rms_norm(x, weight, 1e-6), weight64 * x64 / (x64.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    got.backward(d_out)
+    want.backward(d_out.double())
+    root = (x64.detach().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    normal, back = x64.detach().abs() / root, (d_out.double() * weight64.detach()).abs()
+    within("output", got.detach(), want.detach(), weight64.detach().abs() * normal, width + 8)
+    within("gradient of x", x.grad, x64.grad, (back + normal * (back * normal).mean(-1, keepdim=True)) / root,
+           2 * width + 16)
+    within("gradient of the weight", weight.grad, weight64.grad, (d_out.double().abs() * normal).sum(0),
+           rows + width + 8)
+
+
+@given(seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_it_is_transformers_own_bit_by_bit(seed: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(seed)
+    theirs = DeepseekV3RMSNorm(24, eps=1e-5).to(dtype)
+    theirs.weight.data = torch.randn(24, generator=g).to(dtype)
+    x = torch.randn(5, 24, generator=g).to(dtype)
+    assert torch.equal(rms_norm(x, theirs.weight, 1e-5), theirs(x))

@@ -1,0 +1,146 @@
+"""The router against a loop over tokens, groups and experts, with biases that are negative."""
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from xushi.ops import sigmoid_router
+
+
+def choose(biased: list[float], groups: int, top_groups: int, top_k: int) -> list[int]:
+    """Experts of the best groups by the sum of their two best biased scores, then the best of those experts."""
+    size = len(biased) // groups
+    members = [list(range(g * size, (g + 1) * size)) for g in range(groups)]
+    value = [sum(sorted((biased[e] for e in group), reverse=True)[:2]) for group in members]
+    best = sorted(range(groups), key=lambda g: -value[g])[:top_groups]
+    allowed = [e for g in best for e in members[g]]
+    return sorted(allowed, key=lambda e: -biased[e])[:top_k]
+
+
+def brute_force(x: Tensor, weight: Tensor, bias: Tensor, *, top_k: int, groups: int, top_groups: int, normalise: bool,
+                scale: float) -> tuple[list[list[int]], Tensor]:
+    """(choice, gate values [N, k]) in x's dtype, eqs. 12-16 read out token by token."""
+    choices, rows = [], []
+    for token in x:
+        scores = [torch.sigmoid(token @ row) for row in weight]
+        chosen = choose([float(s.detach()) + float(b) for s, b in zip(scores, bias, strict=True)],
+                        groups, top_groups, top_k)
+        total = sum(scores[e] for e in chosen) if normalise else 1.0
+        choices.append(chosen)
+        rows.append(torch.stack([scale * scores[e] / total for e in chosen]))
+    return choices, torch.stack(rows)
+
+
+@st.composite
+def settings_(draw: st.DrawFn) -> dict:
+    groups, size = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(2, 4))
+    top_groups = draw(st.integers(1, groups))
+    return {"experts": groups * size, "groups": groups, "top_groups": top_groups,
+            "top_k": draw(st.integers(1, top_groups * size)), "normalise": draw(st.booleans()),
+            "scale": draw(st.sampled_from([1.0, 2.5])), "shift": draw(st.sampled_from([0.0, -2.0, 1.0])),
+            "tokens": draw(st.integers(1, 20)), "width": draw(st.integers(1, 30))}
+
+
+@given(options=settings_(), seed=st.integers(0, 2**31))
+def test_choice_values_and_gradients(options: dict, seed: int, within, leaves) -> None:
+    g = torch.Generator().manual_seed(seed)
+    experts, tokens, width = (options.pop(name) for name in ("experts", "tokens", "width"))
+    x, weight = torch.randn(tokens, width, generator=g), torch.randn(experts, width, generator=g) / width**0.5
+    # Biases well below -1 make every biased score negative: a group masked with 0 instead of -inf would then win.
+    bias = torch.randn(experts, generator=g) * 0.3 + options.pop("shift")
+    d_weights = torch.randn(tokens, options["top_k"], generator=g)
+    exact = leaves(torch.float64, x, weight)
+    choices, want = brute_force(*exact, bias.double(), **options)
+    want.backward(d_weights.double())
+
+    fast = leaves(torch.float32, x, weight)
+    free = sigmoid_router(*fast, bias, **options)
+    assert [set(row) for row in free.indices_Nk.tolist()] == [set(row) for row in choices]
+    got = sigmoid_router(*fast, bias, **options, pinned_Nk=torch.tensor(choices))
+    got.weights_Nk.backward(d_weights)
+    # A score's slope is at most 1/4 of it or of 1 - itself; D roundings of a logit's terms, k of the sum, a dozen else.
+    reach = 1 + float((x.double().abs() @ weight.double().abs().T).max())
+    roundings = (2 * width + options["top_k"] + experts + tokens + 16) * reach
+    within("scores", got.scores_NE.detach(), (x.double() @ weight.double().T).sigmoid(),
+           torch.ones(tokens, experts).double(), roundings)
+    within("gate values", got.weights_Nk.detach(), want.detach(), want.detach(), roundings)
+    d_logit = options["scale"] * d_weights.double().abs().sum(1, keepdim=True) / (1 if not options["normalise"] else
+              want.detach().new_tensor([[(x.double()[n] @ weight.double()[row].T).sigmoid().sum()]
+                                        for n, row in enumerate(choices)]))
+    within("gradient of x", fast[0].grad, exact[0].grad, d_logit * weight.double().abs().sum(0), roundings)
+    within("gradient of the weight", fast[1].grad, exact[1].grad,
+           (d_logit * x.double().abs()).sum(0).expand(experts, -1), roundings)
+
+
+def test_masking_excluded_groups_with_zero_would_show() -> None:
+    """The case that tells -inf from 0: in the best group all biased scores are negative."""
+    x, weight = torch.ones(1, 1), torch.tensor([[0.1], [0.2], [0.3], [0.4]])
+    bias = torch.tensor([-5.0, -5.0, -1.0, -9.0])  # groups score about -9 and -9.2: the first is best
+    choice = sigmoid_router(x, weight, bias, top_k=2, groups=2, top_groups=1, normalise=True, scale=1.0)
+    assert set(choice.indices_Nk[0].tolist()) == {0, 1}
+    biased = (x @ weight.T).sigmoid() + bias
+    with_zero = biased.where(torch.tensor([True, True, False, False]), 0.0).topk(2).indices[0].tolist()
+    assert set(with_zero) != {0, 1}, "this case would not tell the two apart"
+
+
+@given(seed=st.integers(0, 2**31))
+def test_the_bias_steers_the_choice_and_never_the_values(seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(9, 5, generator=g), torch.randn(8, 5, generator=g)
+    options = {"top_k": 3, "groups": 2, "top_groups": 2, "normalise": True, "scale": 1.0}
+    plain = sigmoid_router(x, weight, torch.zeros(8), **options)
+    shifted = sigmoid_router(x, weight, torch.full((8,), -3.0), **options)
+    assert torch.equal(plain.indices_Nk, shifted.indices_Nk) and torch.equal(plain.weights_Nk, shifted.weights_Nk)
+    favoured = sigmoid_router(x, weight, torch.tensor([9.0] + [0.0] * 7), **options)
+    assert (favoured.indices_Nk == 0).any(1).all()
+    torch.testing.assert_close(favoured.weights_Nk.sum(1), torch.ones(9))
+
+
+def test_every_token_to_the_same_experts_and_one_token() -> None:
+    bias = torch.tensor([0.0, 50.0, 0.0, 50.0])
+    for tokens in (1, 33):
+        x = torch.randn(tokens, 6, generator=torch.Generator().manual_seed(tokens))
+        choice = sigmoid_router(x, torch.eye(4, 6), bias, top_k=2, groups=1, top_groups=1, normalise=False, scale=2.0)
+        assert (choice.indices_Nk.sort().values == torch.tensor([1, 3])).all()
+        torch.testing.assert_close(choice.weights_Nk, 2 * x.sigmoid().gather(1, choice.indices_Nk))
+
+
+@given(seed=st.integers(0, 2**31))
+def test_scores_are_float32_whatever_comes_in(seed: int) -> None:
+    """bfloat16 activations meet a float32 weight: the product must not be taken in bfloat16."""
+    g = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(12, 64, generator=g).bfloat16(), torch.randn(8, 64, generator=g) / 8
+    choice = sigmoid_router(x, weight, torch.zeros(8), top_k=2, groups=1, top_groups=1, normalise=True, scale=1.0)
+    exact = (x.double() @ weight.double().T).sigmoid()
+    assert choice.scores_NE.dtype == choice.weights_Nk.dtype == torch.float32
+    assert (choice.scores_NE - exact).abs().max() <= 1e-5
+    coarse = (x.float() @ weight.bfloat16().float().T).sigmoid()
+    assume((coarse - exact).abs().max() > 1e-4)
+
+
+def test_ten_runs_on_two_threads_give_the_same_bits(two_threads, leaves) -> None:
+    g = torch.Generator().manual_seed(11)
+    inputs = torch.randn(5000, 64, generator=g), torch.randn(16, 64, generator=g) / 8
+    first: list[Tensor] = []
+    for _ in range(10):
+        x, weight = leaves(torch.float32, *inputs)
+        choice = sigmoid_router(x, weight, torch.zeros(16), top_k=4, groups=4, top_groups=2, normalise=True, scale=1.0)
+        (choice.weights_Nk.square().sum() + choice.scores_NE.square().mean()).backward()
+        now = [choice.indices_Nk, choice.weights_Nk.detach(), x.grad, weight.grad]
+        first = first or now
+        assert all(torch.equal(a, b) for a, b in zip(now, first, strict=True))
+
+
+def test_pinned_choices_are_taken_as_they_are() -> None:
+    g = torch.Generator().manual_seed(12)
+    x, weight = torch.randn(5, 3, generator=g), torch.randn(6, 3, generator=g)
+    pinned = torch.tensor([[5, 0]] * 5)
+    choice = sigmoid_router(x, weight, torch.full((6,), -9.0), top_k=2, groups=3, top_groups=1, normalise=False,
+                            scale=1.0, pinned_Nk=pinned)
+    assert torch.equal(choice.indices_Nk, pinned)
+    torch.testing.assert_close(choice.weights_Nk, (x @ weight.T).sigmoid()[:, [5, 0]])
+    with pytest.raises(RuntimeError):  # an expert that is not there
+        sigmoid_router(x, weight, torch.zeros(6), top_k=2, groups=1, top_groups=1, normalise=False, scale=1.0,
+                       pinned_Nk=torch.tensor([[6, 0]] * 5))
