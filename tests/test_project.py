@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 import zipfile
 from importlib import metadata
@@ -63,12 +62,16 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path):
 
 
 def test_help_answers_at_once():
-    seconds = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        assert "run" in command("-c", HELP, cwd=ROOT)
-        seconds.append(time.perf_counter() - begun)
-    assert min(seconds) < 0.5, seconds
+    """Half a second of processor time at the very most, and nothing heavy imported: the clock on a wall would measure
+    what else the machine does."""
+    script = ("import resource, sys\nfrom xushi.cli import main\nsys.argv = ['xushi', '--help']\ntry:\n    main()\n"
+              "except SystemExit:\n    pass\nused = resource.getrusage(resource.RUSAGE_SELF)\n"
+              "print('\\nLOADED', *sys.modules)\nprint('SECONDS', used.ru_utime + used.ru_stime)")
+    printed = [command("-c", script, cwd=ROOT) for _ in range(3)]
+    assert "doctor" in printed[0]
+    loaded = set(printed[0].split("LOADED")[1].split())
+    assert not loaded & {"torch", "numpy", "pyarrow", "fastapi", "tokenizers", "pydantic", "transformers"}
+    assert min(float(text.split("SECONDS")[1]) for text in printed) < 0.5
 
 
 def pins() -> dict[str, str]:

@@ -135,8 +135,9 @@ def test_bfloat16_is_as_near_as_the_plain_form(leaves) -> None:
 
 def test_ten_runs_on_two_threads_give_the_same_bits(two_threads, leaves) -> None:
     g = torch.Generator().manual_seed(3)
-    choice = torch.rand(3000, 8, generator=g).argsort(1)[:, :2]
-    inputs = (torch.randn(3000, 64, generator=g), torch.rand(3000, 2, generator=g),
+    # Two terms have one sum in either order: it takes three experts per token for the order to show.
+    choice = torch.rand(3000, 8, generator=g).argsort(1)[:, :6]
+    inputs = (torch.randn(3000, 64, generator=g), torch.rand(3000, 6, generator=g),
               torch.randn(8, 64, 64, generator=g), torch.randn(8, 64, 32, generator=g))
     first: list[Tensor] = []
     for _ in range(10):

@@ -1,7 +1,6 @@
 """Frequencies against transformers' own, rotations against multiplication of complex numbers."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,10 +39,12 @@ def scalings(draw: st.DrawFn) -> dict:
     return {"factor": draw(st.sampled_from([1.0, 1.5, 4.0, 40.0])),
             "original_max_position_embeddings": draw(st.sampled_from([16, 64, 4096])),
             "beta_fast": draw(st.sampled_from([2.0, 8.0, 32.0])), "beta_slow": draw(st.sampled_from([0.5, 1.0])),
-            "mscale": draw(st.sampled_from([0.0, 0.707, 1.0])), "mscale_all_dim": draw(st.sampled_from([0.0, 0.5, 1.0]))}
+            "mscale": draw(st.sampled_from([0.0, 0.707, 1.0])),
+            "mscale_all_dim": draw(st.sampled_from([0.0, 0.5, 1.0]))}
 
 
-@given(width=st.integers(1, 64).map(lambda half: 2 * half), theta=st.sampled_from([100.0, 1e4, 1e6]), scaling=scalings())
+@given(width=st.integers(1, 64).map(lambda half: 2 * half), theta=st.sampled_from([100.0, 1e4, 1e6]),
+       scaling=scalings())
 def test_yarn_frequencies_and_temperatures(width: int, theta: float, scaling: dict) -> None:
     parameters = {"rope_type": "yarn", "rope_theta": theta, **scaling}
     expected, factor = ROPE_INIT_FUNCTIONS["yarn"](their_config(width, parameters))
@@ -108,7 +109,6 @@ def test_products_depend_on_distance_alone(shift: int, apart: int) -> None:
     assert math.isclose(product(0, 0), q @ k)
 
 
-def test_a_config_without_a_width_cannot_pass_for_theirs() -> None:
-    """The comparison above hands transformers its width by `head_dim`; it must be what the model hands it too."""
+def test_their_width_is_the_rotated_one() -> None:
+    """The comparisons above hand transformers a width by `head_dim`; the model's own config must come to the same."""
     assert DeepseekV3Config(qk_rope_head_dim=16).head_dim == 16
-    assert SimpleNamespace(**DeepseekV3Config().to_dict()).head_dim == 64

@@ -56,7 +56,6 @@ def override(table: dict[str, Any], assignment: str) -> None:
 def parse(model: type[ConfigT], table: dict[str, Any], where: str) -> ConfigT:
     """Validate `table` as `model`; the first fault becomes a `XushiError` that names its dotted key in `where`."""
     try:
-        # TOML has no tuples and writes 1 where 1.0 is meant, so TOML-level conversions are JSON-mode's.
         return model.model_validate(table)
     except ValidationError as error:
         raise _as_xushi_error(error, model, where) from None

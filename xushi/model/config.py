@@ -124,6 +124,8 @@ class ModelConfig(StrictConfig):
         """Read a published `config.json` table; what this architecture is not gets a `XushiError` naming the key."""
         fixed = {"model_type": "deepseek_v3", "hidden_act": "silu", "scoring_func": "sigmoid",
                  "topk_method": "noaux_tc", "moe_layer_freq": 1}
+        if "model_type" not in table:  # every other key has a default, those of the model with 671B parameters
+            raise XushiError(f"{where} has no model_type", "use a DeepSeek-V3-type checkpoint, or get the file again")
         for key, value in fixed.items():
             if table.get(key, value) != value:
                 raise XushiError(f"{where}: {key} is {table[key]!r}, and only {value!r} is implemented",
@@ -140,6 +142,10 @@ class ModelConfig(StrictConfig):
             kind = scaling.get("type", scaling.get("rope_type"))
             if kind != "yarn":
                 raise XushiError(f"{where}: rope_scaling of type {kind!r} is not implemented", "only yarn is")
+            for key, value in (("attention_factor", None), ("truncate", True)):
+                if scaling.get(key, value) != value:
+                    raise XushiError(f"{where}: rope_scaling's {key} is {scaling[key]!r}, which is not implemented",
+                                     "use a DeepSeek-V3-type checkpoint, which has no such key")
             known["rope_scaling"] = {"type": "yarn"} | {
                 key: value for key, value in scaling.items() if key in RopeScaling.model_fields and key != "type"}
         return parse(cls, known, where)

@@ -96,7 +96,7 @@ def _shards(directory: Path) -> list[Path]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise XushiError(f"{index} cannot be read: {error!r}", "get the file again, it is damaged") from None
     for name in names:
-        if Path(name).name != name:
+        if name in ("", "..") or Path(name).name != name:
             raise XushiError(f"{index} names {name!r}, which is not a file of its own directory",
                              "do not trust this checkpoint; get it from its publisher")
     return [directory / name for name in names]
@@ -112,7 +112,11 @@ def load_pretrained(path: str | Path, dtype: torch.dtype = torch.float32, device
     config = read_config(directory)
     with torch.device("meta"):
         model = Deepseek(config)
-    model.to_empty(device=device)
+    try:
+        model.to_empty(device=device)
+    except RuntimeError as error:  # what PyTorch raises for memory that is not there
+        raise XushiError(f"the model of {directory} does not fit into memory: {str(error).splitlines()[0]}",
+                         "use a machine with more memory, or a smaller checkpoint", 1) from None
     model.angles = RotaryAngles(config).to(device)  # its frequencies are no weights, so no file fills them
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)

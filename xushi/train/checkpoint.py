@@ -33,15 +33,19 @@ class Checkpoint:
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> None:
-    """Write `directory`/step-<step> and remove all but the newest `KEEP`."""
-    with directory_in_place(directory / f"step-{checkpoint.step:09d}") as aside:
+    """Write `directory`/step-<step> and remove all but the newest `KEEP` up to it.
+
+    What claims to be newer was passed over as damaged; it counts for nothing here and is replaced in its turn.
+    """
+    path = directory / f"step-{checkpoint.step:09d}"
+    with directory_in_place(path) as aside:
         hashes = {}
         for group, tensors in checkpoint.tensors.items():
             save_file({name: t.detach().contiguous() for name, t in tensors.items()}, aside / f"{group}.safetensors")
             hashes[f"{group}.safetensors"] = sha256_file(aside / f"{group}.safetensors")
         write_json(aside / MANIFEST, {"format": FORMAT, "step": checkpoint.step, "state": checkpoint.state,
                                       "sha256": hashes})
-    for old in _newest_first(directory)[KEEP:]:
+    for old in [other for other in _newest_first(directory) if other.name <= path.name][KEEP:]:
         shutil.rmtree(old)
 
 
@@ -68,22 +72,21 @@ def _newest_first(directory: Path) -> list[Path]:
 
 
 def _inspect(path: Path) -> tuple[str, dict[str, Any]]:
-    """What is wrong with a checkpoint ("" if nothing), and its manifest."""
+    """What is wrong with a checkpoint ("" if nothing), and its manifest's step, state and sha256."""
     try:
         manifest: Mapping[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        found = manifest["format"]
-        hashes = dict(manifest["sha256"])
+        if manifest["format"] != FORMAT:  # before anything else is read: another format may have other keys
+            raise XushiError(f"checkpoint {path} has format {manifest['format']}, this version of xushi reads format "
+                             f"{FORMAT}", "use the version of xushi that wrote it, or another run directory")
+        step, state, hashes = int(manifest["step"]), dict(manifest["state"]), dict(manifest["sha256"])
     except FileNotFoundError:
         return f"has no {MANIFEST}", {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read: {error!r}", {}
-    if found != FORMAT:
-        raise XushiError(f"checkpoint {path} has format {found}, this version of xushi reads format {FORMAT}",
-                         "use the version of xushi that wrote it, or another run directory")
     for name, expected in hashes.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing", {}
         if sha256_file(file) != expected:
             return f"{name} does not have the hash in {MANIFEST}", {}
-    return "", dict(manifest)
+    return "", {"step": step, "state": state, "sha256": hashes}

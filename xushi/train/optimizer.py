@@ -84,7 +84,8 @@ class Optimizer:
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
         decayed: list[Tensor] = [p for p in parameters if p.dim() >= 2]
-        torch._foreach_mul_(decayed, 1 - learning_rate * self.weight_decay)
+        if decayed:
+            torch._foreach_mul_(decayed, 1 - learning_rate * self.weight_decay)
         denominators = torch._foreach_sqrt(squares)
         torch._foreach_div_(denominators, (1 - beta2**self.steps) ** 0.5)
         torch._foreach_add_(denominators, ADAM_EPS)
