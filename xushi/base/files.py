@@ -20,13 +20,20 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise XushiError(f"no space left on the disk that holds {path}",
-                             "free some space and run the same command again: it goes on from the last checkpoint",
-                             exit_code=1) from None
+            raise XushiError(*_full(path), exit_code=1) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise XushiError(f"{path} cannot be written: {error.strerror}",
                              "choose a place you may write to", exit_code=1) from None
         raise
+    except Exception as error:
+        if "No space left on device" in str(error):  # safetensors wraps the system's error in one of its own
+            raise XushiError(*_full(path), exit_code=1) from None
+        raise
+
+
+def _full(path: Path) -> tuple[str, str]:
+    return (f"no space left on the disk that holds {path}",
+            "free some space and run the same command again: it goes on from the last checkpoint")
 
 
 def fsync_path(path: Path) -> None:

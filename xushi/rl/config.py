@@ -20,8 +20,8 @@ class RLConfig(OptimizationConfig):
     def _sampling(self) -> "RLConfig":
         if self.samples < 2:
             raise ValueError("samples must be at least 2: an advantage is a difference within a group")
-        if self.prompts < 1 or self.max_tokens < 1:
-            raise ValueError("prompts and max_tokens must be at least 1")
+        if min(self.prompts, self.max_tokens, self.sequence_length) < 1:
+            raise ValueError("prompts, max_tokens and sequence_length must be at least 1")
         if not self.temperature > 0:
             raise ValueError("temperature must be above 0")
         return self

@@ -56,6 +56,13 @@ class PretrainConfig(OptimizationConfig):
     evaluate_every: int = 200  # steps between measurements on `evaluate_tokens` of the held-out text
     evaluate_tokens: int = 16384
 
+    @model_validator(mode="after")
+    def _sizes(self) -> "PretrainConfig":
+        for name in ("batch_tokens", "evaluate_every", "evaluate_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        return self
+
 
 class SFTConfig(OptimizationConfig):
     """Supervised fine-tuning on the environment's demonstrations, `batch_examples` per optimizer step."""
@@ -66,6 +73,9 @@ class SFTConfig(OptimizationConfig):
 
     @model_validator(mode="after")
     def _share(self) -> "SFTConfig":
+        for name in ("batch_examples", "sequence_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
         if not 0 <= self.thinking_share <= 1:
             raise ValueError("thinking_share must lie between 0 and 1")
         return self

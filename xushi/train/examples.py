@@ -29,11 +29,11 @@ def pack_examples(examples: Sequence[tuple[Sequence[int], Sequence[bool]]], leng
     then all rows are that long. Inputs are all ids but the last, targets all but the first; only learned targets are
     in the loss mask.
     """
-    length = max(length, *(len(ids) - 1 for ids, _ in examples))
+    length = max([length, *(len(ids) - 1 for ids, _ in examples)])
     rows: list[list[int]] = []  # indices of the examples of each row
     room = 0
     for index, (ids, _) in enumerate(examples):
-        if len(ids) - 1 > room:
+        if not rows or len(ids) - 1 > room:
             rows.append([])
             room = length
         rows[-1].append(index)
