@@ -29,7 +29,7 @@ def batch(step: int) -> dict[str, Tensor]:
     segments = torch.tensor([[0] * 9 + [1] * 8 + [-1] * 3, [0] * 4 + [1] * 16])
     positions = torch.tensor([[*range(9), *range(8), 0, 0, 0], [*range(4), *range(16)]])
     mask = segments >= 0
-    mask[:, [8, 3]] = False  # each document's last place predicts nothing
+    mask[:, [8, 3]] = False  # some targets are not learned
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments, "positions": positions,
             "loss_mask": mask}
 

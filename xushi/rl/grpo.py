@@ -12,9 +12,12 @@ def group_advantages(rewards_PS: Tensor, counted_PS: Tensor | None = None) -> Te
 
     Answers that are not `counted` (their verifier failed) enter no mean and have advantage zero.
     """
-    counted = torch.ones_like(rewards_PS) if counted_PS is None else counted_PS.to(rewards_PS.dtype)
-    mean = (rewards_PS * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
-    return (rewards_PS - mean) * counted
+    # In float64 equal float32 rewards add up without rounding, so that a group that agrees has advantages of exactly
+    # zero: AdamW would make a full step even of a gradient of rounding errors.
+    rewards = rewards_PS.double()
+    counted = torch.ones_like(rewards) if counted_PS is None else counted_PS.double()
+    mean = (rewards * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
+    return ((rewards - mean) * counted).to(rewards_PS.dtype)
 
 
 def grpo_loss(log_p_GT: Tensor, old_log_p_GT: Tensor, advantages_G: Tensor, mask_GT: Tensor, *, clip_low: float,

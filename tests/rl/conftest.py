@@ -1,0 +1,83 @@
+"""A tiny model that answers one digit at random, and an environment that likes even ones."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from xushi.base.tracking import Tracking
+from xushi.envs import Environment, Message, Score, Step, Task
+from xushi.model import Deepseek, ModelConfig
+from xushi.tokenizer import Tokenizer
+from xushi.tokenizer.config import SMALLEST_VOCABULARY
+from xushi.train import OptimizationConfig, pack_examples, train
+
+TINY = ModelConfig(
+    vocab_size=SMALLEST_VOCABULARY, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+    num_attention_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+    q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, max_position_embeddings=32,
+    num_nextn_predict_layers=1, initializer_range=0.05)
+
+
+class EvenDigit(Environment):
+    """Right is any even digit but 0, which the verifier cannot judge."""
+
+    name = "even_digit"
+    version = 1
+
+    def task(self, split: str, index: int) -> Task:
+        return Task(self.name, self.version, split, index, str(index % 10), "", {})
+
+    def reset(self, task: Task) -> str:
+        return task.prompt
+
+    def step(self, task: Task, action: str) -> Step:
+        return Step("", True)
+
+    def score(self, task: Task, transcript: Sequence[Message]) -> Score:
+        content = transcript[-1].content
+        if content == "0":
+            return Score("error", "cannot judge 0")
+        return Score("right" if content in ("2", "4", "6", "8") else "wrong", "even or not")
+
+    def solve(self, task: Task) -> Sequence[Message]:
+        return [Message("user", task.prompt), Message("assistant", "2")]
+
+    def exploits(self, task: Task) -> list[Sequence[Message]]:
+        return []
+
+    def demonstration(self, split: str, index: int, thinking_share: float) -> Sequence[Message]:
+        return [Message("user", str(index % 10)), Message("assistant", str(index * 7 // 10 % 10))]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["0123456789"], SMALLEST_VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def environment() -> Environment:
+    return EvenDigit()
+
+
+@pytest.fixture(scope="session")
+def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepseek]:
+    """A fresh copy of a model that answers each question with some digit and ends: about four in ten are right."""
+    def batch(step: int) -> dict[str, torch.Tensor]:
+        examples = []
+        for index in range(step * 40, step * 40 + 40):
+            question, answer = environment.demonstration("train", index, 0.0)
+            examples.append(tokenizer.chat_example([{"role": "user", "content": question.content},
+                                                    {"role": "assistant", "content": answer.content}]))
+        return pack_examples(examples, 32, tokenizer.pad_id).batch
+
+    place = tmp_path_factory.mktemp("sft")
+    model = Deepseek(TINY).initialise(1)
+    config = OptimizationConfig(steps=50, learning_rate=0.02, decay_fraction=0.5, dtype="fp32")
+    train("sft", model, config, batch, place / "checkpoints", Tracking(place / "tracking.sqlite"))
+
+    def copy() -> Deepseek:
+        other = Deepseek(TINY)
+        other.load_state_dict(model.state_dict())
+        return other
+    return copy
