@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xushi.evaluate import total_bits
@@ -28,6 +28,7 @@ def test_a_text_is_minus_log2_of_its_probability(model, exact) -> None:
     assert total_bits(model, [packed(texts, 32)]) == pytest.approx(want, rel=1e-6)
 
 
+@settings(max_examples=15)
 @given(width=st.sampled_from([29, 40, 64]), size=st.integers(1, 5), order=st.permutations(range(5)))
 def test_batching_does_not_matter(width: int, size: int, order: list[int], model) -> None:
     texts = documents(2, [30, 2, 17, 9, 25], model.config.vocab_size)

@@ -113,7 +113,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.available == self.slots, "a slot leaked"
 
 
-CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+CacheMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestCache = CacheMachine.TestCase
 
 

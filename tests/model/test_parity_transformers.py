@@ -126,8 +126,9 @@ def random_tokens(config: ModelConfig, seed: int, *shape: int) -> Tensor:
     return torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# 150 tokens are more than one block of queries, 33 leave an expert more rows than it is padded to.
-LENGTHS = st.sampled_from([1, 2, 23, 33, 150])
+# 150 tokens are more than one block of queries, 33 leave an expert more rows than it is padded to. With a single token
+# the queries' gradient is exactly zero and what rounding leaves of it has nothing to be measured by.
+LENGTHS = st.sampled_from([2, 23, 33, 150])
 
 
 @settings(max_examples=15, deadline=None)

@@ -70,6 +70,9 @@ def test_a_rollout_is_a_function_of_weights_seed_and_step(fine_tuned, tokenizer,
 
     same = [answer.token_ids for answer in rollout.answers]
     assert tokens(7, 0) == same and tokens(8, 0) != same and tokens(7, 1) != same
+    later = sample_rollout(fine_tuned(), tokenizer, environment, CONFIG, 7, 3)
+    tasks = [environment.task("train", 3 * 6 + p).prompt for p in range(6)]
+    assert [tokenizer.decode(a.prompt_ids, skip_special=True) for a in later.answers[::8]] == tasks, "fresh tasks"
     first = [a.token_ids for a in rollout.answers[:8]]
     assert len({tuple(ids) for ids in first}) > 1, "samples of one task must differ"
 

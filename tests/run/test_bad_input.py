@@ -72,7 +72,7 @@ def test_a_recipe_file_that_is_none(content: str | None, said: str, tmp_path: Pa
 
 def text_run(tmp_path: Path, pattern: str | Path) -> None:
     recipe = load_recipe(MINIATURE, [], str(pattern), ["data", "tokenizer", "pretrain"])
-    run(recipe, tmp_path / "run")
+    run(recipe, tmp_path / "runs" / Path(pattern).stem.strip("*"))
 
 
 def test_text_that_cannot_be_used(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_text_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("the same words again and again\n" * 200)
     with pytest.raises(XushiError, match="vocab"):  # 512 tokens are more than so few words allow
         text_run(tmp_path, tmp_path / "short.txt")
-    assert not (tmp_path / "run" / "tokenizer").exists()
+    assert not list((tmp_path / "runs").rglob("tokenizer.json"))
 
 
 def test_directories_that_are_not_this_runs(chain: Chain, tmp_path: Path) -> None:

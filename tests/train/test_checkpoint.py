@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -42,6 +42,7 @@ def test_none_at_all(tmp_path) -> None:
     assert latest_checkpoint(tmp_path) is None and latest_checkpoint(tmp_path / "nowhere") is None
 
 
+@settings(max_examples=15)
 @given(step=st.integers(0, 10**9 - 1))
 def test_round_trip(step: int, tmp_path_factory) -> None:
     directory = tmp_path_factory.mktemp("checkpoints")
