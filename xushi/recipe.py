@@ -9,14 +9,21 @@ from pydantic import ConfigDict, Field, model_validator
 from xushi.base.config import StrictConfig, override, parse, read_toml
 from xushi.base.errors import XushiError
 from xushi.base.files import sha256_json
-from xushi.data.config import DataConfig
+from xushi.base.progress import say
+from xushi.data.config import DataConfig, SourceConfig
+from xushi.data.sources import read_source
 from xushi.model.config import ModelConfig
 from xushi.rl.config import RLConfig
-from xushi.tokenizer.config import TokenizerConfig
+from xushi.tokenizer.config import SMALLEST_VOCABULARY, TokenizerConfig
 from xushi.train.config import PretrainConfig, SFTConfig
 
 # What a recipe may train, in order. Evaluation, export and report follow whatever was trained.
 TRAINING_STAGES = ("data", "tokenizer", "pretrain", "sft", "rl")
+
+# How --text fits a recipe to a text that may be a thousandth of the recipe's own.
+BYTES_PER_VOCABULARY_ENTRY = 100  # fewer, and most tokens are too rare to learn; a text allows several times as many
+BYTES_PER_TOKEN = 2  # about what so small a vocabulary reaches
+MOST_EPOCHS = 8  # passes over the text; see docs/run.md
 
 
 def _check_digits(least: int, most: int) -> None:
@@ -128,10 +135,10 @@ def _without_none(value: Any) -> Any:
 
 def load_recipe(path: Path, assignments: list[str], text: str | None = None, stages: list[str] | None = None,
                 without: str | None = None) -> Recipe:
-    """Read a recipe and apply `--set`, `--text`, `--stages` and `--without` to it.
+    """Read a recipe and apply `--text`, `--stages`, `--without` and last `--set` to it.
 
-    `text` replaces the sources by one of kind text and leaves out the environment's transcripts unless they are
-    needed by a later stage.
+    `text` replaces the sources by one of kind text, reads it once to fit vocabulary and steps to its size (see
+    `_fit_to_text`), and leaves out the environment unless a later stage needs it.
     """
     table = read_toml(path)
     if text is not None:
@@ -148,10 +155,37 @@ def load_recipe(path: Path, assignments: list[str], text: str | None = None, sta
 def _use_text(table: dict[str, Any], text: str, stages: list[str] | None) -> None:
     if not text.strip():
         raise XushiError("--text is empty", "give a file, a directory or a pattern such as '~/notes/**/*.md'")
-    data = table.setdefault("data", {})
-    if not isinstance(data, dict):
-        raise XushiError("data is not a table", "write it as [data]")
-    data["sources"] = [{"name": "text", "kind": "text", "glob": text}]
+    for name in ("data", "tokenizer", "pretrain"):
+        if not isinstance(table.setdefault(name, {}), dict):
+            raise XushiError(f"{name} is not a table", f"write it as [{name}]")
+    source = {"name": "text", "kind": "text", "glob": text}
+    table["data"]["sources"] = [source]
     table["name"] = "text"
-    if stages is not None and "sft" not in stages:
+    alone = stages is not None and "sft" not in stages
+    if alone:
         table.pop("environment", None)
+    documents = read_source(SourceConfig.model_validate(source)).documents
+    _fit_to_text(table["tokenizer"], table["pretrain"], sum(len(document.text.encode()) for document in documents),
+                 alone)
+
+
+def _fit_to_text(tokenizer: dict[str, Any], pretrain: dict[str, Any], size: int, alone: bool) -> None:
+    """Lower the vocabulary and, where the text is all that is trained on, the steps to what `size` bytes can use.
+
+    Neither is ever raised, and `--set` has the last word. With few enough steps the measurements on held-out text come
+    closer together, so that there is a curve to look at.
+    """
+    vocabulary, steps, batch = tokenizer.get("vocab_size"), pretrain.get("steps"), pretrain.get("batch_tokens")
+    said = []
+    fitting = SMALLEST_VOCABULARY + size // BYTES_PER_VOCABULARY_ENTRY
+    if isinstance(vocabulary, int) and vocabulary > fitting:
+        tokenizer["vocab_size"] = fitting
+        said.append(f"tokenizer.vocab_size {vocabulary} -> {fitting}")
+    if alone and isinstance(steps, int) and isinstance(batch, int) and batch > 0:
+        enough = max(1, MOST_EPOCHS * size // (BYTES_PER_TOKEN * batch))
+        if steps > enough:
+            pretrain |= {"steps": enough, "warmup_steps": min(int(pretrain.get("warmup_steps", 0)), enough // 10),
+                         "evaluate_every": max(1, enough // 10)}
+            said.append(f"pretrain.steps {steps} -> {enough}, about {MOST_EPOCHS} passes over it")
+    if said:
+        say(f"text of {size:,} bytes: {'; '.join(said)} (--set overrides)")
