@@ -18,7 +18,7 @@ import typer
 
 from xushi.base.errors import XushiError
 
-app = typer.Typer(name="xushi", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+app = typer.Typer(name="xushi", add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode=None, help="Raw text in, a served DeepSeek-style reasoning model out.")
 
 RecipeArgument = Annotated[Path | None, typer.Argument(help="the recipe; recipes/demo.toml if left out")]
@@ -44,7 +44,7 @@ def run_command(
     from xushi.run import describe, run
 
     loaded = load_recipe(recipe or default_recipe(), assignments or [], text,
-                         [part.strip() for part in stages.split(",")] if stages else None, without)
+                         [part.strip() for part in stages.split(",")] if stages is not None else None, without)
     directory = out or Path("runs") / (loaded.name + (f"-without-{loaded.without}" if loaded.without else ""))
     if dry_run:
         plan = describe(loaded)
@@ -148,6 +148,8 @@ def guarded(action: Callable[[], Any]) -> int:
 def main() -> None:
     """The console script."""
     code = 0
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
 
     def action() -> None:
         nonlocal code

@@ -1,5 +1,6 @@
 """The typed description of a whole run, composed of the rooms' own configs."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ TRAINING_STAGES = ("data", "tokenizer", "pretrain", "sft", "rl")
 BYTES_PER_VOCABULARY_ENTRY = 100  # fewer, and most tokens are too rare to learn; a text allows several times as many
 BYTES_PER_TOKEN = 2  # about what so small a vocabulary reaches
 MOST_EPOCHS = 8  # passes over the text; see docs/run.md
+
+# What a model's config has and a recipe's does not: these follow from the tokenizer.
+_OF_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def _check_digits(least: int, most: int) -> None:
@@ -86,8 +90,26 @@ class Recipe(StrictConfig):
     environment: EnvironmentConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tokenizer_decides(cls, table: Any) -> Any:
+        model = table.get("model") if isinstance(table, dict) else None
+        for key in _OF_THE_TOKENIZER:
+            if isinstance(model, dict) and key in model:
+                raise ValueError(f"model.{key} is not a recipe's to set: it follows from the tokenizer")
+        return table
+
     @model_validator(mode="after")
     def _whole(self) -> "Recipe":
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"name = {self.name!r} cannot name a directory; use letters, digits, '_', '.' and '-'")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads = {self.threads} must be at least 1; left out, it is the number of cores")
+        self._check_stages()
+        self._check_lengths()
+        return self
+
+    def _check_stages(self) -> None:
         for stage in self.stages:
             if stage not in TRAINING_STAGES:
                 raise ValueError(f"there is no stage {stage!r}; the stages are {', '.join(TRAINING_STAGES)}")
@@ -100,6 +122,8 @@ class Recipe(StrictConfig):
                 raise ValueError(f"stage {stage} needs the tables [{stage}] and [environment]")
         if self.without is not None and self.without not in self.stages:
             raise ValueError(f"without = {self.without!r} is not one of this run's stages ({', '.join(self.stages)})")
+
+    def _check_lengths(self) -> None:
         if self.pretrain.batch_tokens % self.data.sequence_length:
             raise ValueError(f"pretrain.batch_tokens={self.pretrain.batch_tokens} is not a multiple of "
                              f"data.sequence_length={self.data.sequence_length}")
@@ -107,7 +131,12 @@ class Recipe(StrictConfig):
         if longest > self.model.max_position_embeddings:
             raise ValueError(f"a sequence of {longest} tokens exceeds model.max_position_embeddings="
                              f"{self.model.max_position_embeddings}")
-        return self
+        if self.environment is not None and "sft" in self.stages:
+            digits = max(self.environment.max_digits, self.evaluate.max_digits, self.evaluate.longer_digits)
+            worked = 2 * digits + 7  # the number, its running sums, the answer and six special tokens
+            if worked > self.model.max_position_embeddings:
+                raise ValueError(f"a worked answer to a number of {digits} digits takes {worked} tokens, more than "
+                                 f"model.max_position_embeddings={self.model.max_position_embeddings}")
 
     def runs(self, stage: str) -> bool:
         """Whether this run trains `stage`."""
@@ -116,6 +145,7 @@ class Recipe(StrictConfig):
     def to_toml(self) -> str:
         """The resolved recipe, every default spelled out; keys that are None are left out."""
         table = _without_none(self.model_dump(mode="json"))
+        table["model"] = {key: value for key, value in table["model"].items() if key not in _OF_THE_TOKENIZER}
         table["model"].setdefault("q_lora_rank", 0)
         return tomli_w.dumps(table)
 
@@ -184,8 +214,10 @@ def _fit_to_text(tokenizer: dict[str, Any], pretrain: dict[str, Any], size: int,
     if alone and isinstance(steps, int) and isinstance(batch, int) and batch > 0:
         enough = max(1, MOST_EPOCHS * size // (BYTES_PER_TOKEN * batch))
         if steps > enough:
-            pretrain |= {"steps": enough, "warmup_steps": min(int(pretrain.get("warmup_steps", 0)), enough // 10),
-                         "evaluate_every": max(1, enough // 10)}
+            warmup = pretrain.get("warmup_steps")
+            pretrain |= {"steps": enough, "evaluate_every": max(1, enough // 10)}
+            if isinstance(warmup, int):
+                pretrain["warmup_steps"] = min(warmup, enough // 10)
             said.append(f"pretrain.steps {steps} -> {enough}, about {MOST_EPOCHS} passes over it")
     if said:
         say(f"text of {size:,} bytes: {'; '.join(said)} (--set overrides)")

@@ -18,6 +18,12 @@ class StrictConfig(BaseModel):
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
+# pydantic's words for a wrong type speak of Python; these speak of TOML.
+_PLAIN = {"int_type": "must be a whole number", "int_from_float": "must be a whole number",
+          "float_type": "must be a number", "bool_type": "must be true or false", "string_type": "must be a text",
+          "list_type": "must be a list", "dict_type": "must be a table", "model_type": "must be a table",
+          "model_attributes_type": "must be a table"}
+
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The table in a TOML file; a missing or malformed file is a `XushiError`."""
@@ -73,7 +79,7 @@ def _as_xushi_error(error: ValidationError, model: type[BaseModel], where: str) 
         return XushiError(f"{where}: key {key} is missing", "add it to the recipe, or give it with --set")
     given = fault.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
-    message = fault["msg"].removeprefix("Value error, ")
+    message = _PLAIN.get(fault["type"], fault["msg"].removeprefix("Value error, "))
     return XushiError(f"{where}: {key or 'recipe'}: {message}{shown}", "correct that value in the recipe or with --set")
 
 
