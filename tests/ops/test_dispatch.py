@@ -19,7 +19,7 @@ OPS = [
     (experts, "routed_experts", "_RoutedExperts", EXPERTS),
     (loss, "token_log_probabilities", "_TokenLogProbabilities", (X, HEAD, TARGETS)),
     (loss, "cross_entropy", "_CrossEntropy", (X.clone().requires_grad_(), HEAD, TARGETS, torch.ones(6))),
-    (attention, "causal_attention", "F", (*HEADS, None, 0.5)),
+    (attention, "causal_attention", "_CausalAttention", (*HEADS, None, 0.5)),
 ]
 
 

@@ -3,12 +3,14 @@
 Axes: B batch, H heads, T tokens, K query and key width, V value width.
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xushi.ops.dispatch import use_reference
 
+KEEP_WEIGHTS = 512  # up to this length the weights are kept for the backward pass, beyond it they are made again
 QUERY_BLOCK = 128  # of 32, 64, 128 and 256 the fastest at 256 tokens (docs/lab-log.md)
 
 
@@ -35,27 +37,62 @@ def causal_attention_reference(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, m
 
 
 def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """The same through PyTorch's fused attention: [B, H, T, V].
+    """The same with softmax in float32 at least, queries in blocks, and a backward pass written out: [B, H, T, V].
 
-    The fused CPU form asks for equal key and value widths, so the narrower one is padded with zeros, which change
-    neither the scores nor the part of the output that is kept; unpadded, MLA falls to a path two to four times slower.
-    Queries go in blocks that see only the keys up to their own end, as the fused form also computes what it masks.
+    A block of queries sees only the keys up to its own end. In long sequences its weights are made again in the
+    backward pass, so what is kept is linear in T. PyTorch's fused form takes 1.2 (fp32) to 2.9 (bf16) times as long on
+    a CPU (docs/lab-log.md).
     """
     if use_reference():
         return causal_attention_reference(q_BHTK, k_BHTK, v_BHTV, mask, scale)
-    key_width, value_width = q_BHTK.shape[-1], v_BHTV.shape[-1]
-    if value_width < key_width:
-        v_BHTV = F.pad(v_BHTV, (0, key_width - value_width))
-    elif key_width < value_width:
-        q_BHTK = F.pad(q_BHTK, (0, value_width - key_width))
-        k_BHTK = F.pad(k_BHTK, (0, value_width - key_width))
     length = q_BHTK.shape[-2]
     if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=q_BHTK.device).tril()
-    blocks = []
-    for start in range(0, length, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, length)
-        blocks.append(F.scaled_dot_product_attention(
-            q_BHTK[:, :, start:end], k_BHTK[:, :, :end], v_BHTV[:, :, :end], attn_mask=mask[..., start:end, :end],
-            scale=scale))
-    return torch.cat(blocks, dim=2)[..., :value_width]
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q_BHTK.device).tril()
+    result: Tensor = _CausalAttention.apply(q_BHTK, k_BHTK, v_BHTV, mask, scale)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """softmax(scale * q k^T + bias) in q's dtype: q [B*H, t, K], k [B*H, s, K], bias [B or 1, 1, t, s]."""
+    scores = torch.bmm(q, k.mT).view(bias.shape[0], -1, *bias.shape[2:])
+    return torch.add(bias, scores, alpha=scale).softmax(-1).to(q.dtype).flatten(0, 1)
+
+
+class _CausalAttention(torch.autograd.Function):
+    """dP = dO V^T, dS = P (dP - sum(dO O)), dQ = dS K, dK = dS^T Q, dV = P^T dO."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, mask: Tensor, scale: float) -> Tensor:
+        shape, length = q_BHTK.shape[:2], q_BHTK.shape[2]
+        q, k, v = (x.reshape(-1, length, x.shape[-1]) for x in (q_BHTK, k_BHTK, v_BHTV))
+        bias = torch.zeros(mask.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        bias.masked_fill_(~mask, float("-inf"))
+        out, kept = torch.empty_like(v), []
+        for start in range(0, length, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, length)
+            weights = _weights(q[:, start:end], k[:, :end], bias[..., start:end, :end], scale)
+            out[:, start:end] = torch.bmm(weights, v[:, :end])
+            if length <= KEEP_WEIGHTS:
+                kept.append(weights)
+        ctx.save_for_backward(q, k, v, out, bias, *kept)
+        ctx.scale, ctx.shape = scale, shape
+        return out.view(*shape, length, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, out, bias, *kept = ctx.saved_tensors
+        length = q.shape[1]
+        d_out = gradients[0].reshape(out.shape)
+        mean = (d_out.to(bias.dtype) * out).sum(-1, keepdim=True)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for block, start in enumerate(range(0, length, QUERY_BLOCK)):
+            end = min(start + QUERY_BLOCK, length)
+            queries, d_block = q[:, start:end], d_out[:, start:end]
+            weights = kept[block] if kept else _weights(queries, k[:, :end], bias[..., start:end, :end], ctx.scale)
+            d_weights = torch.bmm(d_block, v[:, :end].mT)
+            d_scores = (d_weights - mean[:, start:end]).mul_(weights).to(q.dtype)
+            dv[:, :end] += torch.bmm(weights.mT, d_block)
+            dq[:, start:end] = torch.bmm(d_scores, k[:, :end])
+            dk[:, :end] += torch.bmm(d_scores.mT, queries)
+        dq, dk, dv = (d.view(*ctx.shape, length, -1) for d in (dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv))
+        return dq, dk, dv, None, None

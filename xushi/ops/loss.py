@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xushi.ops.dispatch import use_reference
 
-CHUNK = 1024  # rows of logits held at a time
+CHUNK = 512  # rows of logits held at a time
 
 
 def token_log_probabilities_reference(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -41,10 +41,15 @@ def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: T
     return result
 
 
-def _chunk_log_probabilities(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Chosen log-probabilities [n] and all of them [n, V], float32."""
-    log_p = F.linear(x, head).float().log_softmax(-1)
-    return log_p.gather(1, targets[:, None]).squeeze(1), log_p
+def _chunk_probabilities(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Chosen log-probabilities [n] and all probabilities [n, V], float32.
+
+    log p = logit - largest logit + log of the largest p: one softmax in place of a log-softmax and its exp.
+    """
+    logits = F.linear(x, head).float()
+    p = logits.softmax(-1)
+    chosen = logits.gather(1, targets[:, None]).squeeze(1)
+    return chosen - logits.amax(-1) + p.amax(-1).log(), p
 
 
 class _TokenLogProbabilities(torch.autograd.Function):
@@ -53,7 +58,7 @@ class _TokenLogProbabilities(torch.autograd.Function):
         head = head_VD.to(x_ND.dtype)
         ctx.save_for_backward(x_ND, head, targets_N)
         ctx.head_dtype = head_VD.dtype
-        return torch.cat([_chunk_log_probabilities(x, head, targets)[0]
+        return torch.cat([_chunk_probabilities(x, head, targets)[0]
                           for x, targets in zip(torch.split(x_ND, CHUNK), torch.split(targets_N, CHUNK), strict=True)])
 
     @staticmethod
@@ -65,7 +70,7 @@ class _TokenLogProbabilities(torch.autograd.Function):
             rows = slice(start, start + CHUNK)
             x, targets, gradient = x_ND[rows], targets_N[rows], gradients[0][rows]
             # d log p[target] / d logits = onehot(target) - p
-            d_logits = _chunk_log_probabilities(x, head, targets)[1].exp_().mul_(-gradient[:, None])
+            d_logits = _chunk_probabilities(x, head, targets)[1].mul_(-gradient[:, None])
             d_logits.scatter_add_(1, targets[:, None], gradient[:, None].to(d_logits.dtype))
             d_logits = d_logits.to(x.dtype)
             torch.mm(d_logits, head, out=dx_ND[rows])
@@ -83,9 +88,9 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, x_ND.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
             x, targets, weights = x_ND[rows], targets_N[rows], weights_N[rows].float()
-            chosen, log_p = _chunk_log_probabilities(x, head, targets)
+            chosen, d_logits = _chunk_probabilities(x, head, targets)
             loss -= (chosen * weights).sum()
-            d_logits = log_p.exp_().mul_(weights[:, None])
+            d_logits.mul_(weights[:, None])
             d_logits.scatter_add_(1, targets[:, None], -weights[:, None])
             d_logits = d_logits.to(x.dtype)
             torch.mm(d_logits, head, out=dx_ND[rows])

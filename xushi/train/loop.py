@@ -33,8 +33,8 @@ def set_compute_dtype(model: Deepseek, dtype: str) -> str:
 
 
 def new_optimizer(model: Deepseek, config: OptimizationConfig) -> Optimizer:
-    """The optimizer that `config` asks for."""
-    return Optimizer(model, config.optimizer, (config.beta1, config.beta2), config.weight_decay)
+    """The optimizer that `config` asks for; Newton-Schulz runs in the dtype that the model computes in."""
+    return Optimizer(model, config.optimizer, (config.beta1, config.beta2), config.weight_decay, model.compute_dtype)
 
 
 def save_training(directory: Path, step: int, model: Deepseek, optimizer: Optimizer) -> None:
