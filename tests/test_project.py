@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import xushi
 
@@ -90,6 +91,21 @@ def test_every_requirement_is_pinned():
     extras = [line for group in project["optional-dependencies"].values() for line in group]
     names = {canonical(re.split(r"[\[<>=!~ ;]", line)[0]) for line in project["dependencies"] + extras} - {"xushi"}
     assert names <= set(pins())
+
+
+def test_the_demos_text_comes_with_the_package_alone():
+    """Every package that the demo reads is installed by xushi itself, not only by what its tests need."""
+    wanted, closure = ["xushi"], set()
+    while wanted:
+        name = wanted.pop()
+        if name not in closure:
+            closure.add(name)
+            for line in metadata.requires(name) or []:
+                requirement = Requirement(line)
+                if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                    wanted.append(canonical(requirement.name))
+    recipe = tomllib.loads((ROOT / "recipes" / "demo.toml").read_text(encoding="utf-8"))
+    assert {canonical(name) for source in recipe["data"]["sources"] for name in source["packages"]} <= closure
 
 
 def test_every_import_is_a_declared_dependency():
