@@ -109,6 +109,19 @@ def test_partial_run_leaves_sections_out(full_run: Build, tmp_path: Path) -> Non
     assert html.count("<li class=") == 3
 
 
+def test_a_model_without_mtp_has_no_word_of_it(full_run: Build, tmp_path: Path) -> None:
+    """Its loss is tracked as zero, which would be drawn as a perfect one."""
+    run = full_run(tmp_path / "run")
+    assert "(MTP)" in write_report(run).read_text(encoding="utf-8")
+    tracking = Tracking(run / "tracking.sqlite")
+    tracking._write("UPDATE metrics SET value = 0 WHERE name = ?", [("mtp_loss",)])
+    tracking.close()
+    results = json.loads((run / "results.json").read_text(encoding="utf-8")) | {"model.parameters_mtp": 0}
+    (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "(MTP)" not in page and "multi-token" not in page
+
+
 @pytest.mark.parametrize("missing", ["results.json", "tracking.sqlite", "recipe.toml", "samples.json"])
 def test_each_file_may_be_missing_and_is_not_made(full_run: Build, tmp_path: Path, missing: str) -> None:
     directory = full_run(tmp_path / "demo")

@@ -22,10 +22,11 @@ _LINES_APART = 6
 
 def pretrain_section(run: Run) -> str:
     """The model's size, loss and held-out curves against tokens, and the smaller health curves."""
+    mtp = [("for multi-token prediction", _written(run, "model.parameters_mtp"))]
     model = facts([
         ("parameters", _written(run, "model.parameters_total")),
         ("of them active for a token", _written(run, "model.parameters_active")),
-        ("for multi-token prediction", _written(run, "model.parameters_mtp")),
+        *(mtp if run.number("model.parameters_mtp") else []),
         ("tokens seen", _written(run, "pretrain.tokens")), ("optimizer steps", _written(run, "pretrain.steps")),
         ("tokens a second", _written(run, "pretrain.tokens_per_second")),
         ("last loss, nats a token", _written(run, "pretrain.loss", digits)),
@@ -46,9 +47,10 @@ def loss_figure(run: Run) -> str:
     early = means[min(len(means) - 1, len(means) // 25)]
     highest = max(y for stretch in runs(points) for _, y in stretch)
     limit = early * 1.05 if highest > 1.3 * early else math.inf
-    chart = line_chart([Series("", points, 0, faint=True), Series("next token", smooth(points), 0),
-                        Series("one further (MTP)", smooth(ahead), 2)], title="Training loss", x_label=x_label,
-                       y_label="nats per token", y_limit=limit, height=260)
+    lines = [Series("", points, 0, faint=True), Series("next token", smooth(points), 0)]
+    if any(y for _, y in ahead):  # all zero without MTP layers
+        lines.append(Series("one further (MTP)", smooth(ahead), 2))
+    chart = line_chart(lines, title="Training loss", x_label=x_label, y_label="nats per token", y_limit=limit, height=260)
     caption = "Pale: each step. Strong: the mean over 2\u202f% of the steps around it."
     if limit < math.inf:
         caption += f" The first steps start at {digits(highest)}, above the frame."
