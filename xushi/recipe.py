@@ -107,6 +107,7 @@ class Recipe(StrictConfig):
             raise ValueError(f"threads = {self.threads} must be at least 1; left out, it is the number of cores")
         self._check_stages()
         self._check_lengths()
+        self._check_balance()
         return self
 
     def _check_stages(self) -> None:
@@ -122,6 +123,18 @@ class Recipe(StrictConfig):
                 raise ValueError(f"stage {stage} needs the tables [{stage}] and [environment]")
         if self.without is not None and self.without not in self.stages:
             raise ValueError(f"without = {self.without!r} is not one of this run's stages ({', '.join(self.stages)})")
+
+    def _check_balance(self) -> None:
+        """A router without a bias has the balance loss alone, which reinforcement learning has not."""
+        if self.model.has_router_bias or not any(self.model.is_moe(i) for i in range(self.model.num_hidden_layers)):
+            return
+        for stage in ("pretrain", "sft", "rl"):
+            config = getattr(self, stage)
+            unbalanced = stage in self.stages and (stage == "rl" or not config.balance_weight)
+            if unbalanced and not config.allow_unbalanced:
+                raise ValueError(f"{stage} would train the experts of a {self.model.model_type} unbalanced: its router "
+                                 f"has no bias and there is no balance loss; set {stage}.allow_unbalanced = true if "
+                                 "that is wanted")
 
     def _check_lengths(self) -> None:
         if self.pretrain.batch_tokens % self.data.sequence_length:

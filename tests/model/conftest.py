@@ -20,6 +20,8 @@ def random_model() -> Callable[[ModelConfig, int], Deepseek]:
                 if parameter.dim() == 1:
                     parameter.add_(torch.randn(parameter.shape, generator=stream) * 0.3)
             for router in model.routers().values():
+                if router.e_score_correction_bias is None:
+                    continue
                 router.e_score_correction_bias.copy_(torch.randn(config.n_routed_experts, generator=stream) * 0.2)
         return model
     return make

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xushi.ops import sigmoid_router
+from xushi.ops import sigmoid_router, softmax_router
 
 
 def choose(biased: list[float], groups: int, top_groups: int, top_k: int) -> list[int]:
@@ -72,6 +72,28 @@ def test_choice_values_and_gradients(options: dict, seed: int, within, leaves) -
     within("gradient of x", fast[0].grad, exact[0].grad, d_logit * weight.double().abs().sum(0), roundings)
     within("gradient of the weight", fast[1].grad, exact[1].grad,
            (d_logit * x.double().abs()).sum(0).expand(experts, -1), roundings)
+
+
+@given(seed=st.integers(0, 2**31), groups=st.integers(1, 4), size=st.integers(1, 4), tokens=st.integers(1, 20),
+       data=st.data())
+def test_softmax_choice_and_values(seed: int, groups: int, size: int, tokens: int, data: st.DataObject, within) -> None:
+    """V2's: groups by their single best expert, gate values the softmax of all experts, never normalised again."""
+    top_groups = data.draw(st.integers(1, groups))
+    top_k = data.draw(st.integers(1, top_groups * size))
+    g = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(tokens, 7, generator=g), torch.randn(groups * size, 7, generator=g)
+    scores = torch.stack([(weight.double() @ token).softmax(0) for token in x.double()])
+    chosen = []
+    for row in scores.tolist():
+        members = [range(i * size, (i + 1) * size) for i in range(groups)]
+        best = sorted(members, key=lambda group: -max(row[e] for e in group))[:top_groups]
+        chosen.append(sorted((e for group in best for e in group), key=lambda e: -row[e])[:top_k])
+    got = softmax_router(x, weight, top_k=top_k, groups=groups, top_groups=top_groups, scale=16.0)
+    assert [set(row) for row in got.indices_Nk.tolist()] == [set(row) for row in chosen]
+    # A logit is off by 7 roundings of its terms, a score by twice that and by the sum's.
+    roundings = 14 * float((x.double().abs() @ weight.double().abs().T).max()) + groups * size + 8
+    want = 16 * scores.gather(1, got.indices_Nk)
+    within("gate values", got.weights_Nk, want, want, roundings)
 
 
 def test_masking_excluded_groups_with_zero_would_show() -> None:

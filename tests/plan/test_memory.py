@@ -6,7 +6,8 @@ import torch
 from xushi.model.config import ModelConfig
 from xushi.model.deepseek import Deepseek
 from xushi.model.objective import pretraining_loss
-from xushi.plan import training_memory_bytes
+from xushi.ops import attention, loss
+from xushi.plan import memory, training_memory_bytes
 
 SMALL = ModelConfig(
     vocab_size=256, hidden_size=64, intermediate_size=160, moe_intermediate_size=32, num_hidden_layers=3,
@@ -38,9 +39,10 @@ def kept_by_autograd(config: ModelConfig, rows: int, length: int, mtp: bool) -> 
     ({}, True), ({}, False), ({"q_lora_rank": None}, True), ({"v_head_dim": 40, "n_shared_experts": 2}, False),
     ({"first_k_dense_replace": 3}, False),
 ])  # fmt: skip
-def test_activations_are_what_autograd_keeps(changes, mtp):
-    config, rows, length = SMALL.model_copy(update=changes), 4, 512
-    estimate = training_memory_bytes(config, rows * length, mtp=mtp)
+@pytest.mark.parametrize("length", [100, 200, 512])
+def test_activations_are_what_autograd_keeps(changes, mtp, length):
+    config, rows = SMALL.model_copy(update=changes), 2048 // length
+    estimate = training_memory_bytes(config, rows * length, length, mtp=mtp)
     head_gradients = (2 if mtp else 1) * 4 * config.vocab_size * config.hidden_size
     assert estimate.activations + head_gradients == pytest.approx(kept_by_autograd(config, rows, length, mtp), rel=0.08)
 
@@ -53,16 +55,22 @@ def test_weights_and_states_are_exact(changes, mtp):
     matrices = sum(p.numel() for name, p in named.items()
                    if p.dim() >= 2 and "embed_tokens" not in name and "lm_head" not in name)
     everything = sum(p.numel() for p in named.values())
-    adamw = training_memory_bytes(config, 1, "adamw")
-    muon = training_memory_bytes(config, 1, "muon")
+    adamw = training_memory_bytes(config, 1, 1, "adamw")
+    muon = training_memory_bytes(config, 1, 1, "muon")
     assert adamw.weights == adamw.gradients == 4 * everything
     assert adamw.optimizer == 8 * everything
     assert muon.optimizer == 8 * (everything - matrices) + 4 * matrices
-    assert training_memory_bytes(config, 1, "muon", "bf16").weights == 6 * everything
+    assert training_memory_bytes(config, 1, 1, "muon", "bf16").weights == 6 * everything
 
 
 def test_memory_grows_with_the_batch_only_where_it_should():
-    small, large = training_memory_bytes(SMALL, 4096), training_memory_bytes(SMALL, 8192)
+    small, large = training_memory_bytes(SMALL, 4096, 512), training_memory_bytes(SMALL, 8192, 512)
     assert large.activations == 2 * small.activations and large.logits == small.logits
     assert large.total - small.total == small.activations
-    assert training_memory_bytes(SMALL, 4096, compute="bf16").activations < small.activations
+    assert training_memory_bytes(SMALL, 4096, 512, compute="bf16").activations < small.activations
+
+
+def test_the_ops_numbers_are_the_ops():
+    """Written twice, since planning may not wait for torch to load."""
+    assert (memory.LOGIT_ROWS, memory.QUERY_BLOCK, memory.KEEP_WEIGHTS) == (
+        loss.CHUNK, attention.QUERY_BLOCK, attention.KEEP_WEIGHTS)

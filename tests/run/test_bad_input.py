@@ -27,6 +27,10 @@ def refused(text: str, *arguments: str | Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 2, done.stderr
 
 
+SECOND = ["model.model_type='deepseek_v2'", "model.topk_method='greedy'", "model.norm_topk_prob=false",
+          "model.num_nextn_predict_layers=0"]
+
+
 @pytest.mark.parametrize(("assignment", "said"), [
     ("pretrain.stepz=3", "unknown key pretrain.stepz"),
     ("pretrain.steps='many'", "pretrain.steps"),
@@ -36,6 +40,8 @@ def refused(text: str, *arguments: str | Path) -> None:
     ("model.num_experts_per_tok=99", "exceeds the experts"),
     ("model.max_position_embeddings=32", "exceeds model.max_position_embeddings"),
     ("pretrain.bias_speed=0.0\npretrain.balance_weight=0.0", "would train unbalanced"),
+    ("\n".join([*SECOND, "pretrain.balance_weight=0.0"]), "pretrain would train the experts of a deepseek_v2"),
+    ("\n".join(SECOND), "rl would train the experts of a deepseek_v2 unbalanced"),
     ("stages=['data']", "must hold data, tokenizer and pretrain"),
     ("without='sleep'", "not one of this run's stages"),
     ("environment.min_digits=1", "digits go from"),

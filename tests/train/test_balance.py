@@ -44,6 +44,19 @@ def test_equal_loads_move_nothing() -> None:
     assert not net.routers()["1"].e_score_correction_bias.any()
 
 
+def test_a_router_without_bias_is_left_alone() -> None:
+    """V2's has none; its balance loss pulls instead."""
+    second = CONFIG.model_dump() | {"model_type": "deepseek_v2", "topk_method": "greedy", "norm_topk_prob": False,
+                                    "num_nextn_predict_layers": 0}
+    net = Deepseek(ModelConfig(**second)).initialise(0)
+    load = {"1": torch.tensor([9.0, 0, 0, 0, 0, 0])}
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    update_router_biases(net, load, 0.1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    health = router_health(net, load)
+    assert health["router.1.max_violation"] == 5 and "router.1.bias_drift" not in health
+
+
 def test_an_overloaded_expert_loses_tokens() -> None:
     """The rule and the router together: with the rule on, loads that began skewed come near the mean."""
     g = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 as published: decoder layers over MLA and experts, the head, and the multi-token prediction layers.
+"""DeepSeek-V2 and V3 as published: decoder layers over MLA and experts, the head, and multi-token prediction layers.
 
 The residual stream is kept in the weights' dtype and every block computes in `compute_dtype` (equal unless training
 asks for bfloat16). Not here: losses (objective.py), files (weights.py), sampling (engine).
@@ -166,7 +166,8 @@ class Deepseek(nn.Module):
                     parameter.copy_(torch.empty(parameter.shape).normal_(0.0, self.config.initializer_range,
                                                                          generator=stream))
         for router in self.routers().values():
-            router.e_score_correction_bias.zero_()
+            if router.e_score_correction_bias is not None:
+                router.e_score_correction_bias.zero_()
         return self
 
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, segments_BT: Tensor | None = None,

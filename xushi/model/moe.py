@@ -8,23 +8,31 @@ from torch import Tensor, nn
 
 from xushi.model.config import ModelConfig
 from xushi.model.layers import MLP
-from xushi.ops import RouterChoice, routed_experts, sigmoid_router
+from xushi.ops import RouterChoice, routed_experts, sigmoid_router, softmax_router
 
 
 class Router(nn.Module):
-    """Chooses experts; `e_score_correction_bias` [E] is a float32 buffer that training moves, never the gradient."""
+    """Chooses experts, by V3's rule or V2's.
 
-    e_score_correction_bias: Tensor
+    V3's `e_score_correction_bias` [E] is a float32 buffer that training moves, never the gradient; V2 has none.
+    """
+
+    e_score_correction_bias: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        self.register_buffer("e_score_correction_bias",
+                             torch.zeros(config.n_routed_experts) if config.has_router_bias else None)
 
     def forward(self, x_ND: Tensor, pinned_Nk: Tensor | None = None) -> RouterChoice:
         """Scores, choice and gate values; `pinned_Nk` replaces the choice."""
         config = self.config
+        if self.e_score_correction_bias is None:
+            groups = config.n_group if config.topk_method == "group_limited_greedy" else 1
+            return softmax_router(x_ND, self.weight, top_k=config.num_experts_per_tok, groups=groups,
+                                  top_groups=config.topk_group, scale=config.routed_scaling_factor, pinned_Nk=pinned_Nk)
         return sigmoid_router(x_ND, self.weight, self.e_score_correction_bias, top_k=config.num_experts_per_tok,
                               groups=config.n_group, top_groups=config.topk_group, normalise=config.norm_topk_prob,
                               scale=config.routed_scaling_factor, pinned_Nk=pinned_Nk)

@@ -15,10 +15,10 @@ from xushi.ops.loss import (
 )
 from xushi.ops.norm import rms_norm
 from xushi.ops.rope import apply_rope, rope_frequencies
-from xushi.ops.router import RouterChoice, sigmoid_router
+from xushi.ops.router import RouterChoice, sigmoid_router, softmax_router
 
 __all__ = [
     "RouterChoice", "apply_rope", "causal_attention", "causal_attention_reference", "cross_entropy",
     "cross_entropy_reference", "rms_norm", "rope_frequencies", "routed_experts", "routed_experts_reference",
-    "sigmoid_router", "token_log_probabilities", "token_log_probabilities_reference", "use_reference",
+    "sigmoid_router", "softmax_router", "token_log_probabilities", "token_log_probabilities_reference", "use_reference",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xushi.ops.dispatch import use_reference
 
-KEEP_WEIGHTS = 512  # up to this length the weights are kept for the backward pass, beyond it they are made again
+KEEP_WEIGHTS = 256  # up to this length the weights are kept for the backward pass, beyond it they are made again
 QUERY_BLOCK = 128  # of 32, 64, 128 and 256 the fastest at 256 tokens (docs/lab-log.md)
 
 
@@ -52,9 +52,11 @@ def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, mask: Tenso
     return result
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T + bias) in q's dtype: q [B*H, t, K], k [B*H, s, K], bias [B or 1, 1, t, s]."""
-    scores = torch.bmm(q, k.mT).view(bias.shape[0], -1, *bias.shape[2:])
+def _weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """softmax(scale * q k^T) in q's dtype where `mask` [B or 1, 1, t, s] allows: q [B*H, t, K], k [B*H, s, K]."""
+    bias = torch.zeros(mask.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    bias.masked_fill_(~mask, float("-inf"))
+    scores = torch.bmm(q, k.mT).view(mask.shape[0], -1, *mask.shape[2:])
     return torch.add(bias, scores, alpha=scale).softmax(-1).to(q.dtype).flatten(0, 1)
 
 
@@ -65,30 +67,28 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, mask: Tensor, scale: float) -> Tensor:
         shape, length = q_BHTK.shape[:2], q_BHTK.shape[2]
         q, k, v = (x.reshape(-1, length, x.shape[-1]) for x in (q_BHTK, k_BHTK, v_BHTV))
-        bias = torch.zeros(mask.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        bias.masked_fill_(~mask, float("-inf"))
         out, kept = torch.empty_like(v), []
         for start in range(0, length, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, length)
-            weights = _weights(q[:, start:end], k[:, :end], bias[..., start:end, :end], scale)
+            weights = _weights(q[:, start:end], k[:, :end], mask[..., start:end, :end], scale)
             out[:, start:end] = torch.bmm(weights, v[:, :end])
             if length <= KEEP_WEIGHTS:
                 kept.append(weights)
-        ctx.save_for_backward(q, k, v, out, bias, *kept)
+        ctx.save_for_backward(q, k, v, out, mask, *kept)
         ctx.scale, ctx.shape = scale, shape
         return out.view(*shape, length, -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, bias, *kept = ctx.saved_tensors
+        q, k, v, out, mask, *kept = ctx.saved_tensors
         length = q.shape[1]
         d_out = gradients[0].reshape(out.shape)
-        mean = (d_out.to(bias.dtype) * out).sum(-1, keepdim=True)
+        mean = (d_out.to(torch.promote_types(out.dtype, torch.float32)) * out).sum(-1, keepdim=True)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for block, start in enumerate(range(0, length, QUERY_BLOCK)):
             end = min(start + QUERY_BLOCK, length)
             queries, d_block = q[:, start:end], d_out[:, start:end]
-            weights = kept[block] if kept else _weights(queries, k[:, :end], bias[..., start:end, :end], ctx.scale)
+            weights = kept[block] if kept else _weights(queries, k[:, :end], mask[..., start:end, :end], ctx.scale)
             d_weights = torch.bmm(d_block, v[:, :end].mT)
             d_scores = (d_weights - mean[:, start:end]).mul_(weights).to(q.dtype)
             dv[:, :end] += torch.bmm(weights.mT, d_block)

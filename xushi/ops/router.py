@@ -1,4 +1,4 @@
-"""DeepSeek-V3's router: sigmoid scores, a bias that steers selection only, and group-limited top-k.
+"""The routers: V3's sigmoid scores with a bias that steers selection only, and V2's softmax; both limited to groups.
 
 Axes: N tokens, D hidden, E experts, k experts per token.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 class RouterChoice:
     """What the router decided for N tokens."""
 
-    scores_NE: Tensor  # sigmoid affinities, float32, with gradient
+    scores_NE: Tensor  # affinities of all experts, float32, with gradient
     indices_Nk: Tensor  # chosen experts, int64
     weights_Nk: Tensor  # gate values, float32, with gradient
 
@@ -31,15 +31,34 @@ def sigmoid_router(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor, *, top_k: in
     scores_NE = F.linear(x_ND.to(wide), weight_ED.to(wide)).sigmoid()
     if pinned_Nk is None:
         with torch.no_grad():
-            choice_NE = scores_NE + bias_E
-            if groups > 1:
-                grouped = choice_NE.view(choice_NE.shape[0], groups, -1)
-                group_scores = grouped.topk(2, dim=-1).values.sum(-1)
-                best = group_scores.topk(top_groups, dim=-1).indices
-                outside = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
-                choice_NE = grouped.masked_fill(outside[..., None], float("-inf")).flatten(1)
-            pinned_Nk = choice_NE.topk(top_k, dim=-1).indices
+            pinned_Nk = _best_of_groups(scores_NE + bias_E, top_k, groups, top_groups, members=2)
     weights_Nk = scores_NE.gather(1, pinned_Nk)
     if normalise:
         weights_Nk = weights_Nk / (weights_Nk.sum(-1, keepdim=True) + 1e-20)
     return RouterChoice(scores_NE, pinned_Nk, weights_Nk * scale)
+
+
+def softmax_router(x_ND: Tensor, weight_ED: Tensor, *, top_k: int, groups: int, top_groups: int, scale: float,
+                   pinned_Nk: Tensor | None = None) -> RouterChoice:
+    """DeepSeek-V2's (arXiv:2405.04434, section 2.2; transformers' `DeepseekV2TopkRouter`).
+
+    A group's score is that of its best expert, and the gate values are the softmax scores themselves, never normalised
+    over the chosen. Product and scores are float32 at least. `pinned_Nk` as in `sigmoid_router`.
+    """
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    scores_NE = F.linear(x_ND.to(wide), weight_ED.to(wide)).softmax(-1)
+    if pinned_Nk is None:
+        with torch.no_grad():
+            pinned_Nk = _best_of_groups(scores_NE, top_k, groups, top_groups, members=1)
+    return RouterChoice(scores_NE, pinned_Nk, scores_NE.gather(1, pinned_Nk) * scale)
+
+
+def _best_of_groups(scores_NE: Tensor, top_k: int, groups: int, top_groups: int, members: int) -> Tensor:
+    """The top-k experts [N, k] of the best groups, a group's score being the sum of its `members` best."""
+    if groups > 1:
+        grouped = scores_NE.view(scores_NE.shape[0], groups, -1)
+        group_scores = grouped.topk(members, dim=-1).values.sum(-1)
+        best = group_scores.topk(top_groups, dim=-1).indices
+        outside = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
+        scores_NE = grouped.masked_fill(outside[..., None], float("-inf")).flatten(1)
+    return scores_NE.topk(top_k, dim=-1).indices

@@ -9,7 +9,9 @@ from typing import Literal
 from xushi.model.config import ModelConfig
 from xushi.plan.parameters import count_parameters
 
-LOGIT_ROWS = 1024  # rows of logits that the chunked loss holds at a time
+# What xushi.ops does, which this floor may know by number only: rows of logits that the chunked loss holds at a time,
+# queries in a block of attention, and the longest sequence whose attention weights are kept for the backward pass.
+LOGIT_ROWS, QUERY_BLOCK, KEEP_WEIGHTS = 512, 128, 256
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,10 @@ class TrainingMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def training_memory_bytes(config: ModelConfig, batch_tokens: int, optimizer: Literal["muon", "adamw"] = "muon",
-                          compute: Literal["fp32", "bf16"] = "fp32", mtp: bool = True) -> TrainingMemory:
-    """Estimate for `batch_tokens` tokens in one forward and backward pass, nothing recomputed.
+def training_memory_bytes(config: ModelConfig, batch_tokens: int, sequence_length: int,
+                          optimizer: Literal["muon", "adamw"] = "muon", compute: Literal["fp32", "bf16"] = "fp32",
+                          mtp: bool = True) -> TrainingMemory:
+    """Estimate for `batch_tokens` tokens in rows of `sequence_length`, one forward and backward pass.
 
     Weights, gradients and states are float32 (4 bytes): AdamW keeps two values per parameter, Muon one for every
     matrix but embedding and head, and AdamW's two for the rest. In bf16 the products' inputs and the weights' copies
@@ -43,7 +46,7 @@ def training_memory_bytes(config: ModelConfig, batch_tokens: int, optimizer: Lit
     width = 2 if compute == "bf16" else 4
     depths = config.num_nextn_predict_layers if mtp else 0
     layers = config.num_hidden_layers + depths
-    activations = sum(_layer_bytes(config, layer, width) for layer in range(layers)) * batch_tokens
+    activations = sum(_layer_bytes(config, layer, width, sequence_length) for layer in range(layers)) * batch_tokens
     # Each prediction keeps its final norm's input and output; a depth also joins two normed inputs.
     activations += batch_tokens * config.hidden_size * ((1 + depths) * (2 * 4 + 2 * width) + depths * 4 * (4 + width))
     head = config.vocab_size * config.hidden_size
@@ -66,14 +69,22 @@ def _vectors(config: ModelConfig, mtp: bool) -> int:
     return layers * per_layer + config.hidden_size * (1 + 3 * depths)
 
 
-def _layer_bytes(config: ModelConfig, layer: int, width: int) -> int:
+def _kept_weights(length: int) -> int:
+    """Attention weights that a query keeps for the backward pass, per head, on average: its block's keys."""
+    if length > KEEP_WEIGHTS:
+        return 0
+    ends = [min(start + QUERY_BLOCK, length) for start in range(0, length, QUERY_BLOCK)]
+    return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False)) // length
+
+
+def _layer_bytes(config: ModelConfig, layer: int, width: int, length: int) -> int:
     """Bytes that autograd keeps per token for one decoder layer whose products compute in `width`-byte values."""
     heads, hidden, latent = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
-    head = max(config.qk_head_dim, config.v_head_dim)
     # Around every norm: its input and its normalised value, then what it hands to the products that follow.
     norms = 2 * hidden * 2 * 4 + 2 * hidden * width
     query = 3 * (config.q_lora_rank or 0)
-    attention = query + 3 * latent + config.qk_rope_head_dim + 4 * heads * head + heads * config.v_head_dim
+    attention = query + 3 * latent + config.qk_rope_head_dim + heads * (
+        2 * config.qk_head_dim + 3 * config.v_head_dim + _kept_weights(length))
     if not config.is_moe(layer):
         return norms + width * (attention + 4 * config.intermediate_size)
     expert = config.moe_intermediate_size

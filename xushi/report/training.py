@@ -50,7 +50,8 @@ def loss_figure(run: Run) -> str:
     lines = [Series("", points, 0, faint=True), Series("next token", smooth(points), 0)]
     if any(y for _, y in ahead):  # all zero without MTP layers
         lines.append(Series("one further (MTP)", smooth(ahead), 2))
-    chart = line_chart(lines, title="Training loss", x_label=x_label, y_label="nats per token", y_limit=limit, height=260)
+    chart = line_chart(lines, title="Training loss", x_label=x_label, y_label="nats per token", y_limit=limit,
+                       height=260)
     caption = "Pale: each step. Strong: the mean over 2\u202f% of the steps around it."
     if limit < math.inf:
         caption += f" The first steps start at {digits(highest)}, above the frame."

@@ -21,7 +21,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     counts = count_parameters(config)
     dtype = best_training_dtype()[0] if recipe.pretrain.dtype == "auto" else recipe.pretrain.dtype
     batch_tokens = recipe.pretrain.batch_tokens
-    memory = training_memory_bytes(config, batch_tokens, recipe.pretrain.optimizer,
+    memory = training_memory_bytes(config, batch_tokens, recipe.data.sequence_length, recipe.pretrain.optimizer,
                                    "bf16" if dtype == "bf16" else "fp32", bool(recipe.pretrain.mtp_weight))
     torch.set_num_threads(recipe.threads or inspect().usable_cores)
     per_token = _seconds_per_token(recipe, Deepseek(config).initialise(recipe.seed))
