@@ -118,6 +118,36 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print findings 
         print(f"{finding.name:<12} {finding.value}\n{'':<12} {finding.verdict}")
 
 
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="a model's directory, or a preset such as deepseek-v3")],
+    context: Annotated[int, typer.Option(help="tokens of context for cache and FLOPs")] = 4096,
+    mtp: Annotated[bool, typer.Option(help="count multi-token prediction in training")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
+) -> None:
+    """Count a model's parameters, cache and FLOPs without loading it."""
+    from xushi.model import preset, read_config
+    from xushi.plan import inspect_model
+
+    if context < 1:
+        raise XushiError(f"--context {context} is not a length", "give at least 1")
+    counted = inspect_model(read_config(model) if Path(model).is_dir() else preset(model), context, mtp)
+    if as_json:
+        print(json.dumps(counted))
+        return
+    layers = counted.pop("layers")
+    _table(counted)
+    print(f"\n{'layers':<12}{'':<26}{'attention':>16}{'feed-forward':>18}{'active':>16}")
+    first = 0
+    for index, layer in enumerate(layers):  # equal neighbours are one line
+        following = layers[index + 1] if index + 1 < len(layers) else {}
+        if layer | {"layer": 0} != following | {"layer": 0}:
+            span = f"{first} to {index}" if first < index else str(index)
+            print(f"{span:<12}{layer['kind']:<26}{layer['attention']:>16,}{layer['feed_forward']:>18,}"
+                  f"{layer['active']:>16,}")
+            first = index + 1
+
+
 def _table(values: dict[str, Any]) -> None:
     for key, value in values.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else value

@@ -1,10 +1,32 @@
-"""Floor 2: what a DeepSeek is: config, blocks, weights in and out. The mathematics is defined here and only here."""
+"""Floor 2: what a DeepSeek is: config, blocks, weights in and out. The mathematics is defined here and only here.
 
-from xushi.model.cache import FlatTokens, LatentCache
-from xushi.model.config import ModelConfig, RopeScaling
-from xushi.model.deepseek import Decoded, Deepseek, Logits
-from xushi.model.objective import LossParts, next_token_loss, pretraining_loss
-from xushi.model.weights import load_pretrained, save_pretrained
+Names are imported when they are first asked for: counting needs the config and must not wait for torch to load.
+"""
 
-__all__ = ["Decoded", "Deepseek", "FlatTokens", "LatentCache", "Logits", "LossParts", "ModelConfig", "RopeScaling",
-           "load_pretrained", "next_token_loss", "pretraining_loss", "save_pretrained"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from xushi.model.config import ModelConfig, RopeScaling, read_config
+from xushi.model.presets import PRESETS, preset
+
+if TYPE_CHECKING:
+    from xushi.model.cache import FlatTokens, LatentCache
+    from xushi.model.deepseek import Decoded, Deepseek, Logits
+    from xushi.model.objective import LossParts, next_token_loss, pretraining_loss
+    from xushi.model.weights import load_pretrained, save_pretrained
+
+__all__ = ["PRESETS", "Decoded", "Deepseek", "FlatTokens", "LatentCache", "Logits", "LossParts", "ModelConfig",
+           "RopeScaling", "load_pretrained", "next_token_loss", "preset", "pretraining_loss", "read_config",
+           "save_pretrained"]
+
+_PLACES = {"FlatTokens": "cache", "LatentCache": "cache", "Decoded": "deepseek", "Deepseek": "deepseek",
+           "Logits": "deepseek", "LossParts": "objective", "next_token_loss": "objective",
+           "pretraining_loss": "objective", "load_pretrained": "weights", "save_pretrained": "weights"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"xushi.model.{_PLACES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -3,6 +3,8 @@
 Not here: anything about training or serving. The mapping to and from `config.json` is one to one.
 """
 
+import json
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, field_validator, model_validator
@@ -196,3 +198,17 @@ class ModelConfig(StrictConfig):
             known["rope_scaling"] = {"type": "yarn"} | {
                 key: value for key, value in scaling.items() if key in RopeScaling.model_fields and key != "type"}
         return parse(cls, known, where)
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The `ModelConfig` of a checkpoint directory's config.json."""
+    file = Path(path) / "config.json"
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise XushiError(f"{file} does not exist", "give a directory in the Hugging Face layout") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise XushiError(f"{file} cannot be read: {error}", "get the file again, it is damaged") from None
+    if not isinstance(table, dict):
+        raise XushiError(f"{file} is not a JSON object", "get the file again, it is damaged")
+    return ModelConfig.from_published(table, str(file))

@@ -17,7 +17,7 @@ from torch import Tensor
 from xushi.base.errors import XushiError
 from xushi.base.files import disk_errors, write_json
 from xushi.model.attention import RotaryAngles
-from xushi.model.config import ModelConfig
+from xushi.model.config import read_config
 from xushi.model.deepseek import Deepseek
 
 SINGLE_FILE = "model.safetensors"
@@ -69,20 +69,6 @@ def save_pretrained(model: Deepseek, path: str | Path, mtp: bool = True) -> None
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in published_tensors(model, mtp)}
         save_file(tensors, directory / SINGLE_FILE, metadata={"format": "pt"})
     write_json(directory / "config.json", published)
-
-
-def read_config(path: str | Path) -> ModelConfig:
-    """The `ModelConfig` of a checkpoint directory's config.json."""
-    file = Path(path) / "config.json"
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise XushiError(f"{file} does not exist", "give a directory in the Hugging Face layout") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise XushiError(f"{file} cannot be read: {error}", "get the file again, it is damaged") from None
-    if not isinstance(table, dict):
-        raise XushiError(f"{file} is not a JSON object", "get the file again, it is damaged")
-    return ModelConfig.from_published(table, str(file))
 
 
 def _shards(directory: Path) -> list[Path]:
