@@ -28,7 +28,6 @@ from xushi.tokenizer.config import SMALLEST_VOCABULARY
 from xushi.train import PretrainConfig, SFTConfig, pack_examples, train
 
 TRANSCRIPTS = "transcripts"  # the name of the environment's source
-LINES_PER_TRANSCRIPT = 32  # a document of one short line would be mostly bos and eos
 
 
 def chat_messages(messages: Sequence[EnvironmentMessage]) -> list[Message]:
@@ -43,15 +42,14 @@ def chat_messages(messages: Sequence[EnvironmentMessage]) -> list[Message]:
 
 
 def _transcripts(context: RunContext) -> dict[str, ExtraSource]:
-    """Worked solutions as plain text, many lines to a document."""
+    """Worked solutions as plain text, each a document of its own: among other lines the sums are learnt far later."""
     config = context.recipe.environment
     if config is None or not config.transcripts:
         return {}
     environment = context.environment()
-    lines = [transcript_text(environment.demonstration("train", index, 1.0)) for index in range(config.transcripts)]
-    documents = [make_document(TRANSCRIPTS, "".join(lines[start:start + LINES_PER_TRANSCRIPT]),
-                               {"path": f"{environment.name}/{start}"})
-                 for start in range(0, len(lines), LINES_PER_TRANSCRIPT)]
+    documents = [make_document(TRANSCRIPTS, transcript_text(environment.demonstration("train", index, 1.0)),
+                               {"path": f"{environment.name}/{index}"})
+                 for index in range(config.transcripts)]
     return {TRANSCRIPTS: ExtraSource(documents, config.transcript_weight)}
 
 
