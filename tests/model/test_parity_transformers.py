@@ -1,5 +1,7 @@
 """The model against transformers' `DeepseekV2ForCausalLM` and `DeepseekV3ForCausalLM`: same weights, float32."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,6 +113,15 @@ def pin_reference(reference: nn.Module, choices: list[Tensor], scores: list[Tens
         gate.forward = forward
 
 
+def float64_gradients(model: Deepseek, tokens: Tensor, pinned: list[Tensor]) -> dict[str, Tensor]:
+    model = copy.deepcopy(model).double()
+    model.zero_grad()
+    logits = model(tokens, pinned=pinned).logits
+    assert logits.dtype == torch.float64
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.roll(tokens, -1, 1).flatten()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 def check_against_transformers(ours: Deepseek, tokens: Tensor, path) -> None:
     reference = load_reference(ours, path)
     routing = ours.hidden(tokens).routing
@@ -126,12 +137,17 @@ def check_against_transformers(ours: Deepseek, tokens: Tensor, path) -> None:
     theirs, own = dict(reference.named_parameters()), dict(ours.named_parameters())
     assert set(theirs) == set(own)
     whole = torch.stack([p.grad.norm() for p in theirs.values() if p.grad is not None]).norm()
+    exact: dict[str, Tensor] = {}
     for name, parameter in own.items():
         if parameter.grad is None or theirs[name].grad is None:
             assert all(p.grad is None or not p.grad.any() for p in (parameter, theirs[name])), name
             continue
         difference = (parameter.grad - theirs[name].grad).norm()
-        assert difference <= TOLERANCE * (theirs[name].grad.norm() + 1e-3 * whole), name
+        if difference > TOLERANCE * (theirs[name].grad.norm() + 1e-3 * whole):
+            # A gradient that is the small rest of large terms (two tokens' queries, the router of one chosen expert)
+            # is known no better than the float32 form computes it: within a few times ours against float64.
+            exact = exact or float64_gradients(ours, tokens, choices)
+            assert difference <= 4 * (parameter.grad - exact[name]).norm(), name
 
 
 def random_tokens(config: ModelConfig, seed: int, *shape: int) -> Tensor:
