@@ -1,12 +1,15 @@
-"""Floor 1: the tensor operations that model code calls.
+"""Floor 1: tensor operations on real hardware.
 
-Each op has a plain PyTorch reference that defines it, and a fast form that must equal it; both are PyTorch today, so
-nothing is compiled. `XUSHI_OPS=reference` in the environment forces the references.
+Each op has a plain PyTorch reference that defines it, and where it is worth it a fast form that must equal it; all are
+PyTorch today, so nothing is compiled. `XUSHI_OPS=reference` in the environment forces the references.
 """
 
 from xushi.ops.attention import causal_attention, causal_attention_reference
+from xushi.ops.compressor import compress_windows
 from xushi.ops.dispatch import use_reference
 from xushi.ops.experts import routed_experts, routed_experts_reference
+from xushi.ops.hyper_connections import collapse_streams, expand_streams, sinkhorn, stream_weights
+from xushi.ops.indexer import attention_shares, best_keys, index_divergence, index_scores, index_scores_reference
 from xushi.ops.loss import (
     cross_entropy,
     cross_entropy_reference,
@@ -14,11 +17,21 @@ from xushi.ops.loss import (
     token_log_probabilities_reference,
 )
 from xushi.ops.norm import rms_norm
-from xushi.ops.rope import apply_rope, rope_frequencies
-from xushi.ops.router import RouterChoice, sigmoid_router, softmax_router
+from xushi.ops.rope import apply_rope, rope_frequencies, rotate_tail
+from xushi.ops.router import RouterChoice, sigmoid_router, softmax_router, sqrt_softplus_router
+from xushi.ops.shared_attention import (
+    entry_shares,
+    shared_attention_reference,
+    windowed_attention,
+    windowed_attention_reference,
+)
 
 __all__ = [
-    "RouterChoice", "apply_rope", "causal_attention", "causal_attention_reference", "cross_entropy",
-    "cross_entropy_reference", "rms_norm", "rope_frequencies", "routed_experts", "routed_experts_reference",
-    "sigmoid_router", "softmax_router", "token_log_probabilities", "token_log_probabilities_reference", "use_reference",
+    "RouterChoice", "apply_rope", "attention_shares", "best_keys", "causal_attention", "causal_attention_reference",
+    "collapse_streams", "compress_windows", "cross_entropy", "cross_entropy_reference", "entry_shares",
+    "expand_streams",
+    "index_divergence", "index_scores", "index_scores_reference", "rms_norm", "rope_frequencies", "rotate_tail",
+    "routed_experts", "routed_experts_reference", "shared_attention_reference", "sigmoid_router", "sinkhorn",
+    "softmax_router", "sqrt_softplus_router", "stream_weights", "token_log_probabilities",
+    "token_log_probabilities_reference", "use_reference", "windowed_attention", "windowed_attention_reference",
 ]

@@ -17,25 +17,33 @@ ROW_MULTIPLE = 32
 
 
 def routed_experts_reference(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor,
-                             down_EDF: Tensor) -> Tensor:
-    """One expert after another: [N, D] in x's dtype. `gate_up_EGD` is [E, 2F, D], gate rows first."""
+                             down_EDF: Tensor, limit: float | None = None) -> Tensor:
+    """One expert after another: [N, D] in x's dtype. `gate_up_EGD` is [E, 2F, D], gate rows first.
+
+    `limit` clamps the gate from above and `up` from both sides (V4's SwiGLU).
+    """
     out_ND = torch.zeros_like(x_ND)
     for expert in range(gate_up_EGD.shape[0]):
         token, place = torch.where(indices_Nk == expert)
-        gate, up = F.linear(x_ND.index_select(0, token), gate_up_EGD[expert].to(x_ND.dtype)).chunk(2, dim=-1)
+        gate, up = _gate_and_up(F.linear(x_ND.index_select(0, token), gate_up_EGD[expert].to(x_ND.dtype)), limit)
         y = F.linear(F.silu(gate) * up, down_EDF[expert].to(x_ND.dtype))
         weight = weights_Nk.flatten().index_select(0, token * weights_Nk.shape[1] + place)
         out_ND = out_ND.index_add(0, token, y * weight[:, None].to(y.dtype))
     return out_ND
 
 
+def _gate_and_up(h_PG: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
+    gate, up = h_PG.chunk(2, dim=-1)
+    return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))
+
+
 def routed_experts(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor,
-                   down_EDF: Tensor) -> Tensor:
+                   down_EDF: Tensor, limit: float | None = None) -> Tensor:
     """The same with rows sorted by expert, one product per expert and a backward pass written out."""
     if use_reference() or x_ND.dtype == torch.float64:
-        return routed_experts_reference(x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF)
+        return routed_experts_reference(x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF, limit)
     result: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
-        x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF)
+        x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF, limit)
     return result
 
 
@@ -64,7 +72,7 @@ class _RoutedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor,
-                down_EDF: Tensor) -> Tensor:
+                down_EDF: Tensor, limit: float | None) -> Tensor:
         dtype, (experts, width2, _) = x_ND.dtype, gate_up_EGD.shape
         rows_P, real_P, bounds = sort_by_expert(indices_Nk, experts)
         token_P = rows_P // indices_Nk.shape[1]
@@ -75,7 +83,7 @@ class _RoutedExperts(torch.autograd.Function):
         for e in range(experts):
             if bounds[e] < bounds[e + 1]:
                 torch.mm(x_PD[bounds[e]:bounds[e + 1]], gate_up[e].T, out=h_PG[bounds[e]:bounds[e + 1]])
-        gate, up = h_PG.chunk(2, dim=-1)
+        gate, up = _gate_and_up(h_PG, limit)
         a_PF = F.silu(gate).mul_(up)
         y_PD = torch.empty_like(x_PD)
         for e in range(experts):
@@ -83,16 +91,16 @@ class _RoutedExperts(torch.autograd.Function):
                 torch.mm(a_PF[bounds[e]:bounds[e + 1]], down[e].T, out=y_PD[bounds[e]:bounds[e + 1]])
         out_ND = torch.zeros_like(x_ND).index_add_(0, token_P, y_PD.mul_(weight_P[:, None]))
         ctx.save_for_backward(x_PD, h_PG, weight_P, rows_P, real_P, token_P, gate_up, down)
-        ctx.bounds, ctx.shape, ctx.places = bounds, x_ND.shape, indices_Nk.shape
+        ctx.bounds, ctx.shape, ctx.places, ctx.limit = bounds, x_ND.shape, indices_Nk.shape, limit
         ctx.dtypes = (weights_Nk.dtype, gate_up_EGD.dtype, down_EDF.dtype)
         return out_ND
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor, None]:
         x_PD, h_PG, weight_P, rows_P, real_P, token_P, gate_up, down = ctx.saved_tensors
         bounds, experts = ctx.bounds, gate_up.shape[0]
         weight_dtype, gate_up_dtype, down_dtype = ctx.dtypes
-        gate, up = h_PG.chunk(2, dim=-1)
+        gate, up = _gate_and_up(h_PG, ctx.limit)
         silu = F.silu(gate)
         a_PF = silu * up
         dy_PD = gradients[0].index_select(0, token_P)  # before the gate value multiplies
@@ -110,6 +118,10 @@ class _RoutedExperts(torch.autograd.Function):
         torch.mul(da_PF, silu, out=d_up)
         # One rounding to bfloat16; the slope written out as sigmoid(g) (1 + g - silu(g)) has four.
         torch.ops.aten.silu_backward(da_PF.mul_(up), gate, grad_input=d_gate)
+        if ctx.limit is not None:  # what was clamped has no slope
+            raw_gate, raw_up = h_PG.chunk(2, dim=-1)
+            d_gate.masked_fill_(raw_gate > ctx.limit, 0)
+            d_up.masked_fill_(raw_up.abs() > ctx.limit, 0)
         dx_PD = torch.empty_like(x_PD)
         d_gate_up = torch.zeros_like(gate_up)
         for e in range(experts):
@@ -121,4 +133,4 @@ class _RoutedExperts(torch.autograd.Function):
         # Padding rows add zero to (token 0, place 0); the weights' own gradient must not receive them.
         d_weights = d_weight_P.new_zeros(ctx.places).flatten().index_add_(0, rows_P, d_weight_P.masked_fill(~real_P, 0))
         return (dx_ND, None, d_weights.view(ctx.places).to(weight_dtype), d_gate_up.to(gate_up_dtype),
-                d_down.to(down_dtype))
+                d_down.to(down_dtype), None)

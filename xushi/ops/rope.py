@@ -47,3 +47,16 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the last R values of x's last axis in pairs (x0, x1), (x2, x3), ..., in place of where they stand.
+
+    cos and sin [..., R/2] broadcast against x's leading axes; computed in float32 at least, returned in x's dtype. With
+    -sin it rotates back. Matches transformers' DeepSeek-V4.
+    """
+    rest, tail = torch.split(x, [x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
+    wide = tail.to(torch.promote_types(x.dtype, torch.float32))
+    first, second = wide[..., 0::2], wide[..., 1::2]
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    return torch.cat((rest, rotated.to(x.dtype)), dim=-1)

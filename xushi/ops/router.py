@@ -1,4 +1,5 @@
-"""The routers: V3's sigmoid scores with a bias that steers selection only, and V2's softmax; both limited to groups.
+"""The routers: V3's sigmoid scores with a bias that steers selection only, and V2's softmax, both limited to groups;
+V4's square root of softplus, without groups.
 
 Axes: N tokens, D hidden, E experts, k experts per token.
 """
@@ -51,6 +52,24 @@ def softmax_router(x_ND: Tensor, weight_ED: Tensor, *, top_k: int, groups: int, 
         with torch.no_grad():
             pinned_Nk = _best_of_groups(scores_NE, top_k, groups, top_groups, members=1)
     return RouterChoice(scores_NE, pinned_Nk, scores_NE.gather(1, pinned_Nk) * scale)
+
+
+def sqrt_softplus_router(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, *, top_k: int, scale: float,
+                         pinned_Nk: Tensor | None = None) -> RouterChoice:
+    """DeepSeek-V4's (transformers' `DeepseekV4TopKRouter`): scores sqrt(softplus(x W^T)), best k of score + bias.
+
+    Gate values are the chosen scores, normalised, without the bias. Its hash layers choose by the token's id
+    (`DeepseekV4HashRouter`): that choice comes as `pinned_Nk` and there is no bias. Product and scores are float32 at
+    least; transformers computes them in the model's dtype, where bfloat16 picks other experts.
+    """
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    scores_NE = F.softplus(F.linear(x_ND.to(wide), weight_ED.to(wide))).sqrt()
+    if pinned_Nk is None:
+        with torch.no_grad():
+            pinned_Nk = (scores_NE if bias_E is None else scores_NE + bias_E).topk(top_k, dim=-1).indices
+    weights_Nk = scores_NE.gather(1, pinned_Nk)
+    weights_Nk = weights_Nk / (weights_Nk.sum(-1, keepdim=True) + 1e-20)
+    return RouterChoice(scores_NE, pinned_Nk, weights_Nk * scale)
 
 
 def _best_of_groups(scores_NE: Tensor, top_k: int, groups: int, top_groups: int, members: int) -> Tensor:
