@@ -68,17 +68,26 @@ def test_the_samplers_probabilities_give_another_ratio() -> None:
     assert abs(loss - golden("v3.2")[0]) > 1e-4
 
 
-def test_dapo_is_made_of_the_same_answers() -> None:
-    """DAPO's terms are ours with its wider upper clip (the recipe's own 0.28), its advantages and no mask; only its
-    mean is another, over all tokens at once. An answer alone has the mean over its tokens, so those add up to it."""
-    leaf = INPUTS["logp_new"].clone().requires_grad_()
-    tokens = MASK.sum(1)
-    alone = [grpo_loss(leaf[i:i + 1], INPUTS["logp_old"][i:i + 1], INPUTS["adv_z"][i:i + 1], MASK[i:i + 1],
-                       clip_low=0.2, clip_high=0.28) for i in range(8)]
-    loss = sum(n * value for n, value in zip(tokens, alone, strict=True)) / tokens.sum()
-    loss.backward()
+def test_the_mean_over_all_tokens_is_trls() -> None:
+    """DAPO, with the recipe's own upper clip of 0.28 and its advantages."""
+    loss, gradient = value_and_gradient(INPUTS["logp_new"], INPUTS["logp_old"], INPUTS["adv_z"], MASK, clip_low=0.2,
+                                        clip_high=0.28, token_mean=True)
     want, want_gradient = golden("dapo")
-    assert abs(float(loss.detach()) - want) <= 1e-12 and (leaf.grad - want_gradient).abs().max() <= 1e-12
+    assert abs(loss - want) <= 1e-12 and (gradient - want_gradient).abs().max() <= 1e-12
+
+
+def test_only_the_mean_over_all_tokens_leaves_equal_answers_of_unequal_lengths_alone() -> None:
+    """Answers of two kinds that begin with one of two tokens, advantages that add up to zero: the gradient of the first
+    token's probability must add up to zero too, or all other tokens are pushed. Long right and short wrong answers do
+    push them where each answer has its own mean."""
+    advantages = torch.tensor([0.5, -0.5], dtype=torch.float64)
+    mask = torch.tensor([[True] * 12, [True] * 3 + [False] * 9])
+    log_p = torch.full((2, 12), -1.0, dtype=torch.float64)
+    settings = {"clip_low": 0.2, "clip_high": 0.28}
+    _, tokens = value_and_gradient(log_p, log_p, advantages, mask, token_mean=True, **settings)
+    _, answers = value_and_gradient(log_p, log_p, advantages, mask, **settings)
+    assert tokens[:, 0].sum() == 0
+    assert answers[:, 0].sum() > 0  # descent lowers what was sampled first, whatever it was
 
 
 def loops(log_p, old, advantages, mask, low, high, reference, weight, limit) -> Tensor:

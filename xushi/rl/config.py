@@ -1,5 +1,7 @@
 """The reinforcement-learning part of a recipe."""
 
+from typing import Literal
+
 from pydantic import model_validator
 
 from xushi.train.config import OptimizationConfig
@@ -14,6 +16,8 @@ class RLConfig(OptimizationConfig):
     temperature: float = 1.0
     clip_low: float = 0.2
     clip_high: float = 0.28
+    bias_speed: float = 0.0  # moved biases change the policy without a gradient, and wear off what was learnt
+    loss_mean: Literal["answers", "tokens"] = "answers"  # of V3.2: over each answer's tokens, then over answers
     sequence_length: int = 128  # answers are packed into sequences of this many tokens
 
     @model_validator(mode="after")

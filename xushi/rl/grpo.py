@@ -22,8 +22,11 @@ def group_advantages(rewards_PS: Tensor, counted_PS: Tensor | None = None) -> Te
 
 def grpo_loss(log_p_GT: Tensor, old_log_p_GT: Tensor, advantages_G: Tensor, mask_GT: Tensor, *, clip_low: float,
               clip_high: float, reference_log_p_GT: Tensor | None = None, kl_weight: float = 0.0,
-              off_policy_limit: float | None = None) -> Tensor:
+              off_policy_limit: float | None = None, token_mean: bool = False) -> Tensor:
     """-mean over answers of the mean over tokens of min(rho A, clip(rho) A) - kl_weight * rho * k3, a scalar.
+
+    With `token_mean` the mean is over all tokens at once (DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 8), so that a
+    token's weight does not depend on the length of its answer.
 
     rho = p / p_old with p_old as the sampler returned it; k3 = p_ref/p - log(p_ref/p) - 1, whose product with rho has
     an unbiased gradient (eq. 7). With `off_policy_limit` the clipped term of an answer with negative advantage is
@@ -39,4 +42,6 @@ def grpo_loss(log_p_GT: Tensor, old_log_p_GT: Tensor, advantages_G: Tensor, mask
     if reference_log_p_GT is not None:
         difference = reference_log_p_GT - log_p_GT
         gain = gain - kl_weight * ratio * (difference.exp() - difference - 1)
+    if token_mean:
+        return -(gain * mask_GT).sum() / mask_GT.sum().clamp(min=1)
     return -((gain * mask_GT).sum(1) / tokens_G).mean()

@@ -89,7 +89,7 @@ def policy_loss(model: Deepseek, tokenizer: Tokenizer, config: RLConfig, rollout
     # before the update, equal on-policy, stands for the old one.
     old_GT = as_rows(old_N) if config.temperature == 1.0 else as_rows(log_p_N).detach()
     loss = grpo_loss(as_rows(log_p_N), old_GT, advantages_G, mask_GT, clip_low=config.clip_low,
-                     clip_high=config.clip_high)
+                     clip_high=config.clip_high, token_mean=config.loss_mean == "tokens")
     model_N = torch.tensor([p for a in answers for p in a.logprobs], dtype=log_p_N.dtype)
     difference = (log_p_N.detach() - model_N).abs().max()
     figures = {"loss": float(loss.detach()), "reward": float(rollout.rewards_PS.mean()),
