@@ -1,9 +1,11 @@
 """Floor 3: what a model costs before it exists: parameters, cache, arithmetic and memory, counted without tensors."""
 
-from xushi.plan.inspection import inspect_model
+from xushi.plan.inspection import group_layers, inspect_model
 from xushi.plan.memory import TrainingMemory, training_memory_bytes
 from xushi.plan.parameters import ParameterCount, count_parameters
-from xushi.plan.work import decode_flops_per_token, kv_cache_bytes_per_token, train_flops_per_token
+from xushi.plan.reach import kv_cache_bytes, kv_cache_bytes_per_token
+from xushi.plan.work import decode_flops_per_token, train_flops_per_token
 
-__all__ = ["ParameterCount", "TrainingMemory", "count_parameters", "decode_flops_per_token",
-           "inspect_model", "kv_cache_bytes_per_token", "train_flops_per_token", "training_memory_bytes"]
+__all__ = ["ParameterCount", "TrainingMemory", "count_parameters", "decode_flops_per_token", "group_layers",
+           "inspect_model", "kv_cache_bytes", "kv_cache_bytes_per_token", "train_flops_per_token",
+           "training_memory_bytes"]

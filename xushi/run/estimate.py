@@ -22,7 +22,8 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     dtype = best_training_dtype()[0] if recipe.pretrain.dtype == "auto" else recipe.pretrain.dtype
     batch_tokens = recipe.pretrain.batch_tokens
     memory = training_memory_bytes(config, batch_tokens, recipe.data.sequence_length, recipe.pretrain.optimizer,
-                                   "bf16" if dtype == "bf16" else "fp32", bool(recipe.pretrain.mtp_weight))
+                                   "bf16" if dtype == "bf16" else "fp32", bool(recipe.pretrain.mtp_weight),
+                                   bool(recipe.pretrain.indexer_weight))
     torch.set_num_threads(recipe.threads or inspect().usable_cores)
     per_token = _seconds_per_token(recipe, Deepseek(config).initialise(recipe.seed))
     seconds = {"pretrain": recipe.pretrain.steps * batch_tokens * per_token if recipe.runs("pretrain") else 0.0}
@@ -58,8 +59,9 @@ def _seconds_per_token(recipe: Recipe, model: Deepseek) -> float:
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        pretraining_loss(model, batch, mtp_weight=config.mtp_weight,
-                         balance_weight=config.balance_weight).total.backward()  # type: ignore[no-untyped-call]
+        loss = pretraining_loss(model, batch, mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
+                                indexer_weight=config.indexer_weight)
+        loss.total.backward()  # type: ignore[no-untyped-call]
         optimizer.step(1e-9)
         optimizer.zero_grad()
         times.append(time.perf_counter() - began)
