@@ -110,7 +110,8 @@ def test_the_demos_text_comes_with_the_package_alone():
 
 def test_every_import_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {canonical(re.split(r"[<>=!~ ;]", line)[0]) for line in project["dependencies"]}
+    lines = project["dependencies"] + project["optional-dependencies"]["gguf"]
+    declared = {canonical(re.split(r"[<>=!~ ;]", line)[0]) for line in lines}
     imported = {name.name if isinstance(node, ast.Import) else node.module or ""
                 for path in (ROOT / "xushi").rglob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))
                 if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level)

@@ -127,7 +127,7 @@ def inspect(
 ) -> None:
     """Count a model's parameters, cache and FLOPs without loading it."""
     from xushi.model import preset, read_config
-    from xushi.plan import inspect_model
+    from xushi.plan import group_layers, inspect_model
 
     if context < 1:
         raise XushiError(f"--context {context} is not a length", "give at least 1")
@@ -137,15 +137,30 @@ def inspect(
         return
     layers = counted.pop("layers")
     _table(counted)
-    print(f"\n{'layers':<12}{'':<26}{'attention':>16}{'feed-forward':>18}{'active':>16}")
-    first = 0
-    for index, layer in enumerate(layers):  # equal neighbours are one line
-        following = layers[index + 1] if index + 1 < len(layers) else {}
-        if layer | {"layer": 0} != following | {"layer": 0}:
-            span = f"{first} to {index}" if first < index else str(index)
-            print(f"{span:<12}{layer['kind']:<26}{layer['attention']:>16,}{layer['feed_forward']:>18,}"
-                  f"{layer['active']:>16,}")
-            first = index + 1
+    columns = [name for name in ("attention", "feed_forward", "hyper_connections", "active")
+               if any(layer[name] for layer in layers)]
+    groups = group_layers(layers)
+    width = max(12, *(len(span) + 2 for span, _ in groups))
+    print(f"\n{'layers':<{width}}{'':<26}" + "".join(f"{name.replace('_', '-'):>18}" for name in columns))
+    for span, layer in groups:
+        print(f"{span:<{width}}{layer['kind']:<26}" + "".join(f"{layer[name]:>18,}" for name in columns))
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(help="a model's directory, such as runs/demo/export/reasoning")],
+    out: Annotated[Path, typer.Argument(help="the file to write, such as demo.gguf")],
+    kind: Annotated[str, typer.Option("--type", help="how matrices are stored: bf16 or q8_0")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
+) -> None:
+    """Write a model as a GGUF file, which llama.cpp and what is built on it load."""
+    from xushi.model.gguf_export import export_gguf
+
+    written = export_gguf(directory, out, kind)
+    if as_json:
+        print(json.dumps(written))
+    else:
+        _table(written)
 
 
 def _table(values: dict[str, Any]) -> None:
