@@ -21,7 +21,7 @@ import torch
 
 from xushi.base.allocator import keep_freed_memory
 from xushi.base.machine import best_training_dtype, inspect, measure_matrix_gflops
-from xushi.model import Deepseek, pretraining_loss
+from xushi.model import Deepseek, pretraining_loss, to_published
 from xushi.plan import train_flops_per_token
 from xushi.recipe import load_recipe
 from xushi.train import set_compute_dtype
@@ -48,7 +48,7 @@ def ours(config, tokens: torch.Tensor, kind: str, dtype: str) -> Callable[[], No
 def peer(config, tokens: torch.Tensor, dtype: str) -> Callable[[], None]:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    published = {key: value for key, value in config.to_published().items() if key != "architectures"}
+    published = {key: value for key, value in to_published(config).items() if key != "architectures"}
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**published)).train()
     model.set_experts_implementation("grouped_mm")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)

@@ -125,13 +125,12 @@ class Recipe(StrictConfig):
             raise ValueError(f"without = {self.without!r} is not one of this run's stages ({', '.join(self.stages)})")
 
     def _check_balance(self) -> None:
-        """A router without a bias has the balance loss alone, which reinforcement learning has not."""
+        """A router without a bias has the balance loss alone."""
         if self.model.has_router_bias or not any(self.model.is_moe(i) for i in range(self.model.num_hidden_layers)):
             return
-        for stage in ("pretrain", "sft", "rl"):
+        for stage in ("pretrain", "sft"):
             config = getattr(self, stage)
-            unbalanced = stage in self.stages and (stage == "rl" or not config.balance_weight)
-            if unbalanced and not config.allow_unbalanced:
+            if stage in self.stages and not config.balance_weight and not config.allow_unbalanced:
                 raise ValueError(f"{stage} would train the experts of a {self.model.model_type} unbalanced: its router "
                                  f"has no bias and there is no balance loss; set {stage}.allow_unbalanced = true if "
                                  "that is wanted")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from xushi.model import Deepseek, ModelConfig
+from xushi.model import Deepseek, ModelConfig, RopeScaling
 
 
 @pytest.fixture(scope="session")
@@ -16,14 +16,47 @@ def random_model() -> Callable[[ModelConfig, int], Deepseek]:
         model = Deepseek(config).initialise(seed)
         stream = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1 or name.endswith("bias"):
                     parameter.add_(torch.randn(parameter.shape, generator=stream) * 0.3)
             for router in model.routers().values():
                 if router.e_score_correction_bias is None:
                     continue
                 router.e_score_correction_bias.copy_(torch.randn(config.n_routed_experts, generator=stream) * 0.2)
         return model
+    return make
+
+
+KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
+
+
+@pytest.fixture(scope="session")
+def tiny_of() -> Callable[..., ModelConfig]:
+    """A small config of a kind, every part of it active; keywords replace fields."""
+    def make(kind: str, **changes: object) -> ModelConfig:
+        fields: dict[str, object] = {
+            "model_type": kind, "vocab_size": 50, "hidden_size": 24, "moe_intermediate_size": 8,
+            "num_hidden_layers": 3, "num_attention_heads": 2, "n_routed_experts": 8, "num_experts_per_tok": 2,
+            "q_lora_rank": 6, "qk_rope_head_dim": 4, "num_nextn_predict_layers": 0, "max_position_embeddings": 64,
+            "initializer_range": 0.2}
+        if kind == "deepseek_v4":
+            fields |= {"head_dim": 12, "o_groups": 2, "o_lora_rank": 5, "sliding_window": 5, "compress_rate_csa": 2,
+                       "compress_rate_hca": 3, "compress_ratios": [0, 2, 3], "index_topk": 2, "index_n_heads": 2,
+                       "index_head_dim": 6, "hc_mult": 3, "hc_sinkhorn_iters": 4, "num_hash_layers": 1,
+                       "swiglu_limit": 0.5,
+                       "rope_scaling": RopeScaling(factor=4.0, original_max_position_embeddings=16)}
+        else:
+            fields |= {"intermediate_size": 32, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+                       "kv_lora_rank": 8, "qk_nope_head_dim": 4, "v_head_dim": 8}
+        if kind == "deepseek_v32":
+            fields |= {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 6}
+        if kind == "deepseek_v2":
+            fields |= {"topk_method": "group_limited_greedy", "norm_topk_prob": False}
+        fields |= changes
+        if kind == "deepseek_v4" and "compress_ratios" not in changes:
+            fields["compress_ratios"] = [*[0, 2, 3][:fields["num_hidden_layers"]],
+                                         *[2, 0, 3][:fields["num_nextn_predict_layers"]]]
+        return ModelConfig(**fields)
     return make
 
 

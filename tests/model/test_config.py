@@ -6,53 +6,82 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from transformers import DeepseekV2Config, DeepseekV3Config
+from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV4Config, DeepseekV32Config
 
 from xushi.base.errors import XushiError
-from xushi.model import ModelConfig, RopeScaling
+from xushi.model import ModelConfig, RopeScaling, from_published, preset, to_published
 
+THEIRS = {"deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config, "deepseek_v32": DeepseekV32Config,
+          "deepseek_v4": DeepseekV4Config}
 V2 = {"model_type": "deepseek_v2", "topk_method": "greedy"}
+V4 = {"model_type": "deepseek_v4", "num_hidden_layers": 2, "compress_ratios": [0, 4, 128], "num_hash_layers": 1}
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> ModelConfig:
-    second = draw(st.booleans())
-    groups, size = draw(st.integers(1, 4)), draw(st.integers(2, 5))
+    kind = draw(st.sampled_from(list(THEIRS)))
+    groups, size = (1, draw(st.integers(2, 9))) if kind == "deepseek_v4" else (draw(st.integers(1, 4)),
+                                                                               draw(st.integers(2, 5)))
     top_groups = draw(st.integers(1, groups))
     scaling = draw(st.none() | st.builds(
         RopeScaling, factor=st.floats(1, 64), original_max_position_embeddings=st.integers(16, 4096),
-        beta_fast=st.floats(2, 64), beta_slow=st.floats(0.5, 1), mscale=st.floats(0, 2),
-        mscale_all_dim=st.floats(0, 2)))
-    kind = {"model_type": "deepseek_v2", "norm_topk_prob": False,
-            "topk_method": draw(st.sampled_from(["greedy", "group_limited_greedy"])), "num_nextn_predict_layers": 0}
-    if not second:
-        kind = {"rope_interleave": draw(st.booleans()), "num_nextn_predict_layers": draw(st.integers(0, 3))}
+        beta_fast=st.floats(2, 64), beta_slow=st.floats(0.5, 1), **({} if kind == "deepseek_v4" else {
+            "mscale": st.floats(0, 2), "mscale_all_dim": st.floats(0, 2)})))
+    fields: dict[str, object] = {"num_nextn_predict_layers": draw(st.integers(0, 3))}
+    latent = st.integers(1, 99)
+    if kind == "deepseek_v2":
+        fields = {"norm_topk_prob": False, "topk_method": draw(st.sampled_from(["greedy", "group_limited_greedy"]))}
+    if kind == "deepseek_v3":
+        fields |= {"rope_interleave": draw(st.booleans())}
+    if kind == "deepseek_v32":
+        fields |= {"index_topk": draw(st.integers(1, 99)), "index_n_heads": draw(st.integers(1, 9))}
+    if kind == "deepseek_v4":
+        layers, csa = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+        hca = draw(st.integers(10, 99))
+        fields |= {"num_hidden_layers": layers, "compress_rate_csa": csa, "compress_rate_hca": hca,
+                   "compress_ratios": draw(st.lists(st.sampled_from([0, csa, hca]), min_size=layers, max_size=layers))
+                   + [0] * fields["num_nextn_predict_layers"],  # transformers' own file does not say MTP's
+                   "num_hash_layers": draw(st.integers(0, layers)), "swiglu_limit": draw(st.floats(0.1, 20)),
+                   "hc_mult": draw(st.integers(1, 5)), "compress_rope_theta": draw(st.floats(10, 1e7))}
+    elif kind != "deepseek_v32":
+        latent = st.none() | latent
+    if kind != "deepseek_v4":
+        fields |= {"n_group": groups, "topk_group": top_groups}
     return ModelConfig(
-        **kind, vocab_size=draw(st.integers(1, 10**6)), n_routed_experts=groups * size, n_group=groups,
-        topk_group=top_groups,
-        num_experts_per_tok=draw(st.integers(1, top_groups * size)), q_lora_rank=draw(st.none() | st.integers(1, 99)),
+        model_type=kind, **fields, vocab_size=draw(st.integers(1, 10**6)), n_routed_experts=groups * size,
+        num_experts_per_tok=draw(st.integers(1, top_groups * size)), q_lora_rank=draw(latent),
         rope_scaling=scaling, rope_theta=draw(st.floats(10, 1e7)), tie_word_embeddings=draw(st.booleans()),
         bos_token_id=draw(st.none() | st.integers(0, 9)), pad_token_id=draw(st.none() | st.integers(0, 9)))
 
 
 @given(configs())
 def test_published_and_back(config: ModelConfig) -> None:
-    assert ModelConfig.from_published(json.loads(json.dumps(config.to_published())), "here") == config
+    assert from_published(json.loads(json.dumps(to_published(config))), "here") == config
+    assert ModelConfig(**config.model_dump()) == config
 
 
 @given(configs())
 def test_transformers_reads_the_same(config: ModelConfig) -> None:
     """Through its config class and back from what that writes, in transformers 5's own names."""
-    second = config.model_type == "deepseek_v2"
-    theirs = (DeepseekV2Config if second else DeepseekV3Config)(**config.to_published())
-    for name in ModelConfig.model_fields:
-        if name not in ("rope_scaling", "rope_theta", "num_nextn_predict_layers", "rope_interleave"):
+    theirs = THEIRS[config.model_type](**to_published(config))
+    ours_alone = ("rope_scaling", "rope_theta", "num_nextn_predict_layers", "compress_ratios", "compress_rate_csa",
+                  "compress_rate_hca", "num_hash_layers")
+    for name in config.model_dump():
+        if name not in ours_alone:
             assert getattr(theirs, name) == getattr(config, name), name
-    assert theirs.rope_parameters["rope_theta"] == config.rope_theta
-    if not second:
-        assert theirs.rope_interleave == config.rope_interleave
+    written = json.loads(theirs.to_json_string(use_diff=False))
+    if config.model_type == "deepseek_v4":
+        assert theirs.rope_parameters["main"]["rope_theta"] == config.rope_theta
+        assert theirs.rope_parameters["compress"]["rope_theta"] == config.compress_rope_theta
+        assert theirs.mlp_layer_types.count("hash_moe") == config.num_hash_layers
+        assert "compress_ratios" not in written  # so that what is read back is transformers' own form
+    else:
+        assert theirs.rope_parameters["rope_theta"] == config.rope_theta
+    if config.model_type == "deepseek_v3":
         assert theirs.num_mtp_layers == config.num_nextn_predict_layers
-    assert ModelConfig.from_published(json.loads(theirs.to_json_string(use_diff=False)), "here") == config
+    if config.model_type == "deepseek_v32":  # whose class does not know MTP, and keeps the key
+        assert theirs.num_nextn_predict_layers == config.num_nextn_predict_layers
+    assert from_published(written, "here") == config
 
 
 def test_the_defaults_are_the_published_models() -> None:
@@ -74,9 +103,17 @@ def test_a_query_latent_of_zero_is_none() -> None:
     ({"qk_rope_head_dim": 3}, "even"), ({"n_group": 7}, "n_group=7"), ({"n_group": 256}, "at least 2"),
     ({"topk_group": 9}, "topk_group=9"), ({"num_experts_per_tok": 129}, "num_experts_per_tok=129"),
     ({"topk_method": "greedy"}, "noaux_tc"), ({"model_type": "deepseek_v2"}, "noaux_tc"), (V2, "norm_topk_prob"),
-    (V2 | {"norm_topk_prob": False}, "num_nextn"), ({"model_type": "deepseek_v4"}, "model_type"),
+    (V2 | {"norm_topk_prob": False, "num_nextn_predict_layers": 2}, "num_nextn"),
+    ({"model_type": "deepseek_v5"}, "model_type"), ({"model_type": "deepseek_v4"}, "compress_ratios"),
     (V2 | {"norm_topk_prob": False, "num_nextn_predict_layers": 0, "rope_interleave": False}, "rope_interleave"),
-    ({"hiden_size": 8}, "hiden_size"), ({"hidden_size": "8"}, "hidden_size"), ({"norm_topk_prob": 1}, "norm_topk_prob"),
+    ({"kv_lora_rank": 8} | V4, "no kv_lora_rank"), ({"n_group": 2} | V4, "n_group=1"),
+    ({"index_topk": 8}, "deepseek_v3 has no index_topk"), ({"hc_mult": 2}, "no hc_mult"),
+    (V4 | {"compress_ratios": [0, 4, 64]}, "holds 64"), (V4 | {"compress_ratios": [0, 4]}, "with 3 entries"),
+    (V4 | {"compress_rate_csa": 128}, "differ"), (V4 | {"num_hash_layers": 3}, "num_hash_layers=3"),
+    (V4 | {"o_groups": 7}, "o_groups=7"), (V4 | {"head_dim": 32}, "head_dim=32"), (V4 | {"q_lora_rank": 0}, "needs
+    q_lora"), ({"model_type": "deepseek_v32", "q_lora_rank": 0}, "needs q_lora_rank"), ({"model_type": "deepseek_v32",
+    "index_head_dim": 32}, "index_head_dim=32"), ({"hiden_size": 8}, "hiden_size"), ({"hidden_size": "8"},
+    "hidden_size"), ({"norm_topk_prob": 1}, "norm_topk_prob"),
 ])
 def test_what_cannot_be_is_refused(changes: dict, words: str) -> None:
     with pytest.raises(ValidationError, match=words):
@@ -86,16 +123,54 @@ def test_what_cannot_be_is_refused(changes: dict, words: str) -> None:
 def test_what_is_not_this_architecture_names_its_key() -> None:
     for key, value in (("model_type", "llama"), ("scoring_func", "softmax"), ("moe_layer_freq", 2)):
         with pytest.raises(XushiError, match=key) as error:
-            ModelConfig.from_published(ModelConfig().to_published() | {key: value}, "there/config.json")
+            from_published(to_published(ModelConfig()) | {key: value}, "there/config.json")
         assert "there/config.json" in error.value.problem
 
 
 def test_a_v2_must_say_its_shapes() -> None:
     """transformers' defaults for V2 are no released model's, so none are taken."""
-    table = ModelConfig(**V2, norm_topk_prob=False, num_nextn_predict_layers=0).to_published()
+    table = to_published(ModelConfig(**V2, norm_topk_prob=False, num_nextn_predict_layers=0))
     for key in ("hidden_size", "n_routed_experts", "first_k_dense_replace", "q_lora_rank"):
         with pytest.raises(XushiError, match=key):
-            ModelConfig.from_published({name: value for name, value in table.items() if name != key}, "here")
+            from_published({name: value for name, value in table.items() if name != key}, "here")
     # V2-Lite's file says "n_group": 1; others leave the group keys out or null.
     unsaid = {name: value for name, value in table.items() if name not in ("n_group", "topk_group", "topk_method")}
-    assert ModelConfig.from_published(unsaid | {"n_group": None}, "here").n_group == 1
+    assert from_published(unsaid | {"n_group": None}, "here").n_group == 1
+
+
+def test_a_v4_must_say_its_schedule() -> None:
+    """Where it is left out transformers takes one that is no released model's: 29 CSA and 32 HCA layers for V4-Pro."""
+    table = to_published(preset("deepseek-v4-pro"))
+    unsaid = {key: value for key, value in table.items() if key not in ("compress_ratios", "layer_types")}
+    with pytest.raises(XushiError, match="compress_ratios"):
+        from_published(unsaid, "here")
+    ratios = from_published(table, "here").compress_ratios
+    assert (ratios.count(4), ratios.count(128), ratios.count(0)) == (30, 31, 1)
+    theirs = DeepseekV4Config(**{k: v for k, v in unsaid.items() if k != "compress_rates"})
+    assert theirs.layer_types.count("compressed_sparse_attention") == 29
+
+
+def test_a_v4s_schedule_may_go_on_behind_its_layers() -> None:
+    """Released files have entries for drafters, too."""
+    table = to_published(preset("deepseek-v4-flash"))
+    longer = table | {"compress_ratios": [*table["compress_ratios"], 0, 0]}
+    shorter = table | {"compress_ratios": table["compress_ratios"][:43]}
+    for changed in (longer, shorter):
+        assert from_published(changed, "here") == preset("deepseek-v4-flash")
+
+
+def test_v4_scales_frequencies_alone() -> None:
+    """YaRN's temperature would be 1.277 at factor 16; V4 has none, and a file that asks for one is refused."""
+    model = preset("deepseek-v4-flash")
+    table = to_published(model)
+    assert "mscale" not in table["rope_scaling"] and "mscale_all_dim" not in table["rope_scaling"]
+    theirs = DeepseekV4Config(**table)
+    assert theirs.rope_parameters["compress"]["attention_factor"] == 1.0
+    with pytest.raises(XushiError, match="attention_factor"):
+        from_published(table | {"rope_scaling": table["rope_scaling"] | {"attention_factor": 1.277}}, "here")
+
+
+def test_what_a_kind_has_not_is_not_written() -> None:
+    """So a recipe's hash does not change when another kind gets a field."""
+    assert not {"hc_mult", "index_topk"} & set(ModelConfig().model_dump())
+    assert not {"kv_lora_rank", "n_group"} & set(preset("deepseek-v4-flash").model_dump())

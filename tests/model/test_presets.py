@@ -5,12 +5,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from xushi.base.errors import XushiError
-from xushi.model import PRESETS, Deepseek, ModelConfig, preset
+from xushi.model import PRESETS, Deepseek, from_published, preset, to_published
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_names_and_shapes_are_transformers(name: str) -> None:
-    published = preset(name).to_published()
+    published = to_published(preset(name))
     config = AutoConfig.for_model(**{k: v for k, v in published.items() if k not in ("architectures", "torch_dtype")})
     with torch.device("meta"):
         theirs, ours = AutoModelForCausalLM.from_config(config), Deepseek(preset(name))
@@ -21,7 +21,7 @@ def test_names_and_shapes_are_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_its_own_config_file(name: str) -> None:
-    assert ModelConfig.from_published(preset(name).to_published(), "here") == preset(name)
+    assert from_published(to_published(preset(name)), "here") == preset(name)
 
 
 def test_an_unknown_name_lists_the_known() -> None:

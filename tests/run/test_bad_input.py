@@ -41,7 +41,7 @@ SECOND = ["model.model_type='deepseek_v2'", "model.topk_method='greedy'", "model
     ("model.max_position_embeddings=32", "exceeds model.max_position_embeddings"),
     ("pretrain.bias_speed=0.0\npretrain.balance_weight=0.0", "would train unbalanced"),
     ("\n".join([*SECOND, "pretrain.balance_weight=0.0"]), "pretrain would train the experts of a deepseek_v2"),
-    ("\n".join(SECOND), "rl would train the experts of a deepseek_v2 unbalanced"),
+    ("\n".join([*SECOND, "sft.balance_weight=0.0"]), "sft would train the experts of a deepseek_v2 unbalanced"),
     ("stages=['data']", "must hold data, tokenizer and pretrain"),
     ("without='sleep'", "not one of this run's stages"),
     ("environment.min_digits=1", "digits go from"),

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xushi.base.errors import XushiError
-from xushi.model import Deepseek, pretraining_loss
-from xushi.train import OptimizationConfig, train
+from xushi.model import Deepseek, ModelConfig, pretraining_loss
+from xushi.train import OptimizationConfig, PretrainConfig, train
 from xushi.train.checkpoint import latest_checkpoint
 from xushi.train.loop import new_optimizer, optimizer_step, resume_training, save_training, set_compute_dtype
+
+from .conftest import TINY
 
 STEPS = 7
 SETTINGS = {"steps": STEPS, "learning_rate": 0.02, "warmup_steps": 2, "decay_fraction": 0.5, "bias_speed": 0.01,
@@ -244,3 +246,44 @@ def test_ten_steps_on_two_threads_give_the_same_bits(batches, tiny_model) -> Non
             assert all(torch.equal(a, b) for a, b in zip(now, first, strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+SPARSE = TINY.model_copy(update={"model_type": "deepseek_v32", "q_lora_rank": 6, "index_topk": 4, "index_n_heads": 2,
+                                 "index_head_dim": 6})
+STREAMS = ModelConfig(
+    model_type="deepseek_v4", vocab_size=40, hidden_size=16, moe_intermediate_size=8, num_hidden_layers=3,
+    num_attention_heads=2, n_routed_experts=4, num_experts_per_tok=2, q_lora_rank=6, qk_rope_head_dim=4, head_dim=8,
+    o_groups=2, o_lora_rank=4, sliding_window=4, compress_ratios=[0, 2, 3, 2], compress_rate_csa=2, compress_rate_hca=3,
+    index_topk=2, index_n_heads=2, index_head_dim=6, hc_mult=2, num_hash_layers=1, max_position_embeddings=32,
+    num_nextn_predict_layers=1, initializer_range=0.1)
+WARMED = {**SETTINGS, "batch_tokens": 40, "indexer_warmup_steps": 4}
+
+
+@pytest.mark.parametrize("config", [SPARSE, STREAMS], ids=["v3.2", "v4"])
+def test_the_other_kinds_resume_to_the_same_bits(config: ModelConfig, batches, tracking, tmp_path) -> None:
+    """Killed within the indexers' warm-up and after it."""
+    def go(directory: Path, end: int | None = None) -> dict[str, bytes]:
+        def watched(step: int) -> dict[str, Tensor]:
+            if step == end:
+                raise Killed
+            return batches(step)
+
+        train("test", Deepseek(config).initialise(5), PretrainConfig(**WARMED), watched, directory, tracking)
+        return files(directory)
+
+    whole = go(tmp_path / "whole")
+    for end in (3, 5):
+        with pytest.raises(Killed):
+            go(tmp_path / "killed", end)
+    assert go(tmp_path / "killed") == whole
+
+
+@pytest.mark.parametrize("config", [SPARSE, STREAMS], ids=["v3.2", "v4"])
+def test_the_warm_up_trains_the_indexers_alone(config: ModelConfig, batches, tracking, tmp_path) -> None:
+    before, model = Deepseek(config).initialise(5).state_dict(), Deepseek(config).initialise(5)
+    settings = WARMED | {"steps": 12, "indexer_warmup_steps": 12, "optimizer": "adamw"}
+    train("test", model, PretrainConfig(**settings), lambda step: batches(0), tmp_path, tracking)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {name for name in before if ".indexer." in name}  # no router's bias either
+    losses = [value for _, value in tracking.series("test", "indexer_loss")]
+    assert losses[-1] < 0.7 * losses[0]

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from xushi.model import Deepseek, ModelConfig
 from xushi.train.optimizer import (
     NEWTON_SCHULZ,
     NEWTON_SCHULZ_STEPS,
@@ -219,3 +220,23 @@ def test_clipping_is_pytorchs(seed: int, limit: float) -> None:
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None and q.grad is not None:
             torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_bias_with_two_axes_is_a_bias() -> None:
+    """V4's compressors add one to their gates by place: neither Muon nor weight decay takes it."""
+    config = ModelConfig(
+        model_type="deepseek_v4", vocab_size=9, hidden_size=8, moe_intermediate_size=4, num_hidden_layers=1,
+        num_attention_heads=1, n_routed_experts=2, num_experts_per_tok=1, q_lora_rank=4, qk_rope_head_dim=2, head_dim=4,
+        o_groups=1, o_lora_rank=2, compress_ratios=[4], index_n_heads=1, index_head_dim=4, num_hash_layers=0, hc_mult=2,
+        num_nextn_predict_layers=0, max_position_embeddings=8)
+    for kind in ("muon", "adamw"):
+        model = Deepseek(config).initialise(1)
+        biases = {name: p for name, p in model.named_parameters() if name.endswith("position_bias")}
+        assert len(biases) == 2 and not any(is_matrix(name, p) for name, p in biases.items())
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with torch.no_grad():
+            for bias in biases.values():
+                bias.fill_(1.0)
+        Optimizer(model, kind, BETAS, DECAY).step(LR)
+        assert all(bool((bias == 1.0).all()) for bias in biases.values())

@@ -6,8 +6,9 @@ Names are imported when they are first asked for: counting needs the config and 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from xushi.model.config import ModelConfig, RopeScaling, read_config
+from xushi.model.config import ModelConfig, RopeScaling
 from xushi.model.presets import PRESETS, preset
+from xushi.model.published import from_published, read_config, to_published
 
 if TYPE_CHECKING:
     from xushi.model.cache import FlatTokens, LatentCache
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from xushi.model.weights import load_pretrained, save_pretrained
 
 __all__ = ["PRESETS", "Decoded", "Deepseek", "FlatTokens", "LatentCache", "Logits", "LossParts", "ModelConfig",
-           "RopeScaling", "load_pretrained", "next_token_loss", "preset", "pretraining_loss", "read_config",
-           "save_pretrained"]
+           "RopeScaling", "from_published", "load_pretrained", "next_token_loss", "preset", "pretraining_loss",
+           "read_config", "save_pretrained", "to_published"]
 
 _PLACES = {"FlatTokens": "cache", "LatentCache": "cache", "Decoded": "deepseek", "Deepseek": "deepseek",
            "Logits": "deepseek", "LossParts": "objective", "next_token_loss": "objective",

@@ -1,10 +1,14 @@
-"""The latent cache and the flat tokens that the decoding forward takes.
+"""The cache and the flat tokens that the decoding forward takes.
 
-MLA caches one latent and one rotated key per token and layer (DeepSeek-V2, arXiv:2405.04434, section 2.1), and both
-are final once written. A slot holds one token of one sequence, so a fork shares slots by counting references and never
-copies, and truncation drops references.
+A slot holds what one token of one sequence keeps in every layer, final once written: MLA's latent and rotated key
+(DeepSeek-V2, arXiv:2405.04434, section 2.1), V3.2's index key beside them; in V4 the key of its window, what it gives
+to the compressor and, if it closes a compression window, that window's entry. So a fork shares slots by counting
+references and never copies, and truncation drops references: nothing else depends on where a sequence was cut.
 
-Axes: N flat tokens of one call, S sequences in it, L cached positions, R latent rank + rotated key width.
+V4's tokens keep all of it for as long as the sequence lives, more than the entries need; giving the rest back beyond
+the sliding window is not done yet.
+
+Axes: N flat tokens of one call, S sequences in it, L cached positions, Q new tokens of a sequence.
 """
 
 from collections.abc import Sequence
@@ -30,14 +34,39 @@ class FlatTokens:
     wanted_M: Tensor  # indices into N of the tokens whose logits are wanted
 
 
+def by_sequence(values_N: Tensor, flat: FlatTokens) -> Tensor:
+    """[N, ...] to [S, Q, ...], zero where a sequence has fewer than Q new tokens."""
+    longest = int(flat.columns_N.max()) + 1
+    values = values_N.new_zeros(flat.slot_table_SL.shape[0], longest, *values_N.shape[1:])
+    values[flat.rows_N, flat.columns_N] = values_N
+    return values
+
+
+def read_slots(entries: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """A layer's cache [slots, width] at `slots` [...]: [..., width]."""
+    return entries.index_select(0, slots.flatten()).view(*slots.shape, entries.shape[-1]).to(dtype)
+
+
+def slot_widths(config: ModelConfig, layer: int) -> tuple[int, int]:
+    """Values that a token keeps in layer `layer`, and of these, at the end, the compressed entry it may close."""
+    if not config.is_v4:
+        return config.kv_lora_rank + config.qk_rope_head_dim + (config.index_head_dim if config.has_indexer else 0), 0
+    key, rate = config.head_dim, config.compress_ratio(layer)
+    if rate == 0:
+        return key, 0
+    # What goes to the compressor: values and gates, of one series (HCA) or of two (CSA).
+    series, entry = (1, key) if rate == config.compress_rate_hca else (2, key + config.index_head_dim)
+    return key + 2 * series * entry + entry, entry
+
+
 class LatentCache:
     """Slots for `slots` tokens over all layers, with allocate, fork, truncate and free of sequences."""
 
     def __init__(self, config: ModelConfig, slots: int, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu") -> None:
-        width = config.kv_lora_rank + config.qk_rope_head_dim
         self.device = torch.device(device)
-        self.layers = [torch.zeros(slots, width, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.layers = [torch.zeros(slots, slot_widths(config, layer)[0], dtype=dtype, device=device)
+                       for layer in range(config.num_hidden_layers)]
         self._references = [0] * slots
         self._unused = list(range(slots - 1, -1, -1))
         self._slots: dict[int, list[int]] = {}

@@ -1,20 +1,18 @@
-"""What a DeepSeek-V2 or V3 is, in the field names of its published `config.json`.
+"""What a DeepSeek-V2, V3, V3.2 or V4 is, in the field names of its published `config.json`.
 
-Not here: anything about training or serving. The mapping to and from `config.json` is one to one.
+Not here: anything about training or serving, nor the reading and writing of that file (published.py).
 """
 
-import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import ConfigDict, field_validator, model_validator
+from pydantic import ConfigDict, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from xushi.base.config import StrictConfig, parse
-from xushi.base.errors import XushiError
+from xushi.base.config import StrictConfig
 
 
 class RopeScaling(StrictConfig):
-    """YaRN (Peng et al. 2023, arXiv:2309.00071) with DeepSeek's two mscale factors."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071) with DeepSeek's two mscale factors (V4 ignores both)."""
 
     # Published configs say "type"; transformers 5 also writes "rope_type". Both mean the same.
     type: Literal["yarn"] = "yarn"
@@ -26,37 +24,37 @@ class RopeScaling(StrictConfig):
     mscale_all_dim: float = 0.0
 
 
-_CLASSES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
-_NOT_IN_V2 = ("rope_interleave", "num_nextn_predict_layers")
-# What a V2's config.json must say itself: transformers' defaults for V2 are no released model's, and ours are V3's.
-_SHAPES_OF_V2 = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
-                 "num_attention_heads", "n_shared_experts", "n_routed_experts", "num_experts_per_tok",
-                 "routed_scaling_factor", "first_k_dense_replace", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
-                 "qk_rope_head_dim", "v_head_dim", "max_position_embeddings")
-
-
-def _as_v2(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """A published V2 table with what it leaves to its class."""
-    for key in _SHAPES_OF_V2:
-        if key not in table:
-            raise XushiError(f"{where} has no {key}", "get the file again; a DeepSeek-V2 has no default for it")
-    unsaid = {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
-    said = {key: value for key, value in table.items() if value is not None or key not in unsaid}
-    return unsaid | said | {"rope_interleave": True, "num_nextn_predict_layers": 0}
+_INDEXER = ("index_topk", "index_n_heads", "index_head_dim")
+_COMPRESSED = ("head_dim", "o_groups", "o_lora_rank", "sliding_window", "compress_ratios", "compress_rate_csa",
+               "compress_rate_hca", "compress_rope_theta", "hc_mult", "hc_sinkhorn_iters", "hc_eps", "num_hash_layers",
+               "swiglu_limit")
+# Fields that a kind has not, with the value that they then have.
+ABSENT: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"rope_interleave": True, "num_nextn_predict_layers": 0, **dict.fromkeys(_INDEXER + _COMPRESSED)},
+    "deepseek_v3": dict.fromkeys(_INDEXER + _COMPRESSED),
+    "deepseek_v32": {"rope_interleave": True, **dict.fromkeys(_COMPRESSED)},
+    "deepseek_v4": {"rope_interleave": True, "attention_bias": False, "first_k_dense_replace": 0, "n_group": 1,
+                    "topk_group": 1, "intermediate_size": None, "kv_lora_rank": None, "qk_nope_head_dim": None,
+                    "v_head_dim": None}}
 
 
 class ModelConfig(StrictConfig):
-    """DeepSeek-V2's architecture (arXiv:2405.04434) or V3's (arXiv:2412.19437, section 2), by `model_type`.
+    """DeepSeek-V2's architecture (arXiv:2405.04434), V3's (arXiv:2412.19437), V3.2's (arXiv:2512.02556) or V4's, by
+    `model_type`.
 
-    Matches transformers' `DeepseekV2Config` and `DeepseekV3Config`; the defaults are those of the released V3. The two
-    differ in the router (`topk_method`: V2 softmax, V3 sigmoid with a bias) and in V3's MTP layers. Layer i is a
-    mixture of experts iff i >= `first_k_dense_replace`. `q_lora_rank=None` means no query latent; a recipe writes 0
-    for it, as TOML has no null.
+    Matches transformers' config classes; the defaults are those of the released V3, and of V4-Flash for what only V4
+    has. V2 has another router (`topk_method`: softmax instead of sigmoid with a bias) and no MTP layers; V3.2 has the
+    indexer; V4 has another attention, residual and router. Layer i is a mixture of experts iff i >=
+    `first_k_dense_replace`. `q_lora_rank=None` means no query latent; a recipe writes 0 for it, as TOML has no null.
+
+    `compress_ratios` gives each layer's attention, MTP layers last: 0 is the sliding window alone, `compress_rate_csa`
+    compressed sparse attention, `compress_rate_hca` heavily compressed attention. A field that a kind has not keeps the
+    value it cannot do without, and is not written.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
-    model_type: Literal["deepseek_v2", "deepseek_v3"] = "deepseek_v3"
+    model_type: Literal["deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4"] = "deepseek_v3"
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
     vocab_size: int = 129280
     hidden_size: int = 7168
@@ -77,6 +75,22 @@ class ModelConfig(StrictConfig):
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
+    index_topk: int = 2048  # keys, or compressed entries, that a query attends to
+    index_n_heads: int = 64
+    index_head_dim: int = 128
+    head_dim: int = 512  # of query, key and value alike; the last qk_rope_head_dim of them are rotated
+    o_groups: int = 8
+    o_lora_rank: int = 1024
+    sliding_window: int = 128
+    compress_ratios: list[int] | None = None
+    compress_rate_csa: int = 4
+    compress_rate_hca: int = 128
+    compress_rope_theta: float = 160000.0
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    num_hash_layers: int = 3
+    swiglu_limit: float = 10.0
     attention_bias: bool = False
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
@@ -95,9 +109,28 @@ class ModelConfig(StrictConfig):
     def _zero_is_none(cls, rank: int | None) -> int | None:
         return rank or None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_kind(cls, table: Any) -> Any:
+        """What a kind has not may not be asked of it, and takes the value that it cannot do without."""
+        if not isinstance(table, dict) or (kind := table.get("model_type", "deepseek_v3")) not in ABSENT:
+            return table
+        for key, value in ABSENT[kind].items():
+            fixed = cls.model_fields[key].default if value is None else value
+            if table.get(key, fixed) != fixed:
+                raise ValueError(f"a {kind} has no {key}" if value is None else f"a {kind} has {key}={value}: its "
+                                 "published code does not know another")
+            table = {**table, key: fixed}
+        return table
+
+    @model_serializer(mode="wrap")
+    def _of_its_kind(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        table: dict[str, Any] = serialize(self)
+        return {key: value for key, value in table.items() if key not in ABSENT[self.model_type]}
+
     @property
     def qk_head_dim(self) -> int:
-        """Width of a query or key head: the part without position plus the rotated part."""
+        """MLA's width of a query or key head: the part without position plus the rotated part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
@@ -105,110 +138,102 @@ class ModelConfig(StrictConfig):
         """Whether experts are balanced by a selection bias; if not, the balance loss alone does it."""
         return self.topk_method == "noaux_tc"
 
+    @property
+    def is_v4(self) -> bool:
+        """Whether attention is V4's, on compressed entries, and the residual is several streams."""
+        return self.model_type == "deepseek_v4"
+
+    @property
+    def has_indexer(self) -> bool:
+        """Whether attention is sparse somewhere: a query sees the `index_topk` that its layer's indexer chose."""
+        return self.model_type == "deepseek_v32" or (self.is_v4 and self.compress_rate_csa in (
+            self.compress_ratios or []))
+
     def is_moe(self, layer: int) -> bool:
         """Whether decoder layer `layer` (MTP layers count on from the last) holds experts."""
         return layer >= self.first_k_dense_replace
+
+    def is_hash_routed(self, layer: int) -> bool:
+        """Whether layer `layer`'s experts follow from the token's id alone."""
+        return self.is_v4 and layer < self.num_hash_layers
+
+    def compress_ratio(self, layer: int) -> int:
+        """Tokens to a compressed entry in V4's layer `layer`; 0 where there are none."""
+        assert self.compress_ratios is not None
+        return self.compress_ratios[layer]
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
         positive = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
                     "num_attention_heads", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group",
-                    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings")
+                    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings",
+                    *_INDEXER, "head_dim", "o_groups", "o_lora_rank", "sliding_window", "hc_mult", "hc_sinkhorn_iters")
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"):
+        for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "num_hash_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
         if self.qk_rope_head_dim % 2:
             raise ValueError("qk_rope_head_dim must be even: rotations act on pairs")
+        self._consistent_groups()
+        checks: dict[str, Callable[[], None]] = {
+            "deepseek_v2": self._consistent_v2, "deepseek_v32": self._consistent_v32,
+            "deepseek_v4": self._consistent_v4}
+        if self.model_type in checks:
+            checks[self.model_type]()
+        if self.model_type != "deepseek_v2" and not self.has_router_bias:
+            raise ValueError(f"topk_method={self.topk_method!r} is V2's; a {self.model_type} has 'noaux_tc'")
+        return self
+
+    def _consistent_groups(self) -> None:
         if self.n_routed_experts % self.n_group:
             raise ValueError(f"n_routed_experts={self.n_routed_experts} does not divide into n_group={self.n_group}")
-        if self.has_router_bias and self.n_routed_experts // self.n_group < 2:
+        if self.has_router_bias and not self.is_v4 and self.n_routed_experts // self.n_group < 2:
             raise ValueError("a group needs at least 2 experts: its score is the sum of its two best")
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group={self.topk_group} exceeds n_group={self.n_group}")
         if self.num_experts_per_tok > self.topk_group * (self.n_routed_experts // self.n_group):
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} exceeds the experts of topk_group groups")
-        if self.model_type == "deepseek_v2":
-            self._consistent_v2()
-        elif not self.has_router_bias:
-            raise ValueError(f"topk_method={self.topk_method!r} is V2's; a deepseek_v3 has 'noaux_tc'")
-        return self
 
     def _consistent_v2(self) -> None:
-        """What V2's published code does not know may not be asked of it."""
         if self.has_router_bias:
             raise ValueError('topk_method="noaux_tc" is V3\'s; a deepseek_v2 has "greedy" or "group_limited_greedy"')
-        for name, value in (("norm_topk_prob", False), ("num_nextn_predict_layers", 0), ("rope_interleave", True)):
-            if getattr(self, name) != value:
-                raise ValueError(f"a deepseek_v2 has {name}={value}: its published code does not know another")
+        if self.norm_topk_prob:
+            raise ValueError("a deepseek_v2 has norm_topk_prob=False: its published code does not know another")
 
-    def to_published(self) -> dict[str, Any]:
-        """The `config.json` that transformers' `DeepseekV3ForCausalLM` and other engines read."""
-        table = self.model_dump(mode="json")
-        if self.model_type == "deepseek_v2":
-            for key in _NOT_IN_V2:
-                del table[key]
-        return {
-            "architectures": [_CLASSES[self.model_type]],
-            **table,
-            "num_key_value_heads": self.num_attention_heads,
-            "hidden_act": "silu",
-            "scoring_func": "sigmoid" if self.has_router_bias else "softmax",
-            "moe_layer_freq": 1,
-            "attention_dropout": 0.0,
-            "torch_dtype": "float32",
-            "use_cache": True,
-        }
+    def _consistent_v32(self) -> None:
+        if self.q_lora_rank is None:
+            raise ValueError("a deepseek_v32 needs q_lora_rank: its indexer reads the query latent")
+        if self.index_head_dim < self.qk_rope_head_dim:
+            raise ValueError(f"index_head_dim={self.index_head_dim} is less than its rotated part, qk_rope_head_dim="
+                             f"{self.qk_rope_head_dim}")
 
-    @classmethod
-    def from_published(cls, table: dict[str, Any], where: str) -> "ModelConfig":
-        """Read a published `config.json` table; what this architecture is not gets a `XushiError` naming the key."""
-        if "model_type" not in table:  # every other key has a default, those of the model with 671B parameters
-            raise XushiError(f"{where} has no model_type", "use a DeepSeek-V2- or V3-type checkpoint, or get it again")
-        kind = table["model_type"]
-        if kind not in _CLASSES:
-            raise XushiError(f"{where}: model_type is {kind!r}, and only {' and '.join(_CLASSES)} are implemented",
-                             "use a DeepSeek-V2- or V3-type checkpoint")
-        if kind == "deepseek_v2":
-            table = _as_v2(table, where)
-        fixed = {"hidden_act": "silu", "scoring_func": "softmax" if kind == "deepseek_v2" else "sigmoid",
-                 "moe_layer_freq": 1, "mlp_bias": False}
-        for key, value in fixed.items():
-            if table.get(key, value) != value:
-                raise XushiError(f"{where}: {key} is {table[key]!r}, and only {value!r} is implemented",
-                                 "use a DeepSeek-V2- or V3-type checkpoint")
-        known = {key: table[key] for key in cls.model_fields if key in table}
-        rope = table.get("rope_parameters")  # transformers 5 puts theta and scaling in one table
-        if isinstance(rope, dict):
-            known["rope_theta"] = rope.get("rope_theta", 10000.0)
-            known["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
-        if "num_mtp_layers" in table:
-            known["num_nextn_predict_layers"] = table["num_mtp_layers"]
-        scaling = known.get("rope_scaling")
-        if isinstance(scaling, dict):
-            kind = scaling.get("type", scaling.get("rope_type"))
-            if kind != "yarn":
-                raise XushiError(f"{where}: rope_scaling of type {kind!r} is not implemented", "only yarn is")
-            for key, published in (("attention_factor", None), ("truncate", True)):
-                if scaling.get(key, published) != published:
-                    raise XushiError(f"{where}: rope_scaling's {key} is {scaling[key]!r}, which is not implemented",
-                                     "use a checkpoint without it, as the published ones are")
-            known["rope_scaling"] = {"type": "yarn"} | {
-                key: value for key, value in scaling.items() if key in RopeScaling.model_fields and key != "type"}
-        return parse(cls, known, where)
-
-
-def read_config(path: str | Path) -> ModelConfig:
-    """The `ModelConfig` of a checkpoint directory's config.json."""
-    file = Path(path) / "config.json"
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise XushiError(f"{file} does not exist", "give a directory in the Hugging Face layout") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise XushiError(f"{file} cannot be read: {error}", "get the file again, it is damaged") from None
-    if not isinstance(table, dict):
-        raise XushiError(f"{file} is not a JSON object", "get the file again, it is damaged")
-    return ModelConfig.from_published(table, str(file))
+    def _consistent_v4(self) -> None:
+        if self.q_lora_rank is None:
+            raise ValueError("a deepseek_v4 needs q_lora_rank: it has no other queries")
+        if not self.norm_topk_prob:
+            raise ValueError("a deepseek_v4 has norm_topk_prob=True: its published code does not know another")
+        if self.n_shared_experts != 1:
+            raise ValueError("a deepseek_v4 has n_shared_experts=1: its published code does not know another")
+        for name in ("head_dim", "index_head_dim"):
+            if getattr(self, name) < self.qk_rope_head_dim:
+                raise ValueError(f"{name}={getattr(self, name)} is less than its rotated part, qk_rope_head_dim="
+                                 f"{self.qk_rope_head_dim}")
+        if self.num_attention_heads % self.o_groups:
+            raise ValueError(f"num_attention_heads={self.num_attention_heads} does not divide into o_groups="
+                             f"{self.o_groups}")
+        if self.num_hash_layers > self.num_hidden_layers:
+            raise ValueError(f"num_hash_layers={self.num_hash_layers} exceeds num_hidden_layers="
+                             f"{self.num_hidden_layers}")
+        if min(self.compress_rate_csa, self.compress_rate_hca) < 1 or self.compress_rate_csa == self.compress_rate_hca:
+            raise ValueError(f"compress_rate_csa={self.compress_rate_csa} and compress_rate_hca="
+                             f"{self.compress_rate_hca} must be at least 1 and differ")
+        layers = self.num_hidden_layers + self.num_nextn_predict_layers
+        if self.compress_ratios is None or len(self.compress_ratios) != layers:
+            raise ValueError(f"a deepseek_v4 needs compress_ratios with {layers} entries, one for every layer, MTP's "
+                             "last")
+        known = (0, self.compress_rate_csa, self.compress_rate_hca)
+        if wrong := set(self.compress_ratios).difference(known):
+            raise ValueError(f"compress_ratios holds {min(wrong)}; it may hold 0, compress_rate_csa={known[1]} and "
+                             f"compress_rate_hca={known[2]}")

@@ -1,9 +1,10 @@
-"""DeepSeek-V2 and V3 as published: decoder layers over MLA and experts, the head, and multi-token prediction layers.
+"""DeepSeek-V2, V3, V3.2 and V4 as published: embedding, decoder layers, final norm, head, and MTP layers.
 
 The residual stream is kept in the weights' dtype and every block computes in `compute_dtype` (equal unless training
 asks for bfloat16). Not here: losses (objective.py), files (weights.py), sampling (engine).
 
-Axes: B batch, T tokens, D hidden, V vocabulary, N flat tokens, M tokens whose logits are wanted.
+Axes: B batch, T tokens, D hidden, V vocabulary, S streams of V4's residual, N flat tokens, M tokens whose logits are
+wanted.
 """
 
 from dataclasses import dataclass
@@ -14,11 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xushi.base.seeds import derive
-from xushi.model.attention import MultiHeadLatentAttention, RotaryAngles
 from xushi.model.cache import FlatTokens, LatentCache
 from xushi.model.config import ModelConfig
-from xushi.model.layers import MLP, Linear, RMSNorm
+from xushi.model.decoder import DecoderLayer
+from xushi.model.hyper_connections import HyperHead
+from xushi.model.layers import Linear, RMSNorm
 from xushi.model.moe import MixtureOfExperts, Router
+from xushi.model.mtp import MultiTokenPredictionLayer, mtp_layer
+from xushi.model.rotary import RotaryAngles
+from xushi.model.sequences import (
+    CompletedWindows,
+    Decoding,
+    Sequences,
+    Windows,
+    completed_windows,
+    sliding_window,
+    windows_of,
+)
 from xushi.ops import RouterChoice
 from xushi.ops.attention import segment_mask
 
@@ -32,10 +45,16 @@ class Logits:
 
 @dataclass(frozen=True)
 class Hidden:
-    """The trunk's output after the final norm [B, T, D] and each MoE layer's routing, first layer first."""
+    """The trunk's output after the final norm [B, T, D] and each MoE layer's routing, first layer first.
+
+    `carried` is what an MTP layer takes: the same, or V4's streams [B, T, S, D] before they become one.
+    `index_divergence` holds each indexer's [B, T], where its loss was asked for.
+    """
 
     hidden_BTD: Tensor
+    carried: Tensor
     routing: list[RouterChoice]
+    index_divergence: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,69 +63,6 @@ class Decoded:
 
     logits_MV: Tensor
     routed_experts: Tensor | None
-
-
-class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, index: int) -> None:
-        super().__init__()
-        self.self_attn = MultiHeadLatentAttention(config)
-        self.mlp = MixtureOfExperts(config) if config.is_moe(index) else MLP(config.hidden_size,
-                                                                             config.intermediate_size)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def feed_forward(self, x: Tensor, dtype: torch.dtype, pinned_Nk: Tensor | None = None
-                     ) -> tuple[Tensor, RouterChoice | None]:
-        """The second half of the layer."""
-        h = self.post_attention_layernorm(x).to(dtype)
-        if isinstance(self.mlp, MixtureOfExperts):
-            y, choice = self.mlp(h, pinned_Nk)
-            return x + y, choice
-        return x + self.mlp(h), None
-
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, dtype: torch.dtype,
-                pinned_Nk: Tensor | None = None) -> tuple[Tensor, RouterChoice | None]:
-        """Whole sequences."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD).to(dtype), cos, sin, mask)
-        return self.feed_forward(x_BTD, dtype, pinned_Nk)
-
-    def decode(self, x_ND: Tensor, cos: Tensor, sin: Tensor, flat: FlatTokens, entries: Tensor, dtype: torch.dtype
-               ) -> tuple[Tensor, RouterChoice | None]:
-        """Flat tokens against this layer's cache entries."""
-        x_ND = x_ND + self.self_attn.decode(self.input_layernorm(x_ND).to(dtype), cos, sin, flat, entries)
-        return self.feed_forward(x_ND, dtype)
-
-
-class SharedHead(nn.Module):
-    """An MTP layer's own final norm; its head and embedding are the trunk's (V3, section 2.2)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class MultiTokenPredictionLayer(DecoderLayer):
-    """One further depth of prediction (V3, arXiv:2412.19437, eqs. 21-23).
-
-    Input is eh_proj([enorm(embedding of the next token); hnorm(hidden state of the depth before)]), in the order of
-    the published weights; the hidden state is the one after that depth's final norm, as in transformers and vLLM.
-    """
-
-    def __init__(self, config: ModelConfig, index: int) -> None:
-        super().__init__(config, index)
-        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
-        self.shared_head = SharedHead(config)
-
-    def predict(self, hidden_BTD: Tensor, embedded_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None,
-                dtype: torch.dtype) -> tuple[Tensor, RouterChoice | None]:
-        """The hidden state [B, T, D] from which this depth's token is predicted."""
-        joined = torch.cat((self.enorm(embedded_BTD), self.hnorm(hidden_BTD)), dim=-1).to(dtype)
-        x_BTD, choice = self.forward(self.eh_proj(joined).to(hidden_BTD.dtype), cos, sin, mask, dtype)
-        return self.shared_head.norm(x_BTD), choice
 
 
 class Trunk(nn.Module):
@@ -118,8 +74,9 @@ class Trunk(nn.Module):
             config.vocab_size, config.hidden_size))
         depth, extra = config.num_hidden_layers, config.num_nextn_predict_layers
         self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(depth)]
-                                    + [MultiTokenPredictionLayer(config, depth + i) for i in range(extra)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+                                    + [mtp_layer(config, depth + i) for i in range(extra)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.is_v4)
+        self.hc_head = HyperHead(config) if config.is_v4 else None
 
 
 class Deepseek(nn.Module):
@@ -130,8 +87,18 @@ class Deepseek(nn.Module):
         self.config = config
         self.model = Trunk(config)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
-        self.angles = RotaryAngles(config)
         self.compute_dtype: torch.dtype | None = None
+        self.make_angles()
+
+    def make_angles(self, device: torch.device | str | None = None) -> None:
+        """Compute the rotations, which are no weights, so that no file fills them; V4's compressed layers have their
+        own.
+        """
+        config = self.config
+        scaling = None if config.is_v4 else config.rope_scaling
+        self.angles = RotaryAngles(config.qk_rope_head_dim, config.rope_theta, scaling).to(device)
+        self.compress_angles = RotaryAngles(config.qk_rope_head_dim, config.compress_rope_theta, config.rope_scaling,
+                                            rescale=False).to(device) if config.is_v4 else None
 
     @property
     def head_VD(self) -> Tensor:
@@ -157,7 +124,7 @@ class Deepseek(nn.Module):
         """Normal weights of std `initializer_range`, unit norms, zero biases; each tensor from its own named stream."""
         for name, parameter in self.named_parameters():
             with torch.no_grad():
-                if name.endswith("bias"):
+                if name.endswith(("bias", "base", "sinks")):
                     parameter.zero_()
                 elif parameter.dim() == 1:
                     parameter.fill_(1.0)
@@ -165,30 +132,70 @@ class Deepseek(nn.Module):
                     stream = torch.Generator().manual_seed(derive(seed, "initialise", name) >> 1)
                     parameter.copy_(torch.empty(parameter.shape).normal_(0.0, self.config.initializer_range,
                                                                          generator=stream))
-        for router in self.routers().values():
+        for name, router in self.routers().items():
+            router.initialise_table(torch.Generator().manual_seed(derive(seed, "tid2eid", name) >> 1))
             if router.e_score_correction_bias is not None:
                 router.e_score_correction_bias.zero_()
         return self
 
+    def sequences(self, tokens_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor | None = None, *,
+                  dense: bool = False, index_loss: bool = False) -> Sequences:
+        """What the layers of a forward over whole sequences share; `dense` and `index_loss` as in `Sequences`."""
+        config, dtype = self.config, self.compute_dtype or self.model.embed_tokens.weight.dtype
+        angles = self.angles(positions_BT)
+        if self.compress_angles is None:
+            mask = None if segments_BT is None else segment_mask(segments_BT)
+            return Sequences(tokens_BT, angles, mask, dtype, dense, index_loss)
+        windows = {}
+        for rate in sorted(set(config.compress_ratios or []) - {0}):
+            members, has_previous, visible, first_BW = windows_of(positions_BT, segments_BT, rate)
+            windows[rate] = Windows(members, has_previous, visible, self.compress_angles(first_BW))
+        return Sequences(tokens_BT, angles, None, dtype, dense, index_loss, self.compress_angles(positions_BT),
+                         sliding_window(positions_BT, segments_BT, config.sliding_window), windows)
+
+    def decoding(self, flat: FlatTokens, dtype: torch.dtype) -> Decoding:
+        """What the layers of a decoding call share."""
+        angles = self.angles(flat.positions_N)
+        if self.compress_angles is None:
+            return Decoding(flat, angles, dtype)
+        windows = {}
+        for rate in sorted(set(self.config.compress_ratios or []) - {0}):
+            members, has_previous, slots, first_W = completed_windows(flat, rate)
+            windows[rate] = CompletedWindows(members, has_previous, slots, self.compress_angles(first_W))
+        return Decoding(flat, angles, dtype, self.compress_angles(flat.positions_N), windows)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [...] to the residual [..., D], or [..., S, D] with every stream the same."""
+        x = F.embedding(tokens, self.model.embed_tokens.weight)
+        return x if not self.config.is_v4 else x[..., None, :].expand(*x.shape[:-1], self.config.hc_mult, -1)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The residual after the last layer to what the head takes [..., D]."""
+        normed: Tensor = self.model.norm(x if self.model.hc_head is None else self.model.hc_head(x))
+        return normed
+
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, segments_BT: Tensor | None = None,
-               pinned: list[Tensor] | None = None) -> Hidden:
+               pinned: list[Tensor] | None = None, *, dense: bool = False, index_loss: bool = False) -> Hidden:
         """Run the trunk. Without positions and segments each row is one document from position 0.
 
-        `pinned` holds one [B*T, k] choice per MoE layer and replaces the routers' own.
+        `pinned` holds one [B*T, k] choice per MoE layer and replaces the routers' own; `dense` and `index_loss` as in
+        `Sequences`.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-        mask = None if segments_BT is None else segment_mask(segments_BT)
-        cos, sin = self.angles(positions_BT)
-        x_BTD = F.embedding(tokens_BT, self.model.embed_tokens.weight)
-        dtype = self.compute_dtype or x_BTD.dtype
+        sequences = self.sequences(tokens_BT, positions_BT, segments_BT, dense=dense, index_loss=index_loss)
+        x = self.embed(tokens_BT)
         routing: list[RouterChoice] = []
+        divergences: list[Tensor] = []
         for layer in self.decoder_layers:
             is_moe = isinstance(layer.mlp, MixtureOfExperts)
-            x_BTD, choice = layer(x_BTD, cos, sin, mask, dtype, pinned[len(routing)] if pinned and is_moe else None)
+            x, choice, divergence_BT = layer(x, sequences, pinned[len(routing)] if pinned and is_moe else None)
             if choice is not None:
                 routing.append(choice)
-        return Hidden(self.model.norm(x_BTD), routing)
+            if divergence_BT is not None:
+                divergences.append(divergence_BT)
+        hidden_BTD = self.finish(x)
+        return Hidden(hidden_BTD, x if self.config.is_v4 else hidden_BTD, routing, divergences)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, segments_BT: Tensor | None = None,
                 pinned: list[Tensor] | None = None) -> Logits:
@@ -200,14 +207,13 @@ class Deepseek(nn.Module):
     @torch.no_grad()
     def decode(self, flat: FlatTokens, cache: LatentCache, routing: bool = False) -> Decoded:
         """The inference forward: flat tokens of many sequences against the latent cache, prefill and decode mixed."""
-        cos, sin = self.angles(flat.positions_N)
-        x_ND = F.embedding(flat.tokens_N, self.model.embed_tokens.weight)
-        dtype = self.compute_dtype or x_ND.dtype
+        dtype = self.compute_dtype or self.model.embed_tokens.weight.dtype
+        decoding, x = self.decoding(flat, dtype), self.embed(flat.tokens_N)
         experts: list[Tensor] = []
         for layer, entries in zip(self.decoder_layers, cache.layers, strict=True):
-            x_ND, choice = layer.decode(x_ND, cos, sin, flat, entries, dtype)
+            x, choice = layer.decode(x, decoding, entries)
             if routing and choice is not None:
                 experts.append(choice.indices_Nk.index_select(0, flat.wanted_M))
-        x_MD = self.model.norm(x_ND.index_select(0, flat.wanted_M)).to(dtype)
+        x_MD = self.finish(x.index_select(0, flat.wanted_M)).to(dtype)
         logits_MV = F.linear(x_MD, self.head_VD.to(dtype)).float()
         return Decoded(logits_MV, torch.stack(experts) if experts else None)

@@ -25,28 +25,35 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned weight [width]."""
+    """Root-mean-square norm with a learned weight [width], multiplied in float32 if `wide_weight` (V4's)."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, wide_weight: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
+        self.eps, self.wide_weight = eps, wide_weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last axis."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.wide_weight)
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)).
 
-    def __init__(self, hidden: int, width: int) -> None:
+    With a `limit` (V4), the gate is clamped from above and `up` from both sides before they meet.
+    """
+
+    def __init__(self, hidden: int, width: int, limit: float | None = None) -> None:
         super().__init__()
         self.gate_proj = Linear(hidden, width)
         self.up_proj = Linear(hidden, width)
         self.down_proj = Linear(width, hidden)
+        self.limit = limit
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to [..., hidden]."""
-        result: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        result: Tensor = self.down_proj(F.silu(gate) * up)
         return result

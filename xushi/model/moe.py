@@ -1,6 +1,6 @@
 """Fine-grained mixture of experts with shared experts (DeepSeekMoE, arXiv:2401.06066; V3, arXiv:2412.19437).
 
-Axes: B batch, T tokens, D hidden, N flat tokens, E experts, k experts per token.
+Axes: B batch, T tokens, D hidden, N flat tokens, E experts, k experts per token, V vocabulary.
 """
 
 import torch
@@ -8,27 +8,38 @@ from torch import Tensor, nn
 
 from xushi.model.config import ModelConfig
 from xushi.model.layers import MLP
-from xushi.ops import RouterChoice, routed_experts, sigmoid_router, softmax_router
+from xushi.ops import RouterChoice, routed_experts, sigmoid_router, softmax_router, sqrt_softplus_router
 
 
 class Router(nn.Module):
-    """Chooses experts, by V3's rule or V2's.
+    """Chooses experts, by V2's rule, V3's or V4's.
 
-    V3's `e_score_correction_bias` [E] is a float32 buffer that training moves, never the gradient; V2 has none.
+    V3's and V4's `e_score_correction_bias` [E] is a float32 buffer that training moves, never the gradient; V2 has
+    none. In V4's first layers the choice is fixed by the token's id: `tid2eid` [V, k], int64, is part of the weights.
     """
 
     e_score_correction_bias: Tensor | None
+    tid2eid: Tensor | None
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, hashed: bool) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias",
-                             torch.zeros(config.n_routed_experts) if config.has_router_bias else None)
+        bias = torch.zeros(config.n_routed_experts) if config.has_router_bias and not hashed else None
+        table = torch.zeros(config.vocab_size, config.num_experts_per_tok, dtype=torch.int64) if hashed else None
+        self.register_buffer("e_score_correction_bias", bias)
+        self.register_buffer("tid2eid", table)
 
-    def forward(self, x_ND: Tensor, pinned_Nk: Tensor | None = None) -> RouterChoice:
-        """Scores, choice and gate values; `pinned_Nk` replaces the choice."""
+    def forward(self, x_ND: Tensor, tokens_N: Tensor | None, pinned_Nk: Tensor | None = None) -> RouterChoice:
+        """Scores, choice and gate values; `pinned_Nk` replaces the choice, `tokens_N` are for hashed layers."""
         config = self.config
+        if self.tid2eid is not None and pinned_Nk is None:
+            assert tokens_N is not None
+            pinned_Nk = self.tid2eid.index_select(0, tokens_N)
+        if config.is_v4:
+            return sqrt_softplus_router(x_ND, self.weight, self.e_score_correction_bias,
+                                        top_k=config.num_experts_per_tok, scale=config.routed_scaling_factor,
+                                        pinned_Nk=pinned_Nk)
         if self.e_score_correction_bias is None:
             groups = config.n_group if config.topk_method == "group_limited_greedy" else 1
             return softmax_router(x_ND, self.weight, top_k=config.num_experts_per_tok, groups=groups,
@@ -36,6 +47,18 @@ class Router(nn.Module):
         return sigmoid_router(x_ND, self.weight, self.e_score_correction_bias, top_k=config.num_experts_per_tok,
                               groups=config.n_group, top_groups=config.topk_group, normalise=config.norm_topk_prob,
                               scale=config.routed_scaling_factor, pinned_Nk=pinned_Nk)
+
+    @torch.no_grad()
+    def initialise_table(self, stream: torch.Generator) -> None:
+        """Give every token id k distinct experts, such that all experts serve as many ids, within one."""
+        if self.tid2eid is None:
+            return
+        vocabulary, top_k = self.tid2eid.shape
+        experts = self.config.n_routed_experts
+        # Rows of k neighbours on a ring of shuffled experts: distinct within a row and even over rows.
+        ring = torch.randperm(experts, generator=stream)
+        places = torch.randperm(vocabulary, generator=stream)[:, None] * top_k + torch.arange(top_k)
+        self.tid2eid.copy_(ring[places % experts])
 
 
 class Experts(nn.Module):
@@ -51,19 +74,21 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Routed experts plus the shared ones, which are one SwiGLU of their summed width."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, hashed: bool) -> None:
         super().__init__()
-        self.gate = Router(config)
+        self.limit = config.swiglu_limit if config.is_v4 else None
+        self.gate = Router(config, hashed)
         self.experts = Experts(config)
-        self.shared_experts = (MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
-                               if config.n_shared_experts else None)
+        shared = config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = MLP(config.hidden_size, shared, self.limit) if shared else None
 
-    def forward(self, x: Tensor, pinned_Nk: Tensor | None = None) -> tuple[Tensor, RouterChoice]:
-        """[..., D] to [..., D], with what the router decided for the flattened tokens."""
+    def forward(self, x: Tensor, tokens: Tensor | None, pinned_Nk: Tensor | None = None
+                ) -> tuple[Tensor, RouterChoice]:
+        """[..., D] to [..., D], with what the router decided for the flattened tokens, whose ids are `tokens` [...]."""
         x_ND = x.flatten(0, -2)
-        choice = self.gate(x_ND, pinned_Nk)
+        choice = self.gate(x_ND, None if tokens is None else tokens.flatten(), pinned_Nk)
         out_ND = routed_experts(x_ND, choice.indices_Nk, choice.weights_Nk, self.experts.gate_up_proj,
-                                self.experts.down_proj)
+                                self.experts.down_proj, self.limit)
         if self.shared_experts is not None:
             out_ND = out_ND + self.shared_experts(x_ND)
         return out_ND.view_as(x), choice

@@ -1,4 +1,4 @@
-"""What DeepSeek-V3 is trained to minimise: next-token loss, the MTP losses and the sequence-wise balance loss.
+"""What a DeepSeek is trained to minimise: next-token loss, the MTP losses, the balance loss, and the indexer's own.
 
 Axes: B batch, T tokens, D hidden, N = B*T, E experts, k experts per token, G segments of a batch.
 """
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xushi.base.errors import XushiError
 from xushi.model.deepseek import Deepseek
 from xushi.ops import RouterChoice, cross_entropy
-from xushi.ops.attention import segment_mask
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class LossParts:
     next_token: Tensor
     mtp: Tensor
     balance: Tensor
+    indexer: Tensor
     loads: dict[str, Tensor]
 
 
@@ -65,6 +66,16 @@ def sequence_balance_loss(choice: RouterChoice, segments_BT: Tensor) -> Tensor:
     return (per_document * tokens_G).sum() / tokens_G.sum().clamp(min=1)
 
 
+def indexer_loss(divergences: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """V3.2's (arXiv:2512.02556, eqs. 3 and 4): KL of the indexer from the attention, a mean over tokens, summed over
+    layers.
+
+    Each layer's divergence [B, T] comes with the segments [B, T] it counts for. The paper sums over tokens.
+    """
+    return torch.stack([(d_BT * (s_BT >= 0)).sum() / (s_BT >= 0).sum().clamp(min=1)
+                        for d_BT, s_BT in divergences]).sum()
+
+
 @dataclass(frozen=True)
 class _Routed:
     """A layer's routing with the segments [B, T] it counts for: -1 where its input is padding or another document's."""
@@ -73,18 +84,18 @@ class _Routed:
     segments_BT: Tensor
 
 
-def _mtp_losses(model: Deepseek, hidden_BTD: Tensor, batch: dict[str, Tensor]) -> tuple[list[Tensor],
-                                                                                       dict[str, _Routed]]:
-    """Each depth's mean loss, and the routing of its layer.
+def _mtp_losses(model: Deepseek, carried: Tensor, batch: dict[str, Tensor], dense: bool, index_loss: bool
+                ) -> tuple[list[Tensor], dict[str, _Routed], list[tuple[Tensor, Tensor]]]:
+    """Each depth's mean loss, the routing of its layer and its indexer's divergence.
 
     At depth d the input at place i is the embedding of token i+d and the target is token i+d+1, both read from
     `targets`; places whose i+d+1 leaves the segment, or is not trained on, have no loss.
     """
     targets, segments = batch["targets"], batch["segments"]
-    cos, sin = model.angles(batch["positions"])
-    mask = segment_mask(segments)
+    sequences = model.sequences(batch["tokens"], batch["positions"], segments, dense=dense, index_loss=index_loss)
     losses: list[Tensor] = []
     routing: dict[str, _Routed] = {}
+    divergences: list[tuple[Tensor, Tensor]] = []
 
     def same_segment(ahead: int) -> Tensor:
         same = torch.roll(segments, -ahead, dims=1) == segments
@@ -93,39 +104,56 @@ def _mtp_losses(model: Deepseek, hidden_BTD: Tensor, batch: dict[str, Tensor]) -
 
     for depth, layer in enumerate(model.mtp_layers, start=1):
         embedded = F.embedding(torch.roll(targets, 1 - depth, dims=1), model.model.embed_tokens.weight)
-        hidden_BTD, choice = layer.predict(hidden_BTD, embedded, cos, sin, mask,
-                                           model.compute_dtype or hidden_BTD.dtype)
+        predicted = layer.predict(carried, embedded, sequences)
+        carried = predicted.carried
         valid = torch.roll(batch["loss_mask"], -depth, dims=1) & same_segment(depth)
-        losses.append(next_token_loss(model, hidden_BTD, torch.roll(targets, -depth, dims=1), _mean_weights(valid)))
-        if choice is not None:
-            name = str(model.config.num_hidden_layers + depth - 1)
-            routing[name] = _Routed(choice, segments.where(same_segment(depth - 1), -1))
-    return losses, routing
+        losses.append(next_token_loss(model, predicted.hidden_BTD, torch.roll(targets, -depth, dims=1),
+                                      _mean_weights(valid)))
+        fed = segments.where(same_segment(depth - 1), -1)
+        if predicted.choice is not None:
+            routing[str(model.config.num_hidden_layers + depth - 1)] = _Routed(predicted.choice, fed)
+        if predicted.divergence_BT is not None:
+            divergences.append((predicted.divergence_BT, fed))
+    return losses, routing, divergences
 
 
 def _mean_weights(mask: Tensor) -> Tensor:
     return mask.to(torch.float32) / mask.sum().clamp(min=1)
 
 
-def pretraining_loss(model: Deepseek, batch: dict[str, Tensor], *, mtp_weight: float, balance_weight: float
-                     ) -> LossParts:
-    """L = next token + mtp_weight / depths * sum of MTP losses + balance_weight * sum of balance losses over layers.
+def pretraining_loss(model: Deepseek, batch: dict[str, Tensor], *, mtp_weight: float, balance_weight: float,
+                     indexer_weight: float = 1.0, indexer_warmup: bool = False) -> LossParts:
+    """L = next token + mtp_weight / depths * sum of MTP losses + balance_weight * sum of balance losses over layers
+    + indexer_weight * sum of the indexers' losses over layers, where there are indexers.
 
+    With `indexer_warmup` attention is dense and the indexers' loss is all that is differentiated (V3.2, section 2.1.1).
     `batch` has the design's tensors: tokens, targets, positions, segments (int64) and loss_mask (bool), all [B, T].
     Every loss is a mean over its target tokens (V3, eqs. 17-20 and 24-25). An MTP depth with nothing to predict
     gives zero.
     """
-    trunk = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+    index_loss = model.config.has_indexer and indexer_weight > 0
+    if indexer_warmup and not index_loss:
+        raise XushiError("indexer_warmup_steps without an indexer that learns", "it is for deepseek_v32 models with an "
+                         "indexer_weight above 0")
+    trunk = model.hidden(batch["tokens"], batch["positions"], batch["segments"], dense=indexer_warmup,
+                         index_loss=index_loss)
     next_token = next_token_loss(model, trunk.hidden_BTD, batch["targets"], _mean_weights(batch["loss_mask"]))
     names = [name for name in model.routers() if int(name) < model.config.num_hidden_layers]
     routing = {name: _Routed(choice, batch["segments"]) for name, choice in zip(names, trunk.routing, strict=True)}
-    mtp = balance = next_token.new_zeros(())
+    divergences = [(divergence_BT, batch["segments"]) for divergence_BT in trunk.index_divergence]
+    mtp = balance = indexer = next_token.new_zeros(())
     if model.mtp_layers and mtp_weight:
-        losses, mtp_routing = _mtp_losses(model, trunk.hidden_BTD, batch)
+        losses, mtp_routing, mtp_divergences = _mtp_losses(model, trunk.carried, batch, indexer_warmup, index_loss)
         mtp = torch.stack(losses).mean()
         routing |= mtp_routing
+        divergences += mtp_divergences
     if routing and balance_weight:
-        balance = torch.stack([sequence_balance_loss(r.choice, r.segments_BT) for r in routing.values()]).sum()
+        learnt = [r for name, r in routing.items() if not model.config.is_hash_routed(int(name))]
+        balance = sum((sequence_balance_loss(r.choice, r.segments_BT) for r in learnt), start=balance)
     loads = {name: expert_loads(r.choice, (r.segments_BT >= 0).flatten()) for name, r in routing.items()}
-    total = next_token + mtp_weight * mtp + balance_weight * balance
-    return LossParts(total, next_token.detach(), mtp.detach(), balance.detach(), loads)
+    if divergences:
+        indexer = indexer_loss(divergences)
+    total = indexer_weight * indexer
+    if not indexer_warmup:
+        total = next_token + mtp_weight * mtp + balance_weight * balance + total
+    return LossParts(total, next_token.detach(), mtp.detach(), balance.detach(), indexer.detach(), loads)

@@ -20,7 +20,7 @@ from xushi.base.tracking import Tracking
 from xushi.model import Deepseek, pretraining_loss
 from xushi.train.balance import router_health, update_router_biases
 from xushi.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from xushi.train.config import OptimizationConfig
+from xushi.train.config import OptimizationConfig, PretrainConfig
 from xushi.train.optimizer import Optimizer, clip_gradients
 from xushi.train.schedule import warmup_stable_decay
 
@@ -56,7 +56,7 @@ def resume_training(directory: Path, model: Deepseek, optimizer: Optimizer) -> i
 
 
 def optimizer_step(model: Deepseek, optimizer: Optimizer, config: OptimizationConfig, step: int,
-                   loads: dict[str, Tensor]) -> dict[str, float]:
+                   loads: dict[str, Tensor], move_biases: bool = True) -> dict[str, float]:
     """Clip, step, move the router biases; returns the gradient norm, the learning rate and the routers' health."""
     norm = clip_gradients(model.parameters(), config.gradient_clip)
     if not math.isfinite(norm):
@@ -66,7 +66,7 @@ def optimizer_step(model: Deepseek, optimizer: Optimizer, config: OptimizationCo
     rate = config.learning_rate * factor
     optimizer.step(rate, (config.adamw_learning_rate or config.learning_rate) * factor)
     optimizer.zero_grad()
-    if config.bias_speed:
+    if config.bias_speed and move_biases:
         update_router_biases(model, loads, config.bias_speed)
     return {"gradient_norm": norm, "learning_rate": rate, **router_health(model, loads)}
 
@@ -82,17 +82,20 @@ def train(stage: str, model: Deepseek, config: OptimizationConfig, batches: Call
     set_compute_dtype(model, config.dtype)
     optimizer = new_optimizer(model, config)
     first = resume_training(directory, model, optimizer)
+    warmup = config.indexer_warmup_steps if isinstance(config, PretrainConfig) else 0
     metrics: dict[str, float] = {}
     began, trained = time.monotonic(), 0
     with finish_step_first() as stop, StepProgress(stage, config.steps, first) as progress:
         for step in range(first, config.steps):
             step_began = time.monotonic()
             batch = batches(step)
-            parts = pretraining_loss(model, batch, mtp_weight=config.mtp_weight, balance_weight=config.balance_weight)
+            warming = step < warmup
+            parts = pretraining_loss(model, batch, mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
+                                     indexer_weight=config.indexer_weight, indexer_warmup=warming)
             parts.total.backward()  # type: ignore[no-untyped-call]
             metrics = {"loss": float(parts.next_token), "mtp_loss": float(parts.mtp),
-                       "balance_loss": float(parts.balance),
-                       **optimizer_step(model, optimizer, config, step, parts.loads)}
+                       "balance_loss": float(parts.balance), "indexer_loss": float(parts.indexer),
+                       **optimizer_step(model, optimizer, config, step, parts.loads, move_biases=not warming)}
             trained += int(batch["loss_mask"].sum())
             metrics["tokens_per_second"] = trained / (time.monotonic() - began)
             metrics["seconds"] = time.monotonic() - step_began

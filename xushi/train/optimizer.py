@@ -35,7 +35,12 @@ def orthogonalise(matrices_NRC: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Ten
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon takes this parameter: every matrix but the embedding and the head."""
-    return parameter.dim() >= 2 and "embed_tokens" not in name and "lm_head" not in name
+    return _decays(name, parameter) and "embed_tokens" not in name and "lm_head" not in name
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    """Whether it is weight, not a norm or a bias; V4's compressors have a bias with two axes."""
+    return parameter.dim() >= 2 and not name.endswith("bias")
 
 
 class Optimizer:
@@ -88,7 +93,7 @@ class Optimizer:
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        decayed: list[Tensor] = [p for p in parameters if p.dim() >= 2]
+        decayed: list[Tensor] = [p for n, p in zip(names, parameters, strict=True) if _decays(n, p)]
         if decayed:
             torch._foreach_mul_(decayed, 1 - learning_rate * self.weight_decay)
         denominators = torch._foreach_sqrt(squares)

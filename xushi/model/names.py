@@ -1,0 +1,165 @@
+"""What tensors are called on disk: transformers' module names, which the model in memory has too, and DeepSeek's own.
+
+Experts are stacked in memory and stand alone on disk. Published V2, V3 and V3.2 files have transformers' names, and
+DeepSeek's conversion script for its own inference code writes DeepSeek's; published V4 files have DeepSeek's, and
+transformers writes a mixture of both. A tensor's canonical name is transformers' module name with the expert's number
+in it; MTP layers follow the trunk's (`model.layers.<num_hidden_layers + depth>`).
+
+Not here: the scales of quantised weights but for their names (quantised.py).
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from xushi.model.config import ModelConfig
+
+Naming = Literal["published", "transformers"]
+
+# DeepSeek's names within a layer, and transformers'. `.weight` and `.bias` are left out where they are the same.
+_COMMON = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "ffn.gate": "mlp.gate",
+    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
+    **{f"ffn.{kind}{one}": f"mlp.{kind}{other}" for kind in ("experts.*.", "shared_experts.", "")
+       for one, other in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))}}
+_LATENT = _COMMON | {
+    "attn.wq": "self_attn.q_proj", "attn.wq_a": "self_attn.q_a_proj", "attn.q_norm": "self_attn.q_a_layernorm",
+    "attn.wq_b": "self_attn.q_b_proj", "attn.wkv_a": "self_attn.kv_a_proj_with_mqa",
+    "attn.kv_norm": "self_attn.kv_a_layernorm", "attn.wkv_b": "self_attn.kv_b_proj", "attn.wo": "self_attn.o_proj",
+    **{f"attn.indexer.{part}": f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "k_norm", "weights_proj")}}
+_COMPRESSOR = {"wkv": "kv_proj", "wgate": "gate_proj", "ape": "position_bias", "norm": "kv_norm"}
+_V4 = _COMMON | {
+    "attn.wq_a": "self_attn.q_a_proj", "attn.q_norm": "self_attn.q_a_norm", "attn.wq_b": "self_attn.q_b_proj",
+    "attn.wkv": "self_attn.kv_proj", "attn.kv_norm": "self_attn.kv_norm", "attn.wo_a": "self_attn.o_a_proj",
+    "attn.wo_b": "self_attn.o_b_proj", "attn.attn_sink": "self_attn.sinks", "ffn.gate.tid2eid": "mlp.gate.tid2eid",
+    **{f"attn.compressor.{one}": f"self_attn.compressor.{other}" for one, other in _COMPRESSOR.items()},
+    **{f"attn.indexer.compressor.{one}": f"self_attn.compressor.indexer.{other}" for one, other in _COMPRESSOR.items()},
+    "attn.indexer.wq_b": "self_attn.compressor.indexer.q_b_proj",
+    "attn.indexer.weights_proj": "self_attn.compressor.indexer.scorer.weights_proj",
+    **{f"hc_{block}_{part}": f"{block}_hc.{part}" for block in ("attn", "ffn") for part in ("fn", "base", "scale")},
+    **{f"hc_head_{part}": f"hc_head.hc_{part}" for part in ("fn", "base", "scale")}}  # an MTP layer's own
+_V4_WRITTEN = {other: one for one, other in _V4.items()}
+# Read, never written: transformers' name for kv_norm, and copies of embedding and head in an MTP layer.
+_V4_READ = _V4 | {"attn.norm": "self_attn.kv_norm", "embed": "embed_tokens", "emb.tok_emb": "embed_tokens",
+                  "head": "shared_head.head"}
+_TOP = {"embed": "model.embed_tokens", "head": "lm_head", "norm": "model.norm",
+        **{f"hc_head_{part}": f"model.hc_head.hc_{part}" for part in ("fn", "base", "scale")}}
+_TOP_WRITTEN = {other: one for one, other in _TOP.items()}
+
+_LAYER = re.compile(r"(?:model\.)?(layers|mtp)\.(0|[1-9][0-9]{0,5})\.(.+)")
+_EXPERT = re.compile(r"(.*\.experts)\.(0|[1-9][0-9]{0,8})\.(.+)")
+# transformers' `_keep_in_fp32_modules_strict` of V4, with the norms that only MTP layers have.
+_FLOAT32_PARTS = frozenset((
+    "attn_hc", "ffn_hc", "hc_head", "sinks", "position_bias", "e_score_correction_bias", "q_a_norm", "kv_norm",
+    "input_layernorm", "post_attention_layernorm", "norm", "enorm", "hnorm"))
+
+
+class Place(NamedTuple):
+    """Where a tensor of a file belongs in memory: a parameter or buffer, whole or one expert's part of it."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+    half: int | None = None  # of gate_up_proj's rows: 0 the gate's, 1 up's
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of the parameter `tensor`, as a view."""
+        if self.expert is None:
+            return tensor
+        matrix = tensor[self.expert]
+        return matrix if self.half is None else matrix.chunk(2)[self.half]
+
+
+def places(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Place]]:
+    """(canonical name, place) of every tensor in a model's state dict, experts one by one."""
+    for name, tensor in state.items():
+        prefix, _, part = name.rpartition(".experts.")
+        if part not in ("gate_up_proj", "down_proj"):
+            yield name, Place(name, tuple(tensor.shape))
+            continue
+        experts, rows, columns = tensor.shape
+        for expert in range(experts):
+            if part == "down_proj":
+                yield f"{prefix}.experts.{expert}.down_proj.weight", Place(name, (rows, columns), expert)
+                continue
+            for half, matrix in enumerate(("gate_proj", "up_proj")):
+                yield f"{prefix}.experts.{expert}.{matrix}.weight", Place(name, (rows // 2, columns), expert, half)
+
+
+def shared_copies(config: ModelConfig) -> dict[str, str]:
+    """The canonical names under which MTP layers may hold embedding and head again, and what they are copies of."""
+    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    layers = (f"model.layers.{config.num_hidden_layers + d}" for d in range(config.num_nextn_predict_layers))
+    return {f"{layer}.{part}": shared for layer in layers
+            for part, shared in (("embed_tokens.weight", "model.embed_tokens.weight"),
+                                 ("shared_head.head.weight", head))}
+
+
+def layer_of(canonical: str) -> int | None:
+    """The layer that a canonical name belongs to."""
+    found = _LAYER.fullmatch(canonical)
+    return int(found[2]) if found else None
+
+
+def is_ignored(name: str, config: ModelConfig) -> bool:
+    """Whether a name is that of an MTP layer of V4 while the config asks for none, so that it stays unread."""
+    found = _LAYER.fullmatch(name)
+    return found is not None and found[1] == "mtp" and config.is_v4 and config.num_nextn_predict_layers == 0
+
+
+def canonical_name(name: str, config: ModelConfig) -> tuple[str, bool]:
+    """(canonical name, whether it is a scale) of a tensor's name in a file, in whichever naming.
+
+    A scale has the canonical name of its weight. A name that nobody gives comes back as it is.
+    """
+    scale = False
+    for suffix in (".weight_scale_inv", ".scale"):
+        if name.endswith(suffix) and not name.endswith("_hc.scale"):  # that one is a parameter of V4
+            name, scale = name.removesuffix(suffix) + ".weight", True
+            break
+    found = _LAYER.fullmatch(name)
+    if found is None:
+        return _translate(name.removeprefix("model."), _TOP, fallback=name), scale
+    kind, number, part = found.groups()
+    if kind == "mtp" and not config.is_v4:
+        return name, scale
+    layer = int(number) + (config.num_hidden_layers if kind == "mtp" else 0)
+    return f"model.layers.{layer}.{_translate(part, _V4_READ if config.is_v4 else _LATENT)}", scale
+
+
+def written_name(canonical: str, config: ModelConfig, naming: Naming) -> str:
+    """A canonical name as a checkpoint has it: as DeepSeek publishes this kind of model, or as transformers writes it.
+
+    They differ for V4 alone. Its MTP layers are `mtp.<depth>` in both, as transformers knows no other.
+    """
+    if not config.is_v4:
+        return canonical
+    found = _LAYER.fullmatch(canonical)
+    if found is None:
+        if naming == "transformers" and canonical != "lm_head.weight":
+            return canonical
+        return _translate(canonical, _TOP_WRITTEN)
+    layer, part = int(found[2]), _translate(found[3], _V4_WRITTEN)
+    if layer >= config.num_hidden_layers:
+        return f"mtp.{layer - config.num_hidden_layers}.{part}"
+    if naming == "published":
+        return f"layers.{layer}.{part}"
+    return f"model.layers.{layer}.{'attn.norm.weight' if part == 'attn.kv_norm.weight' else part}"
+
+
+def _translate(name: str, table: Mapping[str, str], fallback: str | None = None) -> str:
+    """`name` by a table of names without `.weight` and `.bias`, in which * stands for an expert's number."""
+    found = _EXPERT.fullmatch(name)
+    pattern, number = (f"{found[1]}.*.{found[3]}", found[2]) if found else (name, "")
+    for leaf in ("", ".weight", ".bias"):
+        stem = pattern.removesuffix(leaf)
+        if pattern.endswith(leaf) and stem in table:
+            return table[stem].replace("*", number) + leaf
+    return name if fallback is None else fallback
+
+
+def stays_float32(parameter: str, config: ModelConfig) -> bool:
+    """Whether a parameter keeps float32 whatever the rest of the model is in."""
+    return config.is_v4 and not _FLOAT32_PARTS.isdisjoint(parameter.split("."))
