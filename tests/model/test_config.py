@@ -110,10 +110,11 @@ def test_a_query_latent_of_zero_is_none() -> None:
     ({"index_topk": 8}, "deepseek_v3 has no index_topk"), ({"hc_mult": 2}, "no hc_mult"),
     (V4 | {"compress_ratios": [0, 4, 64]}, "holds 64"), (V4 | {"compress_ratios": [0, 4]}, "with 3 entries"),
     (V4 | {"compress_rate_csa": 128}, "differ"), (V4 | {"num_hash_layers": 3}, "num_hash_layers=3"),
-    (V4 | {"o_groups": 7}, "o_groups=7"), (V4 | {"head_dim": 32}, "head_dim=32"), (V4 | {"q_lora_rank": 0}, "needs
-    q_lora"), ({"model_type": "deepseek_v32", "q_lora_rank": 0}, "needs q_lora_rank"), ({"model_type": "deepseek_v32",
-    "index_head_dim": 32}, "index_head_dim=32"), ({"hiden_size": 8}, "hiden_size"), ({"hidden_size": "8"},
-    "hidden_size"), ({"norm_topk_prob": 1}, "norm_topk_prob"),
+    (V4 | {"o_groups": 7}, "o_groups=7"), (V4 | {"head_dim": 32}, "head_dim=32"),
+    (V4 | {"q_lora_rank": 0}, "needs q_lora"),
+    ({"model_type": "deepseek_v32", "q_lora_rank": 0}, "needs q_lora_rank"),
+    ({"model_type": "deepseek_v32", "index_head_dim": 32}, "index_head_dim=32"),
+    ({"hiden_size": 8}, "hiden_size"), ({"hidden_size": "8"}, "hidden_size"), ({"norm_topk_prob": 1}, "norm_topk_prob"),
 ])
 def test_what_cannot_be_is_refused(changes: dict, words: str) -> None:
     with pytest.raises(ValidationError, match=words):
@@ -174,3 +175,17 @@ def test_what_a_kind_has_not_is_not_written() -> None:
     """So a recipe's hash does not change when another kind gets a field."""
     assert not {"hc_mult", "index_topk"} & set(ModelConfig().model_dump())
     assert not {"kv_lora_rank", "n_group"} & set(preset("deepseek-v4-flash").model_dump())
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_nextn_predict_layers": 10**12}, {"compress_rates": [4, 128]}, {"compress_ratios": None, "layer_types": [[0]]},
+    {"qk_rope_head_dim": None}, {"head_dim": None}, {"partial_rotary_factor": float("nan")}, {"compress_ratios": "0"},
+    {"num_hidden_layers": None}, {"rope_parameters": {"main": {}, "compress": {}}}, {"mlp_layer_types": [1]},
+    {"rope_scaling": {"type": "yarn", "factor": "16"}}])
+def test_a_damaged_v4_config_is_said(changes: dict) -> None:
+    table = to_published(preset("deepseek-v4-flash")) | changes
+    if "partial_rotary_factor" in changes:
+        del table["qk_rope_head_dim"]
+    with pytest.raises(XushiError) as error:
+        from_published(table, "there/config.json")
+    assert "there/config.json" in error.value.problem and "\n" not in error.value.problem

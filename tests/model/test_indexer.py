@@ -132,8 +132,8 @@ def expected_v4(w: dict[str, Tensor], c, xs: list[Tensor], count: int | None) ->
         seen = choose(scores, count)
         p = [0.0] * len(seen)
         for h in range(heads):
-            def weigh(key: Tensor, h: int = h) -> float:
-                return math.exp(float(q[h] @ key) * c.head_dim**-0.5)
+            def weigh(key: Tensor, query: Tensor = q[h]) -> float:
+                return math.exp(float(query @ key) * c.head_dim**-0.5)
 
             window = range(max(0, t - c.sliding_window + 1), t + 1)
             total = math.exp(float(w["sinks"][h])) + sum(weigh(keys[s]) for s in window) + sum(

@@ -34,8 +34,8 @@ def reference_with(ours: Deepseek, depth: int) -> DeepseekV4ForCausalLM:
     for name in own:
         part = name.removeprefix(mtp)
         if name.startswith(mtp) and not part.startswith(joins):
-            state[f"model.{part}" if part.startswith(("hc_head.", "norm.")) else f"model.layers.{layers}.{part}"] =
-            own[name]
+            place = f"model.{part}" if part.startswith(("hc_head.", "norm.")) else f"model.layers.{layers}.{part}"
+            state[place] = own[name]
     theirs.load_state_dict(state)
     return theirs.eval()
 

@@ -6,7 +6,6 @@ What is damaged in a way that no reader could notice, a bit of a weight, may loa
 import json
 import struct
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +37,7 @@ def checkpoints(random_model, tiny_of, tmp_path_factory) -> dict[str, dict[str, 
         config = tiny_of(kind, num_hidden_layers=2, n_routed_experts=4,
                          num_nextn_predict_layers=0 if kind == "deepseek_v2" else 1)
         save_pretrained(random_model(config, 3), directory)
+        load_pretrained(directory)  # the first loads parts of PyTorch, which have a size of their own
         made[kind] = {path.name: path.read_bytes() for path in directory.iterdir()}
     return made
 
@@ -48,22 +48,16 @@ def place(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("place")
 
 
-@pytest.fixture(autouse=True)
-def no_memory(checkpoints, place) -> Iterator[None]:
-    """Whatever a file says, a model of 100 kB and a header of 40 kB need no 100 MB."""
-    assert loads(place, checkpoints["deepseek_v4"])
-    before = peak_memory_bytes()
-    yield
-    assert peak_memory_bytes() - before < 100 * 2**20
-
-
 def loads(place: Path, files: dict[str, bytes]) -> bool:
-    """Whether a checkpoint of these files loads; if not, the error must be one for people."""
+    """Whether a checkpoint of these files loads; if not, the error must be one for people.
+
+    Whatever a file says, a model of 100 kB needs neither 50 MB nor seconds.
+    """
     for path in place.iterdir():
         path.unlink()
     for name, content in files.items():
         (place / name).write_bytes(content)
-    begun = time.perf_counter()
+    begun, before = time.perf_counter(), peak_memory_bytes()
     try:
         load_pretrained(place)
     except XushiError as error:
@@ -72,7 +66,7 @@ def loads(place: Path, files: dict[str, bytes]) -> bool:
             assert line and len(line) < 1000 and len(line.splitlines()) == 1, line
         return False
     finally:
-        assert time.perf_counter() - begun < 10
+        assert time.perf_counter() - begun < 30 and peak_memory_bytes() - before < 50 * 2**20
     return True
 
 

@@ -146,6 +146,20 @@ def test_an_older_checkpoint_is_replaced_whole(random_model, tiny, tmp_path) -> 
         assert same(model, load_pretrained(tmp_path / "here"))
 
 
+def test_every_tensor_is_aligned_to_its_own_width(random_model, tiny_of, tmp_path) -> None:
+    """Readers that map the file want it: int64 tables and float32 norms among bfloat16 matrices of odd sizes."""
+    config = tiny_of("deepseek_v4", hidden_size=25, moe_intermediate_size=7, vocab_size=49)
+    save_pretrained(random_model(config, 1), tmp_path / "exact")
+    save_pretrained(load_pretrained(tmp_path / "exact", dtype=torch.bfloat16), tmp_path / "half")
+    raw = (tmp_path / "half" / SINGLE_FILE).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:8 + length])
+    assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+    assert {entry["dtype"] for entry in header.values()} == {"I64", "F32", "BF16"}
+    widths = {"I64": 8, "F32": 4, "BF16": 2}
+    assert all(entry["data_offsets"][0] % widths[entry["dtype"]] == 0 for entry in header.values())
+
+
 class Killed(BaseException):
     """The process ends here."""
 

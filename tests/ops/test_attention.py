@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xushi.ops import attention, causal_attention, causal_attention_reference
+from xushi.ops import attention, causal_attention, causal_attention_reference, latent_attention
 from xushi.ops.attention import segment_mask
 
 
@@ -132,3 +132,22 @@ def test_ten_runs_on_two_threads_give_the_same_bits(two_threads, leaves) -> None
         now = [out.detach(), q.grad, k.grad, v.grad]
         first = first or now
         assert all(torch.equal(a, b) for a, b in zip(now, first, strict=True))
+
+
+def test_attention_on_latents_is_attention_on_what_they_expand_to() -> None:
+    """Keys W_k c and values W_v c of every cached latent, against the expansion absorbed into query and output."""
+    g = torch.Generator().manual_seed(21)
+    heads, nope, rope, latent, value, length = 2, 3, 4, 5, 6, 7
+    w_key, w_value = (torch.randn(heads, n, latent, generator=g, dtype=torch.float64) for n in (nope, value))
+    q = torch.randn(3, 2, heads, nope + rope, generator=g, dtype=torch.float64)
+    context = torch.randn(3, length, latent + rope, generator=g, dtype=torch.float64)
+    allowed = torch.rand(3, 2, length, generator=g) < 0.6
+    allowed[..., 0] = True
+    absorbed = torch.cat((torch.einsum("sqhk,hkc->sqhc", q[..., :nope], w_key), q[..., nope:]), -1)
+    got = torch.einsum("sqhc,hvc->sqhv", latent_attention(absorbed, context, allowed, 0.3, latent), w_value)
+    keys = torch.cat((torch.einsum("slc,hkc->slhk", context[..., :latent], w_key),
+                      context[..., None, latent:].expand(3, length, heads, rope)), -1)
+    values = torch.einsum("slc,hvc->slhv", context[..., :latent], w_value)
+    scores = torch.einsum("sqhk,slhk->sqhl", q, keys) * 0.3
+    shares = scores.masked_fill(~allowed[:, :, None], float("-inf")).softmax(-1)
+    torch.testing.assert_close(got, torch.einsum("sqhl,slhv->sqhv", shares, values), rtol=1e-12, atol=1e-12)

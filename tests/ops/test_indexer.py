@@ -16,9 +16,8 @@ def random_inputs(seed: int, batch: int, queries: int, keys: int, heads: int, wi
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**31), queries=st.sampled_from([1, 5, 130]), keys=st.integers(0, 9), heads=st.integers(1,
-3),
-       width=st.integers(1, 5))
+@given(seed=st.integers(0, 2**31), queries=st.sampled_from([1, 5, 130]), keys=st.integers(0, 9),
+       heads=st.integers(1, 3), width=st.integers(1, 5))
 def test_scores_and_gradients(seed: int, queries: int, keys: int, heads: int, width: int) -> None:
     fast, plain = (random_inputs(seed, 2, queries, keys, heads, width) for _ in range(2))
     got, want = index_scores(*fast), index_scores_reference(*plain)

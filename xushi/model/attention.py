@@ -17,7 +17,15 @@ from xushi.model.config import ModelConfig
 from xushi.model.indexer import LightningIndexer
 from xushi.model.layers import Linear, RMSNorm
 from xushi.model.sequences import Decoding, Sequences
-from xushi.ops import apply_rope, attention_shares, best_keys, causal_attention, index_divergence, index_scores
+from xushi.ops import (
+    apply_rope,
+    attention_shares,
+    best_keys,
+    causal_attention,
+    index_divergence,
+    index_scores,
+    latent_attention,
+)
 from xushi.ops.rope import yarn_mscale
 
 # The two latent norms are built without the config's eps in the published model code; they always use this.
@@ -119,18 +127,15 @@ class MultiHeadLatentAttention(nn.Module):
         w_key_HKC, w_value_HVC = torch.split(expand, [config.qk_nope_head_dim, config.v_head_dim], dim=1)
         q_SQHC = by_sequence(torch.cat((torch.einsum("nhk,hkc->nhc", q_nope_NHK, w_key_HKC), q_rope_NHR), -1), flat)
         context_SLC = read_slots(cache, flat.slot_table_SL, x_ND.dtype)
-        sequences, length, chunk = *context_SLC.shape[:2], q_SQHC.shape[1]
-        limit_SQ1 = by_sequence(flat.positions_N, flat)[..., None]
-        hidden = torch.arange(length, device=limit_SQ1.device) > limit_SQ1
+        length, limit_SQ1 = context_SLC.shape[1], by_sequence(flat.positions_N, flat)[..., None]
+        allowed_SQL = torch.arange(length, device=limit_SQ1.device) <= limit_SQ1
         if self.indexer is not None:
             context_SLC, index_keys_SLI = torch.split(context_SLC, [q_SQHC.shape[-1], config.index_head_dim], dim=-1)
             if length > config.index_topk:
                 q_SQJI, weights_SQJ = (by_sequence(x, flat) for x in self.indexer.queries(x_ND, q_latent, cos, sin))
-                hidden = ~best_keys(index_scores(q_SQJI, index_keys_SLI, weights_SQJ), ~hidden, config.index_topk)
-        scores = (q_SQHC.flatten(1, 2) @ context_SLC.transpose(1, 2)).view(sequences, chunk, heads, length)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * self.scale
-        weights = scores.masked_fill(hidden[:, :, None], float("-inf")).softmax(-1).to(x_ND.dtype)
-        read_SQHC = (weights.flatten(1, 2) @ context_SLC[..., :config.kv_lora_rank]).view(sequences, chunk, heads, -1)
+                scores_SQL = index_scores(q_SQJI, index_keys_SLI, weights_SQJ)
+                allowed_SQL = best_keys(scores_SQL, allowed_SQL, config.index_topk)
+        read_SQHC = latent_attention(q_SQHC, context_SLC, allowed_SQL, self.scale, config.kv_lora_rank)
         out_NHV = torch.einsum("nhc,hvc->nhv", read_SQHC[flat.rows_N, flat.columns_N], w_value_HVC)
         result: Tensor = self.o_proj(out_NHV.flatten(1))
         return result

@@ -16,6 +16,7 @@ _CLASSES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3Fo
 _SCORES = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid", "deepseek_v32": "sigmoid", "deepseek_v4": "sqrtsoftplus"}
 _LAYER_TYPES = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 _REMEDY = "use a DeepSeek-V2-, V3-, V3.2- or V4-type checkpoint"
+MOST_MTP_LAYERS = 64  # beyond it a config.json is damaged, and may not make a list of that length
 # What a V2's or V4's config.json must say itself: our defaults are V3's, and transformers' for V2 are no released
 # model's.
 _SHAPES = ("vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -91,7 +92,9 @@ def _as_v4(table: dict[str, Any], where: str) -> dict[str, Any]:
     """A V4 table in DeepSeek's own terms, whoever wrote it."""
     table = {key: value for key, value in table.items() if value is not None or key not in (
         "compress_ratios", "topk_method", "rope_scaling")}
-    rates = table.get("compress_rates") or {}
+    rates: Any = table.get("compress_rates") or {}
+    if not isinstance(rates, dict):
+        raise XushiError(f"{where}: compress_rates is {rates!r}, not a table", "get the file again, it is damaged")
     for key, name in (("compress_rate_csa", _LAYER_TYPES[1]), ("compress_rate_hca", _LAYER_TYPES[2])):
         if name in rates:
             table[key] = rates[name]
@@ -99,7 +102,7 @@ def _as_v4(table: dict[str, Any], where: str) -> dict[str, Any]:
     if "compress_ratios" not in table and isinstance(kinds, list):
         ratio = {_LAYER_TYPES[0]: 0, _LAYER_TYPES[1]: table.get("compress_rate_csa", 4),
                  _LAYER_TYPES[2]: table.get("compress_rate_hca", 128)}
-        if unknown := [kind for kind in kinds if kind not in ratio]:
+        if unknown := [kind for kind in kinds if not isinstance(kind, str) or kind not in ratio]:
             raise XushiError(f"{where}: layer_types holds {unknown[0]!r}, which is not implemented", _REMEDY)
         table["compress_ratios"] = [ratio[kind] for kind in kinds]
     if "compress_ratios" not in table:
@@ -108,15 +111,17 @@ def _as_v4(table: dict[str, Any], where: str) -> dict[str, Any]:
                          "add the model's own schedule; there is no default that fits them all")
     layers, mtp = table.get("num_hidden_layers"), table.setdefault("num_nextn_predict_layers", 1)
     ratios: Any = table["compress_ratios"]
-    if isinstance(ratios, list) and isinstance(layers, int) and isinstance(mtp, int) and len(ratios) >= layers:
+    if (isinstance(ratios, list) and isinstance(layers, int) and isinstance(mtp, int) and len(ratios) >= layers
+            and 0 <= mtp <= MOST_MTP_LAYERS):
         # An MTP layer unsaid is a window's; released files go on after the MTP layers, for drafters.
         table["compress_ratios"] = [*ratios, *[0] * mtp][:layers + mtp]
     if isinstance(types := table.get("mlp_layer_types"), list):
         table["num_hash_layers"] = hashed = types.count("hash_moe")
         if types != ["hash_moe"] * hashed + ["moe"] * (len(types) - hashed):
             raise XushiError(f"{where}: mlp_layer_types is not hash_moe layers before moe layers", _REMEDY)
-    if "qk_rope_head_dim" not in table and "partial_rotary_factor" in table and "head_dim" in table:
-        table["qk_rope_head_dim"] = int(table["head_dim"] * table["partial_rotary_factor"])
+    width, share = table.get("head_dim"), table.get("partial_rotary_factor")
+    if "qk_rope_head_dim" not in table and isinstance(width, int) and isinstance(share, float) and 0 < share <= 1:
+        table["qk_rope_head_dim"] = int(width * share)
     return _v4_rope(table, where)
 
 

@@ -4,7 +4,7 @@ Each op has a plain PyTorch reference that defines it, and where it is worth it 
 PyTorch today, so nothing is compiled. `XUSHI_OPS=reference` in the environment forces the references.
 """
 
-from xushi.ops.attention import causal_attention, causal_attention_reference
+from xushi.ops.attention import causal_attention, causal_attention_reference, latent_attention
 from xushi.ops.compressor import compress_windows
 from xushi.ops.dispatch import use_reference
 from xushi.ops.experts import routed_experts, routed_experts_reference
@@ -30,7 +30,8 @@ __all__ = [
     "RouterChoice", "apply_rope", "attention_shares", "best_keys", "causal_attention", "causal_attention_reference",
     "collapse_streams", "compress_windows", "cross_entropy", "cross_entropy_reference", "entry_shares",
     "expand_streams",
-    "index_divergence", "index_scores", "index_scores_reference", "rms_norm", "rope_frequencies", "rotate_tail",
+    "index_divergence", "index_scores", "index_scores_reference", "latent_attention", "rms_norm",
+    "rope_frequencies", "rotate_tail",
     "routed_experts", "routed_experts_reference", "shared_attention_reference", "sigmoid_router", "sinkhorn",
     "softmax_router", "sqrt_softplus_router", "stream_weights", "token_log_probabilities",
     "token_log_probabilities_reference", "use_reference", "windowed_attention", "windowed_attention_reference",

@@ -1,6 +1,7 @@
-"""Causal attention inside segments, for training and for scoring whole sequences.
+"""Causal attention inside segments, for training and for scoring whole sequences; and MLA on a cache of latents.
 
-Axes: B batch, H heads, T tokens, K query and key width, V value width.
+Axes: B batch, H heads, T tokens, K query and key width, V value width; S sequences of a decoding call, Q new tokens of
+a sequence, L cached positions, C latent and rotated width.
 """
 
 from typing import Any
@@ -58,6 +59,20 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
     bias.masked_fill_(~mask, float("-inf"))
     scores = torch.bmm(q, k.mT).view(mask.shape[0], -1, *mask.shape[2:])
     return torch.add(bias, scores, alpha=scale).softmax(-1).to(q.dtype).flatten(0, 1)
+
+
+def latent_attention(q_SQHC: Tensor, context_SLC: Tensor, allowed_SQL: Tensor, scale: float, latent: int) -> Tensor:
+    """MLA on the cached latents themselves: softmax(scale * q . context) of the context's first `latent` values.
+
+    Queries [S, Q, H, C] have the keys' expansion absorbed, beside their rotated part; the context [S, L, C] holds
+    latent and rotated key (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Softmax in float32 at least. What each head
+    read comes back as a latent, [S, Q, H, latent], for the values' expansion.
+    """
+    sequences, queries, heads, _ = q_SQHC.shape
+    scores = (q_SQHC.flatten(1, 2) @ context_SLC.mT).view(sequences, queries, heads, -1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+    weights = scores.masked_fill(~allowed_SQL[:, :, None], float("-inf")).softmax(-1).to(q_SQHC.dtype)
+    return (weights.flatten(1, 2) @ context_SLC[..., :latent]).view(sequences, queries, heads, latent)
 
 
 class _CausalAttention(torch.autograd.Function):
