@@ -108,6 +108,7 @@ class Recipe(StrictConfig):
         self._check_stages()
         self._check_lengths()
         self._check_balance()
+        self._check_indexers()
         return self
 
     def _check_stages(self) -> None:
@@ -134,6 +135,11 @@ class Recipe(StrictConfig):
                 raise ValueError(f"{stage} would train the experts of a {self.model.model_type} unbalanced: its router "
                                  f"has no bias and there is no balance loss; set {stage}.allow_unbalanced = true if "
                                  "that is wanted")
+
+    def _check_indexers(self) -> None:
+        if self.pretrain.indexer_warmup_steps and not (self.model.has_indexer and self.pretrain.indexer_weight):
+            raise ValueError("pretrain.indexer_warmup_steps needs a model with indexers (deepseek_v32, or deepseek_v4 "
+                             "with sparse layers) and an indexer_weight above 0")
 
     def _check_lengths(self) -> None:
         if self.pretrain.batch_tokens % self.data.sequence_length:

@@ -114,6 +114,7 @@ def test_a_query_latent_of_zero_is_none() -> None:
     (V4 | {"q_lora_rank": 0}, "needs q_lora"),
     ({"model_type": "deepseek_v32", "q_lora_rank": 0}, "needs q_lora_rank"),
     ({"model_type": "deepseek_v32", "index_head_dim": 32}, "index_head_dim=32"),
+    (V4 | {"swiglu_limit": 0.0}, "swiglu_limit"), ({"rope_theta": 0.0}, "rope_theta"),
     ({"hiden_size": 8}, "hiden_size"), ({"hidden_size": "8"}, "hidden_size"), ({"norm_topk_prob": 1}, "norm_topk_prob"),
 ])
 def test_what_cannot_be_is_refused(changes: dict, words: str) -> None:

@@ -438,6 +438,7 @@ print(sum(tensor.nbytes for tensor in model.state_dict().values()), loaded - bef
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel's own high-water mark is read")
+@pytest.mark.slow
 def test_memory_is_the_model_and_little_more(saved: Path, tmp_path_factory) -> None:
     """29 MiB of bfloat16 from 58 of float32 in shards of 4: neither all shards nor a float32 model are ever held."""
     large = tmp_path_factory.mktemp("large")

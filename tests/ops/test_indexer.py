@@ -84,3 +84,16 @@ def test_divergence_and_its_gradient() -> None:
     expected = scores.detach().masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num() - shares  # q - p
     torch.testing.assert_close(scores.grad, expected, rtol=1e-12, atol=1e-14)
     assert torch.autograd.gradcheck(lambda x: index_divergence(x, shares, mask), scores)
+
+
+def test_ten_times_on_two_threads(two_threads) -> None:
+    """Scores, gradients and choice, bit by bit."""
+    inputs = random_inputs(9, 2, 300, 300, 4, 16)
+    allowed = torch.ones(300, 300, dtype=torch.bool).tril()
+    seen = []
+    for _ in range(10):
+        leaves = [x.detach().float().requires_grad_() for x in inputs]
+        scores = index_scores(*leaves)
+        scores.sum().backward()
+        seen.append([scores.detach(), best_keys(scores, allowed, 40), *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for later in seen[1:] for a, b in zip(seen[0], later, strict=True))

@@ -35,3 +35,14 @@ def test_it_is_transformers_own_bit_by_bit(seed: int, dtype: torch.dtype) -> Non
     theirs.weight.data = torch.randn(24, generator=g).to(dtype)
     x = torch.randn(5, 24, generator=g).to(dtype)
     assert torch.equal(rms_norm(x, theirs.weight, 1e-5), theirs(x))
+
+
+def test_v4_multiplies_the_weight_before_it_rounds() -> None:
+    """And V3 after: in bfloat16 the two differ by a rounding, and each is its reference's own."""
+    x, weight = torch.randn(40, 16).bfloat16(), torch.randn(16)
+    wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    v4, v3 = rms_norm(x, weight, 1e-6, wide_weight=True), rms_norm(x, weight, 1e-6)
+    assert torch.equal(v4, (weight * wide).bfloat16())
+    assert torch.equal(v3, weight.bfloat16() * wide.bfloat16())
+    assert not torch.equal(v4, v3)
+    assert torch.equal(rms_norm(x, None, 1e-6), wide.bfloat16())

@@ -19,7 +19,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 from xushi.model import ModelConfig, RopeScaling
 from xushi.model.attention import MultiHeadLatentAttention
 from xushi.model.rotary import RotaryAngles
-from xushi.ops import apply_rope, rope_frequencies
+from xushi.ops import apply_rope, rope_frequencies, rotate_tail
 from xushi.ops.rope import yarn_frequencies, yarn_mscale
 
 
@@ -113,3 +113,17 @@ def test_products_depend_on_distance_alone(shift: int, apart: int) -> None:
 def test_their_width_is_the_rotated_one() -> None:
     """The comparisons above hand transformers a width by `head_dim`; the model's own config must come to the same."""
     assert DeepseekV3Config(qk_rope_head_dim=16).head_dim == 16
+
+
+@given(seed=st.integers(0, 2**31), pairs=st.integers(1, 4), rest=st.integers(0, 5))
+def test_the_tail_turns_in_place_and_back(seed: int, pairs: int, rest: int) -> None:
+    """V4's: the last values, in adjacent pairs that stay where they are; what was turned can be turned back."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, rest + 2 * pairs, generator=g, dtype=torch.float64)
+    angle = torch.rand(3, pairs, generator=g, dtype=torch.float64) * 20
+    got = rotate_tail(x, angle.cos(), angle.sin())
+    assert torch.equal(got[:, :rest], x[:, :rest])
+    turn = torch.polar(torch.ones_like(angle), angle)
+    turned = torch.view_as_complex(x[:, rest:].reshape(3, pairs, 2).clone()) * turn
+    torch.testing.assert_close(got[:, rest:], torch.view_as_real(turned).flatten(1))
+    torch.testing.assert_close(rotate_tail(got, angle.cos(), -angle.sin()), x)

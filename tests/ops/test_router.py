@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xushi.ops import sigmoid_router, softmax_router
+from xushi.ops import sigmoid_router, softmax_router, sqrt_softplus_router
 
 
 def choose(biased: list[float], groups: int, top_groups: int, top_k: int) -> list[int]:
@@ -166,3 +166,35 @@ def test_pinned_choices_are_taken_as_they_are() -> None:
     with pytest.raises(RuntimeError):  # an expert that is not there
         sigmoid_router(x, weight, torch.zeros(6), top_k=2, groups=1, top_groups=1, normalise=False, scale=1.0,
                        pinned_Nk=torch.tensor([[6, 0]] * 5))
+
+
+@given(seed=st.integers(0, 2**31), experts=st.integers(1, 6), tokens=st.integers(1, 5), biased=st.booleans())
+def test_v4s_router_against_loops(seed: int, experts: int, tokens: int, biased: bool) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, 3, generator=g, dtype=torch.float64) for n in (tokens, experts))
+    bias = torch.randn(experts, generator=g).double() if biased else None
+    top_k = 1 + seed % experts
+    got = sqrt_softplus_router(x, weight, bias, top_k=top_k, scale=1.5)
+    for n in range(tokens):
+        scores = [(1 + (x[n] @ row).exp()).log().sqrt() for row in weight]
+        order = sorted(range(experts), key=lambda e: -float(scores[e]) - (0 if bias is None else float(bias[e])))
+        assert set(got.indices_Nk[n].tolist()) == set(order[:top_k])
+        total = sum(scores[e] for e in order[:top_k])
+        for place, e in enumerate(got.indices_Nk[n].tolist()):
+            torch.testing.assert_close(got.weights_Nk[n, place], 1.5 * scores[e] / total, rtol=1e-10, atol=0)
+
+
+def test_v4s_router_far_below_zero_has_finite_gradients() -> None:
+    """softplus is exactly zero there, and the square root's slope infinite: 0 * inf, also for experts not chosen."""
+    x, weight = torch.tensor([[1.0]]), torch.tensor([[2.0], [-500.0], [1.0]], requires_grad=True)
+    choice = sqrt_softplus_router(x, weight, None, top_k=2, scale=1.0)
+    (choice.weights_Nk.sum() + choice.scores_NE.sum()).backward()
+    assert weight.grad.isfinite().all() and choice.indices_Nk.sort().values.tolist() == [[0, 2]]
+
+
+def test_v4s_hash_layers_weigh_what_the_table_says() -> None:
+    x, weight = torch.randn(4, 3), torch.randn(5, 3)
+    pinned = torch.tensor([[4, 0], [1, 2], [3, 4], [0, 1]])
+    choice = sqrt_softplus_router(x, weight, None, top_k=2, scale=2.0, pinned_Nk=pinned)
+    assert torch.equal(choice.indices_Nk, pinned)
+    torch.testing.assert_close(choice.weights_Nk.sum(-1), torch.full((4,), 2.0))

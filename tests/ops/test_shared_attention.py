@@ -8,7 +8,7 @@ from torch import Tensor
 
 from xushi.ops import (
     entry_shares,
-    shared_attention_reference,
+    shared_attention,
     windowed_attention,
     windowed_attention_reference,
 )
@@ -20,7 +20,7 @@ def test_against_loops() -> None:
                                                                                      dtype=torch.float64)
     allowed = torch.tensor([[[True] * 5, [False, True, False, True, False], [False] * 5]])
     sinks = torch.tensor([0.7, -2.0], dtype=torch.float64)
-    got = shared_attention_reference(q, keys, allowed, sinks, 0.5)
+    got = shared_attention(q, keys, allowed, sinks, 0.5)
     for t in range(3):
         for h in range(2):
             seen = [s for s in range(5) if allowed[0, t, s]]
@@ -71,7 +71,7 @@ def test_gradients() -> None:
 def test_shares_of_entries(length: int) -> None:
     """Of the whole softmax, tokens and sink included: heads that look elsewhere count less."""
     (q, kv, pooled, sinks), window_BTT, chosen = inputs_of(6, length, 2, 3, 4)
-    got = entry_shares(q, kv, window_BTT, pooled, chosen, sinks, 0.4)
+    got = entry_shares(q, kv, window_BTT, pooled, chosen, sinks, 0.4, 3)
     keys, allowed = torch.cat((kv, pooled), 1), torch.cat((window_BTT, chosen), -1)
     scores = torch.einsum("bthk,bsk->bhts", q, keys) * 0.4
     scores = scores.masked_fill(~allowed[:, None], float("-inf"))
@@ -80,3 +80,16 @@ def test_shares_of_entries(length: int) -> None:
     some = chosen.any(-1)
     torch.testing.assert_close(got[some], (on_entries / on_entries.sum(-1, keepdim=True))[some], rtol=1e-12, atol=1e-14)
     assert not got[~some].any()
+
+
+def test_ten_times_on_two_threads(two_threads) -> None:
+    """Values and gradients, bit by bit."""
+    (q, kv, pooled, sinks), window_BTT, chosen = inputs_of(7, 300, 4, 50, 70)
+    d_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(2))
+    seen = []
+    for _ in range(10):
+        leaves = [x.detach().float().requires_grad_() for x in (q, kv, pooled, sinks)]
+        out = windowed_attention(leaves[0], leaves[1], window_BTT, leaves[2], chosen, leaves[3], 0.4, 50)
+        out.backward(d_out)
+        seen.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for later in seen[1:] for a, b in zip(seen[0], later, strict=True))

@@ -199,7 +199,7 @@ def test_nothing_to_learn_from_ends_it_and_says_so(fine_tuned, tokenizer, enviro
     assert (tmp_path / "checkpoints" / "step-000000003").is_dir()
     before = fine_tuned().state_dict()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    assert not moved  # the routers' biases neither, unless the recipe says so
 
 
 def test_figures_are_tracked_at_every_step(fine_tuned, tokenizer, environment, tmp_path) -> None:

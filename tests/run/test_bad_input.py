@@ -42,6 +42,7 @@ SECOND = ["model.model_type='deepseek_v2'", "model.topk_method='greedy'", "model
     ("pretrain.bias_speed=0.0\npretrain.balance_weight=0.0", "would train unbalanced"),
     ("\n".join([*SECOND, "pretrain.balance_weight=0.0"]), "pretrain would train the experts of a deepseek_v2"),
     ("\n".join([*SECOND, "sft.balance_weight=0.0"]), "sft would train the experts of a deepseek_v2 unbalanced"),
+    ("pretrain.indexer_warmup_steps=3", "needs a model with indexers"),
     ("stages=['data']", "must hold data, tokenizer and pretrain"),
     ("without='sleep'", "not one of this run's stages"),
     ("environment.min_digits=1", "digits go from"),

@@ -27,7 +27,7 @@ from xushi.ops import (
     index_scores,
     rms_norm,
     rotate_tail,
-    shared_attention_reference,
+    shared_attention,
     windowed_attention,
 )
 
@@ -92,13 +92,13 @@ class CompressedAttention(nn.Module):
         entries_BWK, chosen_BTW = kv_BTK[:, :0], window_BTT[..., :0]
         divergence_BT = None
         if self.compressor is not None:
-            entries_BWK, chosen_BTW = _window_entries(self.compressor, x_BTD, sequences), sequences.windows[
-                self.rate].visible_BTW
+            entries_BWK = _window_entries(self.compressor, x_BTD, sequences)
+            chosen_BTW = sequences.windows[self.rate].visible_BTW
             if self.indexer is not None:
                 chosen_BTW, scores_BTW = self._select(self.indexer, x_BTD, q_latent, sequences)
                 if scores_BTW is not None and sequences.index_loss:
                     shares_BTW = entry_shares(q_BTHK, kv_BTK, window_BTT, entries_BWK, chosen_BTW, self.sinks,
-                                              self.scale)
+                                              self.scale, self.config.sliding_window)
                     divergence_BT = index_divergence(scores_BTW, shares_BTW, chosen_BTW)
         out_BTHK = windowed_attention(q_BTHK, kv_BTK, window_BTT, entries_BWK, chosen_BTW, self.sinks, self.scale,
                                       self.config.sliding_window)
@@ -140,7 +140,7 @@ class CompressedAttention(nn.Module):
             chosen_SQW = self._choose(x_ND, q_latent, angles, flat, entries_SWC[..., width:])
             keys_SLK = torch.cat((keys_SLK, entries_SWC[..., :width]), 1)
             allowed_SQL = torch.cat((allowed_SQL, chosen_SQW), -1)
-        out_SQHK = shared_attention_reference(by_sequence(q_NHK, flat), keys_SLK, allowed_SQL, self.sinks, self.scale)
+        out_SQHK = shared_attention(by_sequence(q_NHK, flat), keys_SLK, allowed_SQL, self.sinks, self.scale)
         return self._output(out_SQHK[flat.rows_N, flat.columns_N], angles)
 
     def _write_entries(self, compressor: EntryCompressor, new: CompletedWindows, projections: Tensor, entries: Tensor,
@@ -178,8 +178,7 @@ def _window_entries(compressor: Compressor, x_BTD: Tensor, sequences: Sequences)
 
 
 def _window_of(flat: FlatTokens, cache: Tensor, window: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The keys that the new tokens of each sequence may see within their windows [S, L, K], and which of them [S, Q,
-    L].
+    """The keys within the new tokens' windows [S, L, K], and which of them each new token may see [S, Q, L].
 
     Only these are read from the cache: the `window` - 1 tokens before a sequence's first new one, and the new ones.
     """

@@ -174,6 +174,9 @@ class ModelConfig(StrictConfig):
         for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "num_hash_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
+        for name in ("rope_theta", "compress_rope_theta", "swiglu_limit"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0")
         if self.qk_rope_head_dim % 2:
             raise ValueError("qk_rope_head_dim must be even: rotations act on pairs")
         self._consistent_groups()

@@ -132,9 +132,6 @@ def pretraining_loss(model: Deepseek, batch: dict[str, Tensor], *, mtp_weight: f
     gives zero.
     """
     index_loss = model.config.has_indexer and indexer_weight > 0
-    if indexer_warmup and not index_loss:
-        raise XushiError("indexer_warmup_steps without an indexer that learns", "it is for deepseek_v32 models with an "
-                         "indexer_weight above 0")
     trunk = model.hidden(batch["tokens"], batch["positions"], batch["segments"], dense=indexer_warmup,
                          index_loss=index_loss)
     next_token = next_token_loss(model, trunk.hidden_BTD, batch["targets"], _mean_weights(batch["loss_mask"]))
@@ -153,6 +150,9 @@ def pretraining_loss(model: Deepseek, batch: dict[str, Tensor], *, mtp_weight: f
     loads = {name: expert_loads(r.choice, (r.segments_BT >= 0).flatten()) for name, r in routing.items()}
     if divergences:
         indexer = indexer_loss(divergences)
+    elif indexer_warmup:
+        raise XushiError("indexer_warmup_steps without an indexer that learns", "it is for deepseek_v32 models and "
+                         "deepseek_v4 models with sparse layers, and for an indexer_weight above 0")
     total = indexer_weight * indexer
     if not indexer_warmup:
         total = next_token + mtp_weight * mtp + balance_weight * balance + total

@@ -109,6 +109,8 @@ def _as_v4(table: dict[str, Any], where: str) -> dict[str, Any]:
         # transformers then takes another schedule than any released model's.
         raise XushiError(f"{where} has neither compress_ratios nor layer_types",
                          "add the model's own schedule; there is no default that fits them all")
+    if "num_mtp_layers" in table:
+        table["num_nextn_predict_layers"] = table["num_mtp_layers"]
     layers, mtp = table.get("num_hidden_layers"), table.setdefault("num_nextn_predict_layers", 1)
     ratios: Any = table["compress_ratios"]
     if (isinstance(ratios, list) and isinstance(layers, int) and isinstance(mtp, int) and len(ratios) >= layers

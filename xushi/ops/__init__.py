@@ -21,7 +21,7 @@ from xushi.ops.rope import apply_rope, rope_frequencies, rotate_tail
 from xushi.ops.router import RouterChoice, sigmoid_router, softmax_router, sqrt_softplus_router
 from xushi.ops.shared_attention import (
     entry_shares,
-    shared_attention_reference,
+    shared_attention,
     windowed_attention,
     windowed_attention_reference,
 )
@@ -29,10 +29,9 @@ from xushi.ops.shared_attention import (
 __all__ = [
     "RouterChoice", "apply_rope", "attention_shares", "best_keys", "causal_attention", "causal_attention_reference",
     "collapse_streams", "compress_windows", "cross_entropy", "cross_entropy_reference", "entry_shares",
-    "expand_streams",
-    "index_divergence", "index_scores", "index_scores_reference", "latent_attention", "rms_norm",
-    "rope_frequencies", "rotate_tail",
-    "routed_experts", "routed_experts_reference", "shared_attention_reference", "sigmoid_router", "sinkhorn",
-    "softmax_router", "sqrt_softplus_router", "stream_weights", "token_log_probabilities",
-    "token_log_probabilities_reference", "use_reference", "windowed_attention", "windowed_attention_reference",
+    "expand_streams", "index_divergence", "index_scores", "index_scores_reference", "latent_attention", "rms_norm",
+    "rope_frequencies", "rotate_tail", "routed_experts", "routed_experts_reference", "shared_attention",
+    "sigmoid_router", "sinkhorn", "softmax_router", "sqrt_softplus_router", "stream_weights",
+    "token_log_probabilities", "token_log_probabilities_reference", "use_reference", "windowed_attention",
+    "windowed_attention_reference",
 ]

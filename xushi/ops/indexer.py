@@ -26,7 +26,8 @@ def index_scores(q_BTJI: Tensor, k_BSI: Tensor, weights_BTJ: Tensor) -> Tensor:
     if use_reference():
         return index_scores_reference(q_BTJI, k_BSI, weights_BTJ)
     blocks = zip(torch.split(q_BTJI, QUERY_BLOCK, 1), torch.split(weights_BTJ, QUERY_BLOCK, 1), strict=True)
-    return torch.cat([checkpoint(index_scores_reference, q, k_BSI, w, use_reentrant=False) for q, w in blocks], 1)
+    return torch.cat([checkpoint(index_scores_reference, q, k_BSI, w, use_reentrant=False, preserve_rng_state=False)
+                      for q, w in blocks], 1)
 
 
 @torch.no_grad()

@@ -63,7 +63,8 @@ def sqrt_softplus_router(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None,
     least; transformers computes them in the model's dtype, where bfloat16 picks other experts.
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
-    scores_NE = F.softplus(F.linear(x_ND.to(wide), weight_ED.to(wide))).sqrt()
+    # Far below zero softplus is exactly 0, where the square root's slope is infinite and the gradient 0 * inf.
+    scores_NE = F.softplus(F.linear(x_ND.to(wide), weight_ED.to(wide))).clamp(min=torch.finfo(wide).tiny).sqrt()
     if pinned_Nk is None:
         with torch.no_grad():
             pinned_Nk = (scores_NE if bias_E is None else scores_NE + bias_E).topk(top_k, dim=-1).indices

@@ -23,7 +23,7 @@ class OptimizationConfig(StrictConfig):
     mtp_weight: float = 0.3
     balance_weight: float = 1e-4  # the sequence-wise loss's alpha
     bias_speed: float = 1e-3  # the router bias's gamma, per optimizer step
-    indexer_weight: float = 1.0  # the loss of V3.2's indexers; 0 leaves them as they are
+    indexer_weight: float = 1.0  # the loss of V3.2's and V4's indexers; 0 leaves them as they are
     allow_unbalanced: bool = False  # train a mixture with neither bias nor balance loss
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     checkpoint_every: int = 100
@@ -55,7 +55,7 @@ class PretrainConfig(OptimizationConfig):
     """`batch_tokens` per optimizer step, a multiple of the sequence length."""
 
     batch_tokens: int
-    indexer_warmup_steps: int = 0  # V3.2: at first the indexers alone are trained, against dense attention
+    indexer_warmup_steps: int = 0  # at first the indexers alone are trained, against dense attention
     evaluate_every: int = 200  # steps between measurements on `evaluate_tokens` of the held-out text
     evaluate_tokens: int = 16384
 

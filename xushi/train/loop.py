@@ -90,6 +90,8 @@ def train(stage: str, model: Deepseek, config: OptimizationConfig, batches: Call
             step_began = time.monotonic()
             batch = batches(step)
             warming = step < warmup
+            if warmup and step == warmup:
+                optimizer.restart()
             parts = pretraining_loss(model, batch, mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
                                      indexer_weight=config.indexer_weight, indexer_warmup=warming)
             parts.total.backward()  # type: ignore[no-untyped-call]

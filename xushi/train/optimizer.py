@@ -77,6 +77,12 @@ class Optimizer:
                         learning_rate if adamw_learning_rate is None else adamw_learning_rate)
         self._step_muon([n for n in self._muon if self.parameters[n].grad is not None], learning_rate)
 
+    def restart(self) -> None:
+        """Forget all moments: what had no gradient so far begins like everything else."""
+        self.steps = 0
+        for tensor in self.state.values():
+            tensor.zero_()
+
     def zero_grad(self) -> None:
         """Forget the gradients."""
         for parameter in self.parameters.values():
