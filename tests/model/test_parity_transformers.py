@@ -251,11 +251,14 @@ def check_against_transformers(ours: Deepseek, tokens: Tensor, path) -> None:
             assert all(p.grad is None or not p.grad.any() for p in (parameter, theirs[name])), name
             continue
         difference = (parameter.grad - theirs[name].grad).norm()
-        if difference > TOLERANCE * (theirs[name].grad.norm() + 1e-3 * whole):
-            # A gradient that is the small rest of large terms (two tokens' queries, the router of one chosen expert)
-            # is known no better than the float32 form computes it: within a few times ours against float64.
+        bound = TOLERANCE * (theirs[name].grad.norm() + 1e-3 * whole)
+        if difference > bound:
+            # A gradient that is the small rest of large terms (two tokens' queries, the router of one chosen expert,
+            # the scale of a single stream before a norm) is known no better than the float32 forms compute it: within
+            # a few times ours against float64; or ours is exact, and it is theirs that is a few roundings off.
             exact = exact or float64_gradients(ours, tokens, choices)
-            assert difference <= 4 * (parameter.grad - exact[name]).norm(), name
+            error = (parameter.grad - exact[name]).norm()
+            assert difference <= 4 * error or (error <= bound and difference <= 10 * bound), name
 
 
 def random_tokens(config: ModelConfig, seed: int, *shape: int) -> Tensor:
