@@ -216,8 +216,12 @@ class Selections:
             indexer.forward = forward
 
 
-def float64_gradients(model: Deepseek, tokens: Tensor, pinned: list[Tensor]) -> dict[str, Tensor]:
+def float64_gradients(model: Deepseek, tokens: Tensor, pinned: list[Tensor], limit: float = 1.0) -> dict[str, Tensor]:
+    """With V4's SwiGLU limit moved by a factor."""
     model = copy.deepcopy(model).double()
+    for module in model.modules():
+        if getattr(module, "limit", None) is not None:
+            module.limit *= limit
     model.zero_grad()
     logits = model(tokens, pinned=pinned).logits
     assert logits.dtype == torch.float64
@@ -259,7 +263,12 @@ def check_against_transformers(ours: Deepseek, tokens: Tensor, path) -> None:
             # formula would be off by more than a thousandth).
             exact = exact or float64_gradients(ours, tokens, choices)
             error = (parameter.grad - exact[name]).norm()
-            assert difference <= 4 * error or (error <= 4 * bound and difference <= 100 * bound), name
+            if difference <= 4 * error or (error <= 4 * bound and difference <= 100 * bound):
+                continue
+            # V4's clamp has a slope of one or none: where an activation is as good as at the limit, rounding decides,
+            # and moving the limit by a few roundings does what the two forms differ by.
+            moved = [float64_gradients(ours, tokens, choices, 1 + step)[name] for step in (-1e-5, 1e-5)]
+            assert max((other - exact[name]).norm() for other in moved) >= difference / 4, name
 
 
 def random_tokens(config: ModelConfig, seed: int, *shape: int) -> Tensor:
