@@ -23,14 +23,16 @@ def test_windows_of_packed_rows(rows: list[list[int]], rate: int, padding: int) 
             positions[row, start:start + size] = torch.arange(size)
             segments[row, start:start + size] = number
             start += size
-    members, has_previous, visible, first = windows_of(positions, segments, rate)
+    windows = windows_of(positions, segments, rate, lambda positions: (positions, positions))
+    members, has_previous, visible, first = (windows.members_BWM, windows.has_previous_BW, windows.visible_BTW,
+                                             windows.angles[0])
     assert visible.shape == (len(rows), length, length // rate)
     for row, documents in enumerate(rows):
-        windows, start = [], 0  # (first token's place, number in its document, document)
+        expected, start = [], 0  # (first token's place, number in its document, document)
         for number, size in enumerate(documents):
-            windows += [(start + w * rate, w, number) for w in range(size // rate)]
+            expected += [(start + w * rate, w, number) for w in range(size // rate)]
             start += size
-        for e, (place, w, number) in enumerate(windows):
+        for e, (place, w, number) in enumerate(expected):
             assert members[row, e, rate:].tolist() == list(range(place, place + rate))
             assert bool(has_previous[row, e]) == (w > 0) and int(first[row, e]) == w * rate
             if w:
@@ -38,7 +40,7 @@ def test_windows_of_packed_rows(rows: list[list[int]], rate: int, padding: int) 
             for t in range(length):
                 sees = int(segments[row, t]) == number and t >= place + rate - 1
                 assert bool(visible[row, t, e]) == sees
-        beyond = visible[row, :, len(windows):]
+        beyond = visible[row, :, len(expected):]
         assert not beyond[segments[row] >= 0].any()  # padding may see what it likes, in its own segment
 
 
@@ -53,7 +55,8 @@ def test_windows_that_a_call_completes(sizes: list[int], rate: int) -> None:
     for size in sizes:
         flat = cache.extend([(second, [1] * 2), (first, [1] * size)])
         slots += flat.slots_N[flat.rows_N == 1].tolist()
-        members, has_previous, closing, places = completed_windows(flat, rate)
+        new = completed_windows(flat, rate, lambda positions: (positions, positions))
+        members, has_previous, closing, places = new.members_WM, new.has_previous_W, new.slots_W, new.angles[0]
         own = [i for i, slot in enumerate(closing.tolist()) if slot in slots]
         for i in own:
             w = int(places[i]) // rate

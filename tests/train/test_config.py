@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from xushi.base.config import parse
 from xushi.base.errors import XushiError
-from xushi.train import OptimizationConfig, PretrainConfig, SFTConfig
+from xushi.train import ObjectiveConfig, PretrainConfig, SFTConfig
 
 SOUND = {"steps": 10, "learning_rate": 0.01}
 
@@ -15,11 +15,11 @@ SOUND = {"steps": 10, "learning_rate": 0.01}
 def test_a_mixture_without_balancing_is_refused_unless_asked_for() -> None:
     off = SOUND | {"balance_weight": 0.0, "bias_speed": 0.0}
     with pytest.raises(XushiError) as error:
-        parse(OptimizationConfig, off, "recipes/mine.toml: pretrain")
+        parse(ObjectiveConfig, off, "recipes/mine.toml: pretrain")
     assert "unbalanced" in error.value.problem and "allow_unbalanced" in error.value.problem
-    assert parse(OptimizationConfig, off | {"allow_unbalanced": True}, "here").bias_speed == 0
+    assert parse(ObjectiveConfig, off | {"allow_unbalanced": True}, "here").bias_speed == 0
     for one in ({"balance_weight": 0.0}, {"bias_speed": 0.0}):
-        OptimizationConfig(**(SOUND | one))
+        ObjectiveConfig(**(SOUND | one))
 
 
 @pytest.mark.parametrize("changes", [
@@ -29,7 +29,7 @@ def test_a_mixture_without_balancing_is_refused_unless_asked_for() -> None:
 ])
 def test_unsound_values(changes: dict) -> None:
     with pytest.raises(ValidationError, match=next(iter(changes))):
-        OptimizationConfig(**(SOUND | changes))
+        ObjectiveConfig(**(SOUND | changes))
 
 
 @pytest.mark.parametrize("config, sound, changes", [

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from xushi.base.errors import XushiError
 from xushi.model import Deepseek, ModelConfig, pretraining_loss
-from xushi.train import OptimizationConfig, PretrainConfig, train
+from xushi.train import ObjectiveConfig, PretrainConfig, train
 from xushi.train.checkpoint import latest_checkpoint
 from xushi.train.loop import new_optimizer, optimizer_step, resume_training, save_training, set_compute_dtype
 
@@ -44,7 +44,7 @@ def run(tiny_model, batches, tracking) -> Callable[..., dict[str, bytes]]:
             stop(step)
             return batches(step)
 
-        config = OptimizationConfig(**(SETTINGS | changes))
+        config = ObjectiveConfig(**(SETTINGS | changes))
         model = tiny_model()
         train("test", model, config, watched, directory, tracking)
         written = files(directory)
@@ -116,7 +116,7 @@ def test_evaluation_at_its_steps_and_at_the_end(tiny_model, batches, tracking, t
         measured.append(len(measured))
         return {"quality": float(len(measured))}
 
-    metrics = train("test", tiny_model(), OptimizationConfig(**SETTINGS), batches, tmp_path, tracking, (3, evaluate))
+    metrics = train("test", tiny_model(), ObjectiveConfig(**SETTINGS), batches, tmp_path, tracking, (3, evaluate))
     assert tracking.series("test", "quality") == [(3, 1.0), (6, 2.0), (7, 3.0)] and metrics["quality"] == 3.0
 
 
@@ -126,7 +126,7 @@ def test_it_learns(optimizer: str, rate: float, tiny_model, batches, tracking, t
 
     From ln 40 = 3.7 for 40 equally likely tokens; with the sign of an update turned the loss grows.
     """
-    config = OptimizationConfig(steps=40, learning_rate=rate, optimizer=optimizer, dtype="fp32")
+    config = ObjectiveConfig(steps=40, learning_rate=rate, optimizer=optimizer, dtype="fp32")
     metrics = train("test", tiny_model(), config, lambda step: batches(0), tmp_path, tracking)
     losses = [value for _, value in tracking.series("test", "loss")]
     assert losses[0] == pytest.approx(math.log(40), abs=0.2) and metrics["loss"] < 0.5
@@ -142,7 +142,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny_model, batches
         return batches(step)
 
     with pytest.raises(XushiError, match="step 5: the gradient is not finite") as error:
-        train("test", model, OptimizationConfig(**SETTINGS), poisoned, tmp_path, tracking)
+        train("test", model, ObjectiveConfig(**SETTINGS), poisoned, tmp_path, tracking)
     assert error.value.exit_code == 1 and "learning_rate" in error.value.remedy
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None and checkpoint.step == 3
@@ -151,8 +151,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny_model, batches
 
 def test_biases_move_in_training_and_not_without_speed(tiny_model, batches, tracking, tmp_path) -> None:
     moving, still = tiny_model(), tiny_model()
-    train("a", moving, OptimizationConfig(**SETTINGS), batches, tmp_path / "a", tracking)
-    train("b", still, OptimizationConfig(**(SETTINGS | {"bias_speed": 0.0})), batches, tmp_path / "b", tracking)
+    train("a", moving, ObjectiveConfig(**SETTINGS), batches, tmp_path / "a", tracking)
+    train("b", still, ObjectiveConfig(**(SETTINGS | {"bias_speed": 0.0})), batches, tmp_path / "b", tracking)
     for name in ("1", "2"):  # a decoder layer and the MTP layer
         bias = moving.routers()[name].e_score_correction_bias
         assert bias.any() and bias.abs().max() <= 2 * 0.01 * STEPS and bias.mean().abs() < 1e-6
@@ -160,7 +160,7 @@ def test_biases_move_in_training_and_not_without_speed(tiny_model, batches, trac
 
 
 def test_a_step_moves_biases_against_the_loads(tiny_model, batches) -> None:
-    model, config = tiny_model(), OptimizationConfig(**SETTINGS)
+    model, config = tiny_model(), ObjectiveConfig(**SETTINGS)
     parts = pretraining_loss(model, batches(0), mtp_weight=0.3, balance_weight=1e-4)
     parts.total.backward()
     figures = optimizer_step(model, new_optimizer(model, config), config, 0, parts.loads)
@@ -182,7 +182,7 @@ def test_compute_dtype(dtype: str, expected: torch.dtype | None, tiny_model) -> 
 
 def test_everything_a_step_depends_on_is_in_the_checkpoint(tiny_model, batches, tmp_path) -> None:
     """Moments, their count and the router biases, by their published names."""
-    config = OptimizationConfig(**SETTINGS)
+    config = ObjectiveConfig(**SETTINGS)
     model = tiny_model()
     optimizer = new_optimizer(model, config)
     for step in range(2):

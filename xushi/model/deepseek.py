@@ -23,15 +23,7 @@ from xushi.model.layers import Linear, RMSNorm
 from xushi.model.moe import MixtureOfExperts, Router
 from xushi.model.mtp import MultiTokenPredictionLayer, mtp_layer
 from xushi.model.rotary import RotaryAngles
-from xushi.model.sequences import (
-    CompletedWindows,
-    Decoding,
-    Sequences,
-    Windows,
-    completed_windows,
-    sliding_window,
-    windows_of,
-)
+from xushi.model.sequences import Decoding, Sequences, completed_windows, sliding_window, windows_of
 from xushi.ops import RouterChoice
 from xushi.ops.attention import segment_mask
 
@@ -48,9 +40,10 @@ class Hidden:
     """The trunk's output after the final norm [B, T, D] and each MoE layer's routing, first layer first.
 
     `carried` is what an MTP layer takes: the same, or V4's streams [B, T, S, D] before they become one.
-    `index_divergence` holds each indexer's [B, T], where its loss was asked for.
+    `index_divergence` holds each indexer's [B, T], where its loss was asked for. `sequences` serves MTP layers too.
     """
 
+    sequences: Sequences
     hidden_BTD: Tensor
     carried: Tensor
     routing: list[RouterChoice]
@@ -148,8 +141,7 @@ class Deepseek(nn.Module):
             return Sequences(tokens_BT, angles, mask, dtype, dense, index_loss)
         windows = {}
         for rate in sorted(set(config.compress_ratios or []) - {0}):
-            members, has_previous, visible, first_BW = windows_of(positions_BT, segments_BT, rate)
-            windows[rate] = Windows(members, has_previous, visible, self.compress_angles(first_BW))
+            windows[rate] = windows_of(positions_BT, segments_BT, rate, self.compress_angles)
         return Sequences(tokens_BT, angles, None, dtype, dense, index_loss, self.compress_angles(positions_BT),
                          sliding_window(positions_BT, segments_BT, config.sliding_window), windows)
 
@@ -160,8 +152,7 @@ class Deepseek(nn.Module):
             return Decoding(flat, angles, dtype)
         windows = {}
         for rate in sorted(set(self.config.compress_ratios or []) - {0}):
-            members, has_previous, slots, first_W = completed_windows(flat, rate)
-            windows[rate] = CompletedWindows(members, has_previous, slots, self.compress_angles(first_W))
+            windows[rate] = completed_windows(flat, rate, self.compress_angles)
         return Decoding(flat, angles, dtype, self.compress_angles(flat.positions_N), windows)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -195,7 +186,7 @@ class Deepseek(nn.Module):
             if divergence_BT is not None:
                 divergences.append(divergence_BT)
         hidden_BTD = self.finish(x)
-        return Hidden(hidden_BTD, x if self.config.is_v4 else hidden_BTD, routing, divergences)
+        return Hidden(sequences, hidden_BTD, x if self.config.is_v4 else hidden_BTD, routing, divergences)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, segments_BT: Tensor | None = None,
                 pinned: list[Tensor] | None = None) -> Logits:
@@ -206,7 +197,7 @@ class Deepseek(nn.Module):
 
     @torch.no_grad()
     def decode(self, flat: FlatTokens, cache: LatentCache, routing: bool = False) -> Decoded:
-        """The inference forward: flat tokens of many sequences against the latent cache, prefill and decode mixed."""
+        """The inference forward: flat tokens of many sequences against the cache, prefill and decode mixed."""
         dtype = self.compute_dtype or self.model.embed_tokens.weight.dtype
         decoding, x = self.decoding(flat, dtype), self.embed(flat.tokens_N)
         experts: list[Tensor] = []

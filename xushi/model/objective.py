@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xushi.base.errors import XushiError
-from xushi.model.deepseek import Deepseek
+from xushi.model.deepseek import Deepseek, Hidden
 from xushi.ops import RouterChoice, cross_entropy
 
 
@@ -84,15 +84,14 @@ class _Routed:
     segments_BT: Tensor
 
 
-def _mtp_losses(model: Deepseek, carried: Tensor, batch: dict[str, Tensor], dense: bool, index_loss: bool
+def _mtp_losses(model: Deepseek, trunk: Hidden, batch: dict[str, Tensor]
                 ) -> tuple[list[Tensor], dict[str, _Routed], list[tuple[Tensor, Tensor]]]:
     """Each depth's mean loss, the routing of its layer and its indexer's divergence.
 
     At depth d the input at place i is the embedding of token i+d and the target is token i+d+1, both read from
     `targets`; places whose i+d+1 leaves the segment, or is not trained on, have no loss.
     """
-    targets, segments = batch["targets"], batch["segments"]
-    sequences = model.sequences(batch["tokens"], batch["positions"], segments, dense=dense, index_loss=index_loss)
+    targets, segments, carried = batch["targets"], batch["segments"], trunk.carried
     losses: list[Tensor] = []
     routing: dict[str, _Routed] = {}
     divergences: list[tuple[Tensor, Tensor]] = []
@@ -104,7 +103,7 @@ def _mtp_losses(model: Deepseek, carried: Tensor, batch: dict[str, Tensor], dens
 
     for depth, layer in enumerate(model.mtp_layers, start=1):
         embedded = F.embedding(torch.roll(targets, 1 - depth, dims=1), model.model.embed_tokens.weight)
-        predicted = layer.predict(carried, embedded, sequences)
+        predicted = layer.predict(carried, embedded, trunk.sequences)
         carried = predicted.carried
         valid = torch.roll(batch["loss_mask"], -depth, dims=1) & same_segment(depth)
         losses.append(next_token_loss(model, predicted.hidden_BTD, torch.roll(targets, -depth, dims=1),
@@ -140,7 +139,7 @@ def pretraining_loss(model: Deepseek, batch: dict[str, Tensor], *, mtp_weight: f
     divergences = [(divergence_BT, batch["segments"]) for divergence_BT in trunk.index_divergence]
     mtp = balance = indexer = next_token.new_zeros(())
     if model.mtp_layers and mtp_weight:
-        losses, mtp_routing, mtp_divergences = _mtp_losses(model, trunk.carried, batch, indexer_warmup, index_loss)
+        losses, mtp_routing, mtp_divergences = _mtp_losses(model, trunk, batch)
         mtp = torch.stack(losses).mean()
         routing |= mtp_routing
         divergences += mtp_divergences

@@ -6,6 +6,7 @@ document of a packed row, and a window that its document does not fill has no en
 Axes: B batch, T tokens, R/2 rotated pairs, W windows, M tokens of a window, N flat tokens, S sequences of a call.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -27,8 +28,9 @@ class Windows:
     angles: Angles  # of the windows' first positions
 
 
-def windows_of(positions_BT: Tensor, segments_BT: Tensor | None, rate: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A batch's `members_BWM`, `has_previous_BW` and `visible_BTW`, and each window's first position [B, W].
+def windows_of(positions_BT: Tensor, segments_BT: Tensor | None, rate: int, angles_of: Callable[[Tensor], Angles]
+               ) -> Windows:
+    """A batch's windows; `angles_of` gives positions their angles.
 
     Positions count from 0 in every document of a row. A window closes at a token whose position is rate - 1 modulo
     `rate`, and is visible from there on to its own document.
@@ -42,7 +44,7 @@ def windows_of(positions_BT: Tensor, segments_BT: Tensor | None, rate: int) -> t
     if segments_BT is not None:
         visible_BTW = visible_BTW & (segments_BT.gather(1, last_BW)[:, None] == segments_BT[..., None])
     members_BWM = last_BW[..., None] + torch.arange(1 - 2 * rate, 1, device=last_BW.device)
-    return members_BWM.clamp(min=0), number_BW > 0, visible_BTW, number_BW * rate
+    return Windows(members_BWM.clamp(min=0), number_BW > 0, visible_BTW, angles_of(number_BW * rate))
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,13 @@ class CompletedWindows:
     angles: Angles  # of the windows' first positions
 
 
-def completed_windows(flat: FlatTokens, rate: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The call's `members_WM`, `has_previous_W` and `slots_W`, and each window's first position [W]."""
+def completed_windows(flat: FlatTokens, rate: int, angles_of: Callable[[Tensor], Angles]) -> CompletedWindows:
+    """What the call completes; `angles_of` gives positions their angles."""
     closes_N = flat.positions_N % rate == rate - 1
     positions_W = flat.positions_N[closes_N]
     places_WM = (positions_W[:, None] + torch.arange(1 - 2 * rate, 1, device=positions_W.device)).clamp(min=0)
     members_WM = flat.slot_table_SL.index_select(0, flat.rows_N[closes_N]).gather(1, places_WM)
-    return members_WM, positions_W >= rate, flat.slots_N[closes_N], positions_W + 1 - rate
+    return CompletedWindows(members_WM, positions_W >= rate, flat.slots_N[closes_N], angles_of(positions_W + 1 - rate))
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,7 @@ class OptimizationConfig(StrictConfig):
     gradient_clip: float = 1.0
     warmup_steps: int = 0
     decay_fraction: float = 0.0  # the last part of the steps, in which the learning rate falls to zero
-    mtp_weight: float = 0.3
-    balance_weight: float = 1e-4  # the sequence-wise loss's alpha
     bias_speed: float = 1e-3  # the router bias's gamma, per optimizer step
-    indexer_weight: float = 1.0  # the loss of V3.2's and V4's indexers; 0 leaves them as they are
-    allow_unbalanced: bool = False  # train a mixture with neither bias nor balance loss
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     checkpoint_every: int = 100
 
@@ -36,8 +32,7 @@ class OptimizationConfig(StrictConfig):
         for name in ("learning_rate", "adamw_learning_rate", "gradient_clip"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0")
-        for name in ("warmup_steps", "weight_decay", "mtp_weight", "balance_weight", "bias_speed",
-                     "indexer_weight"):
+        for name in ("warmup_steps", "weight_decay", "bias_speed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
         for name in ("beta1", "beta2"):
@@ -45,13 +40,29 @@ class OptimizationConfig(StrictConfig):
                 raise ValueError(f"{name} must be at least 0 and below 1")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError("decay_fraction must lie between 0 and 1")
+        return self
+
+
+class ObjectiveConfig(OptimizationConfig):
+    """What training on text adds: the weights of `pretraining_loss`."""
+
+    mtp_weight: float = 0.3
+    balance_weight: float = 1e-4  # the sequence-wise loss's alpha
+    indexer_weight: float = 1.0  # the loss of V3.2's and V4's indexers; 0 leaves them as they are
+    allow_unbalanced: bool = False  # train a mixture with neither bias nor balance loss
+
+    @model_validator(mode="after")
+    def _balanced(self) -> "ObjectiveConfig":
+        for name in ("mtp_weight", "balance_weight", "indexer_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
         if self.balance_weight == 0 and self.bias_speed == 0 and not self.allow_unbalanced:
             raise ValueError("balance_weight and bias_speed are both 0, so a mixture would train unbalanced; "
                              "set allow_unbalanced = true if that is wanted")
         return self
 
 
-class PretrainConfig(OptimizationConfig):
+class PretrainConfig(ObjectiveConfig):
     """`batch_tokens` per optimizer step, a multiple of the sequence length."""
 
     batch_tokens: int
@@ -67,7 +78,7 @@ class PretrainConfig(OptimizationConfig):
         return self
 
 
-class SFTConfig(OptimizationConfig):
+class SFTConfig(ObjectiveConfig):
     """Supervised fine-tuning on the environment's demonstrations, `batch_examples` per optimizer step."""
 
     batch_examples: int

@@ -20,7 +20,7 @@ from xushi.base.tracking import Tracking
 from xushi.model import Deepseek, pretraining_loss
 from xushi.train.balance import router_health, update_router_biases
 from xushi.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from xushi.train.config import OptimizationConfig, PretrainConfig
+from xushi.train.config import ObjectiveConfig, OptimizationConfig, PretrainConfig
 from xushi.train.optimizer import Optimizer, clip_gradients
 from xushi.train.schedule import warmup_stable_decay
 
@@ -71,7 +71,7 @@ def optimizer_step(model: Deepseek, optimizer: Optimizer, config: OptimizationCo
     return {"gradient_norm": norm, "learning_rate": rate, **router_health(model, loads)}
 
 
-def train(stage: str, model: Deepseek, config: OptimizationConfig, batches: Callable[[int], dict[str, Tensor]],
+def train(stage: str, model: Deepseek, config: ObjectiveConfig, batches: Callable[[int], dict[str, Tensor]],
           directory: Path, tracking: Tracking, evaluate: tuple[int, Callable[[], dict[str, float]]] | None = None
           ) -> dict[str, float]:
     """Train `model` in place for `config.steps` steps on `batches(step)`; checkpoints go to `directory`.
