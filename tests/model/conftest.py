@@ -1,11 +1,29 @@
 """Random models for the tests of the model."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
+from torch import Tensor
 
-from xushi.model import Deepseek, ModelConfig, RopeScaling
+from xushi.model import Deepseek, ModelConfig, RopeScaling, save_pretrained
+from xushi.tokenizer import Tokenizer
+
+from .gguf_models import TEXT, WIDE, Make
+
+
+def tensors_in(file: Path) -> dict[str, Tensor]:
+    """A copy of what a file holds, which can be written over it."""
+    return load(file.read_bytes())
+
+
+def same(first: Deepseek, second: Deepseek) -> bool:
+    """Whether two models have the same tensors, bit by bit."""
+    a, b = first.state_dict(), second.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="session")
@@ -25,9 +43,6 @@ def random_model() -> Callable[[ModelConfig, int], Deepseek]:
                 router.e_score_correction_bias.copy_(torch.randn(config.n_routed_experts, generator=stream) * 0.2)
         return model
     return make
-
-
-KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
 
 
 @pytest.fixture(scope="session")
@@ -70,4 +85,28 @@ def tiny() -> Callable[..., ModelConfig]:
                   "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8, "num_nextn_predict_layers": 0,
                   "max_position_embeddings": 64, "initializer_range": 0.2}
         return ModelConfig(**(fields | changes))
+    return make
+
+
+@pytest.fixture
+def saved(random_model, tiny, tmp_path) -> Path:
+    """The directory of a small V3 with an MTP layer."""
+    save_pretrained(random_model(tiny(num_nextn_predict_layers=1), 1), tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """A small one of Python source, which every installation has."""
+    return Tokenizer.train([TEXT], 290)
+
+
+@pytest.fixture
+def directory(random_model, tiny, tokenizer, tmp_path) -> Make:
+    """Makes an export directory of a random model with the fields of `tiny` changed."""
+    def make(**changes: Any) -> Path:
+        place = tmp_path / "model"
+        save_pretrained(random_model(tiny(**(WIDE | changes)), 3), place)
+        tokenizer.save(place)
+        return place
     return make

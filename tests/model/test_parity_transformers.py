@@ -14,9 +14,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from xushi.model import (
     Deepseek,
-    LatentCache,
-    ModelConfig,
-    RopeScaling,
     attention,
     compressed_attention,
     load_pretrained,
@@ -25,85 +22,11 @@ from xushi.model import (
 )
 from xushi.ops import best_keys
 
-# The design's bounds for float32: logits max|d| / max|ref|, gradients |d| <= 1e-5 (|g| + 1e-3 |g of the whole model|).
+from .drawing import KINDS, TOLERANCE, configs, random_tokens
+
 disable_progress_bar()
 # Without shared experts transformers makes one of width zero, and torch remarks on it.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-
-TOLERANCE = 1e-5
-EPS = st.sampled_from([1e-6, 1e-2])  # some norms have the config's and some a fixed one
-KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
-
-
-@st.composite
-def configs(draw: st.DrawFn, kind: str) -> ModelConfig:
-    """Every flag that the published configs use, and sizes that are multiples of nothing."""
-    return draw(configs_of_v4() if kind == "deepseek_v4" else configs_with_latents(kind))
-
-
-@st.composite
-def configs_with_latents(draw: st.DrawFn, kind: str) -> ModelConfig:
-    second, sparse = kind == "deepseek_v2", kind == "deepseek_v32"
-    method = draw(st.sampled_from(["greedy", "group_limited_greedy"] if second else ["noaux_tc"]))
-    groups = 1 if method == "greedy" else draw(st.sampled_from([1, 2, 4]))
-    per_group = draw(st.sampled_from([1, 2, 4] if second and groups > 1 else [2, 3, 4]))
-    top_groups = draw(st.integers(1, groups))
-    layers = draw(st.integers(1, 3))
-    scaling = draw(st.sampled_from([
-        None,
-        RopeScaling(factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0),
-        RopeScaling(factor=40.0, original_max_position_embeddings=64, mscale=0.707, mscale_all_dim=0.5, beta_fast=8.0),
-        RopeScaling(factor=2.0, original_max_position_embeddings=32, mscale=0.0),
-    ]))
-    rotated = draw(st.sampled_from([2, 4, 8]))
-    fields = {}
-    if sparse:
-        fields = {"index_topk": draw(st.sampled_from([1, 5, 20, 1000])), "index_n_heads": draw(st.integers(1, 3)),
-                  "index_head_dim": rotated + draw(st.sampled_from([0, 2, 7]))}
-    return ModelConfig(
-        model_type=kind, topk_method=method, **fields,
-        # transformers asks of V2 that the heads divide the hidden size, which nothing in it needs.
-        vocab_size=draw(st.integers(17, 67)), hidden_size=draw(st.sampled_from([24, 48] if second else [16, 24, 40])),
-        intermediate_size=draw(st.sampled_from([8, 33])), moe_intermediate_size=draw(st.sampled_from([8, 11])),
-        num_hidden_layers=layers, num_attention_heads=draw(st.sampled_from([1, 2, 3])),
-        n_shared_experts=draw(st.integers(0, 2)), n_routed_experts=groups * per_group,
-        num_experts_per_tok=draw(st.integers(1, top_groups * per_group)), n_group=groups, topk_group=top_groups,
-        norm_topk_prob=not second and draw(st.booleans()), routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
-        first_k_dense_replace=draw(st.integers(0, layers)),
-        q_lora_rank=draw(st.sampled_from([6, 16] if sparse else [None, 6, 16])),
-        kv_lora_rank=draw(st.sampled_from([8, 20])), qk_nope_head_dim=draw(st.sampled_from([4, 8])),
-        qk_rope_head_dim=rotated, v_head_dim=draw(st.sampled_from([4, 8, 20])),
-        attention_bias=draw(st.booleans()), max_position_embeddings=64,
-        rope_theta=draw(st.sampled_from([10000.0, 500.0])), rope_scaling=scaling,
-        rope_interleave=second or sparse or draw(st.booleans()), tie_word_embeddings=draw(st.booleans()),
-        num_nextn_predict_layers=0 if second else draw(st.integers(0, 2)), rms_norm_eps=draw(EPS),
-        initializer_range=0.2)
-
-
-@st.composite
-def configs_of_v4(draw: st.DrawFn) -> ModelConfig:
-    layers, groups, mtp = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2])), draw(st.integers(0, 2))
-    csa, hca = draw(st.sampled_from([(2, 3), (3, 5), (4, 16), (3, 1)]))
-    rotated, experts = draw(st.sampled_from([2, 4, 8])), draw(st.integers(2, 8))
-    return ModelConfig(
-        model_type="deepseek_v4", vocab_size=draw(st.integers(17, 67)), hidden_size=draw(st.sampled_from([16, 24, 40])),
-        moe_intermediate_size=draw(st.sampled_from([8, 11])), num_hidden_layers=layers,
-        num_attention_heads=groups * draw(st.integers(1, 2)), n_routed_experts=experts,
-        num_experts_per_tok=draw(st.integers(1, experts)), routed_scaling_factor=draw(st.sampled_from([1.0, 1.5])),
-        q_lora_rank=draw(st.sampled_from([6, 16])), qk_rope_head_dim=rotated,
-        head_dim=rotated + draw(st.sampled_from([0, 3, 8])), o_groups=groups, o_lora_rank=draw(st.sampled_from([3, 8])),
-        sliding_window=draw(st.sampled_from([1, 4, 7, 200])), compress_rate_csa=csa, compress_rate_hca=hca,
-        num_nextn_predict_layers=mtp, rms_norm_eps=draw(EPS),
-        compress_ratios=draw(st.lists(st.sampled_from([0, csa, hca]), min_size=layers + mtp, max_size=layers + mtp)),
-        index_topk=draw(st.sampled_from([1, 5, 1000])), index_n_heads=draw(st.integers(1, 3)),
-        index_head_dim=rotated + draw(st.sampled_from([0, 4])), hc_mult=draw(st.integers(1, 4)),
-        hc_sinkhorn_iters=draw(st.sampled_from([1, 2, 20])), hc_eps=draw(st.sampled_from([1e-6, 1e-3])),
-        num_hash_layers=draw(st.integers(0, layers)), swiglu_limit=draw(st.sampled_from([0.3, 10.0])),
-        max_position_embeddings=64, rope_theta=draw(st.sampled_from([10000.0, 500.0])),
-        compress_rope_theta=draw(st.sampled_from([160000.0, 700.0])), rope_scaling=draw(st.sampled_from([
-            None, RopeScaling(factor=16.0, original_max_position_embeddings=32),
-            RopeScaling(factor=2.0, original_max_position_embeddings=64, beta_fast=8.0)])),
-        tie_word_embeddings=draw(st.booleans()), initializer_range=0.2)
 
 
 def load_reference(model: Deepseek, path) -> nn.Module:
@@ -293,10 +216,6 @@ def check_against_transformers(ours: Deepseek, tokens: Tensor, path) -> None:
             assert max((gradient - exact[name]).norm() for gradient in moved) >= difference / 4, name
 
 
-def random_tokens(config: ModelConfig, seed: int, *shape: int) -> Tensor:
-    return torch.randint(0, config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-
-
 # 150 tokens are more than one block of queries, 33 leave an expert more rows than it is padded to. With a single token
 # the queries' gradient is exactly zero and what rounding leaves of it has nothing to be measured by.
 LENGTHS = st.sampled_from([2, 23, 33, 150])
@@ -388,87 +307,6 @@ def test_bfloat16_is_as_near_as_transformers_autocast(random_model, tiny, tmp_pa
             total += torch.stack([(a - b).square().sum() / b.square().sum() for a, b in zip(got, exact, strict=True)])
     ratio = (own_errors / their_errors).sqrt()
     assert own_errors.min() > 0 and ratio.max() <= 1.05, ratio.tolist()
-
-
-@settings(max_examples=15, deadline=None)
-@given(config=st.sampled_from(KINDS).flatmap(configs), seed=st.integers(0, 2**31), data=st.data())
-def test_decoding_equals_the_full_forward(config: ModelConfig, seed: int, data: st.DataObject, random_model) -> None:
-    """Chunks of any sizes, several sequences in one call, forks and truncation: the logits of the whole forward."""
-    model = random_model(config, seed)
-    tokens = random_tokens(config, seed, 3, 19)
-    tokens[2, :8] = tokens[0, :8]  # the third goes another way after a common beginning
-    with torch.no_grad():
-        expected = model(tokens).logits
-    cache = LatentCache(config, slots=200)
-    first, second = cache.allocate(), cache.allocate()
-    done = {first: 0, second: 0}
-    row = {first: 0, second: 1}
-
-    def step(additions: list[tuple[int, int]]) -> None:
-        wanted = data.draw(st.sampled_from(["all", "last"]))
-        flat = cache.extend([(s, tokens[row[s], done[s]:done[s] + n].tolist()) for s, n in additions], wanted=wanted)
-        logits = model.decode(flat, cache).logits_MV
-        begin = 0 if wanted == "all" else -1
-        want = torch.cat([expected[row[s], done[s]:done[s] + n][begin:] for s, n in additions])
-        assert (logits - want).abs().max() <= TOLERANCE * expected.abs().max()
-        for s, n in additions:
-            done[s] += n
-
-    def advance(*sequences: int) -> None:
-        while any(done[s] < 19 for s in sequences):
-            wanted = [(s, min(9 - data.draw(st.integers(0, 9)), 19 - done[s])) for s in sequences]
-            if wanted := [(s, n) for s, n in wanted if n]:
-                step(wanted)
-
-    common = data.draw(st.integers(1, 8))
-    step([(first, common)])
-    branch = cache.fork(first)
-    row[branch], done[branch] = 2, common
-    advance(first, second, branch)  # neither branch may write into what the other reads
-    kept = data.draw(st.integers(0, 18))
-    fork = cache.fork(first)
-    row[fork], done[fork] = 0, kept
-    cache.truncate(fork, kept)
-    step([(fork, 19 - kept)])
-    for sequence in (first, second, branch, fork):
-        cache.free(sequence)
-    assert cache.available == 200
-
-
-def test_decoding_says_where_tokens_went(random_model, tiny) -> None:
-    model = random_model(tiny(num_hidden_layers=3), 4)
-    tokens = random_tokens(model.config, 4, 1, 9)
-    cache = LatentCache(model.config, slots=20)
-    flat = cache.extend([(cache.allocate(), tokens[0].tolist())], wanted="all")
-    routed = model.decode(flat, cache, routing=True).routed_experts
-    expected = torch.stack([choice.indices_Nk for choice in model.hidden(tokens).routing])
-    assert routed is not None and torch.equal(routed.sort().values, expected.sort().values)
-    assert model.decode(cache.extend([(0, [1])]), cache).routed_experts is None
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lengths", [(11, 9), (1, 2, 3, 14), (5, 15)])
-def test_packed_documents_equal_documents_run_alone(kind: str, lengths: tuple[int, ...], random_model, tiny_of) -> None:
-    """Attention, windows, compressors and MTP restart with every document."""
-    model = random_model(tiny_of(kind, num_nextn_predict_layers=0 if kind == "deepseek_v2" else 1), 5)
-    documents = [random_tokens(model.config, 50 + n, 1, length) for n, length in enumerate(lengths)]
-    packed = torch.cat(documents, 1)
-    segments = torch.cat([torch.full((length,), n) for n, length in enumerate(lengths)])[None]
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-
-    def everything(tokens: Tensor, positions: Tensor, segments: Tensor | None) -> list[Tensor]:
-        hidden = model.hidden(tokens, positions, segments)
-        states = [model(tokens, positions, segments).logits]
-        for layer in model.mtp_layers:
-            shared = model.sequences(tokens, positions, segments)
-            embedded = torch.nn.functional.embedding(tokens, model.model.embed_tokens.weight)
-            states.append(layer.predict(hidden.carried, embedded, shared).hidden_BTD)
-        return states
-
-    alone = [everything(document, torch.arange(document.shape[1])[None], None) for document in documents]
-    for got, *parts in zip(everything(packed, positions, segments), *alone, strict=True):
-        want = torch.cat(parts, 1)
-        assert (got - want).abs().max() <= TOLERANCE * want.abs().max()
 
 
 def test_save_load_save_is_bit_identical(random_model, tiny, tmp_path) -> None:

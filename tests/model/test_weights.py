@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
@@ -21,20 +21,10 @@ from xushi.model import weights as module
 from xushi.model.shards import INDEX_FILE
 from xushi.model.weights import SINGLE_FILE
 
-KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
+from .conftest import same, tensors_in
+
 NORM = "model.norm.weight"
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-
-
-def tensors_in(file: Path) -> dict[str, Tensor]:
-    """A copy of what a file holds, which can be written over it."""
-    return load(file.read_bytes())
-
-
-@pytest.fixture
-def saved(random_model, tiny, tmp_path) -> Path:
-    save_pretrained(random_model(tiny(num_nextn_predict_layers=1), 1), tmp_path)
-    return tmp_path
 
 
 def shard(directory: Path, parts: int) -> None:
@@ -46,11 +36,6 @@ def shard(directory: Path, parts: int) -> None:
     for name in names:
         save_file({t: tensors[t] for t, place in weight_map.items() if place == name}, directory / name)
     (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def same(first: Deepseek, second: Deepseek) -> bool:
-    a, b = first.state_dict(), second.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def change(directory: Path, **replacements: Tensor | None) -> None:
@@ -390,10 +375,12 @@ def test_links_within_the_directory_are_followed(saved: Path) -> None:
 
 def test_code_beside_the_weights_is_not_run(saved: Path) -> None:
     """Published V2 and V3 configs name classes of a file beside them; ours are built in."""
+    before = load_pretrained(saved)
     edit_config(saved, auto_map={"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"})
     (saved / "modeling_deepseek.py").write_text("raise SystemExit('run')\n")
     (saved / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch run'\ntR.")
-    load_pretrained(saved)
+    without = load_pretrained(saved)
+    assert same(before, without) and "modeling_deepseek" not in sys.modules and not Path("run").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn])

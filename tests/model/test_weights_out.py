@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTrainedModel
 
@@ -19,23 +17,8 @@ from xushi.model import weights as module
 from xushi.model.shards import INDEX_FILE
 from xushi.model.weights import SINGLE_FILE
 
-KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
-
-
-def tensors_in(file: Path) -> dict[str, Tensor]:
-    """A copy of what a file holds, which can be written over it."""
-    return load(file.read_bytes())
-
-
-@pytest.fixture
-def saved(random_model, tiny, tmp_path) -> Path:
-    save_pretrained(random_model(tiny(num_nextn_predict_layers=1), 1), tmp_path)
-    return tmp_path
-
-
-def same(first: Deepseek, second: Deepseek) -> bool:
-    a, b = first.state_dict(), second.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+from .conftest import same, tensors_in
+from .drawing import KINDS
 
 
 def some_model(random_model, tiny_of, kind: str, mtp: int = 2, **changes: object) -> Deepseek:
