@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 import xushi
 
 ROOT = Path(__file__).parent.parent
-DATA_SUFFIXES = (".html", ".json", ".toml")
+DATA_SUFFIXES = (".cpp", ".h", ".html", ".json", ".toml")
 HELP = "import sys; from xushi.cli import main; sys.argv = ['xushi', '--help']; main()"
 
 

@@ -110,7 +110,12 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print findings 
     """Say what this machine can do, and what to do where it cannot."""
     from xushi.base.machine import doctor_report
 
-    findings = doctor_report()
+    try:
+        from xushi.ops import native
+        forms = native.status()
+    except (ImportError, OSError):  # the report says so of torch
+        forms = "none, since torch cannot be imported"
+    findings = doctor_report(forms)
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings]))
         return

@@ -96,7 +96,7 @@ def test_a_system_that_says_nothing(monkeypatch):
     facts = machine.inspect()
     assert facts.core_quota is None and facts.memory_total is None and facts.usable_cores >= 1
     assert machine.peak_memory_bytes() > 2**20
-    assert machine.doctor_report()[2].value == "unknown"
+    assert machine.doctor_report("C++")[2].value == "unknown"
 
 
 def test_peak_memory_is_this_process_and_grows():
@@ -110,7 +110,7 @@ def test_peak_memory_is_this_process_and_grows():
 
 
 def test_doctor_report():
-    findings = {finding.name: finding for finding in machine.doctor_report()}
+    findings = {finding.name: finding for finding in machine.doctor_report("C++")}
     assert list(findings) >= ["system"] and findings["torch"].verdict == "ok"
     assert float(findings["matrix product fp32"].value.split()[0]) > 1
     assert ("matrix product bf16" in findings) == (findings["training dtype"].value == "bf16")

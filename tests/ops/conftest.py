@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from xushi.ops import native
+
 UNIT_ROUNDOFF = 2.0**-24
 
 
@@ -26,6 +28,17 @@ def within() -> Callable[[str, Tensor, Tensor, Tensor, float], None]:
         worst = (error / bound).max()
         assert worst <= 1, f"{name}: {worst:.3g} times the bound of {roundings} roundings"
     return check
+
+
+@pytest.fixture(scope="module", params=["compiled", "pytorch"])
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both fast forms one after the other; modules ask for it with `pytestmark = pytest.mark.usefixtures("form")`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "pytorch":
+            patch.setenv("XUSHI_OPS", "pytorch")
+        elif native.load() is None:
+            pytest.skip(native.status())
+        yield request.param
 
 
 @pytest.fixture

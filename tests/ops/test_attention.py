@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xushi.ops import attention, causal_attention, causal_attention_reference, latent_attention
-from xushi.ops.attention import segment_mask
+from xushi.ops.attention import segment_mask, segment_starts
+
+pytestmark = pytest.mark.usefixtures("form")
 
 
 def random_segments(rows: int, length: int, documents: int, g: torch.Generator) -> Tensor:
@@ -29,10 +31,12 @@ def brute_force(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, scale:
     return torch.stack(out).view(batch, heads, length, -1)
 
 
-def check(form, q, k, v, d_out, mask, within, leaves, exact_form) -> None:
+def check(form, q, k, v, d_out, segments, within, leaves, exact_form) -> None:
     scale = q.shape[-1]**-0.5
     fast, exact = leaves(torch.float32, q, k, v), leaves(torch.float64, q, k, v)
-    got, want = form(*fast, mask, scale), exact_form(*exact, mask, scale)
+    mask = None if segments is None else segment_mask(segments)
+    starts = None if segments is None else segment_starts(segments)
+    got, want = form(*fast, mask, scale, starts), exact_form(*exact, mask, scale)
     got.backward(d_out)
     want.backward(d_out.double())
     # Every term positive. p are the weights, dp what comes back to them, ds what goes on to the scores.
@@ -60,21 +64,22 @@ def test_values_and_gradients(seed, batch, heads, length, key, value, documents,
     g = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(batch, heads, length, key, generator=g) for _ in range(2))
     v, d_out = (torch.randn(batch, heads, length, value, generator=g) for _ in range(2))
-    mask = segment_mask(random_segments(batch, length, documents, g)) if masked else None
+    segments = random_segments(batch, length, documents, g) if masked else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "QUERY_BLOCK", block)
         patch.setattr(attention, "KEEP_WEIGHTS", kept)
-        check(causal_attention, q, k, v, d_out, mask, within, leaves, causal_attention_reference)
+        check(causal_attention, q, k, v, d_out, segments, within, leaves, causal_attention_reference)
 
 
 @pytest.mark.parametrize("key, value", [(24, 16), (16, 24), (16, 16)])
-@pytest.mark.parametrize("length", [attention.QUERY_BLOCK, 2 * attention.QUERY_BLOCK + 41, attention.KEEP_WEIGHTS + 1])
+@pytest.mark.parametrize("length", [70, 600, attention.QUERY_BLOCK, 2 * attention.QUERY_BLOCK + 41,
+                                    attention.KEEP_WEIGHTS + 1])
 def test_more_than_one_block(key: int, value: int, length: int, within, leaves) -> None:
     g = torch.Generator().manual_seed(length + key)
     q, k = (torch.randn(2, 2, length, key, generator=g) for _ in range(2))
     v, d_out = (torch.randn(2, 2, length, value, generator=g) for _ in range(2))
-    for mask in (None, segment_mask(random_segments(2, length, 3, g))):
-        check(causal_attention, q, k, v, d_out, mask, within, leaves, causal_attention_reference)
+    for segments in (None, random_segments(2, length, 3, g)):
+        check(causal_attention, q, k, v, d_out, segments, within, leaves, causal_attention_reference)
 
 
 @given(seed=st.integers(0, 2**31), length=st.integers(1, 9), documents=st.integers(1, 4))
@@ -101,6 +106,17 @@ def test_segment_mask(seed: int, length: int, documents: int) -> None:
     assert expected.any(-1).all(), "a query that sees nothing would be not a number"
 
 
+@given(rows=st.lists(st.lists(st.integers(-1, 2), min_size=6, max_size=6), min_size=1, max_size=3))
+def test_segment_starts(rows: list[list[int]]) -> None:
+    """The first position of each token's document; nothing where a document comes back after another one."""
+    pieces = [[b for a, b in zip([None, *row], row, strict=False) if a != b] for row in rows]
+    got = segment_starts(torch.tensor(rows))
+    if any(len(set(piece)) != len(piece) for piece in pieces):
+        assert got is None
+    else:
+        assert got is not None and got.tolist() == [[row.index(s) for s in row] for row in rows]
+
+
 def test_bfloat16_is_no_further_than_the_plain_form(leaves) -> None:
     """Both round the scores to bfloat16, so neither is nearer than by chance."""
     g = torch.Generator().manual_seed(4)
@@ -123,11 +139,12 @@ def test_bfloat16_is_no_further_than_the_plain_form(leaves) -> None:
 def test_ten_runs_on_two_threads_give_the_same_bits(two_threads, leaves) -> None:
     g = torch.Generator().manual_seed(5)
     inputs = [torch.randn(4, 4, 300, width, generator=g) for width in (24, 24, 16)]
-    mask = segment_mask(random_segments(4, 300, 3, g))
+    segments = random_segments(4, 300, 3, g)
+    mask, starts = segment_mask(segments), segment_starts(segments)
     first: list[Tensor] = []
     for _ in range(10):
         q, k, v = leaves(torch.float32, *inputs)
-        out = causal_attention(q, k, v, mask, 0.2)
+        out = causal_attention(q, k, v, mask, 0.2, starts)
         out.square().sum().backward()
         now = [out.detach(), q.grad, k.grad, v.grad]
         first = first or now

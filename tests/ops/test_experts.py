@@ -8,6 +8,8 @@ from torch import Tensor
 
 from xushi.ops import experts, routed_experts, routed_experts_reference
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 @st.composite
 def cases(draw: st.DrawFn, tokens: int = 70) -> tuple[Tensor, ...]:

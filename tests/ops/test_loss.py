@@ -14,6 +14,8 @@ from xushi.ops import (
     token_log_probabilities_reference,
 )
 
+pytestmark = pytest.mark.usefixtures("form")
+
 
 def case(seed: int, tokens: int, width: int, vocabulary: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [N, D], head [V, D], targets [N] and weights [N], a third of them zero as masked tokens are."""

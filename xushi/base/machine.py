@@ -23,6 +23,7 @@ DEMO_DISK = 2 * GIB
 # The names that Linux and macOS give to instruction sets, by the name used here.
 _FEATURES = {
     "avx2": ("avx2", "avx2.0"),
+    "fma": ("fma",),
     "avx512f": ("avx512f",),
     "avx512_bf16": ("avx512_bf16",),
     "amx_bf16": ("amx_bf16",),
@@ -86,8 +87,11 @@ class Finding(NamedTuple):
     verdict: str
 
 
-def doctor_report(directory: Path | None = None) -> list[Finding]:
-    """Everything `xushi doctor` says, with runs kept in `directory` (by default here); takes about a second."""
+def doctor_report(forms: str, directory: Path | None = None) -> list[Finding]:
+    """Everything `xushi doctor` says, with runs kept in `directory` (by default here); takes about a second.
+
+    `forms` is what `ops` says of its compiled forms, which this floor cannot ask.
+    """
     machine = inspect()
     dtype, reason = best_training_dtype(machine.features)
     return [
@@ -97,8 +101,9 @@ def doctor_report(directory: Path | None = None) -> list[Finding]:
         _disk_finding(Path.cwd() if directory is None else directory),
         *_torch_findings(dtype),
         Finding("training dtype", dtype, reason),
-        _forms_finding(),
-        Finding("compilers", ", ".join(machine.compilers) or "none", "none is needed"),
+        _forms_finding(forms),
+        Finding("compilers", ", ".join(machine.compilers) or "none",
+                "one of them compiles the fast forms of ops; without one, PyTorch's run"),
     ]
 
 
@@ -125,10 +130,12 @@ def _disk_finding(directory: Path) -> Finding:
                    f"free some space: with its checkpoints a run may take {DEMO_DISK / GIB:g} GiB")
 
 
-def _forms_finding() -> Finding:
+def _forms_finding(forms: str) -> Finding:
     if os.environ.get("XUSHI_OPS") == "reference":
         return Finding("op forms", "reference", "XUSHI_OPS=reference asks for the plain, slower forms; unset it")
-    return Finding("op forms", "PyTorch", "ok: nothing is compiled, and no compiler and no GPU is needed")
+    if os.environ.get("XUSHI_OPS") == "pytorch":
+        return Finding("op forms", "PyTorch", "XUSHI_OPS=pytorch asks for them; unset it for the compiled ones")
+    return Finding("op forms", forms, "PyTorch's run where these do not; no compiler and no GPU is needed")
 
 
 def _torch_findings(dtype: str) -> list[Finding]:

@@ -83,14 +83,15 @@ class MultiHeadLatentAttention(nn.Module):
         q_BTHK = torch.cat((q_nope, q_rope), dim=-1)
         k_BTHK = torch.cat((k_nope, k_rope_BTR[..., None, :].expand_as(q_rope)), dim=-1)
         q_BHTK, k_BHTK, v_BHTV = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV))
-        mask, divergence_BT = sequences.mask, None
+        mask, starts_BT, divergence_BT = sequences.mask, sequences.starts_BT, None
         if self.indexer is not None:
             mask, scores_BTT = self._select(self.indexer, x_BTD, q_latent, sequences)
+            starts_BT = starts_BT if mask is sequences.mask else None
             if scores_BTT is not None and sequences.index_loss:
                 allowed = (_causal(x_BTD) if mask is None else mask)[:, 0].expand_as(scores_BTT)
                 shares_BTT = attention_shares(q_BHTK, k_BHTK, allowed, self.scale)
                 divergence_BT = index_divergence(scores_BTT, shares_BTT, allowed)
-        out_BHTV = causal_attention(q_BHTK, k_BHTK, v_BHTV, mask, self.scale)
+        out_BHTV = causal_attention(q_BHTK, k_BHTK, v_BHTV, mask, self.scale, starts_BT)
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), divergence_BT
 
     def _select(self, indexer: LightningIndexer, x_BTD: Tensor, q_latent: Tensor, sequences: Sequences

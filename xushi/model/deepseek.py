@@ -25,7 +25,7 @@ from xushi.model.mtp import MultiTokenPredictionLayer, mtp_layer
 from xushi.model.rotary import RotaryAngles
 from xushi.model.sequences import Decoding, Sequences, completed_windows, sliding_window, windows_of
 from xushi.ops import RouterChoice
-from xushi.ops.attention import segment_mask
+from xushi.ops.attention import segment_mask, segment_starts
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ class Deepseek(nn.Module):
         angles = self.angles(positions_BT)
         if self.compress_angles is None:
             mask = None if segments_BT is None else segment_mask(segments_BT)
-            return Sequences(tokens_BT, angles, mask, dtype, dense, index_loss)
+            starts_BT = None if mask is None or segments_BT is None else segment_starts(segments_BT)
+            return Sequences(tokens_BT, angles, mask, dtype, dense, index_loss, starts_BT=starts_BT)
         windows = {}
         for rate in sorted(set(config.compress_ratios or []) - {0}):
             windows[rate] = windows_of(positions_BT, segments_BT, rate, self.compress_angles)

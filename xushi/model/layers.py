@@ -5,10 +5,9 @@ bfloat16 or float32 by what its activations are.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xushi.ops import rms_norm
+from xushi.ops import linear, rms_norm, swiglu
 
 
 class Linear(nn.Module):
@@ -21,7 +20,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out] in x's dtype."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -52,8 +51,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to [..., hidden]."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.limit is not None:
-            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        result: Tensor = self.down_proj(F.silu(gate) * up)
+        result: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.limit))
         return result

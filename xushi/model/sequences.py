@@ -51,9 +51,9 @@ def windows_of(positions_BT: Tensor, segments_BT: Tensor | None, rate: int, angl
 class Sequences:
     """Whole sequences. `angles` are the tokens' own; V4's compressed layers use `compress_angles`.
 
-    `mask` is as `ops.causal_attention` takes it; blocks compute in `dtype`. With an indexer, `dense` attention looks at
-    everything and not at its choice, and `index_loss` asks for its divergence from the attention. V4's layers further
-    share the sliding window [B, T, T] and the windows by rate.
+    `mask` and `starts_BT` are as `ops.causal_attention` takes them; blocks compute in `dtype`. With an indexer, `dense`
+    attention looks at everything and not at its choice, and `index_loss` asks for its divergence from the attention.
+    V4's layers further share the sliding window [B, T, T] and the windows by rate.
     """
 
     tokens_BT: Tensor
@@ -65,6 +65,7 @@ class Sequences:
     compress_angles: Angles | None = None
     window_BTT: Tensor | None = None
     windows: dict[int, Windows] = field(default_factory=dict)
+    starts_BT: Tensor | None = None
 
 
 def sliding_window(positions_BT: Tensor, segments_BT: Tensor | None, window: int) -> Tensor:

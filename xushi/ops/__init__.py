@@ -1,7 +1,8 @@
 """Floor 1: tensor operations on real hardware.
 
-Each op has a plain PyTorch reference that defines it, and where it is worth it a fast form that must equal it; all are
-PyTorch today, so nothing is compiled. `XUSHI_OPS=reference` in the environment forces the references.
+Each op has a plain PyTorch reference that defines it, and where it is worth it a fast form that must equal it: one in
+PyTorch, and for float32 on a CPU one in C++ (`ops.native`), which is optional. `XUSHI_OPS=reference` in the environment
+forces the references, `XUSHI_OPS=pytorch` the forms in PyTorch.
 """
 
 from xushi.ops.attention import causal_attention, causal_attention_reference, latent_attention
@@ -10,13 +11,14 @@ from xushi.ops.dispatch import use_reference
 from xushi.ops.experts import routed_experts, routed_experts_reference
 from xushi.ops.hyper_connections import collapse_streams, expand_streams, sinkhorn, stream_weights
 from xushi.ops.indexer import attention_shares, best_keys, index_divergence, index_scores, index_scores_reference
+from xushi.ops.linear import linear, swiglu, swiglu_reference
 from xushi.ops.loss import (
     cross_entropy,
     cross_entropy_reference,
     token_log_probabilities,
     token_log_probabilities_reference,
 )
-from xushi.ops.norm import rms_norm
+from xushi.ops.norm import rms_norm, rms_norm_reference
 from xushi.ops.rope import apply_rope, rope_frequencies, rotate_tail
 from xushi.ops.router import RouterChoice, sigmoid_router, softmax_router, sqrt_softplus_router
 from xushi.ops.shared_attention import (
@@ -29,9 +31,9 @@ from xushi.ops.shared_attention import (
 __all__ = [
     "RouterChoice", "apply_rope", "attention_shares", "best_keys", "causal_attention", "causal_attention_reference",
     "collapse_streams", "compress_windows", "cross_entropy", "cross_entropy_reference", "entry_shares",
-    "expand_streams", "index_divergence", "index_scores", "index_scores_reference", "latent_attention", "rms_norm",
-    "rope_frequencies", "rotate_tail", "routed_experts", "routed_experts_reference", "shared_attention",
-    "sigmoid_router", "sinkhorn", "softmax_router", "sqrt_softplus_router", "stream_weights",
-    "token_log_probabilities", "token_log_probabilities_reference", "use_reference", "windowed_attention",
-    "windowed_attention_reference",
+    "expand_streams", "index_divergence", "index_scores", "index_scores_reference", "latent_attention", "linear",
+    "rms_norm", "rms_norm_reference", "rope_frequencies", "rotate_tail", "routed_experts", "routed_experts_reference",
+    "shared_attention", "sigmoid_router", "sinkhorn", "softmax_router", "sqrt_softplus_router", "stream_weights",
+    "swiglu", "swiglu_reference", "token_log_probabilities", "token_log_probabilities_reference", "use_reference",
+    "windowed_attention", "windowed_attention_reference",
 ]

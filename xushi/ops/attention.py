@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xushi.ops import native
 from xushi.ops.dispatch import use_reference
 
 KEEP_WEIGHTS = 256  # up to this length the weights are kept for the backward pass, beyond it they are made again
@@ -37,16 +38,35 @@ def causal_attention_reference(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, m
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v_BHTV
 
 
-def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def segment_starts(segments_BT: Tensor) -> Tensor | None:
+    """[B, T] int32: where each position's document begins; None where a document does not lie in one piece."""
+    length = segments_BT.shape[1]
+    positions = torch.arange(length, device=segments_BT.device).expand_as(segments_BT)
+    border = torch.ones_like(segments_BT, dtype=torch.bool)
+    border[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    documents = segments_BT.sort(1).values.diff(dim=1).ne(0).sum(1) + 1
+    if not bool((border.sum(1) == documents).all()):
+        return None
+    return positions.where(border, 0).cummax(1).values.to(torch.int32)
+
+
+def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, mask: Tensor | None, scale: float,
+                     starts_BT: Tensor | None = None) -> Tensor:
     """The same with softmax in float32 at least, queries in blocks, and a backward pass written out: [B, H, T, V].
 
     A block of queries sees only the keys up to its own end. In long sequences its weights are made again in the
     backward pass, so what is kept is linear in T. PyTorch's fused form takes 1.2 (fp32) to 2.9 (bf16) times as long on
-    a CPU (docs/lab-log.md).
+    a CPU (docs/lab-log.md). A mask made of segments in one piece may come with `segment_starts`, for the compiled form.
     """
     if use_reference():
         return causal_attention_reference(q_BHTK, k_BHTK, v_BHTV, mask, scale)
-    length = q_BHTK.shape[-2]
+    batch, _, length, _ = q_BHTK.shape
+    if (mask is None or starts_BT is not None) and native.serves(q_BHTK, k_BHTK, v_BHTV):
+        if starts_BT is None:
+            starts_BT = torch.zeros(batch, length, dtype=torch.int32)
+        made: Tensor = native.NativeAttention.apply(  # type: ignore[no-untyped-call]
+            q_BHTK, k_BHTK, v_BHTV, starts_BT, scale)
+        return made
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q_BHTK.device).tril()
     result: Tensor = _CausalAttention.apply(q_BHTK, k_BHTK, v_BHTV, mask, scale)  # type: ignore[no-untyped-call]

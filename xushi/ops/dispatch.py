@@ -1,4 +1,7 @@
-"""Which form of an op runs: the fast one, unless the environment asks for the references."""
+"""Which form of an op runs: compiled where it can be, else PyTorch's fast one.
+
+`XUSHI_OPS=reference` asks for the references, `XUSHI_OPS=pytorch` for PyTorch's forms.
+"""
 
 import os
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from xushi.ops import native
+
 MUON_MOMENTUM = 0.95
 MUON_SCALE = 0.2
 ADAM_EPS = 1e-8
@@ -92,10 +94,16 @@ class Optimizer:
         if not names:
             return
         beta1, beta2 = self.betas
+        rate, root = learning_rate / (1 - beta1**self.steps), (1 - beta2**self.steps) ** 0.5
         parameters: list[Tensor] = [self.parameters[n] for n in names]
         gradients = [_gradient(p) for p in parameters]
         means = [self.state[f"mean.{n}"] for n in names]
         squares = [self.state[f"square.{n}"] for n in names]
+        if native.serves(*parameters, *gradients) and all(t.is_contiguous() for t in (*parameters, *gradients)):
+            for name, p, g, mean, square in zip(names, parameters, gradients, means, squares, strict=True):
+                native.adamw(p, g, mean, square, rate=rate, betas=self.betas, correction2=root, eps=ADAM_EPS,
+                             decay=learning_rate * self.weight_decay if _decays(name, p) else 0.0)
+            return
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
@@ -103,9 +111,9 @@ class Optimizer:
         if decayed:
             torch._foreach_mul_(decayed, 1 - learning_rate * self.weight_decay)
         denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, (1 - beta2**self.steps) ** 0.5)
+        torch._foreach_div_(denominators, root)
         torch._foreach_add_(denominators, ADAM_EPS)
-        torch._foreach_addcdiv_(parameters, means, denominators, -learning_rate / (1 - beta1**self.steps))
+        torch._foreach_addcdiv_(parameters, means, denominators, -rate)
 
     def _step_muon(self, names: list[str], learning_rate: float) -> None:
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}

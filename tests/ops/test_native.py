@@ -1,0 +1,215 @@
+"""The compiled kernels: those that other test files do not reach, the same bits for any threads, and builds that fail.
+
+Attention, experts, loss and norm are tested beside their references, once in each form.
+"""
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from xushi.ops import cross_entropy, linear, native, rms_norm, routed_experts, swiglu, swiglu_reference
+from xushi.ops.attention import causal_attention
+from xushi.ops.native import build
+
+compiled = pytest.mark.skipif(native.load() is None, reason=native.status())
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XUSHI_OPS", raising=False)
+
+
+@compiled
+@pytest.mark.parametrize("rows, outputs, inputs", [(32, 1, 1), (33, 7, 5), (97, 50, 33), (300, 17, 129), (513, 300, 64),
+                                                   (700, 259, 257), (1, 3, 2)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(rows: int, outputs: int, inputs: int, bias: bool, within, leaves) -> None:
+    g = torch.Generator().manual_seed(rows)
+    tensors = [torch.randn(rows, inputs, generator=g), torch.randn(outputs, inputs, generator=g)]
+    if bias:
+        tensors.append(torch.randn(outputs, generator=g))
+    d_out = torch.randn(rows, outputs, generator=g)
+    fast, exact, sizes = leaves(torch.float32, *tensors), leaves(torch.float64, *tensors), leaves(
+        torch.float64, *(t.abs() for t in tensors))
+    results = []
+    for form, inputs_, direction in ((linear, fast, d_out), (F.linear, exact, d_out.double()),
+                                     (F.linear, sizes, d_out.double().abs())):
+        y = form(*inputs_)
+        y.backward(direction)
+        results.append(y.detach())
+    within("output", *results, inputs + 2)
+    for name, a, b, size in zip(("x", "weight", "bias"), fast, exact, sizes, strict=False):
+        within(f"gradient of {name}", a.grad, b.grad, size.grad, rows + outputs + 2)
+
+
+@compiled
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 70), width=st.integers(1, 40),
+       limit=st.sampled_from([None, 0.5, 7.0]), scale=st.sampled_from([0.1, 3.0, 60.0]))
+def test_swiglu(seed: int, rows: int, width: int, limit: float | None, scale: float, within, leaves) -> None:
+    g = torch.Generator().manual_seed(seed)
+    gate, up, d_out = (torch.randn(rows, width, generator=g) * s for s in (scale, scale, 1.0))
+    fast, exact = leaves(torch.float32, gate, up), leaves(torch.float64, gate, up)
+    got, want = swiglu(*fast, limit), swiglu_reference(*exact, limit)
+    got.backward(d_out)
+    want.backward(d_out.double())
+    gate64, up64, d64 = gate.double().abs(), up.double().abs(), d_out.double().abs()
+    # silu(g) is g sigmoid(g), its slope at most 1.1, and sigmoid is off by a few roundings of 1 + e^-g.
+    within("output", got.detach(), want.detach(), gate64 * up64, 12)
+    within("gradient of gate", fast[0].grad, exact[0].grad, d64 * up64 * (1 + gate64), 24)
+    within("gradient of up", fast[1].grad, exact[1].grad, d64 * gate64, 16)
+
+
+def run_everything(seed: int) -> list[Tensor]:
+    """Every kernel once on shapes that need several tasks; results and gradients."""
+    g = torch.Generator().manual_seed(seed)
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).requires_grad_()
+
+    x, weight, norm, head = made(333, 70), made(130, 70), made(70), made(301, 70)
+    gate_up, down, gates = made(5, 34, 70), made(5, 70, 17), torch.rand(333, 2, generator=g).requires_grad_()
+    q, k, v = made(2, 3, 190, 11), made(2, 3, 190, 11), made(2, 3, 190, 9)
+    chosen = torch.stack([torch.randperm(5, generator=g)[:2] for _ in range(333)])
+    starts = torch.zeros(2, 190, dtype=torch.int32)
+    starts[0, 100:] = 100
+    outputs = [linear(x, weight), rms_norm(x, norm, 1e-6), routed_experts(x, chosen, gates, gate_up, down),
+               swiglu(x, x * 2), cross_entropy(x, head, torch.arange(333) % 301, torch.ones(333)),
+               causal_attention(q, k, v, torch.zeros(1), 0.3, starts)]
+    torch.stack([out.square().sum() for out in outputs]).sum().backward()
+    mean, square, parameter = torch.zeros(70), torch.zeros(70), norm.detach().clone()
+    native.adamw(parameter, norm.grad, mean, square, rate=0.1, betas=(0.9, 0.99), correction2=0.1, eps=1e-8, decay=0.01)
+    leaves = (x, weight, norm, head, gate_up, down, gates, q, k, v)
+    return [t.detach() for t in outputs] + [t.grad for t in leaves] + [parameter, mean, square]
+
+
+def equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@compiled
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append([t for t in run_everything(1)])
+    finally:
+        torch.set_num_threads(before)
+    # What PyTorch itself sums up may depend on the threads, so the gradient of x, to which its sums go, is left out.
+    kernels = [[t for i, t in enumerate(result) if i != 6] for result in results]
+    assert all(equal(kernels[0], other) for other in kernels[1:])
+
+
+@compiled
+def test_two_threads_at_once_do_not_disturb_each_other() -> None:
+    wanted = [run_everything(seed) for seed in (2, 3)]
+    barrier = threading.Barrier(2)
+
+    def work(which: int) -> bool:
+        barrier.wait()
+        return all(equal(run_everything(which + 2), wanted[which]) for _ in range(8))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(work, range(2)))
+
+
+@compiled
+def test_a_forked_child_has_none_of_the_workers_and_goes_on() -> None:
+    x, weight = torch.randn(4000, 64), torch.randn(64, 64)
+    wanted = linear(x, weight)  # starts the workers
+    if (child := os.fork()) == 0:
+        torch.set_num_threads(1)
+        os._exit(0 if torch.equal(linear(x, weight), wanted) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@compiled
+def test_what_does_not_exist_is_refused() -> None:
+    x, head = torch.randn(40, 8).requires_grad_(), torch.randn(9, 8)
+    with pytest.raises(IndexError, match="vocabulary of 9"):
+        cross_entropy(x, head, torch.full((40,), 9), torch.ones(40))
+    with pytest.raises(IndexError, match="an expert of 3"):
+        routed_experts(x, torch.full((40, 1), -1), torch.ones(40, 1), torch.randn(3, 4, 8), torch.randn(3, 8, 2))
+
+
+@compiled
+def test_other_dtypes_take_another_form() -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        assert linear(torch.ones(40, 4, dtype=dtype), torch.ones(3, 4)).dtype == dtype
+
+
+@compiled
+def test_a_build_is_kept_and_a_damaged_one_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XUSHI_CACHE", str(tmp_path / "deep" / "cache"))
+    assert build.build_and_load().library is not None
+    (library,) = (tmp_path / "deep" / "cache").glob("*.so")
+    written = library.stat().st_mtime_ns
+    assert build.build_and_load().library is not None and library.stat().st_mtime_ns == written
+    monkeypatch.setenv("XUSHI_CACHE", str(tmp_path))  # elsewhere: a path that is open is not opened again
+    (damaged := tmp_path / library.name).write_bytes(library.read_bytes()[:5000])
+    damaged.with_suffix(".sha256").write_text(library.with_suffix(".sha256").read_text())
+    assert build.build_and_load().library is not None and damaged.stat().st_size == library.stat().st_size
+    assert not list(tmp_path.glob("tmp*"))
+
+
+BROKEN = {
+    "no compiler": ("there is no C++ compiler", ()),
+    "one that fails": ("cannot compile them (sorry, error: no)", ("#!/bin/sh\necho 'sorry, error: no' >&2\nexit 1\n",)),
+    "one that writes nothing": ("was compiled and cannot be loaded", ("#!/bin/sh\nexit 0\n",)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_compiler_means_slower_and_a_plain_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                        ) -> None:
+    message, scripts = BROKEN[name]
+    for number, script in enumerate(scripts):
+        (tmp_path / f"c{number}").write_text(script)
+        (tmp_path / f"c{number}").chmod(0o755)
+    features = build.FORMS[1][0]
+    monkeypatch.setattr(build, "inspect", lambda: Machine(features, tuple(
+        str(tmp_path / f"c{number}") for number in range(len(scripts)))))
+    monkeypatch.setenv("XUSHI_CACHE", str(tmp_path / "cache"))
+    loaded = build.build_and_load()
+    assert loaded.library is None and message in loaded.line and "the PyTorch forms run" in loaded.line
+    assert "\n" not in loaded.line
+    assert name == "one that writes nothing" or not list((tmp_path / "cache").glob("*"))
+
+
+class Machine:
+    """What `build` reads of a machine."""
+
+    def __init__(self, features: frozenset[str], compilers: tuple[str, ...]) -> None:
+        self.features, self.compilers = features, compilers
+
+
+def test_a_cache_that_cannot_be_written_means_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(build, "inspect", lambda: Machine(build.FORMS[1][0], ("c++",)))
+    monkeypatch.setenv("XUSHI_CACHE", str(tmp_path / "file"))
+    loaded = build.build_and_load()
+    assert loaded.library is None and "set XUSHI_CACHE" in loaded.line
+
+
+def test_an_unknown_processor_is_never_given_instructions_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for features in (frozenset[str](), frozenset({"avx2"}), frozenset({"avx512f"})):
+        monkeypatch.setattr(build, "inspect", lambda features=features: Machine(features, ("c++",)))
+        assert build.build_and_load().library is None
+
+
+@compiled
+def test_a_library_of_another_width_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the cache had come from another machine under this one's name: it is compiled again."""
+    monkeypatch.setenv("XUSHI_CACHE", str(tmp_path))
+    assert build.build_and_load().library is not None
+    (library,) = tmp_path.glob("*.so")
+    assert build._open(library, 1) is None

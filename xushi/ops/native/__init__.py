@@ -1,0 +1,19 @@
+"""The C++ forms of ops: float32 on a CPU, compiled once per machine with whatever C++17 compiler it has.
+
+Without a compiler, or on a processor without AVX2 or NEON, there are none and the PyTorch forms run.
+"""
+
+from xushi.ops.native.build import load, status
+from xushi.ops.native.functions import (
+    NativeAttention,
+    NativeCrossEntropy,
+    NativeExperts,
+    NativeLinear,
+    NativeNorm,
+    NativeSwiglu,
+    adamw,
+    serves,
+)
+
+__all__ = ["NativeAttention", "NativeCrossEntropy", "NativeExperts", "NativeLinear", "NativeNorm", "NativeSwiglu",
+           "adamw", "load", "serves", "status"]

@@ -1,0 +1,132 @@
+"""Compiling and loading the kernels: by what the processor reports, once, under the hash of the source.
+
+Nothing here raises: where there is no library, `status` says in a line why, and the slower forms run.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from xushi.base.files import sha256_file
+from xushi.base.machine import inspect
+from xushi.base.progress import say
+
+SOURCES = Path(__file__).parent
+COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+# What the processor must report, the name, vector width in floats and flags; the first that fits is taken.
+FORMS = (
+    (frozenset({"avx512f", "avx2", "fma"}), "AVX-512", 16, ("-mavx512f", "-mavx2", "-mfma")),
+    (frozenset({"avx2", "fma"}), "AVX2", 8, ("-mavx2", "-mfma")),
+    (frozenset({"neon"}), "NEON", 4, ()),
+)
+COMPILE_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The library, or None; and in a line which form it is, or why there is none."""
+
+    library: ctypes.CDLL | None
+    line: str
+
+
+def status() -> str:
+    """Which form runs and why, for `xushi doctor`; compiles if that was not done yet."""
+    return _loaded().line
+
+
+def load() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where there are none; the first call on a machine compiles them."""
+    return _loaded().library
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept: XUSHI_CACHE, or xushi in the user's cache directory."""
+    if said := os.environ.get("XUSHI_CACHE"):
+        return Path(said)
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "xushi"
+
+
+def source_hash(flags: tuple[str, ...]) -> str:
+    """Of every source file and the flags."""
+    digest = hashlib.sha256(repr(flags).encode())
+    for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _loaded() -> Loaded:
+    loaded = build_and_load()
+    if loaded.library is None:
+        say(f"the compiled kernels are not used: {loaded.line}")
+    return loaded
+
+
+def build_and_load() -> Loaded:
+    """Find or compile the library for this processor and load it."""
+    machine = inspect()
+    form = next((form for form in FORMS if form[0] <= machine.features), None)
+    if form is None:
+        return Loaded(None, "this processor has neither AVX2 nor NEON; the PyTorch forms run")
+    _, name, lanes, special = form
+    flags = (*COMMON, *special, f"-DXUSHI_LANES={lanes}")
+    try:
+        path = cache_directory() / f"kernels-{name.lower()}-{source_hash(flags)}.so"
+        library = _open(path, lanes) if path.is_file() else None
+        if library is None:
+            problem = _compile(machine.compilers, flags, path)
+            if problem:
+                return Loaded(None, problem)
+            library = _open(path, lanes)
+    except OSError as error:
+        return Loaded(None, f"{cache_directory()} cannot be used ({error.strerror or error}); set XUSHI_CACHE to a "
+                            "directory that can be written; the PyTorch forms run")
+    if library is None:
+        return Loaded(None, f"{path} was compiled and cannot be loaded; the PyTorch forms run")
+    return Loaded(library, f"C++ with {name} for float32")
+
+
+def _open(path: Path, lanes: int) -> ctypes.CDLL | None:
+    """The library, or None where it is damaged or made for another vector width."""
+    try:
+        # The loader maps the file without looking: one that was cut short would end the process.
+        if _seal(path).read_text(encoding="utf-8") != sha256_file(path):
+            return None
+        library = ctypes.CDLL(str(path))
+        return library if library.xushi_lanes() == lanes else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _seal(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _compile(compilers: tuple[str, ...], flags: tuple[str, ...], path: Path) -> str:
+    """Compile aside and rename into place; what is wrong, or nothing."""
+    if not compilers:
+        return "there is no C++ compiler (on Debian and Ubuntu: apt install g++); the PyTorch forms run"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    try:
+        say(f"compiling kernels for this processor, once, with {compilers[0]} (about ten seconds)")
+        done = subprocess.run([compilers[0], *flags, str(SOURCES / "kernels.cpp"), "-o", aside], text=True,
+                              capture_output=True, timeout=COMPILE_SECONDS, check=False)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
+            return f"{compilers[0]} cannot compile them ({lines[0].strip()}); the PyTorch forms run"
+        os.replace(aside, path)
+        _seal(path).write_text(sha256_file(path), encoding="utf-8")
+    except subprocess.TimeoutExpired:
+        return f"{compilers[0]} took more than {COMPILE_SECONDS} seconds; the PyTorch forms run"
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    return ""

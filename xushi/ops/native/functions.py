@@ -1,0 +1,190 @@
+"""The kernels as differentiable functions of tensors. Which shapes and dtypes they take is `serves`; callers ask first.
+
+Axes: N tokens, D hidden, E experts, F expert width, k experts per token, V vocabulary or value width; B batch, H heads,
+T tokens, K query and key width.
+"""
+
+import ctypes
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from xushi.ops.native.build import load
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the kernels take these: all float32 on the CPU, and neither form is asked for by XUSHI_OPS."""
+    return (all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+            and os.environ.get("XUSHI_OPS") not in ("reference", "pytorch") and load() is not None)
+
+
+def _call(name: str, *arguments: Tensor | int | float) -> None:
+    library = load()
+    assert library is not None
+    converted: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            converted.append(ctypes.c_void_p(argument.data_ptr()))
+        else:
+            converted.append(ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument))
+    getattr(library, name)(*converted)  # ctypes lets other Python threads run meanwhile
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+class NativeLinear(torch.autograd.Function):
+    """x W^T for x [..., in] and W [out, in]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        outputs, inputs = weight.shape
+        y = x.new_empty(*x.shape[:-1], outputs)
+        _call("xushi_linear", x, weight, y, x.numel() // inputs, outputs, inputs, _threads())
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dy = gradients[0].contiguous()
+        outputs, inputs = weight.shape
+        sizes = (x.numel() // inputs, outputs, inputs, _threads())
+        dx = d_weight = None
+        if ctx.needs_input_grad[0]:
+            _call("xushi_linear_input", dy, weight, dx := torch.empty_like(x), *sizes)
+        if ctx.needs_input_grad[1]:
+            _call("xushi_linear_weight", dy, x, d_weight := torch.empty_like(weight), *sizes)
+        return dx, d_weight
+
+
+class NativeSwiglu(torch.autograd.Function):
+    """silu(gate) * up, with V4's clamp if there is a limit."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.limit, ctx.sizes = limit or 0.0, (gate.numel() // gate.shape[-1], gate.shape[-1])
+        _call("xushi_swiglu", gate, up, out := torch.empty_like(gate), *ctx.sizes, ctx.limit, _threads())
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        _call("xushi_swiglu_backward", gate, up, gradients[0].contiguous(), d_gate, d_up, *ctx.sizes, ctx.limit,
+              _threads())
+        return d_gate, d_up, None
+
+
+class NativeNorm(torch.autograd.Function):
+    """x / rms(x) * weight over the last axis."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        width = x.shape[-1]
+        y, scale = torch.empty_like(x), x.new_empty(x.numel() // width)
+        _call("xushi_rms_norm", x, weight, y, scale, scale.numel(), width, eps, _threads())
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        dx, d_weight = torch.empty_like(x), torch.empty_like(weight)
+        _call("xushi_rms_norm_backward", x, weight, scale, gradients[0].contiguous(), dx, d_weight, scale.numel(),
+              x.shape[-1], _threads())
+        return dx, d_weight, None
+
+
+class NativeAttention(torch.autograd.Function):
+    """Causal attention of [B, H, T, width] tensors; a query sees the keys from `starts_BT` (int32) to itself."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts_BT: Tensor, scale: float) -> Tensor:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        batch, heads, length, width = q.shape
+        out = q.new_empty(batch, length, heads, v.shape[-1])
+        sums = q.new_empty(batch, heads, length)
+        strides = torch.tensor([x.stride(axis) for x in (q, k, v) for axis in (0, 2, 1)])
+        ctx.sizes = (batch, length, heads, width, v.shape[-1], scale)
+        _call("xushi_attention", q, k, v, strides, starts_BT, out, sums, *ctx.sizes, _threads())
+        ctx.save_for_backward(q, k, v, strides, starts_BT, out, sums)
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, strides, starts_BT, out, sums = ctx.saved_tensors
+        made = [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (q, k, v)]
+        _call("xushi_attention_backward", q, k, v, strides, starts_BT, out, sums,
+              gradients[0].transpose(1, 2).contiguous(), *made, *ctx.sizes, _threads())
+        dq, dk, dv = (x.transpose(1, 2) for x in made)
+        return dq, dk, dv, None, None
+
+
+class NativeExperts(torch.autograd.Function):
+    """`ops.routed_experts`; the backward pass keeps the gate and up products and nothing else of its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor,
+                limit: float | None) -> Tensor:
+        x, weights, gate_up, down = (t.contiguous() for t in (x_ND, weights_Nk, gate_up_EGD, down_EDF))
+        tokens, per_token = indices_Nk.shape
+        experts, hidden, width = down.shape
+        rows, place = (torch.empty(tokens * per_token, dtype=torch.int32) for _ in range(2))
+        bounds = torch.empty(experts + 1, dtype=torch.int32)
+        if not 0 <= int(indices_Nk.min()) <= int(indices_Nk.max()) < experts:
+            raise IndexError(f"an expert of {experts} was chosen that does not exist")
+        _call("xushi_sort_by_expert", indices_Nk.contiguous(), tokens * per_token, experts, rows, place, bounds)
+        products, out = x.new_empty(tokens * per_token, 2 * width), torch.empty_like(x)
+        ctx.sizes = (tokens, per_token, hidden, width, experts, limit or 0.0)
+        _call("xushi_experts", x, weights, gate_up, down, rows, place, bounds, products, out, *ctx.sizes, _threads())
+        ctx.save_for_backward(x, weights, gate_up, down, rows, place, bounds, products)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor, None]:
+        saved = ctx.saved_tensors
+        dx, d_weights, d_gate_up, d_down = (torch.empty_like(t) for t in saved[:4])
+        _call("xushi_experts_backward", *saved, gradients[0].contiguous(), dx, d_weights, d_gate_up, d_down,
+              *ctx.sizes, _threads())
+        return dx, None, d_weights, d_gate_up, d_down, None
+
+
+class NativeCrossEntropy(torch.autograd.Function):
+    """sum of weight * -log softmax(x head^T)[target], both gradients made on the way forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+        x, head, targets, weights = (t.contiguous() for t in (x_ND, head_VD, targets_N, weights_N))
+        if not 0 <= int(targets.min()) <= int(targets.max()) < head.shape[0]:
+            raise IndexError(f"a target lies outside the vocabulary of {head.shape[0]}")
+        losses, dx, d_head = x.new_empty(x.shape[0]), torch.empty_like(x), torch.empty_like(head)
+        _call("xushi_cross_entropy", x, head, targets, weights, losses, dx, d_head, *x.shape, head.shape[0], _threads())
+        ctx.save_for_backward(dx, d_head)
+        return (losses * weights).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dx, d_head = ctx.saved_tensors
+        return dx * gradients[0], d_head * gradients[0], None, None
+
+
+def adamw(parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, *, rate: float, betas: tuple[float, float],
+          correction2: float, eps: float, decay: float) -> None:
+    """One update in place; `rate` has the first moment's correction in it, `correction2` is the second's root."""
+    _call("xushi_adamw", parameter, gradient, mean, square, parameter.numel(), rate, *betas, correction2, eps,
+          decay, _threads())

@@ -1,0 +1,148 @@
+// SwiGLU, RMS norm and AdamW: what is bound by memory and not by products.
+
+#pragma once
+
+#include "threads.h"
+
+namespace {
+
+struct Gated {  // the two factors after the clamp, and whether each still has a slope
+    Vec gate, up, gate_slope, up_slope;
+};
+
+inline Gated gated(Vec gate, Vec up, float limit) {
+    Gated g{gate, up, all(1.0f), all(1.0f)};
+    if (limit > 0) {
+        const Vec high = all(limit), low = all(-limit);
+        g.gate_slope = gate > high ? all(0.0f) : all(1.0f);
+        g.up_slope = (up > high) | (up < low) ? all(0.0f) : all(1.0f);
+        g.gate = gate > high ? high : gate;
+        g.up = up > high ? high : (up < low ? low : up);
+    }
+    return g;
+}
+
+inline Vec sigmoid(Vec x) { return all(1.0f) / (all(1.0f) + exponential(-x)); }
+
+// a = silu(gate) * up
+void swiglu(const float* gate, const float* up, float* a, Int width, float limit) {
+    map(a, gate, width, [&](Int i, Vec g) {
+        const Gated x = gated(g, part(up + i, width - i), limit);
+        return x.gate * sigmoid(x.gate) * x.up;
+    });
+}
+
+// From da, scaled: d_gate and d_up; `a` becomes scale * silu(gate) * up. Returns sum of da * silu(gate) * up.
+float swiglu_backward(const float* gate, const float* up, const float* da, float scale, float* a, float* d_gate,
+                      float* d_up, Int width, float limit) {
+    Vec sum = {};
+    for (Int i = 0; i < width; i += L) {
+        const Int left = width - i;
+        const Gated x = gated(part(gate + i, left), part(up + i, left), limit);
+        const Vec s = sigmoid(x.gate), silu = x.gate * s, d = part(da + i, left), scaled = d * all(scale);
+        const Vec value = silu * x.up;
+        sum += d * value;
+        const Vec made[3] = {value * all(scale),
+                             scaled * x.up * (s * (all(1.0f) + x.gate * (all(1.0f) - s))) * x.gate_slope,
+                             scaled * silu * x.up_slope};
+        float* const places[3] = {a + i, d_gate + i, d_up + i};
+        for (int p = 0; p < 3; p++) {
+            if (left >= L) {
+                store(places[p], made[p]);
+            } else {
+                for (Int j = 0; j < left; j++) places[p][j] = made[p][j];
+            }
+        }
+    }
+    return total(sum);
+}
+
+}  // namespace
+
+extern "C" {
+
+// out [n, width] = silu(gate) * up for h [n, 2 * width], gate first; limit 0 is none.
+void xushi_swiglu(const float* gate, const float* up, float* a, Int rows, Int width, float limit, Int threads) {
+    pool().run(blocks(rows, 64), threads, [&](Int task) {
+        for (Int r = task * 64; r < std::min(rows, task * 64 + 64); r++)
+            swiglu(gate + r * width, up + r * width, a + r * width, width, limit);
+    });
+}
+
+void xushi_swiglu_backward(const float* gate, const float* up, const float* da, float* d_gate, float* d_up, Int rows,
+                           Int width, float limit, Int threads) {
+    pool().run(blocks(rows, 64), threads, [&](Int task) {
+        float* unused = local_a.take(width);
+        for (Int r = task * 64; r < std::min(rows, task * 64 + 64); r++)
+            swiglu_backward(gate + r * width, up + r * width, da + r * width, 1.0f, unused, d_gate + r * width,
+                            d_up + r * width, width, limit);
+    });
+}
+
+// y = x / rms(x) * weight over rows of `width`; `rstd` [rows] is kept for the backward pass.
+void xushi_rms_norm(const float* x, const float* weight, float* y, float* rstd, Int rows, Int width, float eps,
+                    Int threads) {
+    pool().run(blocks(rows, 64), threads, [&](Int task) {
+        for (Int r = task * 64; r < std::min(rows, task * 64 + 64); r++) {
+            const float* row = x + r * width;
+            Vec sum = {};
+            for (Int i = 0; i < width; i += L) {
+                const Vec v = part(row + i, width - i);
+                sum += v * v;
+            }
+            const float scale = 1.0f / std::sqrt(total(sum) / width + eps);
+            rstd[r] = scale;
+            map(y + r * width, row, width, [&](Int i, Vec v) { return part(weight + i, width - i) * (v * all(scale)); });
+        }
+    });
+}
+
+// dx = rstd * (dy w - xhat * mean(dy w xhat)); d_weight [width] = sum over rows of dy * xhat, in fixed groups of rows.
+void xushi_rms_norm_backward(const float* x, const float* weight, const float* rstd, const float* dy, float* dx,
+                             float* d_weight, Int rows, Int width, Int threads) {
+    const Int group = std::max<Int>(64, blocks(rows, 32)), groups = blocks(rows, group);
+    float* partial = shared_rows.take(groups * width);
+    pool().run(groups, threads, [&](Int task) {
+        float* sums = partial + task * width;
+        std::fill(sums, sums + width, 0.0f);
+        for (Int r = task * group; r < std::min(rows, (task + 1) * group); r++) {
+            const float *row = x + r * width, *d = dy + r * width;
+            const float scale = rstd[r];
+            Vec dot = {};
+            for (Int i = 0; i < width; i += L) {
+                const Int left = width - i;
+                dot += part(d + i, left) * part(weight + i, left) * part(row + i, left);
+            }
+            const float mean = total(dot) * scale * scale / width;
+            map(dx + r * width, d, width, [&](Int i, Vec v) {
+                const Int left = width - i;
+                return all(scale) * (v * part(weight + i, left) - part(row + i, left) * all(mean));
+            });
+            map(sums, sums, width, [&](Int i, Vec v) {
+                return v + part(d + i, width - i) * part(row + i, width - i) * all(scale);
+            });
+        }
+    });
+    for (Int i = 0; i < width; i++) {
+        float sum = 0;
+        for (Int g = 0; g < groups; g++) sum += partial[g * width + i];
+        d_weight[i] = sum;
+    }
+}
+
+// One AdamW update in place; decay is learning rate * weight decay.
+void xushi_adamw(float* parameter, const float* gradient, float* mean, float* square, Int count, float rate, float beta1,
+                 float beta2, float correction2, float eps, float decay, Int threads) {
+    constexpr Int size = 1 << 16;
+    pool().run(blocks(count, size), threads, [&](Int task) {
+        const Int begin = task * size, end = std::min(count, begin + size);
+        for (Int i = begin; i < end; i++) {
+            const float g = gradient[i];
+            mean[i] += (1 - beta1) * (g - mean[i]);
+            square[i] = beta2 * square[i] + (1 - beta2) * g * g;
+            parameter[i] = parameter[i] * (1 - decay) - rate * mean[i] / (std::sqrt(square[i]) / correction2 + eps);
+        }
+    });
+}
+
+}  // extern "C"

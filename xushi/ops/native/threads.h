@@ -1,0 +1,95 @@
+// A pool of threads that sleep between calls, and memory that each thread uses again.
+
+#pragma once
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+// Sleeping workers that a call wakes. One call at a time has them; another at the same moment works alone.
+class Pool {
+  public:
+    template <class F>
+    void run(Int tasks, Int threads, F f) {
+        if (tasks <= 1 || threads <= 1 || getpid() != owner || !busy.try_lock()) {
+            for (Int task = 0; task < tasks; task++) f(task);
+            return;
+        }
+        {
+            std::lock_guard<std::mutex> lock(mutex);
+            while (static_cast<Int>(workers.size()) < threads - 1) {
+                const Int index = workers.size();
+                workers.emplace_back([this, index] { work(index); });
+                workers.back().detach();
+            }
+            call = [](void* context, Int task) { (*static_cast<F*>(context))(task); };
+            context = &f;
+            next = 0;
+            end = tasks;
+            helpers = std::min(threads, tasks) - 1;
+            working = helpers;
+            round++;
+        }
+        wake.notify_all();
+        for (Int task; (task = next.fetch_add(1)) < tasks;) f(task);
+        std::unique_lock<std::mutex> lock(mutex);
+        done.wait(lock, [this] { return working == 0; });
+        lock.unlock();
+        busy.unlock();
+    }
+
+  private:
+    void work(Int index) {
+        uint64_t seen = 0;
+        std::unique_lock<std::mutex> lock(mutex);
+        for (;;) {
+            wake.wait(lock, [&] { return round != seen; });
+            seen = round;
+            if (index >= helpers) continue;
+            lock.unlock();
+            for (Int task; (task = next.fetch_add(1)) < end;) call(context, task);
+            lock.lock();
+            if (--working == 0) done.notify_one();
+        }
+    }
+
+    std::mutex busy, mutex;
+    std::condition_variable wake, done;
+    std::vector<std::thread> workers;
+    void (*call)(void*, Int) = nullptr;
+    void* context = nullptr;
+    std::atomic<Int> next{0};
+    Int end = 0, helpers = 0, working = 0;
+    uint64_t round = 0;
+    const pid_t owner = getpid();  // a forked child has none of the workers
+};
+
+Pool& pool() {
+    static Pool* one = new Pool;  // never destroyed: workers may still sleep on it when the process ends
+    return *one;
+}
+
+// Memory of a thread that later calls use again: fresh memory costs a page fault per 4 KiB.
+struct Scratch {
+    std::vector<float> memory;
+    float* take(Int count) {
+        if (static_cast<Int>(memory.size()) < count) {
+            memory = std::vector<float>();  // freed before the larger one is asked for
+            memory.resize(count);
+        }
+        return memory.data();
+    }
+};
+
+thread_local Scratch shared_packed, shared_rows, shared_more, local_a, local_b, local_c, local_d;
+
+}  // namespace

@@ -1,0 +1,83 @@
+// Vectors of XUSHI_LANES floats, the tile sizes that go with them, e^x, and loops over rows of any length.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+typedef int64_t Int;
+
+namespace {
+
+constexpr int L = XUSHI_LANES;
+#if XUSHI_LANES == 4
+constexpr int MR = 6, NV = 4;  // rows and vectors of the register tile: 32 registers of 4
+#elif XUSHI_LANES == 8
+constexpr int MR = 6, NV = 2;  // 16 registers of 8
+#else
+constexpr int MR = 8, NV = 2;  // 32 registers of 16; more rows would need more address registers than there are
+#endif
+constexpr int NR = NV * L;
+constexpr Int ROWS = 96;       // rows of a task: they and a panel of the other factor fit the second-level cache
+constexpr Int WIDTH = 16 * NR; // columns of a task
+constexpr Int DEPTH = 256;     // tokens of a weight gradient that are packed at a time
+constexpr Int QUERIES = 48, KEYS = 64, FORWARD_KEYS = 512;  // tiles of attention, multiples of every NR
+
+typedef float Vec __attribute__((vector_size(L * 4)));
+typedef float Loose __attribute__((vector_size(L * 4), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(L * 4)));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+inline void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
+inline Vec all(float value) { return value - Vec{}; }  // x - 0 is x, -0 too, so that nothing is computed
+inline float total(Vec v) {
+    float sum = 0;
+    for (int i = 0; i < L; i++) sum += v[i];
+    return sum;
+}
+
+// e^x within 2 ulp for x in [-87, 88]; what lies below gives e^-87, which adds nothing to any sum here.
+inline Vec exponential(Vec x) {
+    x = x < all(-87.0f) ? all(-87.0f) : x;
+    x = x > all(88.0f) ? all(88.0f) : x;
+    const Vec shifted = x * all(1.44269504f) + all(12582912.0f);  // 1.5 * 2^23: rounds to an integer
+    const Vec n = shifted - all(12582912.0f);
+    const Vec r = (x - n * all(0.693359375f)) - n * all(-2.12194440e-4f);
+    Vec p = all(1.9875691500e-4f);  // Cephes' polynomial for e^r, |r| <= ln 2 / 2
+    p = p * r + all(1.3981999507e-3f);
+    p = p * r + all(8.3334519073e-3f);
+    p = p * r + all(4.1665795894e-2f);
+    p = p * r + all(1.6666665459e-1f);
+    p = p * r + all(5.0000001201e-1f);
+    p = p * r * r + r + all(1.0f);
+    Ints power, bits;
+    std::memcpy(&power, &shifted, sizeof power);
+    std::memcpy(&bits, &p, sizeof bits);
+    bits += (power - 0x4B400000) << 23;
+    std::memcpy(&p, &bits, sizeof p);
+    return p;
+}
+
+// f(i, vector of a[i..]) over n values; the tail goes through a padded copy, so all values take the same code.
+template <class F>
+inline void map(float* out, const float* in, Int n, F f) {
+    Int i = 0;
+    for (; i + L <= n; i += L) store(out + i, f(i, load(in + i)));
+    if (i < n) {
+        float tail[L] = {};
+        std::memcpy(tail, in + i, (n - i) * sizeof(float));
+        store(tail, f(i, load(tail)));
+        std::memcpy(out + i, tail, (n - i) * sizeof(float));
+    }
+}
+
+inline Vec part(const float* p, Int left) {  // up to L values, zeros behind them
+    if (left >= L) return load(p);
+    float tail[L] = {};
+    if (left > 0) std::memcpy(tail, p, left * sizeof(float));
+    return load(tail);
+}
+
+}  // namespace
