@@ -29,6 +29,9 @@ def orthogonalise(matrices_NRC: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Ten
     wide = matrices_NRC.shape[-2] <= matrices_NRC.shape[-1]
     x = matrices_NRC if wide else matrices_NRC.mT
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    if native.serves(x):
+        native.newton_schulz(x := x.contiguous(), NEWTON_SCHULZ, steps)
+        return x if wide else x.mT
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -12,8 +12,9 @@ from xushi.ops.native.functions import (
     NativeNorm,
     NativeSwiglu,
     adamw,
+    newton_schulz,
     serves,
 )
 
 __all__ = ["NativeAttention", "NativeCrossEntropy", "NativeExperts", "NativeLinear", "NativeNorm", "NativeSwiglu",
-           "adamw", "load", "serves", "status"]
+           "adamw", "load", "newton_schulz", "serves", "status"]

@@ -128,9 +128,10 @@ void xushi_attention_backward(const float* q, const float* k, const float* v, co
         }
         float *weights = local_b.take(QUERIES * ld), *d_scores = local_c.take(QUERIES * ld);
         for (Int k0 = 0; k0 < T; k0 += KEYS) {
-            const Int count = std::min(KEYS, T - k0);
-            for (Int q0 = k0 / QUERIES * QUERIES; q0 < T; q0 += QUERIES) {
+            const Int in_block = std::min(KEYS, T - k0);
+            for (Int q0 = k0; q0 < T; q0 += QUERIES) {
                 const Int m = std::min(QUERIES, T - q0);
+                const Int count = std::min(in_block, q0 + m - k0);  // on the diagonal the last keys are seen by none
                 const float *rows[QUERIES] = {}, *d_rows[QUERIES] = {}, *ds_rows[QUERIES] = {};
                 Int first = T;
                 for (Int i = 0; i < m; i++) {

@@ -188,3 +188,8 @@ def adamw(parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, *, 
     """One update in place; `rate` has the first moment's correction in it, `correction2` is the second's root."""
     _call("xushi_adamw", parameter, gradient, mean, square, parameter.numel(), rate, *betas, correction2, eps,
           decay, _threads())
+
+
+def newton_schulz(x_NRC: Tensor, coefficients: tuple[float, float, float], steps: int) -> None:
+    """x <- a x + (b G + c G G) x with G = x x^T, `steps` times, for each matrix in place; rows are at most columns."""
+    _call("xushi_newton_schulz", x_NRC, *x_NRC.shape, *coefficients, steps, _threads())

@@ -10,5 +10,6 @@
 #include "attention.h"
 #include "experts.h"
 #include "loss.h"
+#include "newton_schulz.h"
 
 extern "C" int xushi_lanes() { return L; }
