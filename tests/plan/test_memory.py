@@ -7,7 +7,7 @@ from xushi.model import PRESETS, preset
 from xushi.model.config import ModelConfig
 from xushi.model.deepseek import Deepseek
 from xushi.model.objective import pretraining_loss
-from xushi.ops import attention, loss
+from xushi.ops import attention, loss, native
 from xushi.plan import activations, count_parameters, memory, training_memory_bytes
 
 SMALL = ModelConfig(
@@ -15,6 +15,12 @@ SMALL = ModelConfig(
     num_attention_heads=4, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
     first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16)
 PLAIN_V4 = {"compress_ratios": [0, 0, 0, 0], "hc_mult": 1, "hc_sinkhorn_iters": 3}
+
+
+@pytest.fixture(autouse=True)
+def pytorch_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is estimated; the compiled forms keep less."""
+    monkeypatch.setenv("XUSHI_OPS", "pytorch")
 
 
 def kept_by_autograd(config: ModelConfig, rows: int, length: int, mtp: bool, indexer_weight: float = 1.0,
@@ -83,6 +89,17 @@ def test_activations_of_packed_rows_and_in_bf16(kind, compute, documents, length
     copies = estimate.weights // 3 if compute == "bf16" else 0  # 2 of the 6 bytes, which autograd keeps too
     kept = kept_by_autograd(config, rows, length, mtp, compute=compute, documents=documents)
     assert estimate.activations + head_gradients + copies == pytest.approx(kept, rel=0.08)
+
+
+@pytest.mark.skipif(native.load() is None, reason=native.status())
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4"])
+@pytest.mark.parametrize("length", [100, 512])
+def test_compiled_forms_keep_no_more(kind, length, small_of, monkeypatch):
+    config = small_of(kind)
+    mtp = bool(config.num_nextn_predict_layers)
+    slower = kept_by_autograd(config, 4, length, mtp)
+    monkeypatch.delenv("XUSHI_OPS")
+    assert kept_by_autograd(config, 4, length, mtp) < slower
 
 
 @pytest.mark.parametrize(("kind", "changes"), [

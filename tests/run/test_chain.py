@@ -90,12 +90,17 @@ def test_transformers_answers_with_the_same_tokens(chain: Chain) -> None:
         assert llm.generate([ids], SamplingParams(max_tokens=10, temperature=0.0))[0].token_ids == theirs
 
 
-def test_the_second_start_does_nothing_and_a_run_can_be_moved(chain: Chain, tmp_path: Path) -> None:
+def test_the_second_start_does_nothing_and_a_run_can_be_moved(chain: Chain, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(chain.directory, moved)
     before = hashes(moved / "export")
     again = xushi("run", MINIATURE, "--out", moved)
     assert again.returncode == 0, again.stderr
+    assert "op forms" not in again.stderr
+    monkeypatch.setenv("XUSHI_OPS", "reference")
+    again = xushi("run", MINIATURE, "--out", moved)
+    assert f"began with other op forms ({chain.results['machine.op_forms']})" in again.stderr
     assert again.stderr.count("done before") == 8 and "started" not in again.stderr
     assert hashes(moved / "export") == before
     assert read_results(moved)["rl.greedy_after"] == chain.results["rl.greedy_after"]

@@ -1,8 +1,8 @@
 """What autograd keeps of a forward pass for the backward pass, in bytes per token, part by part of the model.
 
-An estimate that follows the model as it is written, with `xushi.ops`' own forms; tests/plan/test_memory.py measures
-both and fails where they part. `width` is the bytes of a value in the products' dtype; the residual and what norms and
-softmax compute take 4.
+An estimate that follows the model as it is written, with `xushi.ops`' forms in PyTorch (the compiled ones keep less);
+tests/plan/test_memory.py measures both and fails where they part. `width` is the bytes of a value in the products'
+dtype; the residual and what norms and softmax compute take 4.
 """
 
 from xushi.model.config import ModelConfig

@@ -117,7 +117,8 @@ def _machine_section(run: Run) -> str:
         ("processor", run.text("machine.cpu")), ("cores", run.text("machine.cores")),
         ("threads used", run.text("machine.threads")), ("memory", _read(run, "machine.memory_bytes", memory)),
         ("peak memory of the run", _read(run, "memory.peak_bytes", memory)),
-        ("number format", run.text("machine.dtype")), ("PyTorch", run.text("machine.torch")),
+        ("number format", run.text("machine.dtype")), ("op forms", run.text("machine.op_forms")),
+        ("PyTorch", run.text("machine.torch")),
         ("Python", run.text("machine.python")), ("xushi", run.text("run.version")), ("seed", run.text("run.seed")),
     ])
     return section("machine", "The machine", grid)

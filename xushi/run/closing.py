@@ -25,6 +25,7 @@ from xushi.evaluate import (
     xz_primed,
 )
 from xushi.model import Deepseek, load_pretrained, save_pretrained
+from xushi.ops import native
 from xushi.plan import count_parameters, kv_cache_bytes_per_token
 from xushi.run.context import RunContext
 
@@ -182,7 +183,7 @@ def describe_run(context: RunContext) -> dict[str, Any]:
         "run.without": context.recipe.without or "", "run.version": __version__,
         "machine.cpu": machine.cpu, "machine.cores": machine.usable_cores, "machine.threads": torch.get_num_threads(),
         "machine.memory_bytes": machine.memory_total or 0, "machine.torch": torch.__version__,
-        "machine.dtype": best_training_dtype()[0], "machine.system": machine.system,
+        "machine.op_forms": native.form(), "machine.dtype": best_training_dtype()[0], "machine.system": machine.system,
         "model.parameters_total": counts.total, "model.parameters_active": counts.active,
         "model.parameters_active_without_embedding": counts.active_without_embedding,
         "model.parameters_mtp": counts.mtp, "model.kv_cache_bytes_per_token": kv_cache_bytes_per_token(config),

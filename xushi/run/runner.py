@@ -18,6 +18,7 @@ from xushi.base.files import disk_errors, write_atomic, write_json
 from xushi.base.machine import children_peak_memory_bytes, inspect
 from xushi.base.progress import say
 from xushi.base.tracking import Tracking
+from xushi.ops import native
 from xushi.recipe import Recipe
 from xushi.run import building, closing
 from xushi.run.context import RUN_FORMAT, RunContext, StageRecord, read_record, stage_key, write_record
@@ -39,6 +40,10 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
         context = RunContext(directory, recipe, tracking)
         threads = tracking.decide("run", "threads", recipe.threads or inspect().usable_cores)
         torch.set_num_threads(threads)
+        forms = native.form()
+        if (began := tracking.decide("run", "op_forms", forms)) != forms:
+            say(f"this run began with other op forms ({began}) and goes on with these ({forms}): it will not end with "
+                "the same bits")
         keep_freed_memory()
         try:
             return _run_stages(context)

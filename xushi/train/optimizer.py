@@ -30,8 +30,9 @@ def orthogonalise(matrices_NRC: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Ten
     x = matrices_NRC if wide else matrices_NRC.mT
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     if native.serves(x):
-        native.newton_schulz(x := x.contiguous(), NEWTON_SCHULZ, steps)
-        return x if wide else x.mT
+        iterated: Tensor = x.contiguous()
+        native.newton_schulz(iterated, NEWTON_SCHULZ, steps)
+        return iterated if wide else iterated.mT
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -3,7 +3,7 @@
 Without a compiler, or on a processor without AVX2 or NEON, there are none and the PyTorch forms run.
 """
 
-from xushi.ops.native.build import load, status
+from xushi.ops.native.build import form, load, status
 from xushi.ops.native.functions import (
     NativeAttention,
     NativeCrossEntropy,
@@ -17,4 +17,4 @@ from xushi.ops.native.functions import (
 )
 
 __all__ = ["NativeAttention", "NativeCrossEntropy", "NativeExperts", "NativeLinear", "NativeNorm", "NativeSwiglu",
-           "adamw", "load", "newton_schulz", "serves", "status"]
+           "adamw", "form", "load", "newton_schulz", "serves", "status"]

@@ -33,11 +33,18 @@ class Loaded:
 
     library: ctypes.CDLL | None
     line: str
+    name: str = "pytorch"
 
 
 def status() -> str:
     """Which form runs and why, for `xushi doctor`; compiles if that was not done yet."""
     return _loaded().line
+
+
+def form() -> str:
+    """What runs: as XUSHI_OPS asks, else the compiled form's name, else "pytorch"."""
+    asked = os.environ.get("XUSHI_OPS")
+    return asked if asked in ("reference", "pytorch") else _loaded().name
 
 
 def load() -> ctypes.CDLL | None:
@@ -90,7 +97,7 @@ def build_and_load() -> Loaded:
                             "directory that can be written; the PyTorch forms run")
     if library is None:
         return Loaded(None, f"{path} was compiled and cannot be loaded; the PyTorch forms run")
-    return Loaded(library, f"C++ with {name} for float32")
+    return Loaded(library, f"C++ with {name} for float32", f"C++ {name}")
 
 
 def _open(path: Path, lanes: int) -> ctypes.CDLL | None:
