@@ -102,7 +102,7 @@ void xushi_attention_backward(const float* q, const float* k, const float* v, co
         const Int b = head / H, h = head % H;
         const int32_t* start = starts + b * T;
         const float* norm = lse + head * T;
-        float* keys_t = local_a.take(key_panels * NR * (K + V) + T * (3 * ldk + 2 * ldv) + T * (ldk + ldv) + T);
+        float* keys_t = local_a.take(key_panels * NR * (K + V) + T * (4 * ldk + 2 * ldv + 1));
         float* values_t = keys_t + key_panels * NR * K;
         float* keys = values_t + key_panels * NR * V;
         float* queries = keys + T * ldk;

@@ -61,7 +61,7 @@ float swiglu_backward(const float* gate, const float* up, const float* da, float
 
 extern "C" {
 
-// out [n, width] = silu(gate) * up for h [n, 2 * width], gate first; limit 0 is none.
+// a = silu(gate) * up, all [rows, width]; limit 0 is none.
 void xushi_swiglu(const float* gate, const float* up, float* a, Int rows, Int width, float limit, Int threads) {
     pool().run(blocks(rows, 64), threads, [&](Int task) {
         for (Int r = task * 64; r < std::min(rows, task * 64 + 64); r++)

@@ -38,7 +38,7 @@ inline float total(Vec v) {
     return sum;
 }
 
-// e^x within 2 ulp for x in [-87, 88]; what lies below gives e^-87, which adds nothing to any sum here.
+// e^x for x in [-87, 88], to a few roundings; what lies below gives e^-87, which adds nothing to any sum here.
 inline Vec exponential(Vec x) {
     x = x < all(-87.0f) ? all(-87.0f) : x;
     x = x > all(88.0f) ? all(88.0f) : x;

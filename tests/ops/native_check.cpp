@@ -1,0 +1,439 @@
+// Every compiled kernel against plain loops in double, on shapes that are multiples of nothing, with 1 and 3 threads,
+// which must give the same bits. test_native_check.py builds this for each vector width and sanitizer.
+//
+// Every buffer is a heap allocation of exactly its size, so that AddressSanitizer sees one float too many, and results
+// begin as NaN, so that a place left out shows. Axes are those of kernels.cpp.
+
+#include "kernels.cpp"
+
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace check {
+
+// A value in double, and how large it would be if nothing in it cancelled. Float32 rounds each step by 2^-24 of the
+// step's own size, so a kernel may be off by that, times the steps on the way, times this size: not times the value,
+// which cancellation can make as small as it likes. Functions pass on size times slope, and add their own result's.
+struct Exact {
+    double value, size;
+    Exact(double value = 0) : value(value), size(std::fabs(value)) {}
+    Exact(double value, double size) : value(value), size(size) {}
+};
+typedef std::vector<float> Floats;
+typedef std::vector<Exact> Exacts;
+typedef std::vector<Floats> Results;
+
+Exact operator+(Exact a, Exact b) { return {a.value + b.value, a.size + b.size}; }
+Exact operator-(Exact a, Exact b) { return {a.value - b.value, a.size + b.size}; }
+Exact operator*(Exact a, Exact b) { return {a.value * b.value, a.size * b.size}; }
+Exact operator/(Exact a, Exact b) {
+    const double value = a.value / b.value;
+    return {value, (a.size + std::fabs(value) * b.size) / std::fabs(b.value)};
+}
+Exact power(Exact a) { return {std::exp(a.value), std::exp(a.value) * (1 + a.size)}; }
+Exact logarithm(Exact a) { return {std::log(a.value), std::fabs(std::log(a.value)) + a.size / a.value}; }
+Exact root(Exact a) { return {std::sqrt(a.value), std::sqrt(a.value) + a.size / (2 * std::sqrt(a.value))}; }
+Exact logistic(Exact a) {
+    const double value = 1 / (1 + std::exp(-a.value));
+    return {value, value + value * (1 - value) * a.size};
+}
+
+template <class Term>
+Exact sum(Int begin, Int end, Term term) {
+    Exact result;
+    for (Int i = begin; i < end; i++) result = result + term(i);
+    return result;
+}
+
+template <class Cell>
+Exacts table(Int rows, Int columns, Cell cell) {
+    Exacts result;
+    result.reserve(rows * columns);
+    for (Int i = 0; i < rows; i++)
+        for (Int j = 0; j < columns; j++) result.push_back(cell(i, j));
+    return result;
+}
+
+uint64_t state = 1;
+uint32_t next_bits() { return (state = state * 6364136223846793005u + 1442695040888963407u) >> 40; }
+Floats made(Int count, float low = -1, float high = 1) {
+    Floats result(count);
+    for (float& value : result) value = low + (high - low) * (next_bits() / 16777216.0f);
+    return result;
+}
+Floats empty(Int count) { return Floats(count, NAN); }
+
+std::string shape;  // of the check that runs, for the line about a failure
+Int checks = 0;
+
+void require(bool good, const char* what, Int place) {
+    if (good) return;
+    std::printf("%s is wrong at %lld for %s\n", what, static_cast<long long>(place), shape.c_str());
+    std::exit(1);
+}
+
+template <class... Sizes>
+void name(const char* kernel, Sizes... sizes) {
+    shape = kernel;
+    for (double size : std::vector<double>{static_cast<double>(sizes)...}) {
+        char text[32];
+        std::snprintf(text, sizeof text, " %g", size);
+        shape += text;
+    }
+}
+
+// `terms`: the lengths of the sums on the way to a result, added up; 64 is room for all that is no sum. A term
+// left out of a sum is missed by about size / terms, many times the bound. Where a kernel cuts e^x off, 1e-30 is left.
+void expect(const char* what, const Floats& got, const Exacts& want, Int terms) {
+    checks++;
+    require(got.size() == want.size(), what, -1);
+    for (size_t i = 0; i < got.size(); i++) {
+        const double bound = (terms + 64) * 0x1p-23 * want[i].size + 1e-30;
+        if (std::fabs(got[i] - want[i].value) <= bound) continue;  // never true of NaN
+        std::printf("got %.9g, want %.9g within %.2g: ", got[i], want[i].value, bound);
+        require(false, what, i);
+    }
+}
+
+template <class T> T* passed(std::vector<T>& buffer) { return buffer.data(); }
+template <class T> const T* passed(const std::vector<T>& buffer) { return buffer.data(); }
+template <class T> T passed(const T& number) { return number; }
+
+// Alone, in a new thread: that one's scratch memory is no larger than the kernel asks for, so AddressSanitizer sees an
+// overrun of it too. With several threads scratch holds whatever earlier calls left there, which must not be read.
+template <class Kernel, class... Arguments>
+void call(Int threads, Kernel kernel, Arguments&&... arguments) {
+    if (threads > 1) kernel(passed(arguments)..., threads);
+    else std::thread([&] { kernel(passed(arguments)..., threads); }).join();
+}
+
+template <class Calls>
+Results with_threads(Calls calls) {
+    const Results alone = calls(Int{1}), together = calls(Int{3});
+    for (size_t i = 0; i < alone.size(); i++)
+        require(std::memcmp(alone[i].data(), together[i].data(), alone[i].size() * sizeof(float)) == 0,
+                "the same bits with 3 threads: result", i);
+    return alone;
+}
+
+void linear(Int m, Int n, Int k) {
+    name("linear m n k", m, n, k);
+    const Floats x = made(m * k), w = made(n * k), dy = made(m * n);
+    const Results got = with_threads([&](Int threads) {
+        Results out{empty(m * n), empty(m * k), empty(n * k)};
+        call(threads, xushi_linear, x, w, out[0], m, n, k);
+        call(threads, xushi_linear_input, dy, w, out[1], m, n, k);
+        call(threads, xushi_linear_weight, dy, x, out[2], m, n, k);
+        return out;
+    });
+    auto cell = [](Int count, const float* a, Int a_step, const float* b, Int b_step) {
+        return sum(0, count, [&](Int t) { return Exact(a[t * a_step]) * b[t * b_step]; });
+    };
+    expect("y", got[0], table(m, n, [&](Int i, Int j) { return cell(k, &x[i * k], 1, &w[j * k], 1); }), k);
+    expect("dx", got[1], table(m, k, [&](Int i, Int j) { return cell(n, &dy[i * n], 1, &w[j], k); }), n);
+    expect("dw", got[2], table(n, k, [&](Int i, Int j) { return cell(m, &dy[i], n, &x[j], k); }), m);
+}
+
+struct Gated {  // silu(gate) * up after the clamp, and its slopes
+    Exact value, by_gate, by_up;
+};
+Gated gated(double gate, double up, double limit) {
+    const bool high = limit > 0 && gate > limit, outside = limit > 0 && std::fabs(up) > limit;
+    const Exact g = high ? limit : gate, u = outside ? std::copysign(limit, up) : up, s = logistic(g);
+    return {g * s * u, high ? Exact(0) : u * s * (1 + g * (1 - s)), outside ? Exact(0) : g * s};
+}
+
+void swiglu(Int n, Int width, float limit) {
+    name("swiglu n width limit", n, width, limit);
+    const float reach = n % 2 == 0 ? 120.0f : 4.0f;  // e^120 is no float
+    const Floats gate = made(n * width, -reach, reach), up = made(n * width, -4, 4), da = made(n * width);
+    const Results got = with_threads([&](Int threads) {
+        Results out{empty(n * width), empty(n * width), empty(n * width)};
+        call(threads, xushi_swiglu, gate, up, out[0], n, width, limit);
+        call(threads, xushi_swiglu_backward, gate, up, da, out[1], out[2], n, width, limit);
+        return out;
+    });
+    auto at = [&](Int i) { return gated(gate[i], up[i], limit); };
+    expect("out", got[0], table(1, n * width, [&](Int, Int i) { return at(i).value; }), 0);
+    expect("d_gate", got[1], table(1, n * width, [&](Int, Int i) { return da[i] * at(i).by_gate; }), 0);
+    expect("d_up", got[2], table(1, n * width, [&](Int, Int i) { return da[i] * at(i).by_up; }), 0);
+}
+
+void rms_norm(Int n, Int width) {
+    name("rms_norm n width", n, width);
+    const float eps = 1e-6f;
+    const Floats x = made(n * width), weight = made(width), dy = made(n * width);
+    const Results got = with_threads([&](Int threads) {
+        Results out{empty(n * width), empty(n), empty(n * width), empty(width)};
+        call(threads, xushi_rms_norm, x, weight, out[0], out[1], n, width, eps);
+        call(threads, xushi_rms_norm_backward, x, weight, out[1], dy, out[2], out[3], n, width);
+        return out;
+    });
+    const Exacts scale = table(n, 1, [&](Int r, Int) {
+        return 1 / root(sum(r * width, r * width + width, [&](Int i) { return Exact(x[i]) * x[i]; }) / width + eps);
+    });
+    expect("rstd", got[1], scale, width);
+    expect("y", got[0], table(n, width, [&](Int r, Int i) { return x[r * width + i] * scale[r] * weight[i]; }), width);
+    const Exacts dots = table(n, 1, [&](Int r, Int) {
+        return sum(0, width, [&](Int i) { return Exact(dy[r * width + i]) * weight[i] * x[r * width + i]; }) / width;
+    });
+    expect("dx", got[2], table(n, width, [&](Int r, Int i) {
+        const Exact s = got[1][r];  // the backward pass is given the rounded one
+        return s * (Exact(dy[r * width + i]) * weight[i] - x[r * width + i] * s * s * dots[r]);
+    }), width);
+    expect("d_weight", got[3], table(1, width, [&](Int, Int i) {
+        return sum(0, n, [&](Int r) { return Exact(dy[r * width + i]) * x[r * width + i] * got[1][r]; });
+    }), n);
+}
+
+// The first sequence is one document, the others are several. k lies [B, H, T, K], or one head serves all (stride 0);
+// v is a view in a tensor whose last axis is wider by `wider`.
+void attention(Int B, Int T, Int H, Int K, Int V, float scale, bool one_head, Int wider) {
+    name("attention B T H K V scale one_head wider", B, T, H, K, V, scale, one_head, wider);
+    const Int heads = one_head ? 1 : H, wide = V + wider;
+    const Floats q = made(B * T * H * K), k = made(B * T * heads * K), v = made((B * T * H - 1) * wide + V);
+    const Floats d_out = made(B * T * H * V);
+    const std::vector<Int> strides{T * H * K, H * K, K, heads * T * K, K, one_head ? 0 : T * K, T * H * wide, H * wide,
+                                   wide};
+    std::vector<int32_t> starts(B * T);
+    for (Int b = 1; b < B; b++)
+        for (Int t = 1; t < T; t++) starts[b * T + t] = next_bits() % 50 == 0 ? t : starts[b * T + t - 1];
+    const Results got = with_threads([&](Int threads) {
+        Results out{empty(B * T * H * V), empty(B * H * T), empty(B * T * H * K), empty(B * T * H * K),
+                    empty(B * T * H * V)};
+        call(threads, xushi_attention, q, k, v, strides, starts, out[0], out[1], B, T, H, K, V, scale);
+        call(threads, xushi_attention_backward, q, k, v, strides, starts, out[0], out[1], d_out, out[2], out[3],
+             out[4], B, T, H, K, V, scale);
+        return out;
+    });
+    Exacts out(B * T * H * V), lse(B * H * T), dq(B * T * H * K), dk(B * T * H * K), dv(B * T * H * V);
+    for (Int task = 0; task < B * H * T; task++) {
+        const Int b = task / (H * T), h = task / T % H, t = task % T, row = (b * T + t) * H + h;
+        const Int start = starts[b * T + t];
+        const float rounded = got[1][task];  // with `out`, what the backward pass is given
+        auto key = [&](Int s) { return &k[b * strides[3] + s * strides[4] + h * strides[5]]; };
+        auto value = [&](Int s) { return &v[b * strides[6] + s * strides[7] + h * strides[8]]; };
+        const Exacts scores = table(1, t + 1 - start, [&](Int, Int i) {
+            return scale * sum(0, K, [&](Int j) { return Exact(q[row * K + j]) * key(start + i)[j]; });
+        });
+        const Exact norm = sum(start, t + 1, [&](Int s) { return power(scores[s - start]); });
+        const Exact mean = sum(row * V, row * V + V, [&](Int i) { return Exact(got[0][i]) * d_out[i]; });
+        lse[task] = logarithm(norm);
+        for (Int s = start; s <= t; s++) {
+            const Int to = (b * T + s) * H + h;
+            const Exact share = power(scores[s - start]) / norm, weight = power(scores[s - start] - rounded);
+            const Exact d_weight = sum(0, V, [&](Int j) { return Exact(d_out[row * V + j]) * value(s)[j]; });
+            const Exact d_score = weight * (d_weight - mean) * scale;
+            for (Int j = 0; j < V; j++) out[row * V + j] = out[row * V + j] + share * value(s)[j];
+            for (Int j = 0; j < V; j++) dv[to * V + j] = dv[to * V + j] + weight * d_out[row * V + j];
+            for (Int j = 0; j < K; j++) dq[row * K + j] = dq[row * K + j] + d_score * key(s)[j];
+            for (Int j = 0; j < K; j++) dk[to * K + j] = dk[to * K + j] + d_score * q[row * K + j];
+        }
+    }
+    expect("out", got[0], out, T + K);
+    expect("lse", got[1], lse, T + K);
+    expect("dq", got[2], dq, T + K + V);
+    expect("dk", got[3], dk, T + K + V);
+    expect("dv", got[4], dv, T + K);
+}
+
+// A token's first choice is always the same expert, so that one has more rows than a task; of 8 some have none.
+void experts(Int N, Int k, Int D, Int F, Int E, float limit) {
+    name("experts N k D F E limit", N, k, D, F, E, limit);
+    const Int P = N * k;
+    std::vector<Int> indices(P);
+    for (Int i = 0; i < P; i++) indices[i] = i % k == 0 ? E / 2 : (E / 2 + 2 * (i % k) - next_bits() % 2) % E;
+    std::vector<int32_t> rows(P, -1), place(P, -1), bounds(E + 1, -1);
+    xushi_sort_by_expert(indices.data(), P, E, rows.data(), place.data(), bounds.data());
+    Int row = 0;
+    for (Int e = 0; e <= E; e++) {
+        require(bounds[e] == row, "bounds", e);
+        for (Int i = 0; i < P; i++) {
+            if (indices[i] != e) continue;
+            require(rows[row] == i && place[i] == row, "the sorted row", row);
+            row++;
+        }
+    }
+    checks++;
+
+    const Floats x = made(N * D), weights = made(P), gate_up = made(E * 2 * F * D), down = made(E * D * F);
+    const Floats d_out = made(N * D);
+    const Results got = with_threads([&](Int threads) {
+        Results out{empty(P * 2 * F), empty(N * D), empty(N * D), empty(P), empty(E * 2 * F * D), empty(E * D * F)};
+        call(threads, xushi_experts, x, weights, gate_up, down, rows, place, bounds, out[0], out[1], N, k, D, F, E,
+             limit);
+        call(threads, xushi_experts_backward, x, weights, gate_up, down, rows, place, bounds, out[0], d_out,
+             out[2], out[3], out[4], out[5], N, k, D, F, E, limit);
+        return out;
+    });
+    // What follows starts from the kernel's own gate and up, once these are checked: the clamp's slope jumps, and may
+    // do so on the other side of a rounding.
+    const Floats& h = got[0];
+    auto expert = [&](Int r) { return indices[rows[r]]; };
+    auto token = [&](Int r) { return rows[r] / k; };
+    expect("h", h, table(P, 2 * F, [&](Int r, Int j) {
+        const float *a = &x[token(r) * D], *b = &gate_up[(expert(r) * 2 * F + j) * D];
+        return sum(0, D, [&](Int t) { return Exact(a[t]) * b[t]; });
+    }), D);
+    std::vector<Gated> acts;
+    for (Int r = 0; r < P; r++)
+        for (Int f = 0; f < F; f++) acts.push_back(gated(h[r * 2 * F + f], h[r * 2 * F + F + f], limit));
+    const Exacts y = table(P, D, [&](Int r, Int d) {
+        return sum(0, F, [&](Int f) { return acts[r * F + f].value * down[(expert(r) * D + d) * F + f]; });
+    });
+    expect("out", got[1], table(N, D, [&](Int n, Int d) {
+        return sum(n * k, n * k + k, [&](Int i) { return weights[i] * y[place[i] * D + d]; });
+    }), F + k);
+
+    const Exacts da = table(P, F, [&](Int r, Int f) {
+        return sum(0, D, [&](Int d) { return Exact(d_out[token(r) * D + d]) * down[(expert(r) * D + d) * F + f]; });
+    });
+    const Exacts dh = table(P, 2 * F, [&](Int r, Int j) {
+        const Gated& act = acts[r * F + j % F];
+        return weights[rows[r]] * da[r * F + j % F] * (j < F ? act.by_gate : act.by_up);
+    });
+    const Exacts dx_rows = table(P, D, [&](Int r, Int d) {
+        return sum(0, 2 * F, [&](Int j) { return dh[r * 2 * F + j] * gate_up[(expert(r) * 2 * F + j) * D + d]; });
+    });
+    expect("dx", got[2], table(N, D, [&](Int n, Int d) {
+        return sum(n * k, n * k + k, [&](Int i) { return dx_rows[place[i] * D + d]; });
+    }), D + 2 * F + k);
+    expect("d_weights", got[3], table(P, 1, [&](Int i, Int) {
+        return sum(place[i] * F, place[i] * F + F, [&](Int j) { return da[j] * acts[j].value; });
+    }), D + F);
+    expect("d_gate_up", got[4], table(E * 2 * F, D, [&](Int i, Int d) {
+        const Int e = i / (2 * F), j = i % (2 * F);
+        return sum(bounds[e], bounds[e + 1], [&](Int r) { return dh[r * 2 * F + j] * x[token(r) * D + d]; });
+    }), D + N);
+    expect("d_down", got[5], table(E * D, F, [&](Int i, Int f) {
+        const Int e = i / D, d = i % D;
+        return sum(bounds[e], bounds[e + 1], [&](Int r) {
+            return Exact(d_out[token(r) * D + d]) * weights[rows[r]] * acts[r * F + f].value;
+        });
+    }), N);
+}
+
+void cross_entropy(Int N, Int D, Int V, float reach) {
+    name("cross_entropy N D V reach", N, D, V, reach);
+    const Floats x = made(N * D, -reach, reach), head = made(V * D), weights = made(N, 0, 1);
+    std::vector<Int> targets(N);
+    for (Int n = 0; n < N; n++) targets[n] = n == 0 ? V - 1 : next_bits() % V;
+    const Results got = with_threads([&](Int threads) {
+        Results out{empty(N), empty(N * D), empty(V * D)};
+        call(threads, xushi_cross_entropy, x, head, targets, weights, out[0], out[1], out[2], N, D, V);
+        return out;
+    });
+    Exacts losses, dx(N * D), d_head(V * D);
+    for (Int n = 0; n < N; n++) {
+        const Exacts logits = table(1, V, [&](Int, Int v) {
+            return sum(0, D, [&](Int d) { return Exact(x[n * D + d]) * head[v * D + d]; });
+        });
+        const Exacts powers = table(1, V, [&](Int, Int v) { return power(logits[v]); });
+        const Exact norm = sum(0, V, [&](Int v) { return powers[v]; });
+        losses.push_back(logarithm(norm) - logits[targets[n]]);
+        for (Int v = 0; v < V; v++) {
+            const Exact d_logit = weights[n] * (powers[v] / norm - (v == targets[n] ? 1 : 0));
+            for (Int d = 0; d < D; d++) dx[n * D + d] = dx[n * D + d] + d_logit * head[v * D + d];
+            for (Int d = 0; d < D; d++) d_head[v * D + d] = d_head[v * D + d] + d_logit * x[n * D + d];
+        }
+    }
+    expect("losses", got[0], losses, D + V / 4);  // the norm is summed in 4 lanes or more
+    expect("dx", got[1], dx, D + V + V / 4);
+    expect("d_head", got[2], d_head, D + N + V / 4);
+}
+
+void adamw(Int count) {
+    name("adamw count", count);
+    const float rate = 0.1f, beta1 = 0.9f, beta2 = 0.99f, correction2 = 0.3f, eps = 1e-8f, decay = 0.01f;
+    const Floats parameter = made(count), gradient = made(count), mean = made(count), square = made(count, 0, 1);
+    const Results got = with_threads([&](Int threads) {
+        Results out{parameter, mean, square};
+        call(threads, xushi_adamw, out[0], gradient, out[1], out[2], count, rate, beta1, beta2, correction2, eps,
+             decay);
+        return out;
+    });
+    Exacts parameters, means, squares;
+    for (Int i = 0; i < count; i++) {
+        means.push_back(mean[i] + (1 - Exact(beta1)) * (Exact(gradient[i]) - mean[i]));
+        squares.push_back(beta2 * Exact(square[i]) + (1 - Exact(beta2)) * gradient[i] * gradient[i]);
+        parameters.push_back(parameter[i] * (1 - Exact(decay)) -
+                             rate * means[i] / (root(squares[i]) / correction2 + eps));
+    }
+    expect("parameter", got[0], parameters, 0);
+    expect("mean", got[1], means, 0);
+    expect("square", got[2], squares, 0);
+}
+
+// One of two callers at the same moment has the pool and the other works alone: the same bits for both.
+void two_callers() {
+    name("two callers");
+    const Int m = 301, n = 50, k = 33;
+    const Floats x = made(m * k), w = made(n * k);
+    auto work = [&](Results& out) {
+        for (Floats& y : out) xushi_linear(x.data(), w.data(), y.data(), m, n, k, 3);
+    };
+    Results left(20, empty(m * n)), right(20, empty(m * n));
+    std::thread other([&] { work(left); });
+    work(right);
+    other.join();
+    for (const Results& results : {left, right})
+        for (const Floats& y : results)
+            require(std::memcmp(y.data(), left[0].data(), y.size() * sizeof(float)) == 0, "y", 0);
+    checks++;
+}
+
+}  // namespace check
+
+int main() {
+    using namespace check;
+    // Below, above and far from every multiple of a vector's or a tile's width.
+    const std::vector<Int> rows{1, 5, 97, 301}, widths{1, 3, 17, 31, 50, 133};
+    for (Int m : {1, 5, 97})
+        for (Int n : widths)
+            for (Int k : widths) check::linear(m, n, k);
+    for (auto [m, n, k] : {std::array<Int, 3>{301, 50, 133}, {301, 133, 31}, {97, 530, 3}, {301, 3, 530}, {530, 17, 5},
+                           {530, 521, 1}, {1, 1, 701}})
+        check::linear(m, n, k);  // several tasks, and blocks of columns and of depth
+    for (Int n : {1, 5, 98, 301})
+        for (Int width : widths)
+            for (float limit : {0.0f, 1.5f}) check::swiglu(n, width, limit);
+    for (Int n : rows)
+        for (Int width : widths) check::rms_norm(n, width);
+    check::rms_norm(2501, 3);  // groups of more than 64 rows
+    for (Int T : {1, 17, 63, 65, 131}) {
+        check::attention(2, T, 3, 33, 17, 0.2f, false, 5);
+        check::attention(3, T, 1, 3, 31, 1.0f, true, 0);
+        check::attention(1, T, 2, 133, 1, 0.1f, true, 1);
+        check::attention(2, T, 2, 1, 50, 30.0f, false, 7);  // the largest score moves and e^x underflows
+        check::attention(2, T, 1, 31, 15, 0.3f, false, 0);
+    }
+    check::attention(2, 530, 2, 7, 3, 0.5f, false, 3);  // more keys than one tile has
+    check::attention(1, 1051, 1, 3, 5, 9.0f, true, 0);
+    for (float limit : {0.0f, 1.5f}) {
+        for (Int N : rows) {
+            check::experts(N, 1, 17, 3, 1, limit);
+            check::experts(N, 2, 31, 50, 3, limit);
+            check::experts(N, 3, 50, 17, 8, limit);
+        }
+        check::experts(97, 3, 1, 133, 8, limit);
+        check::experts(301, 2, 133, 1, 8, limit);
+    }
+    check::experts(3, 2, 701, 690, 3, 0);  // experts so large that they go in two waves
+    for (Int N : rows)
+        for (Int V : {7, 100, 301}) {
+            check::cross_entropy(N, 17, V, 1);
+            check::cross_entropy(N, 3, V, 60);
+        }
+    check::cross_entropy(130, 133, 50, 1);
+    check::cross_entropy(97, 31, 31, 1);
+    check::cross_entropy(97, 3, 22001, 1);  // so many columns that rows go in two chunks
+    for (Int count : {1, 17, 301, 131101}) check::adamw(count);
+    two_callers();
+    std::printf("ok %lld checks\n", static_cast<long long>(checks));
+}
