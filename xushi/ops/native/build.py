@@ -92,9 +92,9 @@ def build_and_load() -> Loaded:
             if problem:
                 return Loaded(None, problem)
             library = _open(path, lanes)
-    except OSError as error:
-        return Loaded(None, f"{cache_directory()} cannot be used ({error.strerror or error}); set XUSHI_CACHE to a "
-                            "directory that can be written; the PyTorch forms run")
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        return Loaded(None, f"compiled kernels cannot be kept ({error}); set XUSHI_CACHE to a directory that can be "
+                            "written; the PyTorch forms run")
     if library is None:
         return Loaded(None, f"{path} was compiled and cannot be loaded; the PyTorch forms run")
     return Loaded(library, f"C++ with {name} for float32", f"C++ {name}")
