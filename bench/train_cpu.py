@@ -4,9 +4,10 @@
 
 Shapes are S and M (the default is both), or a recipe's TOML file for its model. The dtype is what training would choose
 here. Every side is a process of its own that does one step when it is told to, so that rounds alternate and each side's
-peak memory is its own: xushi (AdamW; a recipe's also with Muon), transformers 5.23 as it comes, and transformers with
-C's allocator told to keep its memory ("tuned"), both with sdpa, grouped_mm and fused AdamW; bf16 by autocast. All take
-the same random tokens. Prints tables and, last, one line of JSON.
+peak memory is its own: xushi, and xushi with PyTorch's forms of its ops (a recipe's model with the recipe's optimizer,
+S and M with AdamW); transformers 5.23 as it comes, and transformers with C's allocator told to keep its memory
+("tuned"), both with sdpa, grouped_mm and fused AdamW; bf16 by autocast. All take the same random tokens. Prints tables
+and, last, one line of JSON.
 """
 
 import json
@@ -40,19 +41,21 @@ S = dict(vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_he
 M = dict(S, vocab_size=16384, hidden_size=512, num_hidden_layers=12, intermediate_size=1536, moe_intermediate_size=256,
          n_routed_experts=64, num_experts_per_tok=6, kv_lora_rank=128, q_lora_rank=256)
 SHAPES = {"S": (S, 8, 512), "M": (M, 4, 512)}  # config, sequences, length
-KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "67108864",
-               "MALLOC_MMAP_THRESHOLD_": "2147483647"}
+SETTINGS = {"xushi pytorch": {"XUSHI_OPS": "pytorch"},
+            "transformers tuned": {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "67108864",
+                                   "MALLOC_MMAP_THRESHOLD_": "2147483647"}}
 PARTS = ("Linear", "Attention", "Experts", "CrossEntropy", "Norm", "Swiglu")
 
 
-def shape(name: str) -> tuple[ModelConfig, int, int]:
-    """A shape's config, sequences and length."""
+def shape(name: str) -> tuple[ModelConfig, int, int, str]:
+    """A shape's config, sequences, length and optimizer."""
     if name in SHAPES:
-        config, rows, length = SHAPES[name]
-        return ModelConfig.model_validate({**config, "num_nextn_predict_layers": 0}), rows, length
+        fields, rows, length = SHAPES[name]
+        return ModelConfig.model_validate({**fields, "num_nextn_predict_layers": 0}), rows, length, "adamw"
     recipe = load_recipe(Path(name), [])
-    config_ = recipe.model.model_copy(update={"vocab_size": recipe.tokenizer.vocab_size, "num_nextn_predict_layers": 0})
-    return config_, recipe.pretrain.batch_tokens // recipe.data.sequence_length, recipe.data.sequence_length
+    config = recipe.model.model_copy(update={"vocab_size": recipe.tokenizer.vocab_size, "num_nextn_predict_layers": 0})
+    length = recipe.data.sequence_length
+    return config, recipe.pretrain.batch_tokens // length, length, recipe.pretrain.optimizer
 
 
 def ours(config: ModelConfig, kind: str, dtype: str) -> Callable[[torch.Tensor], None]:
@@ -99,11 +102,11 @@ def peer(config: ModelConfig, dtype: str) -> Callable[[torch.Tensor], None]:
 def worker(side: str, name: str, dtype: str) -> None:
     """One step for each line read, of so many sequences; answers its seconds, or to "parts" where they go."""
     torch.set_num_threads(inspect().usable_cores)
-    config, rows, length = shape(name)
+    config, rows, length, optimizer = shape(name)
     tokens = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     if side.startswith("xushi"):
         keep_freed_memory()
-        step = ours(config, side.split()[1], dtype)
+        step = ours(config, optimizer, dtype)
     else:
         step = peer(config, dtype)
     for line in sys.stdin:
@@ -137,7 +140,7 @@ class Side:
     """A worker process."""
 
     def __init__(self, side: str, name: str, dtype: str) -> None:
-        environment = {**os.environ, **(KEEP_MEMORY if "tuned" in side else {})}
+        environment = {**os.environ, **SETTINGS.get(side, {})}
         self.process = subprocess.Popen([sys.executable, __file__, "--worker", side, name, dtype], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
@@ -160,9 +163,8 @@ def line_through(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 def measure(name: str, dtype: str, peers: bool, rounds: int) -> dict[str, float]:
     """One shape's table; returns its numbers."""
-    config, rows, length = shape(name)
-    names = ["xushi adamw", *([] if name in SHAPES else ["xushi muon"]),
-             *(["transformers", "transformers tuned"] if peers else [])]
+    config, rows, length, optimizer = shape(name)
+    names = ["xushi", "xushi pytorch", *(["transformers", "transformers tuned"] if peers else [])]
     sides = {side: Side(side, name, dtype) for side in names}
     seconds: dict[str, list[float]] = {side: [] for side in names}
     ceiling = measure_matrix_gflops(dtype)
@@ -171,8 +173,8 @@ def measure(name: str, dtype: str, peers: bool, rounds: int) -> dict[str, float]
             seconds[side].append(float(process.ask(rows)))  # type: ignore[arg-type]
     ceiling = max(ceiling, measure_matrix_gflops(dtype))
     flops = train_flops_per_token(config, length, mtp=False)
-    print(f"\n{name}: {rows} sequences of {length}, {dtype}, ceiling {ceiling:.0f} GFLOP/s; "
-          f"{sides['xushi adamw'].ask('form')}")
+    print(f"\n{name}: {rows} sequences of {length}, {optimizer}, {dtype}, ceiling {ceiling:.0f} GFLOP/s; "
+          f"{sides['xushi'].ask('form')}")
     rates = {}
     for side, times in seconds.items():
         ordered = sorted(rows * length / t for t in times[1:])
@@ -180,13 +182,15 @@ def measure(name: str, dtype: str, peers: bool, rounds: int) -> dict[str, float]
         memory = int(sides[side].ask("memory")) / 2**30  # type: ignore[call-overload]
         print(f"  {side:<20}{rates[side]:9,.0f} tok/s ({ordered[0]:,.0f} to {ordered[-1]:,.0f}), "
               f"{rates[side] * flops / ceiling / 1e9:4.0%} of the ceiling, peak {memory:.2f} GiB")
-    result = {f"tokens_per_second_{name}": rates["xushi adamw"],
-              f"share_of_ceiling_{name}": rates["xushi adamw"] * flops / ceiling / 1e9}
+    result = {f"tokens_per_second_{name}": rates["xushi"],
+              f"share_of_ceiling_{name}": rates["xushi"] * flops / ceiling / 1e9,
+              f"ratio_{name}_pytorch": rates["xushi"] / rates["xushi pytorch"]}
+    print(f"  compiled to PyTorch's forms {result[f'ratio_{name}_pytorch']:.2f}")
     if peers:
-        result |= {f"ratio_{name}": rates["xushi adamw"] / rates["transformers"],
-                   f"ratio_{name}_tuned": rates["xushi adamw"] / rates["transformers tuned"]}
+        result |= {f"ratio_{name}": rates["xushi"] / rates["transformers"],
+                   f"ratio_{name}_tuned": rates["xushi"] / rates["transformers tuned"]}
         print(f"  xushi to transformers {result[f'ratio_{name}']:.2f}, tuned {result[f'ratio_{name}_tuned']:.2f}")
-    own = sides["xushi adamw"]
+    own = sides["xushi"]
     sizes = sorted({max(1, rows // part) for part in (4, 2, 1)})
     points = [(n * length, median(float(own.ask(n)) for _ in range(3))) for n in sizes]  # type: ignore[arg-type]
     if len(points) > 1:

@@ -29,9 +29,7 @@ def nothing_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @compiled
-@pytest.mark.parametrize("rows, outputs, inputs", [(32, 1, 1), (33, 7, 5), (97, 50, 33), (300, 17, 129), (513, 300, 64),
-                                                   (700, 259, 257), (1, 3, 2)])
-@pytest.mark.parametrize("bias", [False, True])
+@given(rows=st.integers(1, 700), outputs=st.integers(1, 300), inputs=st.integers(1, 300), bias=st.booleans())
 def test_linear(rows: int, outputs: int, inputs: int, bias: bool, within, leaves) -> None:
     g = torch.Generator().manual_seed(rows)
     tensors = [torch.randn(rows, inputs, generator=g), torch.randn(outputs, inputs, generator=g)]
@@ -114,12 +112,10 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results.append([t for t in run_everything(1)])
+            results.append(run_everything(1))
     finally:
         torch.set_num_threads(before)
-    # What PyTorch itself sums up may depend on the threads, so the gradient of x, to which its sums go, is left out.
-    kernels = [[t for i, t in enumerate(result) if i != 6] for result in results]
-    assert all(equal(kernels[0], other) for other in kernels[1:])
+    assert all(equal(results[0], other) for other in results[1:])
 
 
 @compiled
@@ -143,6 +139,57 @@ def test_a_forked_child_has_none_of_the_workers_and_goes_on() -> None:
         torch.set_num_threads(1)
         os._exit(0 if torch.equal(linear(x, weight), wanted) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@compiled
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_comes_out_so(poison: float) -> None:
+    """Training stops at a gradient that is not finite: no kernel may make a number of one."""
+    g = torch.Generator().manual_seed(6)
+
+    def made(*shape: int) -> Tensor:
+        tensor = torch.randn(*shape, generator=g)
+        tensor.view(-1)[shape[-1] + 1] = poison
+        return tensor.requires_grad_()
+
+    x, q, v = made(40, 9), made(1, 1, 40, 9), made(1, 1, 40, 9)
+    chosen, gates = torch.zeros(40, 1, dtype=torch.int64), torch.ones(40, 1)
+    clean = [torch.randn(*shape, generator=g) for shape in ((7, 9), (9,), (11, 9), (1, 8, 9), (1, 9, 4))]
+    weight, norm, head, gate_up, down = (t.requires_grad_() for t in clean)
+    for out, leaf in ((linear(x, weight), weight), (rms_norm(x, norm, 1e-6), norm), (swiglu(x, x), x),
+                      (routed_experts(x, chosen, gates, gate_up, down), down),
+                      (cross_entropy(x, head, torch.arange(40) % 11, torch.ones(40)), head),
+                      (causal_attention(q, q, v, None, 0.3), v)):
+        assert not out.isfinite().all()
+        leaf.grad = None
+        out.sum().backward()
+        assert not leaf.grad.isfinite().all()
+    direction = torch.randn(2, 3, 5, generator=g)
+    direction[0, 1, 1] = poison
+    assert not orthogonalise(direction)[0].isfinite().any() and orthogonalise(direction)[1].isfinite().all()
+
+
+@compiled
+def test_shapes_that_do_not_belong_together_are_refused() -> None:
+    x = torch.randn(40, 8)
+    for call in (lambda: linear(x, torch.randn(3, 7)), lambda: swiglu(x, torch.randn(40, 7)),
+                 lambda: rms_norm(x, torch.randn(7), 1e-6),
+                 lambda: cross_entropy(x.requires_grad_(), torch.randn(9, 7), torch.zeros(40).long(), torch.ones(40)),
+                 lambda: cross_entropy(x, torch.randn(9, 8), torch.zeros(39).long(), torch.ones(40)),
+                 lambda: causal_attention(torch.randn(1, 1, 4, 3), torch.randn(1, 1, 4, 2), torch.randn(1, 1, 4, 3),
+                                          None, 1.0),
+                 lambda: routed_experts(x, torch.zeros(40, 1).long(), torch.ones(40, 1), torch.randn(3, 4, 7),
+                                        torch.randn(3, 8, 2))):
+        with pytest.raises(ValueError, match="do not belong together"):
+            call()
+
+
+@compiled
+def test_nothing_gives_nothing() -> None:
+    x = torch.randn(0, 8)
+    assert linear(x, torch.randn(3, 8)).shape == (0, 3) and rms_norm(x, torch.ones(8), 1e-6).shape == (0, 8)
+    assert routed_experts(x, torch.zeros(0, 1).long(), torch.ones(0, 1), torch.randn(3, 4, 8),
+                          torch.randn(3, 8, 2)).shape == (0, 8)
 
 
 @compiled
@@ -233,4 +280,4 @@ def test_a_library_of_another_width_is_not_used(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("XUSHI_CACHE", str(tmp_path))
     assert build.build_and_load().library is not None
     (library,) = tmp_path.glob("*.so")
-    assert build._open(library, 1) is None
+    assert "another width" in build._open(library, 1)

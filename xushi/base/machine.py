@@ -101,7 +101,7 @@ def doctor_report(forms: str, directory: Path | None = None) -> list[Finding]:
         _disk_finding(Path.cwd() if directory is None else directory),
         *_torch_findings(dtype),
         Finding("training dtype", dtype, reason),
-        _forms_finding(forms),
+        Finding("op forms", forms, "PyTorch's run where compiled ones do not; no compiler and no GPU is needed"),
         Finding("compilers", ", ".join(machine.compilers) or "none",
                 "one of them compiles the fast forms of ops; without one, PyTorch's run"),
     ]
@@ -128,14 +128,6 @@ def _disk_finding(directory: Path) -> Finding:
     free = shutil.disk_usage(directory).free
     return Finding("disk", f"{free / GIB:.1f} GiB free at {directory}", "ok" if free >= DEMO_DISK else
                    f"free some space: with its checkpoints a run may take {DEMO_DISK / GIB:g} GiB")
-
-
-def _forms_finding(forms: str) -> Finding:
-    if os.environ.get("XUSHI_OPS") == "reference":
-        return Finding("op forms", "reference", "XUSHI_OPS=reference asks for the plain, slower forms; unset it")
-    if os.environ.get("XUSHI_OPS") == "pytorch":
-        return Finding("op forms", "PyTorch", "XUSHI_OPS=pytorch asks for them; unset it for the compiled ones")
-    return Finding("op forms", forms, "PyTorch's run where these do not; no compiler and no GPU is needed")
 
 
 def _torch_findings(dtype: str) -> list[Finding]:

@@ -6,6 +6,12 @@
 import os
 
 
+def asked_form() -> str | None:
+    """What XUSHI_OPS asks for, "reference" or "pytorch"; read at every call so that a test may set it."""
+    asked = os.environ.get("XUSHI_OPS")
+    return asked if asked in ("reference", "pytorch") else None
+
+
 def use_reference() -> bool:
-    """Whether `XUSHI_OPS=reference` is set; read at every call so that a test may set it."""
-    return os.environ.get("XUSHI_OPS") == "reference"
+    """Whether the references are asked for."""
+    return asked_form() == "reference"

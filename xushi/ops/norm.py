@@ -6,8 +6,7 @@ from torch import Tensor
 from xushi.ops import native
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float, wide_weight: bool = False
-                       ) -> Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float, wide_weight: bool = False) -> Tensor:
     """x / rms(x) * weight over the last axis, in at least float32, returned in x's dtype; no weight is a weight of 1.
 
     Matches transformers' `DeepseekV3RMSNorm`, where the normalised value is cast to x's dtype before the weight

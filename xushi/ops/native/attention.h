@@ -55,7 +55,7 @@ void xushi_attention(const float* q, const float* k, const float* v, const Int* 
         }
         for (Int k0 = first / NR * NR; k0 < q1; k0 += FORWARD_KEYS) {
             const Int count = std::min(FORWARD_KEYS, q1 - k0);
-            multiply(m, blocks(count, NR) * NR, K, rows, keys + k0 * K, K * NR, scores, FORWARD_KEYS, false);
+            multiply(m, blocks(count, NR) * NR, K, rows, 1, keys + k0 * K, K * NR, scores, FORWARD_KEYS, false);
             for (Int i = 0; i < m; i++) {
                 float* row = scores + i * FORWARD_KEYS;
                 const Int low = std::max<Int>(0, start[q0 + i] - k0), high = std::min(count, q0 + i + 1 - k0);
@@ -63,23 +63,19 @@ void xushi_attention(const float* q, const float* k, const float* v, const Int* 
                     std::fill(row, row + count, 0.0f);
                     continue;
                 }
-                float top = -INFINITY;
-                for (Int j = low; j < high; j++) top = std::max(top, row[j]);
-                top = std::max(largest[i], top * scale);
+                const float top = std::max(largest[i], maximum(row + low, high - low) * scale);
                 std::fill(row, row + low, 0.0f);
-                map(row + low, row + low, high - low, [&](Int, Vec s) { return exponential(s * all(scale) - all(top)); });
+                const float sum = exponentials(row + low, high - low, scale, top);
                 std::fill(row + high, row + count, 0.0f);
-                Vec sum = {};
-                for (Int j = low; j < high; j += L) sum += part(row + j, high - j);
                 if (top > largest[i]) {
                     const float shrink = largest[i] == -INFINITY ? 0.0f : std::exp(largest[i] - top);
                     norm[i] *= shrink;
                     for (Int j = 0; j < ld; j += L) store(sums + i * ld + j, load(sums + i * ld + j) * all(shrink));
                     largest[i] = top;
                 }
-                norm[i] += total(sum);
+                norm[i] += sum;
             }
-            multiply(m, V, count, weights, values + k0 * NR, T * NR, sums, ld, true);
+            multiply(m, V, count, weights, 1, values + k0 * NR, T * NR, sums, ld, true);
         }
         for (Int i = 0; i < m; i++) {
             const Int t = q0 + i;
@@ -142,8 +138,8 @@ void xushi_attention_backward(const float* q, const float* k, const float* v, co
                 }
                 if (first >= k0 + count) continue;
                 const Int wide = blocks(count, NR) * NR;
-                multiply(m, wide, K, rows, keys_t + k0 * K, K * NR, weights, ld, false);
-                multiply(m, wide, V, d_rows, values_t + k0 * V, V * NR, d_scores, ld, false);
+                multiply(m, wide, K, rows, 1, keys_t + k0 * K, K * NR, weights, ld, false);
+                multiply(m, wide, V, d_rows, 1, values_t + k0 * V, V * NR, d_scores, ld, false);
                 for (Int i = 0; i < m; i++) {
                     float *w = weights + i * ld, *d = d_scores + i * ld;
                     const Int t = q0 + i;
@@ -151,8 +147,7 @@ void xushi_attention_backward(const float* q, const float* k, const float* v, co
                     const Int high = std::max(low, std::min(count, t + 1 - k0));
                     std::fill(w, w + low, 0.0f);
                     std::fill(d, d + low, 0.0f);
-                    map(w + low, w + low, high - low,
-                        [&](Int, Vec s) { return exponential(s * all(scale) - all(norm[t])); });
+                    exponentials(w + low, high - low, scale, norm[t]);
                     map(d + low, d + low, high - low, [&](Int j, Vec value) {
                         return part(w + low + j, high - low - j) * (value - all(mean[t])) * all(scale);
                     });
@@ -161,7 +156,7 @@ void xushi_attention_backward(const float* q, const float* k, const float* v, co
                 }
                 multiply_transposed(count, V, m, weights, ld, d_outs + q0 * NR, T * NR, sum_v + k0 * ldv, ldv, true);
                 multiply_transposed(count, K, m, d_scores, ld, queries + q0 * NR, T * NR, sum_k + k0 * ldk, ldk, true);
-                multiply(m, K, count, ds_rows, keys + k0 * NR, T * NR, sum_q + q0 * ldk, ldk, true);
+                multiply(m, K, count, ds_rows, 1, keys + k0 * NR, T * NR, sum_q + q0 * ldk, ldk, true);
             }
         }
         for (Int t = 0; t < T; t++) {

@@ -15,6 +15,7 @@ from pathlib import Path
 from xushi.base.files import sha256_file
 from xushi.base.machine import inspect
 from xushi.base.progress import say
+from xushi.ops.dispatch import asked_form
 
 SOURCES = Path(__file__).parent
 COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
@@ -37,14 +38,15 @@ class Loaded:
 
 
 def status() -> str:
-    """Which form runs and why, for `xushi doctor`; compiles if that was not done yet."""
+    """Which form runs and why, for `xushi doctor`; compiles if that was not done yet and is not unwanted."""
+    if asked := asked_form():
+        return f"XUSHI_OPS={asked} asks for the {asked} forms, which are slower; unset it"
     return _loaded().line
 
 
 def form() -> str:
     """What runs: as XUSHI_OPS asks, else the compiled form's name, else "pytorch"."""
-    asked = os.environ.get("XUSHI_OPS")
-    return asked if asked in ("reference", "pytorch") else _loaded().name
+    return asked_form() or _loaded().name
 
 
 def load() -> ctypes.CDLL | None:
@@ -86,30 +88,29 @@ def build_and_load() -> Loaded:
     flags = (*COMMON, *special, f"-DXUSHI_LANES={lanes}")
     try:
         path = cache_directory() / f"kernels-{name.lower()}-{source_hash(flags)}.so"
-        library = _open(path, lanes) if path.is_file() else None
-        if library is None:
-            problem = _compile(machine.compilers, flags, path)
-            if problem:
+        if isinstance(library := _open(path, lanes), str):  # not there yet, or damaged
+            if problem := _compile(machine.compilers, flags, path):
                 return Loaded(None, problem)
             library = _open(path, lanes)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         return Loaded(None, f"compiled kernels cannot be kept ({error}); set XUSHI_CACHE to a directory that can be "
                             "written; the PyTorch forms run")
-    if library is None:
-        return Loaded(None, f"{path} was compiled and cannot be loaded; the PyTorch forms run")
+    if isinstance(library, str):
+        return Loaded(None, f"{path} was compiled and cannot be loaded ({library}); set XUSHI_CACHE to another "
+                            "directory, or use another compiler; the PyTorch forms run")
     return Loaded(library, f"C++ with {name} for float32", f"C++ {name}")
 
 
-def _open(path: Path, lanes: int) -> ctypes.CDLL | None:
-    """The library, or None where it is damaged or made for another vector width."""
+def _open(path: Path, lanes: int) -> ctypes.CDLL | str:
+    """The library, or what is wrong with it."""
     try:
         # The loader maps the file without looking: one that was cut short would end the process.
         if _seal(path).read_text(encoding="utf-8") != sha256_file(path):
-            return None
+            return "it is not what was compiled"
         library = ctypes.CDLL(str(path))
-        return library if library.xushi_lanes() == lanes else None
-    except (OSError, ValueError, AttributeError):
-        return None
+        return library if library.xushi_lanes() == lanes else "it is for vectors of another width"
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
 
 
 def _seal(path: Path) -> Path:
@@ -129,7 +130,8 @@ def _compile(compilers: tuple[str, ...], flags: tuple[str, ...], path: Path) -> 
                               capture_output=True, timeout=COMPILE_SECONDS, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
-            return f"{compilers[0]} cannot compile them ({lines[0].strip()}); the PyTorch forms run"
+            return (f"{compilers[0]} cannot compile them ({lines[0].strip()}); install a newer g++ or clang++; "
+                    "the PyTorch forms run")
         os.replace(aside, path)
         _seal(path).write_text(sha256_file(path), encoding="utf-8")
     except subprocess.TimeoutExpired:

@@ -30,13 +30,6 @@ void over_experts(const int32_t* bounds, Int E, Int size, Int threads, Pack pack
     }
 }
 
-void pack_matrix(const float* b, Int depth, Int n, bool columns, float* packed) {
-    for (Int p = 0; p < panels(n); p++, packed += depth * NR) {
-        if (columns) pack_columns(b + p * NR * depth, depth, depth, n - p * NR, packed);
-        else pack_rows(b + p * NR, n, depth, n - p * NR, packed);
-    }
-}
-
 // out [N, D] = sum over each token's places, in their order, of y [P, D], weighted or not.
 void combine(const float* y, const int32_t* place, const float* weights, float* out, Int N, Int k, Int D, Int threads) {
     pool().run(blocks(N, 64), threads, [&](Int task) {
@@ -78,8 +71,8 @@ void xushi_experts(const float* x, const float* weights, const float* gate_up, c
     const Int first = panels(2 * F) * NR * D, size = first + panels(D) * NR * F;
     over_experts(bounds, E, size, threads,
         [&](Int e, float* packed) {
-            pack_matrix(gate_up + e * 2 * F * D, D, 2 * F, true, packed);
-            pack_matrix(down + e * D * F, F, D, true, packed + first);
+            pack_matrix(gate_up + e * 2 * F * D, D, 2 * F, true, 1, packed);
+            pack_matrix(down + e * D * F, F, D, true, 1, packed + first);
         },
         [&](Int, Int row, Int m, const float* packed) {
             const float *a[ROWS] = {}, *inner[ROWS] = {};
@@ -88,12 +81,12 @@ void xushi_experts(const float* x, const float* weights, const float* gate_up, c
                 a[i] = x + rows[row + i] / k * D;
                 inner[i] = act + i * F;
             }
-            multiply(m, 2 * F, D, a, packed, D * NR, h + row * 2 * F, 2 * F, false);
+            multiply(m, 2 * F, D, a, 1, packed, D * NR, h + row * 2 * F, 2 * F, false);
             for (Int i = 0; i < m; i++) {
                 const float* pair = h + (row + i) * 2 * F;
                 swiglu(pair, pair + F, act + i * F, F, limit);
             }
-            multiply(m, D, F, inner, packed + first, F * NR, y + row * D, D, false);
+            multiply(m, D, F, inner, 1, packed + first, F * NR, y + row * D, D, false);
         });
     combine(y, place, weights, out, N, k, D, threads);
 }
@@ -109,8 +102,8 @@ void xushi_experts_backward(const float* x, const float* weights, const float* g
     float* dx_rows = shared_rows.take(P * D);
     over_experts(bounds, E, size, threads,
         [&](Int e, float* packed) {
-            pack_matrix(down + e * D * F, D, F, false, packed);
-            pack_matrix(gate_up + e * 2 * F * D, 2 * F, D, false, packed + first);
+            pack_matrix(down + e * D * F, D, F, false, 1, packed);
+            pack_matrix(gate_up + e * 2 * F * D, 2 * F, D, false, 1, packed + first);
         },
         [&](Int, Int row, Int m, const float* packed) {
             const float *dy[ROWS] = {}, *inner[ROWS] = {};
@@ -119,7 +112,7 @@ void xushi_experts_backward(const float* x, const float* weights, const float* g
                 dy[i] = d_out + rows[row + i] / k * D;
                 inner[i] = dh + (row + i) * 2 * F;
             }
-            multiply(m, F, D, dy, packed, D * NR, da, F, false);
+            multiply(m, F, D, dy, 1, packed, D * NR, da, F, false);
             for (Int i = 0; i < m; i++) {
                 const Int r = row + i, flat = rows[r];
                 const float* pair = h + r * 2 * F;
@@ -127,7 +120,7 @@ void xushi_experts_backward(const float* x, const float* weights, const float* g
                 d_weights[flat] = swiglu_backward(pair, pair + F, da + i * F, weights[flat], act + r * F, d, d + F, F,
                                                   limit);
             }
-            multiply(m, D, 2 * F, inner, packed + first, 2 * F * NR, dx_rows + row * D, D, false);
+            multiply(m, D, 2 * F, inner, 1, packed + first, 2 * F * NR, dx_rows + row * D, D, false);
         });
     pool().run(2 * E, threads, [&](Int task) {
         const Int e = task / 2, begin = bounds[e], count = bounds[e + 1] - begin;

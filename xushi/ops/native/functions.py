@@ -5,20 +5,20 @@ T tokens, K query and key width.
 """
 
 import ctypes
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from xushi.ops.dispatch import asked_form
 from xushi.ops.native.build import load
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: all float32 on the CPU, and neither form is asked for by XUSHI_OPS."""
-    return (all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
-            and os.environ.get("XUSHI_OPS") not in ("reference", "pytorch") and load() is not None)
+    """Whether the kernels take these: float32 on the CPU, none empty, and XUSHI_OPS asks for no other form."""
+    return (all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in tensors)
+            and asked_form() is None and load() is not None)
 
 
 def _call(name: str, *arguments: Tensor | int | float) -> None:
@@ -33,6 +33,12 @@ def _call(name: str, *arguments: Tensor | int | float) -> None:
     getattr(library, name)(*converted)  # ctypes lets other Python threads run meanwhile
 
 
+def _agree(shapes_agree: bool) -> None:
+    """The kernels trust their sizes: shapes that do not belong together would be read beyond their end."""
+    if not shapes_agree:
+        raise ValueError("the shapes of an op's inputs do not belong together")
+
+
 def _threads() -> int:
     return torch.get_num_threads()
 
@@ -44,6 +50,7 @@ class NativeLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         outputs, inputs = weight.shape
+        _agree(x.shape[-1] == inputs)
         y = x.new_empty(*x.shape[:-1], outputs)
         _call("xushi_linear", x, weight, y, x.numel() // inputs, outputs, inputs, _threads())
         ctx.save_for_backward(x, weight)
@@ -69,6 +76,7 @@ class NativeSwiglu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, limit: float | None) -> Tensor:
+        _agree(gate.shape == up.shape)
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         ctx.limit, ctx.sizes = limit or 0.0, (gate.numel() // gate.shape[-1], gate.shape[-1])
@@ -92,6 +100,7 @@ class NativeNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         width = x.shape[-1]
+        _agree(weight.shape == (width,))
         y, scale = torch.empty_like(x), x.new_empty(x.numel() // width)
         _call("xushi_rms_norm", x, weight, y, scale, scale.numel(), width, eps, _threads())
         ctx.save_for_backward(x, weight, scale)
@@ -114,6 +123,8 @@ class NativeAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts_BT: Tensor, scale: float) -> Tensor:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         batch, heads, length, width = q.shape
+        _agree(k.shape == q.shape and v.shape[:3] == q.shape[:3] and starts_BT.shape == (batch, length))
+        starts_BT = starts_BT.to(torch.int32).contiguous()
         out = q.new_empty(batch, length, heads, v.shape[-1])
         sums = q.new_empty(batch, heads, length)
         strides = torch.tensor([x.stride(axis) for x in (q, k, v) for axis in (0, 2, 1)])
@@ -142,11 +153,13 @@ class NativeExperts(torch.autograd.Function):
         x, weights, gate_up, down = (t.contiguous() for t in (x_ND, weights_Nk, gate_up_EGD, down_EDF))
         tokens, per_token = indices_Nk.shape
         experts, hidden, width = down.shape
+        _agree(x.shape == (tokens, hidden) and weights.shape == (tokens, per_token)
+               and gate_up.shape == (experts, 2 * width, hidden))
         rows, place = (torch.empty(tokens * per_token, dtype=torch.int32) for _ in range(2))
         bounds = torch.empty(experts + 1, dtype=torch.int32)
         if not 0 <= int(indices_Nk.min()) <= int(indices_Nk.max()) < experts:
             raise IndexError(f"an expert of {experts} was chosen that does not exist")
-        _call("xushi_sort_by_expert", indices_Nk.contiguous(), tokens * per_token, experts, rows, place, bounds)
+        _call("xushi_sort_by_expert", indices_Nk.long().contiguous(), tokens * per_token, experts, rows, place, bounds)
         products, out = x.new_empty(tokens * per_token, 2 * width), torch.empty_like(x)
         ctx.sizes = (tokens, per_token, hidden, width, experts, limit or 0.0)
         _call("xushi_experts", x, weights, gate_up, down, rows, place, bounds, products, out, *ctx.sizes, _threads())
@@ -168,7 +181,8 @@ class NativeCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-        x, head, targets, weights = (t.contiguous() for t in (x_ND, head_VD, targets_N, weights_N))
+        x, head, targets, weights = (t.contiguous() for t in (x_ND, head_VD, targets_N.long(), weights_N))
+        _agree(head.shape[1:] == x.shape[1:] and targets.shape == weights.shape == x.shape[:1])
         if not 0 <= int(targets.min()) <= int(targets.max()) < head.shape[0]:
             raise IndexError(f"a target lies outside the vocabulary of {head.shape[0]}")
         losses, dx, d_head = x.new_empty(x.shape[0]), torch.empty_like(x), torch.empty_like(head)

@@ -13,8 +13,8 @@ void xushi_cross_entropy(const float* x, const float* head, const Int* targets, 
     const Int chunk = std::min(N, std::max(ROWS, (Int{1} << 22) / V / ROWS * ROWS));
     const Int columns_size = panels(V) * NR * D, size = columns_size + panels(D) * NR * V;
     float* packed = shared_packed.take(size);
-    pack_all(head, D, V, true, threads, packed);
-    pack_all(head, V, D, false, threads, packed + columns_size);
+    pack_matrix(head, D, V, true, threads, packed);
+    pack_matrix(head, V, D, false, threads, packed + columns_size);
     float* logits = shared_rows.take(chunk * V);
     const Int few = MR * 4;  // rows of logits at once: they stay in the cache
     for (Int n0 = 0; n0 < N; n0 += chunk) {
@@ -26,22 +26,16 @@ void xushi_cross_entropy(const float* x, const float* head, const Int* targets, 
                 a[i] = x + (n0 + i0 + i) * D;
                 d[i] = logits + (i0 + i) * V;
             }
-            multiply(m, V, D, a, packed, D * NR, logits + i0 * V, V, false);
+            multiply(m, V, D, a, 1, packed, D * NR, logits + i0 * V, V, false);
             for (Int i = 0; i < m; i++) {
                 const Int n = n0 + i0 + i;
                 float* row = logits + (i0 + i) * V;
-                float top = -INFINITY;
-                for (Int j = 0; j < V; j++) top = std::max(top, row[j]);
-                const float chosen = row[targets[n]];
-                map(row, row, V, [&](Int, Vec v) { return exponential(v - all(top)); });
-                Vec sum = {};
-                for (Int j = 0; j < V; j += L) sum += part(row + j, V - j);
-                const float norm = total(sum);
+                const float top = maximum(row, V), chosen = row[targets[n]], norm = exponentials(row, V, 1.0f, top);
                 losses[n] = top + std::log(norm) - chosen;
                 map(row, row, V, [&](Int, Vec v) { return v * all(weights[n] / norm); });
                 row[targets[n]] -= weights[n];
             }
-            multiply(m, D, V, d, packed + columns_size, V * NR, dx + (n0 + i0) * D, D, false);
+            multiply(m, D, V, d, 1, packed + columns_size, V * NR, dx + (n0 + i0) * D, D, false);
         });
         outer_all(count, V, D, logits, x + n0 * D, d_head, n0 > 0, threads);
     }

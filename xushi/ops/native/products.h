@@ -36,18 +36,18 @@ void pack_columns(const float* b, Int ld, Int depth, Int n, float* panel) {
 }
 
 // c[i][0..n) (+)= sum over k of a[i][k * step] * panel[k][0..n), for R rows.
-template <int R, bool STEP>
+template <int R>
 inline void tile(Int depth, const float* const* a, Int step, const float* panel, float* c, Int ldc, Int n, bool add) {
     Vec sum[R][NV];
     const float* rows[R];
-    for (int i = 0; i < R; i++) rows[i] = STEP ? a[0] + i : a[i];
+    for (int i = 0; i < R; i++) rows[i] = a[i];
     for (int i = 0; i < R; i++)
         for (int v = 0; v < NV; v++) sum[i][v] = Vec{};
-    for (Int k = 0; k < depth; k++, panel += NR) {
+    for (Int k = 0, at = 0; k < depth; k++, at += step, panel += NR) {
         Vec b[NV];
         for (int v = 0; v < NV; v++) b[v] = load(panel + v * L);
         for (int i = 0; i < R; i++) {
-            const Vec value = all(STEP ? a[0][k * step + i] : rows[i][k]);
+            const Vec value = all(rows[i][at]);
             for (int v = 0; v < NV; v++) sum[i][v] += value * b[v];
         }
     }
@@ -63,52 +63,44 @@ inline void tile(Int depth, const float* const* a, Int step, const float* panel,
     }
 }
 
-template <bool STEP>
-inline void tiles(Int m, Int depth, const float* const* a, Int step, const float* panel, float* c, Int ldc, Int n,
-                  bool add) {
-    const float* column[1];
-    for (Int i = 0; i < m; i += MR) {
-        const float* const* rows = STEP ? column : a + i;
-        if (STEP) column[0] = a[0] + i;
-        float* out = c + i * ldc;
-        switch (std::min<Int>(MR, m - i)) {
-            case 1: tile<1, STEP>(depth, rows, step, panel, out, ldc, n, add); break;
-            case 2: tile<2, STEP>(depth, rows, step, panel, out, ldc, n, add); break;
-            case 3: tile<3, STEP>(depth, rows, step, panel, out, ldc, n, add); break;
-            case 4: tile<4, STEP>(depth, rows, step, panel, out, ldc, n, add); break;
-            case 5: tile<5, STEP>(depth, rows, step, panel, out, ldc, n, add); break;
+// c [m, n] (+)= a times panels, of which one lies `stride` behind the other; a's element (i, k) is a[i][k * step].
+void multiply(Int m, Int n, Int depth, const float* const* a, Int step, const float* packed, Int stride, float* c,
+              Int ldc, bool add) {
+    for (Int j = 0; j < n; j += NR, packed += stride) {
+        const Int wide = std::min<Int>(NR, n - j);
+        for (Int i = 0; i < m; i += MR) {
+            float* out = c + i * ldc + j;
+            switch (std::min<Int>(MR, m - i)) {
+                case 1: tile<1>(depth, a + i, step, packed, out, ldc, wide, add); break;
+                case 2: tile<2>(depth, a + i, step, packed, out, ldc, wide, add); break;
+                case 3: tile<3>(depth, a + i, step, packed, out, ldc, wide, add); break;
+                case 4: tile<4>(depth, a + i, step, packed, out, ldc, wide, add); break;
+                case 5: tile<5>(depth, a + i, step, packed, out, ldc, wide, add); break;
 #if XUSHI_LANES == 16
-            case 6: tile<6, STEP>(depth, rows, step, panel, out, ldc, n, add); break;
-            case 7: tile<7, STEP>(depth, rows, step, panel, out, ldc, n, add); break;
+                case 6: tile<6>(depth, a + i, step, packed, out, ldc, wide, add); break;
+                case 7: tile<7>(depth, a + i, step, packed, out, ldc, wide, add); break;
 #endif
-            default: tile<MR, STEP>(depth, rows, step, panel, out, ldc, n, add);
+                default: tile<MR>(depth, a + i, step, packed, out, ldc, wide, add);
+            }
         }
     }
 }
 
-// c [m, n] (+)= rows a[i] (each contiguous over k) times panels, of which one lies `stride` behind the other.
-void multiply(Int m, Int n, Int depth, const float* const* a, const float* packed, Int stride, float* c, Int ldc,
-              bool add) {
-    for (Int j = 0; j < n; j += NR, packed += stride)
-        tiles<false>(m, depth, a, 0, packed, c + j, ldc, std::min<Int>(NR, n - j), add);
-}
-
-// The same with a's element (i, k) at a[k * step + i].
+// The same for at most ROWS rows with a's element (i, k) at a[k * step + i].
 void multiply_transposed(Int m, Int n, Int depth, const float* a, Int step, const float* packed, Int stride, float* c,
                          Int ldc, bool add) {
-    const float* base[1] = {a};
-    for (Int j = 0; j < n; j += NR, packed += stride)
-        tiles<true>(m, depth, base, step, packed, c + j, ldc, std::min<Int>(NR, n - j), add);
+    const float* columns[ROWS] = {};
+    for (Int i = 0; i < m; i++) columns[i] = a + i;
+    multiply(m, n, depth, columns, step, packed, stride, c, ldc, add);
 }
 
-// A factor [n, depth] (columns) or [depth, n] packed whole by all threads.
-float* pack_all(const float* b, Int depth, Int n, bool columns, Int threads, float* packed) {
+// A factor [n, depth] (columns) or [depth, n] packed whole.
+void pack_matrix(const float* b, Int depth, Int n, bool columns, Int threads, float* packed) {
     pool().run(panels(n), threads, [&](Int p) {
         const Int j = p * NR;
         if (columns) pack_columns(b + j * depth, depth, depth, n - j, packed + p * depth * NR);
         else pack_rows(b + j, n, depth, n - j, packed + p * depth * NR);
     });
-    return packed;
 }
 
 // The [depth, n] part of rows b(m0), b(m0 + 1), ... from column j0 on, as panels.
@@ -162,13 +154,15 @@ void outer_all(Int m, Int n_a, Int n_b, const float* a, const float* b, float* c
 }
 
 void product(const float* x, const float* w, float* y, Int m, Int n, Int depth, bool columns, Int threads) {
-    const float* packed = pack_all(w, depth, n, columns, threads, shared_packed.take(panels(n) * NR * depth));
+    float* packed = shared_packed.take(panels(n) * NR * depth);
+    pack_matrix(w, depth, n, columns, threads, packed);
     const Int across = blocks(n, WIDTH);
     pool().run(blocks(m, ROWS) * across, threads, [&](Int task) {
         const Int i0 = task / across * ROWS, j0 = task % across * WIDTH, rows = std::min(ROWS, m - i0);
         const float* a[ROWS] = {};
         for (Int i = 0; i < rows; i++) a[i] = x + (i0 + i) * depth;
-        multiply(rows, std::min(WIDTH, n - j0), depth, a, packed + j0 * depth, depth * NR, y + i0 * n + j0, n, false);
+        multiply(rows, std::min(WIDTH, n - j0), depth, a, 1, packed + j0 * depth, depth * NR, y + i0 * n + j0, n,
+                 false);
     });
 }
 

@@ -26,11 +26,7 @@ class Pool {
         }
         {
             std::lock_guard<std::mutex> lock(mutex);
-            while (static_cast<Int>(workers.size()) < threads - 1) {
-                const Int index = workers.size();
-                workers.emplace_back([this, index] { work(index); });
-                workers.back().detach();
-            }
+            for (; workers < threads - 1; workers++) std::thread(&Pool::work, this, workers).detach();
             call = [](void* context, Int task) { (*static_cast<F*>(context))(task); };
             context = &f;
             next = 0;
@@ -64,11 +60,10 @@ class Pool {
 
     std::mutex busy, mutex;
     std::condition_variable wake, done;
-    std::vector<std::thread> workers;
     void (*call)(void*, Int) = nullptr;
     void* context = nullptr;
     std::atomic<Int> next{0};
-    Int end = 0, helpers = 0, working = 0;
+    Int end = 0, workers = 0, helpers = 0, working = 0;
     uint64_t round = 0;
     const pid_t owner = getpid();  // a forked child has none of the workers
 };

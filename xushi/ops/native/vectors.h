@@ -73,11 +73,35 @@ inline void map(float* out, const float* in, Int n, F f) {
     }
 }
 
+// The largest of n >= 1 values.
+inline float maximum(const float* row, Int n) {
+    float largest = row[0];
+    Int i = 0;
+    if (n >= L) {
+        Vec best = load(row);
+        for (i = L; i + L <= n; i += L) {
+            const Vec v = load(row + i);
+            best = v > best ? v : best;
+        }
+        for (int j = 0; j < L; j++) largest = std::max(largest, best[j]);
+    }
+    for (; i < n; i++) largest = std::max(largest, row[i]);
+    return largest;
+}
+
 inline Vec part(const float* p, Int left) {  // up to L values, zeros behind them
     if (left >= L) return load(p);
     float tail[L] = {};
     if (left > 0) std::memcpy(tail, p, left * sizeof(float));
     return load(tail);
+}
+
+// row <- e^(scale * row - top), n values; returns their sum.
+inline float exponentials(float* row, Int n, float scale, float top) {
+    map(row, row, n, [&](Int, Vec v) { return exponential(v * all(scale) - all(top)); });
+    Vec sum = {};
+    for (Int i = 0; i < n; i += L) sum += part(row + i, n - i);
+    return total(sum);
 }
 
 }  // namespace
