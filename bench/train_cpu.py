@@ -4,10 +4,10 @@
 
 Shapes are S and M (the default is both), or a recipe's TOML file for its model. The dtype is what training would choose
 here. Every side is a process of its own that does one step when it is told to, so that rounds alternate and each side's
-peak memory is its own: xushi, and xushi with PyTorch's forms of its ops (a recipe's model with the recipe's optimizer,
-S and M with AdamW); transformers 5.23 as it comes, and transformers with C's allocator told to keep its memory
-("tuned"), both with sdpa, grouped_mm and fused AdamW; bf16 by autocast. All take the same random tokens. Prints tables
-and, last, one line of JSON.
+peak memory is its own: xushi (a recipe's model with the recipe's optimizer, S and M with AdamW), and beside it xushi
+with PyTorch's forms of its ops; with --peers instead transformers 5.23 as it comes, and transformers with C's allocator
+told to keep its memory ("tuned"), both with sdpa, grouped_mm and fused AdamW; bf16 by autocast. All take the same
+random tokens. Prints tables and, last, one line of JSON.
 """
 
 import json
@@ -140,18 +140,20 @@ class Side:
     """A worker process."""
 
     def __init__(self, side: str, name: str, dtype: str) -> None:
+        self.side = side
         environment = {**os.environ, **SETTINGS.get(side, {})}
         self.process = subprocess.Popen([sys.executable, __file__, "--worker", side, name, dtype], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def ask(self, question: object) -> object:
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(f"{question}\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit("a side ended before its time; its error stands above")
-        return json.loads(line)
+        try:
+            self.process.stdin.write(f"{question}\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            raise SystemExit(f"{self.side} ended with {self.process.wait()}\n-9 is for want of memory, of which the "
+                             "three sides of M take 20 GiB; any other error stands above") from None
 
 
 def line_through(points: list[tuple[float, float]]) -> tuple[float, float]:
@@ -164,7 +166,7 @@ def line_through(points: list[tuple[float, float]]) -> tuple[float, float]:
 def measure(name: str, dtype: str, peers: bool, rounds: int) -> dict[str, float]:
     """One shape's table; returns its numbers."""
     config, rows, length, optimizer = shape(name)
-    names = ["xushi", "xushi pytorch", *(["transformers", "transformers tuned"] if peers else [])]
+    names = ["xushi", *(["transformers", "transformers tuned"] if peers else ["xushi pytorch"])]
     sides = {side: Side(side, name, dtype) for side in names}
     seconds: dict[str, list[float]] = {side: [] for side in names}
     ceiling = measure_matrix_gflops(dtype)
@@ -183,13 +185,14 @@ def measure(name: str, dtype: str, peers: bool, rounds: int) -> dict[str, float]
         print(f"  {side:<20}{rates[side]:9,.0f} tok/s ({ordered[0]:,.0f} to {ordered[-1]:,.0f}), "
               f"{rates[side] * flops / ceiling / 1e9:4.0%} of the ceiling, peak {memory:.2f} GiB")
     result = {f"tokens_per_second_{name}": rates["xushi"],
-              f"share_of_ceiling_{name}": rates["xushi"] * flops / ceiling / 1e9,
-              f"ratio_{name}_pytorch": rates["xushi"] / rates["xushi pytorch"]}
-    print(f"  compiled to PyTorch's forms {result[f'ratio_{name}_pytorch']:.2f}")
+              f"share_of_ceiling_{name}": rates["xushi"] * flops / ceiling / 1e9}
     if peers:
         result |= {f"ratio_{name}": rates["xushi"] / rates["transformers"],
                    f"ratio_{name}_tuned": rates["xushi"] / rates["transformers tuned"]}
         print(f"  xushi to transformers {result[f'ratio_{name}']:.2f}, tuned {result[f'ratio_{name}_tuned']:.2f}")
+    else:
+        result[f"ratio_{name}_pytorch"] = rates["xushi"] / rates["xushi pytorch"]
+        print(f"  compiled to PyTorch's forms {result[f'ratio_{name}_pytorch']:.2f}")
     own = sides["xushi"]
     sizes = sorted({max(1, rows // part) for part in (4, 2, 1)})
     points = [(n * length, median(float(own.ask(n)) for _ in range(3))) for n in sizes]  # type: ignore[arg-type]

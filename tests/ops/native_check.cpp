@@ -370,6 +370,36 @@ void adamw(Int count) {
     expect("square", got[2], squares, 0);
 }
 
+void newton_schulz(Int n, Int rows, Int columns) {
+    name("newton_schulz", n, rows, columns);
+    const float a = 3.4445f, b = -4.775f, c = 2.0315f, largest = 1 / std::sqrt(static_cast<float>(rows * columns));
+    const Floats x = made(n * rows * columns, -largest, largest);
+    const Results got = with_threads([&](Int threads) {
+        Results out{x};
+        call(threads, xushi_newton_schulz, out[0], n, rows, columns, a, b, c, 2);
+        return out;
+    });
+    Exacts all;
+    for (Int i = 0; i < n; i++) {
+        Exacts now = table(rows, columns, [&](Int r, Int k) { return Exact(x[(i * rows + r) * columns + k]); });
+        for (int step = 0; step < 2; step++) {
+            const Exacts gram = table(rows, rows, [&](Int r, Int s) {
+                return sum(0, columns, [&](Int k) { return now[r * columns + k] * now[s * columns + k]; });
+            });
+            const Exacts mix = table(rows, rows, [&](Int r, Int s) {
+                return b * gram[r * rows + s] +
+                       c * sum(0, rows, [&](Int k) { return gram[r * rows + k] * gram[k * rows + s]; });
+            });
+            now = table(rows, columns, [&](Int r, Int k) {
+                return a * now[r * columns + k] +
+                       sum(0, rows, [&](Int s) { return mix[r * rows + s] * now[s * columns + k]; });
+            });
+        }
+        all.insert(all.end(), now.begin(), now.end());
+    }
+    expect("x", got[0], all, 2 * (2 * columns + 3 * rows) * 5);  // each product of five sums passes all their errors on
+}
+
 // One of two callers at the same moment has the pool and the other works alone: the same bits for both.
 void two_callers() {
     name("two callers");
@@ -434,6 +464,9 @@ int main() {
     check::cross_entropy(97, 31, 31, 1);
     check::cross_entropy(97, 3, 22001, 1);  // so many columns that rows go in two chunks
     for (Int count : {1, 17, 301, 131101}) check::adamw(count);
+    for (Int n : {1, 3})
+        for (auto [rows, columns] : {std::array<Int, 2>{1, 1}, {1, 17}, {7, 7}, {31, 50}, {97, 101}})
+            check::newton_schulz(n, rows, columns);
     two_callers();
     std::printf("ok %lld checks\n", static_cast<long long>(checks));
 }
