@@ -62,6 +62,24 @@ def check(tensors: tuple[Tensor, Tensor, Tensor, Tensor], within, leaves) -> Non
         within("gradient of the head", fast[1].grad, exact[1].grad, 3 * d_head, absolute + tokens + 4)
 
 
+@pytest.mark.usefixtures("compiled_bfloat16")
+@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 130), width=st.integers(1, 23),
+       vocabulary=st.integers(1, 147), scale=st.sampled_from([0.1, 1.0]))
+def test_compiled_bfloat16(seed, tokens, width, vocabulary, scale, within, leaves) -> None:
+    """The head is rounded: a logit moves by 2^-8 of its terms and p by as much, twice; then p, and x's gradient."""
+    x, head, targets, weights = case(seed, tokens, width, vocabulary, scale)
+    x = x.bfloat16()
+    size, dx, d_head, absolute = magnitudes(x, head, targets, weights)
+    logit = 2 * float((x.double().abs() @ head.double().abs().T).max())
+    fast, exact = leaves(torch.bfloat16, x) + leaves(torch.float32, head), leaves(torch.float64, x, head)
+    got, want = cross_entropy(*fast, targets, weights), cross_entropy_reference(*exact, targets, weights.double())
+    got.backward()
+    want.backward()
+    within("loss", got.detach(), want.detach(), (size * weights.double()).sum(), absolute + tokens, logit)
+    within("gradient of x", fast[0].grad, exact[0].grad, dx, absolute + vocabulary + 4, 3 + logit)
+    within("gradient of the head", fast[1].grad, exact[1].grad, d_head, absolute + tokens + 4, 1 + logit)
+
+
 @given(seed=st.integers(0, 2**31), tokens=st.integers(1, 60), width=st.integers(1, 23), vocabulary=st.integers(1, 47),
        chunk=st.sampled_from([1, 7, 16, 512]), scale=st.sampled_from([0.1, 1.0, 5.0]))
 def test_values_and_gradients(seed, tokens, width, vocabulary, chunk, scale, within, leaves) -> None:

@@ -14,19 +14,29 @@ pytestmark = pytest.mark.usefixtures("form")
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 9), width=st.integers(1, 70),
        scale=st.sampled_from([1e-4, 1.0, 1e4]))
 def test_values_and_gradients(seed: int, rows: int, width: int, scale: float, within, leaves) -> None:
+    check(seed, rows, width, scale, within, leaves, torch.float32)
+
+
+@pytest.mark.usefixtures("compiled_bfloat16")
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 9), width=st.integers(1, 70))
+def test_compiled_bfloat16(seed: int, rows: int, width: int, within, leaves) -> None:
+    check(seed, rows, width, 1.0, within, leaves, torch.bfloat16)
+
+
+def check(seed: int, rows: int, width: int, scale: float, within, leaves, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(seed)
     inputs = torch.randn(rows, width, generator=g) * scale, torch.randn(width, generator=g)
-    d_out = torch.randn(rows, width, generator=g)
-    x, weight = leaves(torch.float32, *inputs)
-    x64, weight64 = leaves(torch.float64, *inputs)
+    d_out, halves = torch.randn(rows, width, generator=g).to(dtype), int(dtype == torch.bfloat16)
+    (x,), (weight,) = leaves(dtype, inputs[0]), leaves(torch.float32, inputs[1])
+    x64, weight64 = leaves(torch.float64, x, weight)
     got, want = rms_norm(x, weight, 1e-6), weight64 * x64 / (x64.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     got.backward(d_out)
     want.backward(d_out.double())
     root = (x64.detach().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     normal, back = x64.detach().abs() / root, (d_out.double() * weight64.detach()).abs()
-    within("output", got.detach(), want.detach(), weight64.detach().abs() * normal, width + 8)
+    within("output", got.detach(), want.detach(), weight64.detach().abs() * normal, width + 8, halves)
     within("gradient of x", x.grad, x64.grad, (back + normal * (back * normal).mean(-1, keepdim=True)) / root,
-           2 * width + 16)
+           2 * width + 16, halves)
     within("gradient of the weight", weight.grad, weight64.grad, (d_out.double().abs() * normal).sum(0),
            rows + width + 8)
 
@@ -44,7 +54,7 @@ def test_v4_multiplies_the_weight_before_it_rounds() -> None:
     """And V3 after: in bfloat16 the two differ by a rounding, and each is its reference's own."""
     x, weight = torch.randn(40, 16).bfloat16(), torch.randn(16)
     wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
-    v4, v3 = rms_norm(x, weight, 1e-6, wide_weight=True), rms_norm(x, weight, 1e-6)
+    v4, v3 = rms_norm_reference(x, weight, 1e-6, wide_weight=True), rms_norm_reference(x, weight, 1e-6)
     assert torch.equal(v4, (weight * wide).bfloat16())
     assert torch.equal(v3, weight.bfloat16() * wide.bfloat16())
     assert not torch.equal(v4, v3)

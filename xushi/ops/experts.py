@@ -43,7 +43,7 @@ def routed_experts(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, gate_up
     """The same with rows sorted by expert, one product per expert and a backward pass written out."""
     if use_reference() or x_ND.dtype == torch.float64:
         return routed_experts_reference(x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF, limit)
-    compiled = native.serves(x_ND, weights_Nk, gate_up_EGD, down_EDF)
+    compiled = native.serves(x_ND, weights=(weights_Nk, gate_up_EGD, down_EDF))
     form = native.NativeExperts if compiled else _RoutedExperts
     result: Tensor = form.apply(  # type: ignore[no-untyped-call]
         x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF, limit)

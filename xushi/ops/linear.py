@@ -10,9 +10,9 @@ FEWEST_ROWS = 32  # below it packing the weight for the kernels costs more than 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T (+ b) for x [..., I], in x's dtype: [..., O]."""
-    if x.numel() >= FEWEST_ROWS * x.shape[-1] and native.serves(x, weight_OI):
+    if x.numel() >= FEWEST_ROWS * x.shape[-1] and native.serves(x, weights=(weight_OI,)):
         y: Tensor = native.NativeLinear.apply(x, weight_OI)  # type: ignore[no-untyped-call]
-        return y if bias_O is None else y + bias_O
+        return y if bias_O is None else y + bias_O.to(y.dtype)
     return F.linear(x, weight_OI.to(x.dtype), None if bias_O is None else bias_O.to(x.dtype))
 
 

@@ -38,7 +38,7 @@ def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: T
     """The same in chunks, with both gradients made on the way forward: no product is done twice."""
     if use_reference() or x_ND.dtype == torch.float64 or not torch.is_grad_enabled():
         return -(token_log_probabilities(x_ND, head_VD, targets_N) * weights_N).sum()
-    form = native.NativeCrossEntropy if native.serves(x_ND, head_VD, weights_N) else _CrossEntropy
+    form = native.NativeCrossEntropy if native.serves(x_ND, weights=(head_VD, weights_N)) else _CrossEntropy
     result: Tensor = form.apply(x_ND, head_VD, targets_N, weights_N)  # type: ignore[no-untyped-call]
     return result
 

@@ -21,7 +21,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float, wide_weight
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, wide_weight: bool = False) -> Tensor:
     """The same, compiled where it can be."""
-    if weight is not None and native.serves(x, weight):
+    if weight is not None and native.serves(x, weights=(weight,)):
         result: Tensor = native.NativeNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return result
     return rms_norm_reference(x, weight, eps, wide_weight)

@@ -9,7 +9,7 @@ import torch
 
 from xushi import __version__
 from xushi.base.files import directory_in_place, write_json
-from xushi.base.machine import best_training_dtype, inspect, peak_memory_bytes
+from xushi.base.machine import inspect, peak_memory_bytes
 from xushi.base.seeds import derive
 from xushi.data import heldout_batches, heldout_bytes, training_texts
 from xushi.engine import LLM, SamplingParams
@@ -28,6 +28,7 @@ from xushi.model import Deepseek, load_pretrained, save_pretrained
 from xushi.ops import native
 from xushi.plan import count_parameters, kv_cache_bytes_per_token
 from xushi.run.context import RunContext
+from xushi.train import chosen_dtype
 
 SAMPLES_SHOWN = 10
 BASE_PROMPTS = ("import os\nimport ", "def __init__(self, ", "class ", "    for index in range(", "try:\n    ")
@@ -177,13 +178,13 @@ def describe_run(context: RunContext) -> dict[str, Any]:
     """The facts of the run itself: recipe, machine, model."""
     machine = inspect()
     config = context.model_config(context.tokenizer())
-    counts = count_parameters(config)
+    counts, dtype = count_parameters(config), chosen_dtype(context.recipe.pretrain.dtype)
     return {
         "run.name": context.recipe.name, "run.seed": context.recipe.seed, "run.recipe_hash": context.recipe.hash,
         "run.without": context.recipe.without or "", "run.version": __version__,
         "machine.cpu": machine.cpu, "machine.cores": machine.usable_cores, "machine.threads": torch.get_num_threads(),
         "machine.memory_bytes": machine.memory_total or 0, "machine.torch": torch.__version__,
-        "machine.op_forms": native.form(), "machine.dtype": best_training_dtype()[0], "machine.system": machine.system,
+        "machine.op_forms": native.form(dtype), "machine.dtype": dtype, "machine.system": machine.system,
         "model.parameters_total": counts.total, "model.parameters_active": counts.active,
         "model.parameters_active_without_embedding": counts.active_without_embedding,
         "model.parameters_mtp": counts.mtp, "model.kv_cache_bytes_per_token": kv_cache_bytes_per_token(config),

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from xushi.base.machine import best_training_dtype, inspect
+from xushi.base.machine import inspect
 from xushi.model import Deepseek, pretraining_loss
 from xushi.plan import count_parameters, kv_cache_bytes_per_token, train_flops_per_token, training_memory_bytes
 from xushi.recipe import Recipe
-from xushi.train import new_optimizer, set_compute_dtype
+from xushi.train import chosen_dtype, new_optimizer, set_compute_dtype
 
 # Sampling an answer costs about as much again as learning from it (measured on the demo, docs/lab-log.md).
 RL_COST_PER_TRAINED_TOKEN = 2.0
@@ -19,7 +19,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     """The plan of a run as flat keys; takes a few seconds because it times two optimizer steps."""
     config = recipe.model.model_copy(update={"vocab_size": recipe.tokenizer.vocab_size})
     counts = count_parameters(config)
-    dtype = best_training_dtype()[0] if recipe.pretrain.dtype == "auto" else recipe.pretrain.dtype
+    dtype = chosen_dtype(recipe.pretrain.dtype)
     batch_tokens = recipe.pretrain.batch_tokens
     memory = training_memory_bytes(config, batch_tokens, recipe.data.sequence_length, recipe.pretrain.optimizer,
                                    "bf16" if dtype == "bf16" else "fp32", bool(recipe.pretrain.mtp_weight),

@@ -23,6 +23,7 @@ from xushi.recipe import Recipe
 from xushi.run import building, closing
 from xushi.run.context import RUN_FORMAT, RunContext, StageRecord, read_record, stage_key, write_record
 from xushi.run.estimate import describe
+from xushi.train import chosen_dtype
 
 __all__ = ["describe", "run"]
 
@@ -40,7 +41,7 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
         context = RunContext(directory, recipe, tracking)
         threads = tracking.decide("run", "threads", recipe.threads or inspect().usable_cores)
         torch.set_num_threads(threads)
-        forms = native.form()
+        forms = native.form(chosen_dtype(recipe.pretrain.dtype))
         if (began := tracking.decide("run", "op_forms", forms)) != forms:
             say(f"this run began with other op forms ({began}) and goes on with these ({forms}): it will not end with "
                 "the same bits")

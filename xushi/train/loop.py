@@ -25,9 +25,14 @@ from xushi.train.optimizer import Optimizer, clip_gradients
 from xushi.train.schedule import warmup_stable_decay
 
 
+def chosen_dtype(dtype: str) -> str:
+    """"bf16" or "fp32": `dtype` itself, or for "auto" what this machine multiplies fastest."""
+    return best_training_dtype()[0] if dtype == "auto" else dtype
+
+
 def set_compute_dtype(model: Deepseek, dtype: str) -> str:
     """Make the model compute in "bf16" or "fp32" ("auto": what this machine multiplies fastest); returns which."""
-    chosen = best_training_dtype()[0] if dtype == "auto" else dtype
+    chosen = chosen_dtype(dtype)
     model.compute_dtype = torch.bfloat16 if chosen == "bf16" else None
     return chosen
 

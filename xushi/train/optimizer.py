@@ -30,8 +30,9 @@ def orthogonalise(matrices_NRC: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Ten
     x = matrices_NRC if wide else matrices_NRC.mT
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     if native.serves(x):
-        iterated: Tensor = x.contiguous()
-        native.newton_schulz(iterated, NEWTON_SCHULZ, steps)
+        iterated: Tensor = x.float().contiguous()
+        native.newton_schulz(iterated, NEWTON_SCHULZ, steps, x.dtype)
+        iterated = iterated.to(x.dtype)
         return iterated if wide else iterated.mT
     for _ in range(steps):
         gram = x @ x.mT

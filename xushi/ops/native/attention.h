@@ -8,10 +8,19 @@ namespace {
 
 // A tensor [B, T, H, width] whose last axis is contiguous.
 struct Heads {
-    const float* data;
+    const Value* data;
     Int batch, position, head;
-    const float* at(Int b, Int t, Int h) const { return data + b * batch + t * position + h * head; }
+    const Value* at(Int b, Int t, Int h) const { return data + b * batch + t * position + h * head; }
 };
+
+// A head's positions as panels of its width, and as panels of positions.
+void pack_head(const Heads& x, Int b, Int h, Int T, Int width, Word* packed) {
+    pack_block([&](Int t) { return x.at(b, t, h); }, 0, T, 0, width, packed);
+}
+void pack_transposed(const Heads& x, Int b, Int h, Int T, Int width, Word* packed) {
+    for (Int t = 0; t < T; t += NR, packed += words(width) * NR)
+        pack_columns(x.at(b, t, h), x.position, width, T - t, packed);
+}
 
 }  // namespace
 
@@ -19,31 +28,30 @@ extern "C" {
 
 // Causal attention inside documents: query t looks at keys starts[b, t] to t. Tensors [B, T, H, width] with the given
 // strides over batch, position and head; out [B, T, H, V] contiguous; `lse` [B, H, T] is log sum exp of the scores.
-void xushi_attention(const float* q, const float* k, const float* v, const Int* strides, const int32_t* starts,
-                     float* out, float* lse, Int B, Int T, Int H, Int K, Int V, float scale, Int threads) {
+void xushi_attention(const Value* q, const Value* k, const Value* v, const Int* strides, const int32_t* starts,
+                     Value* out, float* lse, Int B, Int T, Int H, Int K, Int V, float scale, Int threads) {
     const Heads Q{q, strides[0], strides[1], strides[2]}, Ks{k, strides[3], strides[4], strides[5]},
         Vs{v, strides[6], strides[7], strides[8]};
     const Int key_panels = panels(T), value_panels = panels(V);
-    const Int keys_size = key_panels * K * NR, size = keys_size + value_panels * T * NR;
-    float* packed = shared_packed.take(B * H * size);
+    const Int keys_size = key_panels * words(K) * NR, size = keys_size + value_panels * words(T) * NR;
+    Word* packed = shared_packed.take<Word>(B * H * size);
     pool().run(B * H, threads, [&](Int task) {
         const Int b = task / H, h = task % H;
-        float* here = packed + task * size;
-        for (Int p = 0; p < key_panels; p++)
-            pack_columns(Ks.at(b, p * NR, h), Ks.position, K, T - p * NR, here + p * K * NR);
-        for (Int p = 0; p < value_panels; p++)
-            pack_rows(Vs.at(b, 0, h) + p * NR, Vs.position, T, V - p * NR, here + keys_size + p * T * NR);
+        Word* here = packed + task * size;
+        pack_transposed(Ks, b, h, T, K, here);
+        pack_head(Vs, b, h, T, V, here + keys_size);
     });
     const Int query_blocks = blocks(T, QUERIES), ld = value_panels * NR;
     pool().run(B * H * query_blocks, threads, [&](Int task) {
         const Int head = task / query_blocks, b = head / H, h = head % H;
         const Int q0 = task % query_blocks * QUERIES, q1 = std::min(T, q0 + QUERIES), m = q1 - q0;
-        const float *keys = packed + head * size, *values = keys + keys_size;
+        const Word *keys = packed + head * size, *values = keys + keys_size;
         const int32_t* start = starts + b * T;
         float* scores = local_a.take(QUERIES * FORWARD_KEYS);
         float* sums = local_b.take(QUERIES * ld);
         std::fill(sums, sums + m * ld, 0.0f);
-        const float *rows[QUERIES] = {}, *weights[QUERIES] = {};
+        const Value* rows[QUERIES] = {};
+        const float* weights[QUERIES] = {};
         float largest[QUERIES], norm[QUERIES];
         Int first = q1;
         for (Int i = 0; i < m; i++) {
@@ -55,7 +63,8 @@ void xushi_attention(const float* q, const float* k, const float* v, const Int* 
         }
         for (Int k0 = first / NR * NR; k0 < q1; k0 += FORWARD_KEYS) {
             const Int count = std::min(FORWARD_KEYS, q1 - k0);
-            multiply(m, blocks(count, NR) * NR, K, rows, 1, keys + k0 * K, K * NR, scores, FORWARD_KEYS, false);
+            multiply(m, blocks(count, NR) * NR, K, rows, keys + k0 * words(K), words(K) * NR, scores, FORWARD_KEYS,
+                     false);
             for (Int i = 0; i < m; i++) {
                 float* row = scores + i * FORWARD_KEYS;
                 const Int low = std::max<Int>(0, start[q0 + i] - k0), high = std::min(count, q0 + i + 1 - k0);
@@ -75,7 +84,7 @@ void xushi_attention(const float* q, const float* k, const float* v, const Int* 
                 }
                 norm[i] += sum;
             }
-            multiply(m, V, count, weights, 1, values + k0 * NR, T * NR, sums, ld, true);
+            multiply(m, V, count, weights, values + words(k0) * NR, words(T) * NR, sums, ld, true);
         }
         for (Int i = 0; i < m; i++) {
             const Int t = q0 + i;
@@ -87,9 +96,9 @@ void xushi_attention(const float* q, const float* k, const float* v, const Int* 
 }
 
 // Gradients of the above, [B, T, H, width] contiguous: P = exp(scale S - lse), dP = dO V^T, dS = P (dP - sum dO O).
-void xushi_attention_backward(const float* q, const float* k, const float* v, const Int* strides,
-                              const int32_t* starts, const float* out, const float* lse, const float* d_out, float* dq,
-                              float* dk, float* dv, Int B, Int T, Int H, Int K, Int V, float scale, Int threads) {
+void xushi_attention_backward(const Value* q, const Value* k, const Value* v, const Int* strides,
+                              const int32_t* starts, const Value* out, const float* lse, const Value* d_out, Value* dq,
+                              Value* dk, Value* dv, Int B, Int T, Int H, Int K, Int V, float scale, Int threads) {
     const Heads Q{q, strides[0], strides[1], strides[2]}, Ks{k, strides[3], strides[4], strides[5]},
         Vs{v, strides[6], strides[7], strides[8]}, O{out, T * H * V, H * V, V}, dO{d_out, T * H * V, H * V, V};
     constexpr Int ld = KEYS + 8;  // not a power of two: a column of it then spreads over the cache
@@ -98,24 +107,20 @@ void xushi_attention_backward(const float* q, const float* k, const float* v, co
         const Int b = head / H, h = head % H;
         const int32_t* start = starts + b * T;
         const float* norm = lse + head * T;
-        float* keys_t = local_a.take(key_panels * NR * (K + V) + T * (4 * ldk + 2 * ldv + 1));
-        float* values_t = keys_t + key_panels * NR * K;
-        float* keys = values_t + key_panels * NR * V;
-        float* queries = keys + T * ldk;
-        float* d_outs = queries + T * ldk;
-        float* sum_q = d_outs + T * ldv;
+        Word* keys_t = local_a.take<Word>(key_panels * NR * (words(K) + words(V)) + words(T) * (2 * ldk + ldv));
+        Word* values_t = keys_t + key_panels * NR * words(K);
+        Word* keys = values_t + key_panels * NR * words(V);
+        Word* queries = keys + words(T) * ldk;
+        Word* d_outs = queries + words(T) * ldk;
+        pack_transposed(Ks, b, h, T, K, keys_t);
+        pack_transposed(Vs, b, h, T, V, values_t);
+        pack_head(Ks, b, h, T, K, keys);
+        pack_head(Q, b, h, T, K, queries);
+        pack_head(dO, b, h, T, V, d_outs);
+        float* sum_q = local_sums.take(T * (2 * ldk + ldv + 1));
         float* sum_k = sum_q + T * ldk;
         float* sum_v = sum_k + T * ldk;
         float* mean = sum_v + T * ldv;
-        for (Int p = 0; p < key_panels; p++) {
-            pack_columns(Ks.at(b, p * NR, h), Ks.position, K, T - p * NR, keys_t + p * K * NR);
-            pack_columns(Vs.at(b, p * NR, h), Vs.position, V, T - p * NR, values_t + p * V * NR);
-        }
-        for (Int p = 0; p < wk; p++) {
-            pack_rows(Ks.at(b, 0, h) + p * NR, Ks.position, T, K - p * NR, keys + p * T * NR);
-            pack_rows(Q.at(b, 0, h) + p * NR, Q.position, T, K - p * NR, queries + p * T * NR);
-        }
-        for (Int p = 0; p < wv; p++) pack_rows(dO.at(b, 0, h) + p * NR, dO.position, T, V - p * NR, d_outs + p * T * NR);
         std::fill(sum_q, mean, 0.0f);
         for (Int t = 0; t < T; t++) {
             Vec dot = {};
@@ -128,7 +133,8 @@ void xushi_attention_backward(const float* q, const float* k, const float* v, co
             for (Int q0 = k0; q0 < T; q0 += QUERIES) {
                 const Int m = std::min(QUERIES, T - q0);
                 const Int count = std::min(in_block, q0 + m - k0);  // on the diagonal the last keys are seen by none
-                const float *rows[QUERIES] = {}, *d_rows[QUERIES] = {}, *ds_rows[QUERIES] = {};
+                const Value *rows[QUERIES] = {}, *d_rows[QUERIES] = {};
+                const float* ds_rows[QUERIES] = {};
                 Int first = T;
                 for (Int i = 0; i < m; i++) {
                     rows[i] = Q.at(b, q0 + i, h);
@@ -138,8 +144,8 @@ void xushi_attention_backward(const float* q, const float* k, const float* v, co
                 }
                 if (first >= k0 + count) continue;
                 const Int wide = blocks(count, NR) * NR;
-                multiply(m, wide, K, rows, 1, keys_t + k0 * K, K * NR, weights, ld, false);
-                multiply(m, wide, V, d_rows, 1, values_t + k0 * V, V * NR, d_scores, ld, false);
+                multiply(m, wide, K, rows, keys_t + k0 * words(K), words(K) * NR, weights, ld, false);
+                multiply(m, wide, V, d_rows, values_t + k0 * words(V), words(V) * NR, d_scores, ld, false);
                 for (Int i = 0; i < m; i++) {
                     float *w = weights + i * ld, *d = d_scores + i * ld;
                     const Int t = q0 + i;
@@ -154,16 +160,20 @@ void xushi_attention_backward(const float* q, const float* k, const float* v, co
                     std::fill(w + high, w + count, 0.0f);
                     std::fill(d + high, d + count, 0.0f);
                 }
-                multiply_transposed(count, V, m, weights, ld, d_outs + q0 * NR, T * NR, sum_v + k0 * ldv, ldv, true);
-                multiply_transposed(count, K, m, d_scores, ld, queries + q0 * NR, T * NR, sum_k + k0 * ldk, ldk, true);
-                multiply(m, K, count, ds_rows, 1, keys + k0 * NR, T * NR, sum_q + q0 * ldk, ldk, true);
+                const Int at_q = words(q0) * NR, behind = words(T) * NR;
+                multiply_transposed(count, V, m, [&](Int i) { return weights + i * ld; }, d_outs + at_q, behind,
+                                    sum_v + k0 * ldv, ldv, true);
+                multiply_transposed(count, K, m, [&](Int i) { return d_scores + i * ld; }, queries + at_q, behind,
+                                    sum_k + k0 * ldk, ldk, true);
+                multiply(m, K, count, ds_rows, keys + words(k0) * NR, behind, sum_q + q0 * ldk, ldk, true);
             }
         }
         for (Int t = 0; t < T; t++) {
             const Int row = (b * T + t) * H + h;
-            std::memcpy(dq + row * K, sum_q + t * ldk, K * sizeof(float));
-            std::memcpy(dk + row * K, sum_k + t * ldk, K * sizeof(float));
-            std::memcpy(dv + row * V, sum_v + t * ldv, V * sizeof(float));
+            const auto same = [](Int, Vec v) { return v; };
+            map(dq + row * K, sum_q + t * ldk, K, same);
+            map(dk + row * K, sum_k + t * ldk, K, same);
+            map(dv + row * V, sum_v + t * ldv, V, same);
         }
     });
 }

@@ -21,6 +21,8 @@ SOURCES = Path(__file__).parent
 COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 # What the processor must report, the name, vector width in floats and flags; the first that fits is taken.
 FORMS = (
+    (frozenset({"avx512_bf16", "avx512f", "avx2", "fma"}), "AVX-512 BF16", 16,
+     ("-mavx512bf16", "-mavx512f", "-mavx2", "-mfma")),
     (frozenset({"avx512f", "avx2", "fma"}), "AVX-512", 16, ("-mavx512f", "-mavx2", "-mfma")),
     (frozenset({"avx2", "fma"}), "AVX2", 8, ("-mavx2", "-mfma")),
     (frozenset({"neon"}), "NEON", 4, ()),
@@ -37,21 +39,21 @@ class Loaded:
     name: str = "pytorch"
 
 
-def status() -> str:
+def status(dtype: str = "fp32") -> str:
     """Which form runs and why, for `xushi doctor`; compiles if that was not done yet and is not unwanted."""
     if asked := asked_form():
         return f"XUSHI_OPS={asked} asks for the {asked} forms, which are slower; unset it"
-    return _loaded().line
+    return _loaded(dtype).line
 
 
-def form() -> str:
+def form(dtype: str = "fp32") -> str:
     """What runs: as XUSHI_OPS asks, else the compiled form's name, else "pytorch"."""
-    return asked_form() or _loaded().name
+    return asked_form() or _loaded(dtype).name
 
 
-def load() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there are none; the first call on a machine compiles them."""
-    return _loaded().library
+def load(dtype: str = "fp32") -> ctypes.CDLL | None:
+    """The kernels for tensors of "fp32" or "bf16", or None where there are none; a machine's first call compiles."""
+    return _loaded(dtype).library
 
 
 def cache_directory() -> Path:
@@ -71,23 +73,24 @@ def source_hash(flags: tuple[str, ...]) -> str:
 
 
 @functools.cache
-def _loaded() -> Loaded:
-    loaded = build_and_load()
+def _loaded(dtype: str) -> Loaded:
+    loaded = build_and_load(dtype)
     if loaded.library is None:
         say(f"the compiled kernels are not used: {loaded.line}")
     return loaded
 
 
-def build_and_load() -> Loaded:
-    """Find or compile the library for this processor and load it."""
+def build_and_load(dtype: str) -> Loaded:
+    """Find or compile the library for this processor and tensors of "fp32" or "bf16", and load it."""
     machine = inspect()
-    form = next((form for form in FORMS if form[0] <= machine.features), None)
+    forms = FORMS if dtype == "bf16" else FORMS[1:]  # where no instruction multiplies bf16, pairs are taken apart
+    form = next((form for form in forms if form[0] <= machine.features), None)
     if form is None:
         return Loaded(None, "this processor has neither AVX2 nor NEON; the PyTorch forms run")
     _, name, lanes, special = form
-    flags = (*COMMON, *special, f"-DXUSHI_LANES={lanes}")
+    flags = (*COMMON, *special, f"-DXUSHI_LANES={lanes}", *(("-DXUSHI_BF16=1",) if dtype == "bf16" else ()))
     try:
-        path = cache_directory() / f"kernels-{name.lower()}-{source_hash(flags)}.so"
+        path = cache_directory() / f"kernels-{dtype}-{name.lower().replace(' ', '-')}-{source_hash(flags)}.so"
         if isinstance(library := _open(path, lanes), str):  # not there yet, or damaged
             if problem := _compile(machine.compilers, flags, path):
                 return Loaded(None, problem)
@@ -98,7 +101,7 @@ def build_and_load() -> Loaded:
     if isinstance(library, str):
         return Loaded(None, f"{path} was compiled and cannot be loaded ({library}); set XUSHI_CACHE to another "
                             "directory, or use another compiler; the PyTorch forms run")
-    return Loaded(library, f"C++ with {name} for float32", f"C++ {name}")
+    return Loaded(library, f"C++ with {name} for {dtype}", f"C++ {name}")
 
 
 def _open(path: Path, lanes: int) -> ctypes.CDLL | str:

@@ -14,7 +14,7 @@ namespace {
 template <class Pack, class Compute>
 void over_experts(const int32_t* bounds, Int E, Int size, Int threads, Pack pack, Compute compute) {
     const Int wave = std::min(E, std::max<Int>(1, (Int{1} << 22) / size));
-    float* packed = shared_packed.take(wave * size);
+    Word* packed = shared_packed.take<Word>(wave * size);
     for (Int e0 = 0; e0 < E; e0 += wave) {
         const Int e1 = std::min(E, e0 + wave);
         std::vector<std::pair<Int, Int>> tasks;
@@ -31,15 +31,14 @@ void over_experts(const int32_t* bounds, Int E, Int size, Int threads, Pack pack
 }
 
 // out [N, D] = sum over each token's places, in their order, of y [P, D], weighted or not.
-void combine(const float* y, const int32_t* place, const float* weights, float* out, Int N, Int k, Int D, Int threads) {
+void combine(const float* y, const int32_t* place, const float* weights, Value* out, Int N, Int k, Int D, Int threads) {
     pool().run(blocks(N, 64), threads, [&](Int task) {
         for (Int n = task * 64; n < std::min(N, task * 64 + 64); n++) {
-            float* row = out + n * D;
-            std::fill(row, row + D, 0.0f);
-            for (Int i = 0; i < k; i++) {
-                const float* from = y + place[n * k + i] * D;
-                const Vec weight = all(weights == nullptr ? 1.0f : weights[n * k + i]);
-                map(row, row, D, [&](Int j, Vec v) { return v + part(from + j, D - j) * weight; });
+            for (Int j = 0; j < D; j += L) {
+                Vec sum = {};
+                for (Int i = 0; i < k; i++)
+                    sum += part(y + place[n * k + i] * D + j, D - j) * all(weights == nullptr ? 1.0f : weights[n * k + i]);
+                store_part(out + n * D + j, D - j, sum);
             }
         }
     });
@@ -64,63 +63,63 @@ void xushi_sort_by_expert(const Int* indices, Int pairs, Int experts, int32_t* r
 
 // out [N, D] = sum over a token's experts of weight * down(silu(gate x) * up x), x [N, D], gate_up [E, 2F, D], down
 // [E, D, F]; h [P, 2F] keeps gate and up for the backward pass. limit 0 is none.
-void xushi_experts(const float* x, const float* weights, const float* gate_up, const float* down, const int32_t* rows,
-                   const int32_t* place, const int32_t* bounds, float* h, float* out, Int N, Int k, Int D, Int F, Int E,
+void xushi_experts(const Value* x, const float* weights, const float* gate_up, const float* down, const int32_t* rows,
+                   const int32_t* place, const int32_t* bounds, Value* h, Value* out, Int N, Int k, Int D, Int F, Int E,
                    float limit, Int threads) {
     float* y = shared_rows.take(N * k * D);
-    const Int first = panels(2 * F) * NR * D, size = first + panels(D) * NR * F;
+    const Int first = panels(2 * F) * NR * words(D), size = first + panels(D) * NR * words(F);
     over_experts(bounds, E, size, threads,
-        [&](Int e, float* packed) {
+        [&](Int e, Word* packed) {
             pack_matrix(gate_up + e * 2 * F * D, D, 2 * F, true, 1, packed);
             pack_matrix(down + e * D * F, F, D, true, 1, packed + first);
         },
-        [&](Int, Int row, Int m, const float* packed) {
-            const float *a[ROWS] = {}, *inner[ROWS] = {};
-            float* act = local_a.take(ROWS * F);
+        [&](Int, Int row, Int m, const Word* packed) {
+            const Value *a[ROWS] = {}, *inner[ROWS] = {};
+            Value* act = local_a.take<Value>(ROWS * F);
             for (Int i = 0; i < m; i++) {
                 a[i] = x + rows[row + i] / k * D;
                 inner[i] = act + i * F;
             }
-            multiply(m, 2 * F, D, a, 1, packed, D * NR, h + row * 2 * F, 2 * F, false);
+            multiply(m, 2 * F, D, a, packed, words(D) * NR, h + row * 2 * F, 2 * F, false);
             for (Int i = 0; i < m; i++) {
-                const float* pair = h + (row + i) * 2 * F;
+                const Value* pair = h + (row + i) * 2 * F;
                 swiglu(pair, pair + F, act + i * F, F, limit);
             }
-            multiply(m, D, F, inner, 1, packed + first, F * NR, y + row * D, D, false);
+            multiply(m, D, F, inner, packed + first, words(F) * NR, y + row * D, D, false);
         });
     combine(y, place, weights, out, N, k, D, threads);
 }
 
 // Gradients of the above: dx [N, D], d_weights [N, k], d_gate_up and d_down, whole.
-void xushi_experts_backward(const float* x, const float* weights, const float* gate_up, const float* down,
-                            const int32_t* rows, const int32_t* place, const int32_t* bounds, const float* h,
-                            const float* d_out, float* dx, float* d_weights, float* d_gate_up, float* d_down, Int N,
+void xushi_experts_backward(const Value* x, const float* weights, const float* gate_up, const float* down,
+                            const int32_t* rows, const int32_t* place, const int32_t* bounds, const Value* h,
+                            const Value* d_out, Value* dx, float* d_weights, float* d_gate_up, float* d_down, Int N,
                             Int k, Int D, Int F, Int E, float limit, Int threads) {
-    const Int P = N * k, first = panels(F) * NR * D, size = first + panels(D) * NR * 2 * F;
-    float* dh = shared_more.take(P * 3 * F);
-    float* act = dh + P * 2 * F;
+    const Int P = N * k, first = panels(F) * NR * words(D), size = first + panels(D) * NR * words(2 * F);
+    Value* dh = shared_more.take<Value>(P * 3 * F);
+    Value* act = dh + P * 2 * F;
     float* dx_rows = shared_rows.take(P * D);
     over_experts(bounds, E, size, threads,
-        [&](Int e, float* packed) {
+        [&](Int e, Word* packed) {
             pack_matrix(down + e * D * F, D, F, false, 1, packed);
             pack_matrix(gate_up + e * 2 * F * D, 2 * F, D, false, 1, packed + first);
         },
-        [&](Int, Int row, Int m, const float* packed) {
-            const float *dy[ROWS] = {}, *inner[ROWS] = {};
+        [&](Int, Int row, Int m, const Word* packed) {
+            const Value *dy[ROWS] = {}, *inner[ROWS] = {};
             float* da = local_a.take(ROWS * F);
             for (Int i = 0; i < m; i++) {
                 dy[i] = d_out + rows[row + i] / k * D;
                 inner[i] = dh + (row + i) * 2 * F;
             }
-            multiply(m, F, D, dy, 1, packed, D * NR, da, F, false);
+            multiply(m, F, D, dy, packed, words(D) * NR, da, F, false);
             for (Int i = 0; i < m; i++) {
                 const Int r = row + i, flat = rows[r];
-                const float* pair = h + r * 2 * F;
-                float* d = dh + r * 2 * F;
+                const Value* pair = h + r * 2 * F;
+                Value* d = dh + r * 2 * F;
                 d_weights[flat] = swiglu_backward(pair, pair + F, da + i * F, weights[flat], act + r * F, d, d + F, F,
                                                   limit);
             }
-            multiply(m, D, 2 * F, inner, 1, packed + first, 2 * F * NR, dx_rows + row * D, D, false);
+            multiply(m, D, 2 * F, inner, packed + first, words(2 * F) * NR, dx_rows + row * D, D, false);
         });
     pool().run(2 * E, threads, [&](Int task) {
         const Int e = task / 2, begin = bounds[e], count = bounds[e + 1] - begin;

@@ -14,15 +14,22 @@ from torch.autograd.function import once_differentiable
 from xushi.ops.dispatch import asked_form
 from xushi.ops.native.build import load
 
-
-def serves(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: float32 on the CPU, none empty, and XUSHI_OPS asks for no other form."""
-    return (all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in tensors)
-            and asked_form() is None and load() is not None)
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def _call(name: str, *arguments: Tensor | int | float) -> None:
-    library = load()
+def serves(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
+    """Whether the kernels take these: float32, or bfloat16 with float32 `weights`; on the CPU, none empty, and
+    XUSHI_OPS asks for no other form.
+    """
+    dtype = activations[0].dtype
+    return (dtype in DTYPES and all(t.dtype == dtype for t in activations)
+            and all(t.dtype == torch.float32 for t in weights)
+            and all(t.device.type == "cpu" and t.numel() for t in (*activations, *weights))
+            and asked_form() is None and load(DTYPES[dtype]) is not None)
+
+
+def _call(dtype: torch.dtype, name: str, *arguments: Tensor | int | float) -> None:
+    library = load(DTYPES[dtype])
     assert library is not None
     converted: list[Any] = []
     for argument in arguments:
@@ -52,7 +59,7 @@ class NativeLinear(torch.autograd.Function):
         outputs, inputs = weight.shape
         _agree(x.shape[-1] == inputs)
         y = x.new_empty(*x.shape[:-1], outputs)
-        _call("xushi_linear", x, weight, y, x.numel() // inputs, outputs, inputs, _threads())
+        _call(x.dtype, "xushi_linear", x, weight, y, x.numel() // inputs, outputs, inputs, _threads())
         ctx.save_for_backward(x, weight)
         return y
 
@@ -65,9 +72,9 @@ class NativeLinear(torch.autograd.Function):
         sizes = (x.numel() // inputs, outputs, inputs, _threads())
         dx = d_weight = None
         if ctx.needs_input_grad[0]:
-            _call("xushi_linear_input", dy, weight, dx := torch.empty_like(x), *sizes)
+            _call(dy.dtype, "xushi_linear_input", dy, weight, dx := torch.empty_like(x), *sizes)
         if ctx.needs_input_grad[1]:
-            _call("xushi_linear_weight", dy, x, d_weight := torch.empty_like(weight), *sizes)
+            _call(dy.dtype, "xushi_linear_weight", dy, x, d_weight := torch.empty_like(weight), *sizes)
         return dx, d_weight
 
 
@@ -80,7 +87,7 @@ class NativeSwiglu(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         ctx.limit, ctx.sizes = limit or 0.0, (gate.numel() // gate.shape[-1], gate.shape[-1])
-        _call("xushi_swiglu", gate, up, out := torch.empty_like(gate), *ctx.sizes, ctx.limit, _threads())
+        _call(gate.dtype, "xushi_swiglu", gate, up, out := torch.empty_like(gate), *ctx.sizes, ctx.limit, _threads())
         return out
 
     @staticmethod
@@ -88,8 +95,8 @@ class NativeSwiglu(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        _call("xushi_swiglu_backward", gate, up, gradients[0].contiguous(), d_gate, d_up, *ctx.sizes, ctx.limit,
-              _threads())
+        _call(gate.dtype, "xushi_swiglu_backward", gate, up, gradients[0].contiguous(), d_gate, d_up, *ctx.sizes,
+              ctx.limit, _threads())
         return d_gate, d_up, None
 
 
@@ -101,8 +108,8 @@ class NativeNorm(torch.autograd.Function):
         x, weight = x.contiguous(), weight.contiguous()
         width = x.shape[-1]
         _agree(weight.shape == (width,))
-        y, scale = torch.empty_like(x), x.new_empty(x.numel() // width)
-        _call("xushi_rms_norm", x, weight, y, scale, scale.numel(), width, eps, _threads())
+        y, scale = torch.empty_like(x), weight.new_empty(x.numel() // width)
+        _call(x.dtype, "xushi_rms_norm", x, weight, y, scale, scale.numel(), width, eps, _threads())
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -111,8 +118,8 @@ class NativeNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         dx, d_weight = torch.empty_like(x), torch.empty_like(weight)
-        _call("xushi_rms_norm_backward", x, weight, scale, gradients[0].contiguous(), dx, d_weight, scale.numel(),
-              x.shape[-1], _threads())
+        _call(x.dtype, "xushi_rms_norm_backward", x, weight, scale, gradients[0].contiguous(), dx, d_weight,
+              scale.numel(), x.shape[-1], _threads())
         return dx, d_weight, None
 
 
@@ -126,10 +133,10 @@ class NativeAttention(torch.autograd.Function):
         _agree(k.shape == q.shape and v.shape[:3] == q.shape[:3] and starts_BT.shape == (batch, length))
         starts_BT = starts_BT.to(torch.int32).contiguous()
         out = q.new_empty(batch, length, heads, v.shape[-1])
-        sums = q.new_empty(batch, heads, length)
+        sums = torch.empty(batch, heads, length)
         strides = torch.tensor([x.stride(axis) for x in (q, k, v) for axis in (0, 2, 1)])
         ctx.sizes = (batch, length, heads, width, v.shape[-1], scale)
-        _call("xushi_attention", q, k, v, strides, starts_BT, out, sums, *ctx.sizes, _threads())
+        _call(q.dtype, "xushi_attention", q, k, v, strides, starts_BT, out, sums, *ctx.sizes, _threads())
         ctx.save_for_backward(q, k, v, strides, starts_BT, out, sums)
         return out.transpose(1, 2)
 
@@ -138,7 +145,7 @@ class NativeAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, strides, starts_BT, out, sums = ctx.saved_tensors
         made = [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (q, k, v)]
-        _call("xushi_attention_backward", q, k, v, strides, starts_BT, out, sums,
+        _call(q.dtype, "xushi_attention_backward", q, k, v, strides, starts_BT, out, sums,
               gradients[0].transpose(1, 2).contiguous(), *made, *ctx.sizes, _threads())
         dq, dk, dv = (x.transpose(1, 2) for x in made)
         return dq, dk, dv, None, None
@@ -159,10 +166,12 @@ class NativeExperts(torch.autograd.Function):
         bounds = torch.empty(experts + 1, dtype=torch.int32)
         if not 0 <= int(indices_Nk.min()) <= int(indices_Nk.max()) < experts:
             raise IndexError(f"an expert of {experts} was chosen that does not exist")
-        _call("xushi_sort_by_expert", indices_Nk.long().contiguous(), tokens * per_token, experts, rows, place, bounds)
+        _call(x.dtype, "xushi_sort_by_expert", indices_Nk.long().contiguous(), tokens * per_token, experts, rows,
+              place, bounds)
         products, out = x.new_empty(tokens * per_token, 2 * width), torch.empty_like(x)
         ctx.sizes = (tokens, per_token, hidden, width, experts, limit or 0.0)
-        _call("xushi_experts", x, weights, gate_up, down, rows, place, bounds, products, out, *ctx.sizes, _threads())
+        _call(x.dtype, "xushi_experts", x, weights, gate_up, down, rows, place, bounds, products, out, *ctx.sizes,
+              _threads())
         ctx.save_for_backward(x, weights, gate_up, down, rows, place, bounds, products)
         return out
 
@@ -171,8 +180,8 @@ class NativeExperts(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor, None]:
         saved = ctx.saved_tensors
         dx, d_weights, d_gate_up, d_down = (torch.empty_like(t) for t in saved[:4])
-        _call("xushi_experts_backward", *saved, gradients[0].contiguous(), dx, d_weights, d_gate_up, d_down,
-              *ctx.sizes, _threads())
+        _call(saved[0].dtype, "xushi_experts_backward", *saved, gradients[0].contiguous(), dx, d_weights, d_gate_up,
+              d_down, *ctx.sizes, _threads())
         return dx, None, d_weights, d_gate_up, d_down, None
 
 
@@ -185,8 +194,9 @@ class NativeCrossEntropy(torch.autograd.Function):
         _agree(head.shape[1:] == x.shape[1:] and targets.shape == weights.shape == x.shape[:1])
         if not 0 <= int(targets.min()) <= int(targets.max()) < head.shape[0]:
             raise IndexError(f"a target lies outside the vocabulary of {head.shape[0]}")
-        losses, dx, d_head = x.new_empty(x.shape[0]), torch.empty_like(x), torch.empty_like(head)
-        _call("xushi_cross_entropy", x, head, targets, weights, losses, dx, d_head, *x.shape, head.shape[0], _threads())
+        losses, dx, d_head = torch.empty(x.shape[0]), torch.empty_like(x), torch.empty_like(head)
+        _call(x.dtype, "xushi_cross_entropy", x, head, targets, weights, losses, dx, d_head, *x.shape, head.shape[0],
+              _threads())
         ctx.save_for_backward(dx, d_head)
         return (losses * weights).sum()
 
@@ -200,10 +210,12 @@ class NativeCrossEntropy(torch.autograd.Function):
 def adamw(parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, *, rate: float, betas: tuple[float, float],
           correction2: float, eps: float, decay: float) -> None:
     """One update in place; `rate` has the first moment's correction in it, `correction2` is the second's root."""
-    _call("xushi_adamw", parameter, gradient, mean, square, parameter.numel(), rate, *betas, correction2, eps,
-          decay, _threads())
+    _call(torch.float32, "xushi_adamw", parameter, gradient, mean, square, parameter.numel(), rate, *betas,
+          correction2, eps, decay, _threads())
 
 
-def newton_schulz(x_NRC: Tensor, coefficients: tuple[float, float, float], steps: int) -> None:
-    """x <- a x + (b G + c G G) x with G = x x^T, `steps` times, for each matrix in place; rows are at most columns."""
-    _call("xushi_newton_schulz", x_NRC, *x_NRC.shape, *coefficients, steps, _threads())
+def newton_schulz(x_NRC: Tensor, coefficients: tuple[float, float, float], steps: int, products: torch.dtype) -> None:
+    """x <- a x + (b G + c G G) x with G = x x^T, `steps` times, for each float32 matrix in place; rows are at most
+    columns. What is multiplied is rounded to `products`.
+    """
+    _call(products, "xushi_newton_schulz", x_NRC, *x_NRC.shape, *coefficients, steps, _threads())

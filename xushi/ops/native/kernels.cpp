@@ -1,5 +1,6 @@
-// Float32 kernels of the training step, one source for every instruction set: vectors are the compiler's own vector
-// types, as wide as XUSHI_LANES says (16 AVX-512, 8 AVX2, 4 NEON). Plain C ABI, no other library.
+// Kernels of the training step, one source for every instruction set: vectors are the compiler's own vector types, as
+// wide as XUSHI_LANES says (16 AVX-512, 8 AVX2, 4 NEON). Tensors are float32, or with XUSHI_BF16 bfloat16 (values.h).
+// Plain C ABI, no other library.
 //
 // Every result is bit-identical for any number of threads: work is cut into tasks by shape alone, each task writes its
 // own part of the result, and sums run in a fixed order inside a task.

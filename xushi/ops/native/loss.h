@@ -8,11 +8,11 @@ extern "C" {
 
 // Output head and loss in chunks of rows: losses [N] = -log softmax(x head^T)[target]; dx [N, D] and d_head [V, D] of
 // sum_n weight_n * loss_n. x [N, D], head [V, D].
-void xushi_cross_entropy(const float* x, const float* head, const Int* targets, const float* weights, float* losses,
-                         float* dx, float* d_head, Int N, Int D, Int V, Int threads) {
+void xushi_cross_entropy(const Value* x, const float* head, const Int* targets, const float* weights, float* losses,
+                         Value* dx, float* d_head, Int N, Int D, Int V, Int threads) {
     const Int chunk = std::min(N, std::max(ROWS, (Int{1} << 22) / V / ROWS * ROWS));
-    const Int columns_size = panels(V) * NR * D, size = columns_size + panels(D) * NR * V;
-    float* packed = shared_packed.take(size);
+    const Int columns_size = panels(V) * NR * words(D), size = columns_size + panels(D) * NR * words(V);
+    Word* packed = shared_packed.take<Word>(size);
     pack_matrix(head, D, V, true, threads, packed);
     pack_matrix(head, V, D, false, threads, packed + columns_size);
     float* logits = shared_rows.take(chunk * V);
@@ -21,12 +21,13 @@ void xushi_cross_entropy(const float* x, const float* head, const Int* targets, 
         const Int count = std::min(chunk, N - n0);
         pool().run(blocks(count, few), threads, [&](Int task) {
             const Int i0 = task * few, m = std::min(few, count - i0);
-            const float *a[ROWS] = {}, *d[ROWS] = {};
+            const Value* a[ROWS] = {};
+            const float* d[ROWS] = {};
             for (Int i = 0; i < m; i++) {
                 a[i] = x + (n0 + i0 + i) * D;
                 d[i] = logits + (i0 + i) * V;
             }
-            multiply(m, V, D, a, 1, packed, D * NR, logits + i0 * V, V, false);
+            multiply(m, V, D, a, packed, words(D) * NR, logits + i0 * V, V, false);
             for (Int i = 0; i < m; i++) {
                 const Int n = n0 + i0 + i;
                 float* row = logits + (i0 + i) * V;
@@ -35,7 +36,7 @@ void xushi_cross_entropy(const float* x, const float* head, const Int* targets, 
                 map(row, row, V, [&](Int, Vec v) { return v * all(weights[n] / norm); });
                 row[targets[n]] -= weights[n];
             }
-            multiply(m, D, V, d, 1, packed + columns_size, V * NR, dx + (n0 + i0) * D, D, false);
+            multiply(m, D, V, d, packed + columns_size, words(V) * NR, dx + (n0 + i0) * D, D, false);
         });
         outer_all(count, V, D, logits, x + n0 * D, d_head, n0 > 0, threads);
     }

@@ -25,7 +25,7 @@ inline Gated gated(Vec gate, Vec up, float limit) {
 inline Vec sigmoid(Vec x) { return all(1.0f) / (all(1.0f) + exponential(-x)); }
 
 // a = silu(gate) * up
-void swiglu(const float* gate, const float* up, float* a, Int width, float limit) {
+void swiglu(const Value* gate, const Value* up, Value* a, Int width, float limit) {
     map(a, gate, width, [&](Int i, Vec g) {
         const Gated x = gated(g, part(up + i, width - i), limit);
         return x.gate * sigmoid(x.gate) * x.up;
@@ -33,8 +33,9 @@ void swiglu(const float* gate, const float* up, float* a, Int width, float limit
 }
 
 // From da, scaled: d_gate and d_up; `a` becomes scale * silu(gate) * up. Returns sum of da * silu(gate) * up.
-float swiglu_backward(const float* gate, const float* up, const float* da, float scale, float* a, float* d_gate,
-                      float* d_up, Int width, float limit) {
+template <class T>
+float swiglu_backward(const Value* gate, const Value* up, const T* da, float scale, Value* a, Value* d_gate,
+                      Value* d_up, Int width, float limit) {
     Vec sum = {};
     for (Int i = 0; i < width; i += L) {
         const Int left = width - i;
@@ -42,17 +43,9 @@ float swiglu_backward(const float* gate, const float* up, const float* da, float
         const Vec s = sigmoid(x.gate), silu = x.gate * s, d = part(da + i, left), scaled = d * all(scale);
         const Vec value = silu * x.up;
         sum += d * value;
-        const Vec made[3] = {value * all(scale),
-                             scaled * x.up * (s * (all(1.0f) + x.gate * (all(1.0f) - s))) * x.gate_slope,
-                             scaled * silu * x.up_slope};
-        float* const places[3] = {a + i, d_gate + i, d_up + i};
-        for (int p = 0; p < 3; p++) {
-            if (left >= L) {
-                store(places[p], made[p]);
-            } else {
-                for (Int j = 0; j < left; j++) places[p][j] = made[p][j];
-            }
-        }
+        store_part(a + i, left, value * all(scale));
+        store_part(d_gate + i, left, scaled * x.up * (s * (all(1.0f) + x.gate * (all(1.0f) - s))) * x.gate_slope);
+        store_part(d_up + i, left, scaled * silu * x.up_slope);
     }
     return total(sum);
 }
@@ -62,17 +55,17 @@ float swiglu_backward(const float* gate, const float* up, const float* da, float
 extern "C" {
 
 // a = silu(gate) * up, all [rows, width]; limit 0 is none.
-void xushi_swiglu(const float* gate, const float* up, float* a, Int rows, Int width, float limit, Int threads) {
+void xushi_swiglu(const Value* gate, const Value* up, Value* a, Int rows, Int width, float limit, Int threads) {
     pool().run(blocks(rows, 64), threads, [&](Int task) {
         for (Int r = task * 64; r < std::min(rows, task * 64 + 64); r++)
             swiglu(gate + r * width, up + r * width, a + r * width, width, limit);
     });
 }
 
-void xushi_swiglu_backward(const float* gate, const float* up, const float* da, float* d_gate, float* d_up, Int rows,
+void xushi_swiglu_backward(const Value* gate, const Value* up, const Value* da, Value* d_gate, Value* d_up, Int rows,
                            Int width, float limit, Int threads) {
     pool().run(blocks(rows, 64), threads, [&](Int task) {
-        float* unused = local_a.take(width);
+        Value* unused = local_a.take<Value>(width);
         for (Int r = task * 64; r < std::min(rows, task * 64 + 64); r++)
             swiglu_backward(gate + r * width, up + r * width, da + r * width, 1.0f, unused, d_gate + r * width,
                             d_up + r * width, width, limit);
@@ -80,11 +73,11 @@ void xushi_swiglu_backward(const float* gate, const float* up, const float* da, 
 }
 
 // y = x / rms(x) * weight over rows of `width`; `rstd` [rows] is kept for the backward pass.
-void xushi_rms_norm(const float* x, const float* weight, float* y, float* rstd, Int rows, Int width, float eps,
+void xushi_rms_norm(const Value* x, const float* weight, Value* y, float* rstd, Int rows, Int width, float eps,
                     Int threads) {
     pool().run(blocks(rows, 64), threads, [&](Int task) {
         for (Int r = task * 64; r < std::min(rows, task * 64 + 64); r++) {
-            const float* row = x + r * width;
+            const Value* row = x + r * width;
             Vec sum = {};
             for (Int i = 0; i < width; i += L) {
                 const Vec v = part(row + i, width - i);
@@ -98,7 +91,7 @@ void xushi_rms_norm(const float* x, const float* weight, float* y, float* rstd, 
 }
 
 // dx = rstd * (dy w - xhat * mean(dy w xhat)); d_weight [width] = sum over rows of dy * xhat, in fixed groups of rows.
-void xushi_rms_norm_backward(const float* x, const float* weight, const float* rstd, const float* dy, float* dx,
+void xushi_rms_norm_backward(const Value* x, const float* weight, const float* rstd, const Value* dy, Value* dx,
                              float* d_weight, Int rows, Int width, Int threads) {
     const Int group = std::max<Int>(64, blocks(rows, 32)), groups = blocks(rows, group);
     float* partial = shared_rows.take(groups * width);
@@ -106,7 +99,7 @@ void xushi_rms_norm_backward(const float* x, const float* weight, const float* r
         float* sums = partial + task * width;
         std::fill(sums, sums + width, 0.0f);
         for (Int r = task * group; r < std::min(rows, (task + 1) * group); r++) {
-            const float *row = x + r * width, *d = dy + r * width;
+            const Value *row = x + r * width, *d = dy + r * width;
             const float scale = rstd[r];
             Vec dot = {};
             for (Int i = 0; i < width; i += L) {

@@ -27,10 +27,12 @@ constexpr Int QUERIES = 48, KEYS = 64, FORWARD_KEYS = 512;  // tiles of attentio
 
 typedef float Vec __attribute__((vector_size(L * 4)));
 typedef float Loose __attribute__((vector_size(L * 4), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(L * 4)));
+typedef uint32_t Bits __attribute__((vector_size(L * 4)));
 
 inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
+inline Bits bits(Vec v) { return reinterpret_cast<Bits>(v); }
+inline Vec floats(Bits b) { return reinterpret_cast<Vec>(b); }
 inline Vec all(float value) { return value - Vec{}; }  // x - 0 is x, -0 too, so that nothing is computed
 inline float total(Vec v) {
     float sum = 0;
@@ -52,25 +54,31 @@ inline Vec exponential(Vec x) {
     p = p * r + all(1.6666665459e-1f);
     p = p * r + all(5.0000001201e-1f);
     p = p * r * r + r + all(1.0f);
-    Ints power, bits;
-    std::memcpy(&power, &shifted, sizeof power);
-    std::memcpy(&bits, &p, sizeof bits);
-    bits += (power - 0x4B400000) << 23;
-    std::memcpy(&p, &bits, sizeof p);
-    return p;
+    return floats(bits(p) + ((bits(shifted) - 0x4B400000) << 23));
 }
 
-// f(i, vector of a[i..]) over n values; the tail goes through a padded copy, so all values take the same code.
-template <class F>
-inline void map(float* out, const float* in, Int n, F f) {
+template <class T>
+inline Vec part(const T* p, Int left) {  // up to L values, zeros behind them
+    if (left >= L) return load(p);
+    T tail[L] = {};
+    if (left > 0) std::memcpy(tail, p, left * sizeof(T));
+    return load(tail);
+}
+
+template <class T>
+inline void store_part(T* p, Int left, Vec v) {
+    if (left >= L) return store(p, v);
+    T tail[L];
+    store(tail, v);
+    if (left > 0) std::memcpy(p, tail, left * sizeof(T));
+}
+
+// f(i, vector of in[i..]) over n values; the tail goes through a padded copy, so all values take the same code.
+template <class O, class T, class F>
+inline void map(O* out, const T* in, Int n, F f) {
     Int i = 0;
     for (; i + L <= n; i += L) store(out + i, f(i, load(in + i)));
-    if (i < n) {
-        float tail[L] = {};
-        std::memcpy(tail, in + i, (n - i) * sizeof(float));
-        store(tail, f(i, load(tail)));
-        std::memcpy(out + i, tail, (n - i) * sizeof(float));
-    }
+    if (i < n) store_part(out + i, n - i, f(i, part(in + i, n - i)));
 }
 
 // The largest of n >= 1 values.
@@ -87,13 +95,6 @@ inline float maximum(const float* row, Int n) {
     }
     for (; i < n; i++) largest = std::max(largest, row[i]);
     return largest;
-}
-
-inline Vec part(const float* p, Int left) {  // up to L values, zeros behind them
-    if (left >= L) return load(p);
-    float tail[L] = {};
-    if (left > 0) std::memcpy(tail, p, left * sizeof(float));
-    return load(tail);
 }
 
 // row <- e^(scale * row - top), n values; returns their sum.

@@ -1,0 +1,114 @@
+// What tensors and products are made of: floats, or (XUSHI_BF16) bfloat16 values, multiplied in pairs and summed as floats.
+
+#pragma once
+
+#include "vectors.h"
+
+#if XUSHI_BF16 && defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// A product takes one word of each factor a step along its depth: a float, or two bfloat16 values that follow each other
+// along it, the first in the lower half. Weights, their gradients and sums are floats in either case.
+
+#if XUSHI_BF16
+
+struct Value {
+    uint16_t half;  // the upper half of a float
+};
+struct Word {
+    uint16_t low, high;
+};
+typedef uint16_t Halves __attribute__((vector_size(L * 2)));
+constexpr Int PAIR = 2;
+
+inline Bits upper(const float* p) {  // of L floats, the nearest bfloat16, ties to even, in the upper halves
+    const Vec v = load(p);
+    const Bits b = bits(v), nearest = b + 0x7FFF + ((b >> 16) & 1);
+    return (v == v ? nearest : b | 0x400000) & 0xFFFF0000;  // added to, a NaN could wrap around
+}
+inline Bits upper(const Value* p) {
+    Halves halves;
+    std::memcpy(&halves, p, sizeof halves);
+    return __builtin_convertvector(halves, Bits) << 16;
+}
+inline Vec load(const Value* p) { return floats(upper(p)); }
+inline void store(Value* p, Vec v) {
+    float wide[L];
+    store(wide, v);
+    const Halves halves = __builtin_convertvector(upper(wide) >> 16, Halves);
+    std::memcpy(p, &halves, sizeof halves);
+}
+
+inline Bits load_words(const Word* p) {
+    Bits b;
+    std::memcpy(&b, p, sizeof b);
+    return b;
+}
+inline void store_words(Word* p, Bits b) { std::memcpy(p, &b, sizeof b); }
+inline Bits all_words(const Word& word) {
+    uint32_t both;
+    std::memcpy(&both, &word, sizeof both);
+    return both + Bits{};
+}
+
+// sum + a's pairs times b's, the upper values first, as the instruction does it.
+inline Vec multiply_add(Bits a, Bits b, Vec sum) {
+#ifdef __AVX512BF16__
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    sum += floats(a & 0xFFFF0000) * floats(b & 0xFFFF0000);
+    return sum + floats(a << 16) * floats(b << 16);
+#endif
+}
+
+// out[i] = first[i] with second[i] above it, or with 0 where there is no second.
+template <class T>
+inline void zip(const T* first, const T* second, Int n, Word* out) {
+    Int i = 0;
+    for (; i + L <= n; i += L) {
+        const Bits low = upper(first + i) >> 16;
+        store_words(out + i, second == nullptr ? low : low | upper(second + i));
+    }
+    if (i < n) {
+        T rows[2][L] = {};
+        Word tail[L];
+        std::memcpy(rows[0], first + i, (n - i) * sizeof(T));
+        if (second != nullptr) std::memcpy(rows[1], second + i, (n - i) * sizeof(T));
+        store_words(tail, upper(rows[0]) >> 16 | upper(rows[1]));
+        std::memcpy(out + i, tail, (n - i) * sizeof(Word));
+    }
+}
+
+// A row of `depth` values as words: where it lies, if it lies in words, else in `buffer`.
+inline const Word* row_words(const float* row, Int depth, Word* buffer) {
+    map(reinterpret_cast<Value*>(buffer), row, depth, [](Int, Vec v) { return v; });
+    if (depth % 2) buffer[depth / 2].high = 0;
+    return buffer;
+}
+inline const Word* row_words(const Value* row, Int depth, Word* buffer) {
+    if (depth % 2 == 0) return reinterpret_cast<const Word*>(row);
+    std::memcpy(buffer, row, depth * sizeof(Value));
+    buffer[depth / 2].high = 0;
+    return buffer;
+}
+
+#else
+
+typedef float Value;
+typedef float Word;
+constexpr Int PAIR = 1;
+
+inline Vec load_words(const Word* p) { return load(p); }
+inline Vec all_words(Word word) { return all(word); }
+inline Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
+inline void zip(const float* first, const float*, Int n, Word* out) { std::memcpy(out, first, n * sizeof(Word)); }
+inline const Word* row_words(const float* row, Int, Word*) { return row; }
+
+#endif
+
+inline Int words(Int depth) { return (depth + PAIR - 1) / PAIR; }
+
+}  // namespace
