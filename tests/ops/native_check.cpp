@@ -2,7 +2,7 @@
 // which must give the same bits. test_native_check.py builds this for each vector width and sanitizer.
 //
 // Every buffer is a heap allocation of exactly its size, so that AddressSanitizer sees one float too many, and results
-// begin as NaN, so that a place left out shows. Axes are those of kernels.cpp.
+// begin as NaN, so that a place left out shows. Axes are those of kernels.cpp. With XUSHI_BF16 tensors are bfloat16.
 
 #include "kernels.cpp"
 
@@ -88,13 +88,34 @@ void name(const char* kernel, Sizes... sizes) {
     }
 }
 
+// Tensors are floats that bfloat16 holds exactly, where the kernels take bfloat16; these pass on copies in it.
+struct Tensor {
+    std::vector<Value> values;
+    Floats* target;  // where what the kernel wrote goes afterwards, if it writes
+    Tensor(const Floats& floats, Floats* target) : values(floats.size()), target(target) {
+        map(values.data(), floats.data(), floats.size(), [](Int, Vec v) { return v; });
+    }
+    ~Tensor() {
+        if (target != nullptr) map(target->data(), values.data(), values.size(), [](Int, Vec v) { return v; });
+    }
+};
+constexpr Int HALF = PAIR == 2;
+Tensor from(const Floats& floats) { return {floats, nullptr}; }
+Tensor into(Floats& floats) { return {floats, &floats}; }
+Floats made_tensor(Int count, float low = -1, float high = 1) {
+    Floats result = made(count, low, high);
+    into(result);  // there and back: rounded
+    return result;
+}
+
 // `terms`: the lengths of the sums on the way to a result, added up; 64 is room for all that is no sum. A term
 // left out of a sum is missed by about size / terms, many times the bound. Where a kernel cuts e^x off, 1e-30 is left.
-void expect(const char* what, const Floats& got, const Exacts& want, Int terms) {
+// `halves`: how many values on the way were rounded to bfloat16, by 2^-8 each.
+void expect(const char* what, const Floats& got, const Exacts& want, Int terms, Int halves = 0) {
     checks++;
     require(got.size() == want.size(), what, -1);
     for (size_t i = 0; i < got.size(); i++) {
-        const double bound = (terms + 64) * 0x1p-23 * want[i].size + 1e-30;
+        const double bound = ((terms + 64) * 0x1p-23 + HALF * halves * 0x1p-8) * want[i].size + 1e-30;
         if (std::fabs(got[i] - want[i].value) <= bound) continue;  // never true of NaN
         std::printf("got %.9g, want %.9g within %.2g: ", got[i], want[i].value, bound);
         require(false, what, i);
@@ -103,6 +124,7 @@ void expect(const char* what, const Floats& got, const Exacts& want, Int terms) 
 
 template <class T> T* passed(std::vector<T>& buffer) { return buffer.data(); }
 template <class T> const T* passed(const std::vector<T>& buffer) { return buffer.data(); }
+Value* passed(Tensor& tensor) { return tensor.values.data(); }
 template <class T> T passed(const T& number) { return number; }
 
 // Alone, in a new thread: that one's scratch memory is no larger than the kernel asks for, so AddressSanitizer sees an
@@ -124,19 +146,19 @@ Results with_threads(Calls calls) {
 
 void linear(Int m, Int n, Int k) {
     name("linear m n k", m, n, k);
-    const Floats x = made(m * k), w = made(n * k), dy = made(m * n);
+    const Floats x = made_tensor(m * k), w = made(n * k), dy = made_tensor(m * n);
     const Results got = with_threads([&](Int threads) {
         Results out{empty(m * n), empty(m * k), empty(n * k)};
-        call(threads, xushi_linear, x, w, out[0], m, n, k);
-        call(threads, xushi_linear_input, dy, w, out[1], m, n, k);
-        call(threads, xushi_linear_weight, dy, x, out[2], m, n, k);
+        call(threads, xushi_linear, from(x), w, into(out[0]), m, n, k);
+        call(threads, xushi_linear_input, from(dy), w, into(out[1]), m, n, k);
+        call(threads, xushi_linear_weight, from(dy), from(x), out[2], m, n, k);
         return out;
     });
     auto cell = [](Int count, const float* a, Int a_step, const float* b, Int b_step) {
         return sum(0, count, [&](Int t) { return Exact(a[t * a_step]) * b[t * b_step]; });
     };
-    expect("y", got[0], table(m, n, [&](Int i, Int j) { return cell(k, &x[i * k], 1, &w[j * k], 1); }), k);
-    expect("dx", got[1], table(m, k, [&](Int i, Int j) { return cell(n, &dy[i * n], 1, &w[j], k); }), n);
+    expect("y", got[0], table(m, n, [&](Int i, Int j) { return cell(k, &x[i * k], 1, &w[j * k], 1); }), k, 2);
+    expect("dx", got[1], table(m, k, [&](Int i, Int j) { return cell(n, &dy[i * n], 1, &w[j], k); }), n, 2);
     expect("dw", got[2], table(n, k, [&](Int i, Int j) { return cell(m, &dy[i], n, &x[j], k); }), m);
 }
 
@@ -152,41 +174,44 @@ Gated gated(double gate, double up, double limit) {
 void swiglu(Int n, Int width, float limit) {
     name("swiglu n width limit", n, width, limit);
     const float reach = n % 2 == 0 ? 120.0f : 4.0f;  // e^120 is no float
-    const Floats gate = made(n * width, -reach, reach), up = made(n * width, -4, 4), da = made(n * width);
+    const Floats gate = made_tensor(n * width, -reach, reach), up = made_tensor(n * width, -4, 4);
+    const Floats da = made_tensor(n * width);
     const Results got = with_threads([&](Int threads) {
         Results out{empty(n * width), empty(n * width), empty(n * width)};
-        call(threads, xushi_swiglu, gate, up, out[0], n, width, limit);
-        call(threads, xushi_swiglu_backward, gate, up, da, out[1], out[2], n, width, limit);
+        call(threads, xushi_swiglu, from(gate), from(up), into(out[0]), n, width, limit);
+        call(threads, xushi_swiglu_backward, from(gate), from(up), from(da), into(out[1]), into(out[2]), n, width,
+             limit);
         return out;
     });
     auto at = [&](Int i) { return gated(gate[i], up[i], limit); };
-    expect("out", got[0], table(1, n * width, [&](Int, Int i) { return at(i).value; }), 0);
-    expect("d_gate", got[1], table(1, n * width, [&](Int, Int i) { return da[i] * at(i).by_gate; }), 0);
-    expect("d_up", got[2], table(1, n * width, [&](Int, Int i) { return da[i] * at(i).by_up; }), 0);
+    expect("out", got[0], table(1, n * width, [&](Int, Int i) { return at(i).value; }), 0, 1);
+    expect("d_gate", got[1], table(1, n * width, [&](Int, Int i) { return da[i] * at(i).by_gate; }), 0, 1);
+    expect("d_up", got[2], table(1, n * width, [&](Int, Int i) { return da[i] * at(i).by_up; }), 0, 1);
 }
 
 void rms_norm(Int n, Int width) {
     name("rms_norm n width", n, width);
     const float eps = 1e-6f;
-    const Floats x = made(n * width), weight = made(width), dy = made(n * width);
+    const Floats x = made_tensor(n * width), weight = made(width), dy = made_tensor(n * width);
     const Results got = with_threads([&](Int threads) {
         Results out{empty(n * width), empty(n), empty(n * width), empty(width)};
-        call(threads, xushi_rms_norm, x, weight, out[0], out[1], n, width, eps);
-        call(threads, xushi_rms_norm_backward, x, weight, out[1], dy, out[2], out[3], n, width);
+        call(threads, xushi_rms_norm, from(x), weight, into(out[0]), out[1], n, width, eps);
+        call(threads, xushi_rms_norm_backward, from(x), weight, out[1], from(dy), into(out[2]), out[3], n, width);
         return out;
     });
     const Exacts scale = table(n, 1, [&](Int r, Int) {
         return 1 / root(sum(r * width, r * width + width, [&](Int i) { return Exact(x[i]) * x[i]; }) / width + eps);
     });
     expect("rstd", got[1], scale, width);
-    expect("y", got[0], table(n, width, [&](Int r, Int i) { return x[r * width + i] * scale[r] * weight[i]; }), width);
+    expect("y", got[0], table(n, width, [&](Int r, Int i) { return x[r * width + i] * scale[r] * weight[i]; }), width,
+           1);
     const Exacts dots = table(n, 1, [&](Int r, Int) {
         return sum(0, width, [&](Int i) { return Exact(dy[r * width + i]) * weight[i] * x[r * width + i]; }) / width;
     });
     expect("dx", got[2], table(n, width, [&](Int r, Int i) {
         const Exact s = got[1][r];  // the backward pass is given the rounded one
         return s * (Exact(dy[r * width + i]) * weight[i] - x[r * width + i] * s * s * dots[r]);
-    }), width);
+    }), width, 1);
     expect("d_weight", got[3], table(1, width, [&](Int, Int i) {
         return sum(0, n, [&](Int r) { return Exact(dy[r * width + i]) * x[r * width + i] * got[1][r]; });
     }), n);
@@ -197,8 +222,8 @@ void rms_norm(Int n, Int width) {
 void attention(Int B, Int T, Int H, Int K, Int V, float scale, bool one_head, Int wider) {
     name("attention B T H K V scale one_head wider", B, T, H, K, V, scale, one_head, wider);
     const Int heads = one_head ? 1 : H, wide = V + wider;
-    const Floats q = made(B * T * H * K), k = made(B * T * heads * K), v = made((B * T * H - 1) * wide + V);
-    const Floats d_out = made(B * T * H * V);
+    const Floats q = made_tensor(B * T * H * K), k = made_tensor(B * T * heads * K);
+    const Floats v = made_tensor((B * T * H - 1) * wide + V), d_out = made_tensor(B * T * H * V);
     const std::vector<Int> strides{T * H * K, H * K, K, heads * T * K, K, one_head ? 0 : T * K, T * H * wide, H * wide,
                                    wide};
     std::vector<int32_t> starts(B * T);
@@ -207,9 +232,10 @@ void attention(Int B, Int T, Int H, Int K, Int V, float scale, bool one_head, In
     const Results got = with_threads([&](Int threads) {
         Results out{empty(B * T * H * V), empty(B * H * T), empty(B * T * H * K), empty(B * T * H * K),
                     empty(B * T * H * V)};
-        call(threads, xushi_attention, q, k, v, strides, starts, out[0], out[1], B, T, H, K, V, scale);
-        call(threads, xushi_attention_backward, q, k, v, strides, starts, out[0], out[1], d_out, out[2], out[3],
-             out[4], B, T, H, K, V, scale);
+        call(threads, xushi_attention, from(q), from(k), from(v), strides, starts, into(out[0]), out[1], B, T, H, K, V,
+             scale);
+        call(threads, xushi_attention_backward, from(q), from(k), from(v), strides, starts, from(out[0]), out[1],
+             from(d_out), into(out[2]), into(out[3]), into(out[4]), B, T, H, K, V, scale);
         return out;
     });
     Exacts out(B * T * H * V), lse(B * H * T), dq(B * T * H * K), dk(B * T * H * K), dv(B * T * H * V);
@@ -236,11 +262,11 @@ void attention(Int B, Int T, Int H, Int K, Int V, float scale, bool one_head, In
             for (Int j = 0; j < K; j++) dk[to * K + j] = dk[to * K + j] + d_score * q[row * K + j];
         }
     }
-    expect("out", got[0], out, T + K);
+    expect("out", got[0], out, T + K, 2);
     expect("lse", got[1], lse, T + K);
-    expect("dq", got[2], dq, T + K + V);
-    expect("dk", got[3], dk, T + K + V);
-    expect("dv", got[4], dv, T + K);
+    expect("dq", got[2], dq, T + K + V, 2);
+    expect("dk", got[3], dk, T + K + V, 2);
+    expect("dv", got[4], dv, T + K, 2);
 }
 
 // A token's first choice is always the same expert, so that one has more rows than a task; of 8 some have none.
@@ -262,14 +288,14 @@ void experts(Int N, Int k, Int D, Int F, Int E, float limit) {
     }
     checks++;
 
-    const Floats x = made(N * D), weights = made(P), gate_up = made(E * 2 * F * D), down = made(E * D * F);
-    const Floats d_out = made(N * D);
+    const Floats x = made_tensor(N * D), weights = made(P), gate_up = made(E * 2 * F * D), down = made(E * D * F);
+    const Floats d_out = made_tensor(N * D);
     const Results got = with_threads([&](Int threads) {
         Results out{empty(P * 2 * F), empty(N * D), empty(N * D), empty(P), empty(E * 2 * F * D), empty(E * D * F)};
-        call(threads, xushi_experts, x, weights, gate_up, down, rows, place, bounds, out[0], out[1], N, k, D, F, E,
-             limit);
-        call(threads, xushi_experts_backward, x, weights, gate_up, down, rows, place, bounds, out[0], d_out,
-             out[2], out[3], out[4], out[5], N, k, D, F, E, limit);
+        call(threads, xushi_experts, from(x), weights, gate_up, down, rows, place, bounds, into(out[0]), into(out[1]),
+             N, k, D, F, E, limit);
+        call(threads, xushi_experts_backward, from(x), weights, gate_up, down, rows, place, bounds, from(out[0]),
+             from(d_out), into(out[2]), out[3], out[4], out[5], N, k, D, F, E, limit);
         return out;
     });
     // What follows starts from the kernel's own gate and up, once these are checked: the clamp's slope jumps, and may
@@ -280,7 +306,7 @@ void experts(Int N, Int k, Int D, Int F, Int E, float limit) {
     expect("h", h, table(P, 2 * F, [&](Int r, Int j) {
         const float *a = &x[token(r) * D], *b = &gate_up[(expert(r) * 2 * F + j) * D];
         return sum(0, D, [&](Int t) { return Exact(a[t]) * b[t]; });
-    }), D);
+    }), D, 2);
     std::vector<Gated> acts;
     for (Int r = 0; r < P; r++)
         for (Int f = 0; f < F; f++) acts.push_back(gated(h[r * 2 * F + f], h[r * 2 * F + F + f], limit));
@@ -289,7 +315,7 @@ void experts(Int N, Int k, Int D, Int F, Int E, float limit) {
     });
     expect("out", got[1], table(N, D, [&](Int n, Int d) {
         return sum(n * k, n * k + k, [&](Int i) { return weights[i] * y[place[i] * D + d]; });
-    }), F + k);
+    }), F + k, 3);
 
     const Exacts da = table(P, F, [&](Int r, Int f) {
         return sum(0, D, [&](Int d) { return Exact(d_out[token(r) * D + d]) * down[(expert(r) * D + d) * F + f]; });
@@ -303,30 +329,30 @@ void experts(Int N, Int k, Int D, Int F, Int E, float limit) {
     });
     expect("dx", got[2], table(N, D, [&](Int n, Int d) {
         return sum(n * k, n * k + k, [&](Int i) { return dx_rows[place[i] * D + d]; });
-    }), D + 2 * F + k);
+    }), D + 2 * F + k, 4);
     expect("d_weights", got[3], table(P, 1, [&](Int i, Int) {
         return sum(place[i] * F, place[i] * F + F, [&](Int j) { return da[j] * acts[j].value; });
-    }), D + F);
+    }), D + F, 1);
     expect("d_gate_up", got[4], table(E * 2 * F, D, [&](Int i, Int d) {
         const Int e = i / (2 * F), j = i % (2 * F);
         return sum(bounds[e], bounds[e + 1], [&](Int r) { return dh[r * 2 * F + j] * x[token(r) * D + d]; });
-    }), D + N);
+    }), D + N, 2);
     expect("d_down", got[5], table(E * D, F, [&](Int i, Int f) {
         const Int e = i / D, d = i % D;
         return sum(bounds[e], bounds[e + 1], [&](Int r) {
             return Exact(d_out[token(r) * D + d]) * weights[rows[r]] * acts[r * F + f].value;
         });
-    }), N);
+    }), N, 1);
 }
 
 void cross_entropy(Int N, Int D, Int V, float reach) {
     name("cross_entropy N D V reach", N, D, V, reach);
-    const Floats x = made(N * D, -reach, reach), head = made(V * D), weights = made(N, 0, 1);
+    const Floats x = made_tensor(N * D, -reach, reach), head = made(V * D), weights = made(N, 0, 1);
     std::vector<Int> targets(N);
     for (Int n = 0; n < N; n++) targets[n] = n == 0 ? V - 1 : next_bits() % V;
     const Results got = with_threads([&](Int threads) {
         Results out{empty(N), empty(N * D), empty(V * D)};
-        call(threads, xushi_cross_entropy, x, head, targets, weights, out[0], out[1], out[2], N, D, V);
+        call(threads, xushi_cross_entropy, from(x), head, targets, weights, out[0], into(out[1]), out[2], N, D, V);
         return out;
     });
     Exacts losses, dx(N * D), d_head(V * D);
@@ -343,9 +369,9 @@ void cross_entropy(Int N, Int D, Int V, float reach) {
             for (Int d = 0; d < D; d++) d_head[v * D + d] = d_head[v * D + d] + d_logit * x[n * D + d];
         }
     }
-    expect("losses", got[0], losses, D + V / 4);  // the norm is summed in 4 lanes or more
-    expect("dx", got[1], dx, D + V + V / 4);
-    expect("d_head", got[2], d_head, D + N + V / 4);
+    expect("losses", got[0], losses, D + V / 4, 1);  // the norm is summed in 4 lanes or more
+    expect("dx", got[1], dx, D + V + V / 4, 4);
+    expect("d_head", got[2], d_head, D + N + V / 4, 2);
 }
 
 void adamw(Int count) {
@@ -397,7 +423,8 @@ void newton_schulz(Int n, Int rows, Int columns) {
         }
         all.insert(all.end(), now.begin(), now.end());
     }
-    expect("x", got[0], all, 2 * (2 * columns + 3 * rows) * 5);  // each product of five sums passes all their errors on
+    // Each product of five sums passes all their errors on; six factors a step are rounded to bfloat16.
+    expect("x", got[0], all, 2 * (2 * columns + 3 * rows) * 5, 5 * 6 + 6);
 }
 
 // One of two callers at the same moment has the pool and the other works alone: the same bits for both.
@@ -406,7 +433,8 @@ void two_callers() {
     const Int m = 301, n = 50, k = 33;
     const Floats x = made(m * k), w = made(n * k);
     auto work = [&](Results& out) {
-        for (Floats& y : out) xushi_linear(x.data(), w.data(), y.data(), m, n, k, 3);
+        Tensor input = from(x);
+        for (Floats& y : out) xushi_linear(passed(input), w.data(), into(y).values.data(), m, n, k, 3);
     };
     Results left(20, empty(m * n)), right(20, empty(m * n));
     std::thread other([&] { work(left); });
@@ -458,7 +486,7 @@ int main() {
     for (Int N : rows)
         for (Int V : {7, 100, 301}) {
             check::cross_entropy(N, 17, V, 1);
-            check::cross_entropy(N, 3, V, 60);
+            check::cross_entropy(N, 3, V, HALF ? 4 : 60);  // what bounds e^x is of first order in its error
         }
     check::cross_entropy(130, 133, 50, 1);
     check::cross_entropy(97, 31, 31, 1);

@@ -23,6 +23,7 @@ MACHINE = inspect()
 RELEASE = tuple(flag for flag in build.COMMON if flag not in ("-fPIC", "-shared"))
 SANITIZED = ("-std=c++17", "-pthread", "-O1", "-g1", "-fno-sanitize-recover=all")
 AVX2 = ("-mavx2", "-mfma")
+BF16 = "-DXUSHI_BF16=1"
 ARM_COMPILER = "aarch64-linux-gnu-g++"
 
 
@@ -63,14 +64,16 @@ def run_check(*command: str | Path) -> None:
     assert done.returncode == 0 and done.stdout.startswith("ok "), done.stdout + done.stderr[:10000]
 
 
-# Undefined behaviour is looked for once: it hardly depends on the width, and takes as long again to compile.
+# Undefined behaviour is looked for once a dtype: it hardly depends on the width, and takes as long again to compile.
 @pytest.mark.parametrize("lanes, sanitizers, special", [
     pytest.param(4, "address", (), id="4 lanes for any processor"),
     pytest.param(8, "address,undefined", AVX2, id="8 lanes for AVX2"),
     pytest.param(16, "address", AVX2, id="16 lanes for AVX2"),
+    pytest.param(8, "address,undefined", (*AVX2, BF16), id="8 lanes for AVX2 in bf16"),
+    pytest.param(16, "address", (*AVX2, BF16), id="16 lanes for AVX2 in bf16"),
 ])
 def test_memory_is_not_overrun(lanes: int, sanitizers: str, special: tuple[str, ...], tmp_path: Path) -> None:
-    need(*(flag.removeprefix("-m") for flag in special))
+    need(*(flag.removeprefix("-m") for flag in special if flag.startswith("-m")))
     flags = (*SANITIZED, *special, f"-fsanitize={sanitizers}")
     need_runtime(flags, tmp_path)
     run_check(compile_check(native_compiler(), (*flags, f"-DXUSHI_LANES={lanes}"), tmp_path))
@@ -92,14 +95,22 @@ def test_avx512_as_released(tmp_path: Path) -> None:
     run_check(compile_check(native_compiler(), (*RELEASE, "-mavx512f", *AVX2, "-DXUSHI_LANES=16"), tmp_path))
 
 
-def test_avx2_as_released(tmp_path: Path) -> None:
+def test_avx512_bf16_as_released(tmp_path: Path) -> None:
+    need("avx512_bf16", "avx512f", "avx2", "fma")
+    flags = (*RELEASE, "-mavx512bf16", "-mavx512f", *AVX2, "-DXUSHI_LANES=16", BF16)
+    run_check(compile_check(native_compiler(), flags, tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [(), (BF16,)], ids=["fp32", "bf16"])
+def test_avx2_as_released(dtype: tuple[str, ...], tmp_path: Path) -> None:
     need("avx2", "fma")
-    run_check(compile_check(native_compiler(), (*RELEASE, *AVX2, "-DXUSHI_LANES=8"), tmp_path))
+    run_check(compile_check(native_compiler(), (*RELEASE, *AVX2, "-DXUSHI_LANES=8", *dtype), tmp_path))
 
 
-def test_neon_as_released(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [(), (BF16,)], ids=["fp32", "bf16"])
+def test_neon_as_released(dtype: tuple[str, ...], tmp_path: Path) -> None:
     """On an ARM processor itself, elsewhere in an emulator."""
-    flags = (*RELEASE, "-DXUSHI_LANES=4")
+    flags = (*RELEASE, "-DXUSHI_LANES=4", *dtype)
     if platform.machine() in ("aarch64", "arm64"):
         run_check(compile_check(native_compiler(), flags, tmp_path))
         return
