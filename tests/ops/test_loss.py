@@ -71,13 +71,18 @@ def test_compiled_bfloat16(seed, tokens, width, vocabulary, scale, within, leave
     x = x.bfloat16()
     size, dx, d_head, absolute = magnitudes(x, head, targets, weights)
     logit = 2 * float((x.double().abs() @ head.double().abs().T).max())
-    fast, exact = leaves(torch.bfloat16, x) + leaves(torch.float32, head), leaves(torch.float64, x, head)
-    got, want = cross_entropy(*fast, targets, weights), cross_entropy_reference(*exact, targets, weights.double())
-    got.backward()
-    want.backward()
-    within("loss", got.detach(), want.detach(), (size * weights.double()).sum(), absolute + tokens, logit)
-    within("gradient of x", fast[0].grad, exact[0].grad, dx, absolute + vocabulary + 4, 3 + logit)
-    within("gradient of the head", fast[1].grad, exact[1].grad, d_head, absolute + tokens + 4, 1 + logit)
+    exact = leaves(torch.float64, x, head)
+    log_p = token_log_probabilities_reference(*exact, targets)
+    (-log_p * weights.double()).sum().backward()
+    for form in (lambda *tensors: cross_entropy(*tensors, targets, weights),
+                 lambda *tensors: (-token_log_probabilities(*tensors, targets) * weights).sum()):
+        fast = leaves(torch.bfloat16, x) + leaves(torch.float32, head)
+        loss_ = form(*fast)
+        loss_.backward()
+        within("loss", loss_.detach(), (-log_p.detach() * weights).sum(), (size * weights.double()).sum(),
+               absolute + tokens, logit)
+        within("gradient of x", fast[0].grad, exact[0].grad, dx, absolute + vocabulary + 4, 3 + logit)
+        within("gradient of the head", fast[1].grad, exact[1].grad, d_head, absolute + tokens + 4, 1 + logit)
 
 
 @given(seed=st.integers(0, 2**31), tokens=st.integers(1, 60), width=st.integers(1, 23), vocabulary=st.integers(1, 47),

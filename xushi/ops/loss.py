@@ -25,7 +25,8 @@ def token_log_probabilities(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) ->
     """The same in chunks, its logits computed again in the backward pass."""
     if use_reference() or x_ND.dtype == torch.float64:
         return token_log_probabilities_reference(x_ND, head_VD, targets_N)
-    result: Tensor = _TokenLogProbabilities.apply(x_ND, head_VD, targets_N)  # type: ignore[no-untyped-call]
+    form = native.NativeLogProbabilities if native.serves(x_ND, weights=(head_VD,)) else _TokenLogProbabilities
+    result: Tensor = form.apply(x_ND, head_VD, targets_N)  # type: ignore[no-untyped-call]
     return result
 
 

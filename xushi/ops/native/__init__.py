@@ -1,4 +1,4 @@
-"""The C++ forms of ops: float32 on a CPU, compiled once per machine with whatever C++17 compiler it has.
+"""The C++ forms of ops: float32 and bfloat16 on a CPU, compiled once per machine with any C++17 compiler it has.
 
 Without a compiler, or on a processor without AVX2 or NEON, there are none and the PyTorch forms run.
 """
@@ -9,6 +9,7 @@ from xushi.ops.native.functions import (
     NativeCrossEntropy,
     NativeExperts,
     NativeLinear,
+    NativeLogProbabilities,
     NativeNorm,
     NativeSwiglu,
     adamw,
@@ -16,5 +17,5 @@ from xushi.ops.native.functions import (
     serves,
 )
 
-__all__ = ["NativeAttention", "NativeCrossEntropy", "NativeExperts", "NativeLinear", "NativeNorm", "NativeSwiglu",
-           "adamw", "form", "load", "newton_schulz", "serves", "status"]
+__all__ = ["NativeAttention", "NativeCrossEntropy", "NativeExperts", "NativeLinear", "NativeLogProbabilities",
+           "NativeNorm", "NativeSwiglu", "adamw", "form", "load", "newton_schulz", "serves", "status"]

@@ -28,13 +28,13 @@ def serves(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
             and asked_form() is None and load(DTYPES[dtype]) is not None)
 
 
-def _call(dtype: torch.dtype, name: str, *arguments: Tensor | int | float) -> None:
+def _call(dtype: torch.dtype, name: str, *arguments: Tensor | int | float | None) -> None:
     library = load(DTYPES[dtype])
     assert library is not None
     converted: list[Any] = []
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            converted.append(ctypes.c_void_p(argument.data_ptr()))
+        if argument is None or isinstance(argument, Tensor):
+            converted.append(ctypes.c_void_p(None if argument is None else argument.data_ptr()))
         else:
             converted.append(ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument))
     getattr(library, name)(*converted)  # ctypes lets other Python threads run meanwhile
@@ -185,20 +185,44 @@ class NativeExperts(torch.autograd.Function):
         return dx, None, d_weights, d_gate_up, d_down, None
 
 
+def _cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor | None
+                   ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Losses [N] and the gradients of their weighted sum; without weights the losses alone."""
+    x, head, targets = x_ND.contiguous(), head_VD.contiguous(), targets_N.long().contiguous()
+    weights = None if weights_N is None else weights_N.contiguous()
+    _agree(head.shape[1:] == x.shape[1:] and targets.shape == x.shape[:1])
+    _agree(weights is None or weights.shape == targets.shape)
+    if not 0 <= int(targets.min()) <= int(targets.max()) < head.shape[0]:
+        raise IndexError(f"a target lies outside the vocabulary of {head.shape[0]}")
+    losses = torch.empty(x.shape[0])
+    dx, d_head = (None, None) if weights is None else (torch.empty_like(x), torch.empty_like(head))
+    _call(x.dtype, "xushi_cross_entropy", x, head, targets, weights, losses, dx, d_head, *x.shape, head.shape[0],
+          _threads())
+    return losses, dx, d_head
+
+
+class NativeLogProbabilities(torch.autograd.Function):
+    """log softmax(x head^T)[target] [N]; the logits are made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, head_VD, targets_N)
+        return -_cross_entropy(x_ND, head_VD, targets_N, None)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        return (*_cross_entropy(*ctx.saved_tensors, -gradients[0])[1:], None)
+
+
 class NativeCrossEntropy(torch.autograd.Function):
     """sum of weight * -log softmax(x head^T)[target], both gradients made on the way forward."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-        x, head, targets, weights = (t.contiguous() for t in (x_ND, head_VD, targets_N.long(), weights_N))
-        _agree(head.shape[1:] == x.shape[1:] and targets.shape == weights.shape == x.shape[:1])
-        if not 0 <= int(targets.min()) <= int(targets.max()) < head.shape[0]:
-            raise IndexError(f"a target lies outside the vocabulary of {head.shape[0]}")
-        losses, dx, d_head = torch.empty(x.shape[0]), torch.empty_like(x), torch.empty_like(head)
-        _call(x.dtype, "xushi_cross_entropy", x, head, targets, weights, losses, dx, d_head, *x.shape, head.shape[0],
-              _threads())
+        losses, dx, d_head = _cross_entropy(x_ND, head_VD, targets_N, weights_N)
         ctx.save_for_backward(dx, d_head)
-        return (losses * weights).sum()
+        return (losses * weights_N).sum()
 
     @staticmethod
     @once_differentiable

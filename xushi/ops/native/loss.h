@@ -7,14 +7,14 @@
 extern "C" {
 
 // Output head and loss in chunks of rows: losses [N] = -log softmax(x head^T)[target]; dx [N, D] and d_head [V, D] of
-// sum_n weight_n * loss_n. x [N, D], head [V, D].
+// sum_n weight_n * loss_n. x [N, D], head [V, D]. Without weights the losses alone.
 void xushi_cross_entropy(const Value* x, const float* head, const Int* targets, const float* weights, float* losses,
                          Value* dx, float* d_head, Int N, Int D, Int V, Int threads) {
     const Int chunk = std::min(N, std::max(ROWS, (Int{1} << 22) / V / ROWS * ROWS));
     const Int columns_size = panels(V) * NR * words(D), size = columns_size + panels(D) * NR * words(V);
     Word* packed = shared_packed.take<Word>(size);
     pack_matrix(head, D, V, true, threads, packed);
-    pack_matrix(head, V, D, false, threads, packed + columns_size);
+    if (weights != nullptr) pack_matrix(head, V, D, false, threads, packed + columns_size);
     float* logits = shared_rows.take(chunk * V);
     const Int few = MR * 4;  // rows of logits at once: they stay in the cache
     for (Int n0 = 0; n0 < N; n0 += chunk) {
@@ -33,12 +33,14 @@ void xushi_cross_entropy(const Value* x, const float* head, const Int* targets, 
                 float* row = logits + (i0 + i) * V;
                 const float top = maximum(row, V), chosen = row[targets[n]], norm = exponentials(row, V, 1.0f, top);
                 losses[n] = top + std::log(norm) - chosen;
+                if (weights == nullptr) continue;
                 map(row, row, V, [&](Int, Vec v) { return v * all(weights[n] / norm); });
                 row[targets[n]] -= weights[n];
             }
+            if (weights == nullptr) return;
             multiply(m, D, V, d, packed + columns_size, words(V) * NR, dx + (n0 + i0) * D, D, false);
         });
-        outer_all(count, V, D, logits, x + n0 * D, d_head, n0 > 0, threads);
+        if (weights != nullptr) outer_all(count, V, D, logits, x + n0 * D, d_head, n0 > 0, threads);
     }
 }
 

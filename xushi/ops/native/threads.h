@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -15,6 +16,24 @@
 #include "values.h"
 
 namespace {
+
+// Being woken takes about as long, and the next call often comes sooner; longer would keep others from the core.
+constexpr int SPIN_MICROSECONDS = 50;
+
+// Waits until `ready`, for so long as being woken from sleep would take; whether it is.
+template <class Ready>
+bool soon(Ready ready) {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(SPIN_MICROSECONDS);
+    do {
+        for (int i = 0; i < 16; i++) {
+            if (ready()) return true;
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+        }
+    } while (std::chrono::steady_clock::now() < until);
+    return false;
+}
 
 // Sleeping workers that a call wakes. One call at a time has them; another at the same moment works alone.
 class Pool {
@@ -38,17 +57,18 @@ class Pool {
         }
         wake.notify_all();
         for (Int task; (task = next.fetch_add(1)) < tasks;) f(task);
-        std::unique_lock<std::mutex> lock(mutex);
-        done.wait(lock, [this] { return working == 0; });
-        lock.unlock();
+        if (!soon([this] { return working == 0; })) {
+            std::unique_lock<std::mutex> lock(mutex);
+            done.wait(lock, [this] { return working == 0; });
+        }
         busy.unlock();
     }
 
   private:
     void work(Int index) {
-        uint64_t seen = 0;
-        std::unique_lock<std::mutex> lock(mutex);
-        for (;;) {
+        for (uint64_t seen = 0;;) {
+            soon([&] { return round != seen; });
+            std::unique_lock<std::mutex> lock(mutex);
             wake.wait(lock, [&] { return round != seen; });
             seen = round;
             if (index >= helpers) continue;
@@ -64,8 +84,9 @@ class Pool {
     void (*call)(void*, Int) = nullptr;
     void* context = nullptr;
     std::atomic<Int> next{0};
-    Int end = 0, workers = 0, helpers = 0, working = 0;
-    uint64_t round = 0;
+    Int end = 0, workers = 0, helpers = 0;
+    std::atomic<Int> working{0};
+    std::atomic<uint64_t> round{0};
     const pid_t owner = getpid();  // a forked child has none of the workers
 };
 
