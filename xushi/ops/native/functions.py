@@ -212,7 +212,9 @@ class NativeLogProbabilities(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        return (*_cross_entropy(*ctx.saved_tensors, -gradients[0])[1:], None)
+        x_ND, head_VD, targets_N = ctx.saved_tensors
+        _, dx, d_head = _cross_entropy(x_ND, head_VD, targets_N, -gradients[0])
+        return dx, d_head, None
 
 
 class NativeCrossEntropy(torch.autograd.Function):
