@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from statistics import median
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,58 +26,20 @@ import torch
 
 from xushi.base.allocator import keep_freed_memory
 from xushi.base.machine import best_training_dtype, inspect, measure_matrix_gflops, peak_memory_bytes
-from xushi.model import Deepseek, ModelConfig, pretraining_loss, to_published
+from xushi.model import ModelConfig, to_published
 from xushi.ops import native
 from xushi.plan import train_flops_per_token
-from xushi.recipe import load_recipe
-from xushi.train import set_compute_dtype
-from xushi.train.balance import update_router_biases
-from xushi.train.optimizer import Optimizer, clip_gradients
+from xushi.run.benchmark import SHAPES, Shape, line_through, named_shape, shares_of_time, training_step
 
-S = dict(vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, intermediate_size=768,
-         moe_intermediate_size=128, n_routed_experts=32, num_experts_per_tok=4, n_shared_experts=1, kv_lora_rank=64,
-         q_lora_rank=128, qk_rope_head_dim=16, qk_nope_head_dim=32, v_head_dim=32, n_group=1, topk_group=1,
-         first_k_dense_replace=1, max_position_embeddings=512)
-M = dict(S, vocab_size=16384, hidden_size=512, num_hidden_layers=12, intermediate_size=1536, moe_intermediate_size=256,
-         n_routed_experts=64, num_experts_per_tok=6, kv_lora_rank=128, q_lora_rank=256)
-SHAPES = {"S": (S, 8, 512), "M": (M, 4, 512)}  # config, sequences, length
 SETTINGS = {"xushi pytorch": {"XUSHI_OPS": "pytorch"},
             "transformers tuned": {"MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "67108864",
                                    "MALLOC_MMAP_THRESHOLD_": "2147483647"}}
-PARTS = ("Linear", "Attention", "Experts", "CrossEntropy", "Norm", "Swiglu")
 
 
-def shape(name: str) -> tuple[ModelConfig, int, int, str]:
-    """A shape's config, sequences, length and optimizer."""
-    if name in SHAPES:
-        fields, rows, length = SHAPES[name]
-        return ModelConfig.model_validate({**fields, "num_nextn_predict_layers": 0}), rows, length, "adamw"
-    recipe = load_recipe(Path(name), [])
-    config = recipe.model.model_copy(update={"vocab_size": recipe.tokenizer.vocab_size, "num_nextn_predict_layers": 0})
-    length = recipe.data.sequence_length
-    return config, recipe.pretrain.batch_tokens // length, length, recipe.pretrain.optimizer
-
-
-def ours(config: ModelConfig, kind: str, dtype: str) -> Callable[[torch.Tensor], None]:
-    """A step as training does it: autograd, segments, clipping, optimizer, router biases, metrics."""
-    model = Deepseek(config).initialise(0)
-    set_compute_dtype(model, dtype)
-    optimizer = Optimizer(model, kind, (0.9, 0.95), 0.1, model.compute_dtype)
-
-    def step(tokens: torch.Tensor) -> None:
-        # One document a row, as the peer has it: more of them would be less attention to compute.
-        batch = {"tokens": tokens, "targets": tokens.roll(-1, 1), "segments": torch.zeros_like(tokens),
-                 "positions": torch.arange(tokens.shape[1]).expand_as(tokens),
-                 "loss_mask": torch.ones_like(tokens) > 0}
-        parts = pretraining_loss(model, batch, mtp_weight=0.3, balance_weight=1e-4)
-        parts.total.backward()
-        clip_gradients(model.parameters(), 1.0)
-        optimizer.step(1e-6)
-        optimizer.zero_grad()
-        update_router_biases(model, parts.loads, 1e-3)
-        float(parts.next_token)
-
-    return step
+def shape_without_mtp(name: str) -> Shape:
+    """The peer has no MTP layers."""
+    shape = named_shape(name)
+    return replace(shape, config=shape.config.model_copy(update={"num_nextn_predict_layers": 0}))
 
 
 def peer(config: ModelConfig, dtype: str) -> Callable[[torch.Tensor], None]:
@@ -102,38 +64,26 @@ def peer(config: ModelConfig, dtype: str) -> Callable[[torch.Tensor], None]:
 def worker(side: str, name: str, dtype: str) -> None:
     """One step for each line read, of so many sequences; answers its seconds, or to "parts" where they go."""
     torch.set_num_threads(inspect().usable_cores)
-    config, rows, length, optimizer = shape(name)
-    tokens = torch.randint(0, config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
+    shape = shape_without_mtp(name)
+    tokens = shape.tokens()
     if side.startswith("xushi"):
         keep_freed_memory()
-        step = ours(config, optimizer, dtype)
+        step = training_step(shape, dtype)
     else:
-        step = peer(config, dtype)
+        step = peer(shape.config, dtype)
     for line in sys.stdin:
         answer: object
         if line == "parts\n":
-            answer = parts_of(lambda: step(tokens))
+            answer = shares_of_time(lambda: step(tokens))
         elif line == "memory\n":
             answer = peak_memory_bytes()
         elif line == "form\n":
-            answer = native.status()
+            answer = native.status(dtype)
         else:
             began = time.perf_counter()
             step(tokens[:int(line)])
             answer = time.perf_counter() - began
         print(json.dumps(answer), flush=True)
-
-
-def parts_of(step: Callable[[], None]) -> dict[str, float]:
-    """Share of a step's time in each kind of kernel, forward and backward, and in everything else."""
-    with torch.profiler.profile() as profile:
-        step()
-    shares = dict.fromkeys((*PARTS, "other"), 0.0)
-    for event in profile.key_averages():
-        part = next((p for p in PARTS if event.key in (f"Native{p}", f"Native{p}Backward")), "other")
-        shares[part] += event.self_cpu_time_total
-    total = sum(shares.values())
-    return {part: time_ / total for part, time_ in shares.items()}
 
 
 class Side:
@@ -156,16 +106,10 @@ class Side:
                              "three sides of M take 20 GiB; any other error stands above") from None
 
 
-def line_through(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Least squares: t = fixed + slope * x."""
-    mean_x, mean_t = (sum(p[i] for p in points) / len(points) for i in (0, 1))
-    slope = sum((x - mean_x) * (t - mean_t) for x, t in points) / sum((x - mean_x) ** 2 for x, _ in points)
-    return mean_t - slope * mean_x, slope
-
-
 def measure(name: str, dtype: str, peers: bool, rounds: int) -> dict[str, float]:
     """One shape's table; returns its numbers."""
-    config, rows, length, optimizer = shape(name)
+    shape = shape_without_mtp(name)
+    rows, length = shape.sequences, shape.length
     names = ["xushi", *(["transformers", "transformers tuned"] if peers else ["xushi pytorch"])]
     sides = {side: Side(side, name, dtype) for side in names}
     seconds: dict[str, list[float]] = {side: [] for side in names}
@@ -174,9 +118,9 @@ def measure(name: str, dtype: str, peers: bool, rounds: int) -> dict[str, float]
         for side, process in sides.items():
             seconds[side].append(float(process.ask(rows)))  # type: ignore[arg-type]
     ceiling = max(ceiling, measure_matrix_gflops(dtype))
-    flops = train_flops_per_token(config, length, mtp=False)
-    print(f"\n{name}: {rows} sequences of {length}, {optimizer}, {dtype}, ceiling {ceiling:.0f} GFLOP/s; "
-          f"{sides['xushi'].ask('form')}")
+    flops = train_flops_per_token(shape.config, length, mtp=False)
+    print(f"\n{name}: {rows} sequences of {length}, {shape.settings.optimizer}, {dtype}, ceiling {ceiling:.0f} "
+          f"GFLOP/s; {sides['xushi'].ask('form')}")
     rates = {}
     for side, times in seconds.items():
         ordered = sorted(rows * length / t for t in times[1:])

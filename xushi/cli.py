@@ -24,6 +24,9 @@ from xushi.base.errors import XushiError
 app = typer.Typer(name="xushi", add_completion=False, pretty_exceptions_enable=False,
                   rich_markup_mode=None, help="Raw text in, a served DeepSeek-style reasoning model out.")
 
+bench_app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
 RecipeArgument = Annotated[Path | None, typer.Argument(help="the recipe; recipes/demo.toml if left out")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe")]
 RunArgument = Annotated[Path, typer.Argument(help="a run directory, such as runs/demo")]
@@ -121,6 +124,30 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print findings 
         return
     for finding in findings:
         print(f"{finding.name:<12} {finding.value}\n{'':<12} {finding.verdict}")
+
+
+@bench_app.command("train")
+def bench_train(
+    name: Annotated[str, typer.Argument(metavar="[S|M|RECIPE]", help="a model of 20 (S) or 307 (M) million parameters, "
+                                        "or a recipe's file for its own")] = "S",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: what training takes here")] = "auto",
+    rounds: Annotated[int, typer.Option(help="steps that are timed")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
+) -> None:
+    """Time whole training steps: tokens per second, share of the machine's limit, where the time goes."""
+    from xushi.base.allocator import keep_freed_memory
+    from xushi.run import benchmark_training, named_shape, sentences
+
+    if dtype not in ("auto", "fp32", "bf16"):
+        raise XushiError(f"--dtype {dtype} is not known", "give auto, fp32 or bf16")
+    if rounds < 1:
+        raise XushiError(f"--rounds {rounds} times nothing", "give at least 1")
+    keep_freed_memory()
+    result = benchmark_training(named_shape(name), dtype, rounds)
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(sentences(result))
 
 
 @app.command()

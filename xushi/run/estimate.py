@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from xushi.base.machine import inspect
-from xushi.model import Deepseek, pretraining_loss
 from xushi.plan import count_parameters, kv_cache_bytes_per_token, train_flops_per_token, training_memory_bytes
 from xushi.recipe import Recipe
-from xushi.train import chosen_dtype, new_optimizer, set_compute_dtype
+from xushi.run.benchmark import Shape, training_step
+from xushi.train import chosen_dtype
 
 # Sampling an answer costs about as much again as learning from it (measured on the demo, docs/lab-log.md).
 RL_COST_PER_TRAINED_TOKEN = 2.0
@@ -25,7 +25,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
                                    "bf16" if dtype == "bf16" else "fp32", bool(recipe.pretrain.mtp_weight),
                                    bool(recipe.pretrain.indexer_weight))
     torch.set_num_threads(recipe.threads or inspect().usable_cores)
-    per_token = _seconds_per_token(recipe, Deepseek(config).initialise(recipe.seed))
+    per_token = _seconds_per_token(Shape(recipe.name, config, recipe.pretrain, recipe.data.sequence_length), dtype)
     seconds = {"pretrain": recipe.pretrain.steps * batch_tokens * per_token if recipe.runs("pretrain") else 0.0}
     digits = recipe.environment.max_digits if recipe.environment else 0
     if recipe.sft is not None and recipe.runs("sft"):
@@ -47,22 +47,11 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "seconds.training": sum(seconds.values())}
 
 
-def _seconds_per_token(recipe: Recipe, model: Deepseek) -> float:
+def _seconds_per_token(shape: Shape, dtype: str) -> float:
     """The faster of two full optimizer steps on random tokens, after one that warms up."""
-    config, length = recipe.pretrain, recipe.data.sequence_length
-    set_compute_dtype(model, config.dtype)
-    optimizer = new_optimizer(model, config)
-    stream = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, model.config.vocab_size, (config.batch_tokens // length, length), generator=stream)
-    batch = {"tokens": tokens, "targets": tokens.roll(-1, 1), "positions": torch.arange(length).expand_as(tokens),
-             "segments": torch.zeros_like(tokens), "loss_mask": torch.ones_like(tokens, dtype=torch.bool)}
-    times = []
+    step, tokens, times = training_step(shape, dtype), shape.tokens(), []
     for _ in range(3):
         began = time.perf_counter()
-        loss = pretraining_loss(model, batch, mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
-                                indexer_weight=config.indexer_weight)
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        optimizer.step(1e-9)
-        optimizer.zero_grad()
+        step(tokens)
         times.append(time.perf_counter() - began)
-    return min(times[1:]) / config.batch_tokens
+    return min(times[1:]) / tokens.numel()
