@@ -68,7 +68,7 @@ def worker(side: str, name: str, dtype: str) -> None:
     tokens = shape.tokens()
     if side.startswith("xushi"):
         keep_freed_memory()
-        step = training_step(shape, dtype)
+        step = training_step(shape.but(dtype=dtype))
     else:
         step = peer(shape.config, dtype)
     for line in sys.stdin:

@@ -142,8 +142,9 @@ def bench_train(
         raise XushiError(f"--dtype {dtype} is not known", "give auto, fp32 or bf16")
     if rounds < 1:
         raise XushiError(f"--rounds {rounds} times nothing", "give at least 1")
+    shape = named_shape(name)
     keep_freed_memory()
-    result = benchmark_training(named_shape(name), dtype, rounds)
+    result = benchmark_training(shape if dtype == "auto" else shape.but(dtype=dtype), rounds)
     if as_json:
         print(json.dumps(result))
         return

@@ -369,3 +369,21 @@ def test_even_routing_has_the_least_balance_loss() -> None:
     assert sequence_balance_loss(RouterChoice(scores, even, scores[:, :2]), segments) == pytest.approx(1.0)
     uneven = sequence_balance_loss(RouterChoice(one, torch.tensor([[0, 1]] * 8), one[:, :2]), segments)
     assert uneven == pytest.approx(2 * 0.9)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_recomputed_activations_give_the_same_bits(kind, dtype, random_model, tiny_of) -> None:
+    """Routing, indexers, streams and MTP layers with it."""
+    results = []
+    for recompute in (False, True):
+        model = random_model(tiny_of(kind, num_nextn_predict_layers=int(kind == "deepseek_v3")), 5)
+        model.compute_dtype, model.recompute = dtype, recompute
+        tokens = torch.arange(40).remainder(model.config.vocab_size).view(2, 20)
+        parts = pretraining_loss(model, {"tokens": tokens, "targets": tokens.roll(-1, 1),
+                                         "positions": torch.arange(20).expand(2, 20),
+                                         "segments": torch.zeros_like(tokens), "loss_mask": tokens >= 0},
+                                 mtp_weight=0.3, balance_weight=0.1)
+        parts.total.backward()
+        results.append([parts.total.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) > 20 and all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -24,9 +24,10 @@ def pytorch_forms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kept_by_autograd(config: ModelConfig, rows: int, length: int, mtp: bool, indexer_weight: float = 1.0,
-                     compute: str = "fp32", documents: int = 1) -> int:
+                     compute: str = "fp32", documents: int = 1, recompute: bool = False) -> int:
     """Bytes beside the parameters that one forward pass keeps, rows of `documents` packed documents each."""
     model = Deepseek(config).initialise(0)
+    model.recompute = recompute
     model.compute_dtype = torch.bfloat16 if compute == "bf16" else None
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -89,6 +90,21 @@ def test_activations_of_packed_rows_and_in_bf16(kind, compute, documents, length
     copies = estimate.weights // 3 if compute == "bf16" else 0  # 2 of the 6 bytes, which autograd keeps too
     kept = kept_by_autograd(config, rows, length, mtp, compute=compute, documents=documents)
     assert estimate.activations + head_gradients + copies == pytest.approx(kept, rel=0.08)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4"])
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_a_layer_more_costs_its_input_alone_where_layers_are_recomputed(kind, compute, small_of):
+    """And the scores of its router, for the balance loss."""
+    length = 300
+    few, many = (small_of(kind, num_hidden_layers=layers, num_nextn_predict_layers=0, **(
+        {"compress_ratios": [4] * layers} if kind == "deepseek_v4" else {"first_k_dense_replace": 0}))
+        for layers in (2, 6))
+    estimates = [training_memory_bytes(config, 4 * length, length, compute=compute, mtp=False,
+                                       recompute=True).activations for config in (few, many)]
+    kept = [kept_by_autograd(config, 4, length, False, compute=compute, recompute=True) for config in (few, many)]
+    assert estimates[1] - estimates[0] == pytest.approx(kept[1] - kept[0], rel=0.08)
+    assert kept[1] < kept_by_autograd(many, 4, length, False, compute=compute) / 3
 
 
 @pytest.mark.skipif(native.load() is None, reason=native.status())

@@ -40,7 +40,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     done = xushi("run", MINIATURE, "--dry-run", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for said in ("[pretrain]", "model.parameters_total", "model.parameters_active", "memory.training_bytes",
-                 "seconds.training"):
+                 "memory.training_bytes_recompute", "seconds.step_recompute", "seconds.training"):
         assert said in done.stdout
     assert not (tmp_path / "run").exists()
     plan = json.loads(xushi("run", MINIATURE, "--dry-run", "--json").stdout)

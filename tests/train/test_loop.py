@@ -15,7 +15,7 @@ from xushi.base.errors import XushiError
 from xushi.model import Deepseek, ModelConfig, pretraining_loss
 from xushi.train import ObjectiveConfig, PretrainConfig, train
 from xushi.train.checkpoint import latest_checkpoint
-from xushi.train.loop import new_optimizer, optimizer_step, resume_training, save_training, set_compute_dtype
+from xushi.train.loop import chosen_dtype, new_optimizer, optimizer_step, resume_training, save_training, set_compute
 
 from .conftest import TINY
 
@@ -175,8 +175,9 @@ def test_a_step_moves_biases_against_the_loads(tiny_model, batches) -> None:
 @pytest.mark.parametrize("dtype, expected", [("fp32", None), ("bf16", torch.bfloat16)])
 def test_compute_dtype(dtype: str, expected: torch.dtype | None, tiny_model) -> None:
     model = tiny_model()
-    assert set_compute_dtype(model, dtype) == dtype and model.compute_dtype == expected
-    assert set_compute_dtype(model, "auto") in ("bf16", "fp32")
+    set_compute(model, ObjectiveConfig(**(SETTINGS | {"dtype": dtype})))
+    assert model.compute_dtype == expected
+    assert chosen_dtype(dtype) == dtype and chosen_dtype("auto") in ("bf16", "fp32")
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
@@ -219,11 +220,15 @@ class Operations(TorchDispatchMode):
         return function(*arguments, **keywords)
 
 
+def test_activations_recomputed_give_the_same_bits(run, tmp_path) -> None:
+    assert run(tmp_path / "a") == run(tmp_path / "b", activations="recompute")
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_no_step_accumulates_by_index_put(dtype: str, tiny_model, batches) -> None:
     """Forward and backward of everything pretraining has: a race that ten runs may miss is seen in one."""
     model = tiny_model()
-    set_compute_dtype(model, dtype)
+    set_compute(model, ObjectiveConfig(**(SETTINGS | {"dtype": dtype})))
     with Operations() as seen:
         pretraining_loss(model, batches(0), mtp_weight=0.3, balance_weight=1e-4).total.backward()
     assert {"index_add_", "mm", "embedding_dense_backward"} <= seen.names, "the backward pass was not watched"

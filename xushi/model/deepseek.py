@@ -7,12 +7,14 @@ Axes: B batch, T tokens, D hidden, V vocabulary, S streams of V4's residual, N f
 wanted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xushi.base.seeds import derive
 from xushi.model.cache import FlatTokens, LatentCache
@@ -81,6 +83,7 @@ class Deepseek(nn.Module):
         self.model = Trunk(config)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.compute_dtype: torch.dtype | None = None
+        self.recompute = False  # layers keep their inputs alone and run again in the backward pass
         self.make_angles()
 
     def make_angles(self, device: torch.device | str | None = None) -> None:
@@ -181,13 +184,20 @@ class Deepseek(nn.Module):
         divergences: list[Tensor] = []
         for layer in self.decoder_layers:
             is_moe = isinstance(layer.mlp, MixtureOfExperts)
-            x, choice, divergence_BT = layer(x, sequences, pinned[len(routing)] if pinned and is_moe else None)
+            x, choice, divergence_BT = self.block(layer, x, sequences,
+                                                  pinned[len(routing)] if pinned and is_moe else None)
             if choice is not None:
                 routing.append(choice)
             if divergence_BT is not None:
                 divergences.append(divergence_BT)
         hidden_BTD = self.finish(x)
         return Hidden(sequences, hidden_BTD, x if self.config.is_v4 else hidden_BTD, routing, divergences)
+
+    def block(self, run: Callable[..., Any], *arguments: Any) -> Any:
+        """What `run` returns, kept for the backward pass or made again in it."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return run(*arguments)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, segments_BT: Tensor | None = None,
                 pinned: list[Tensor] | None = None) -> Logits:

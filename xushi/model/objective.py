@@ -103,7 +103,7 @@ def _mtp_losses(model: Deepseek, trunk: Hidden, batch: dict[str, Tensor]
 
     for depth, layer in enumerate(model.mtp_layers, start=1):
         embedded = F.embedding(torch.roll(targets, 1 - depth, dims=1), model.model.embed_tokens.weight)
-        predicted = layer.predict(carried, embedded, trunk.sequences)
+        predicted = model.block(layer.predict, carried, embedded, trunk.sequences)
         carried = predicted.carried
         valid = torch.roll(batch["loss_mask"], -depth, dims=1) & same_segment(depth)
         losses.append(next_token_loss(model, predicted.hidden_BTD, torch.roll(targets, -depth, dims=1),

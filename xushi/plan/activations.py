@@ -14,20 +14,34 @@ QUERY_BLOCK, KEEP_WEIGHTS = 128, 256
 KEPT_OF_A_SCORE = 4 + 4 + 1 + 1
 
 
-def activation_bytes(config: ModelConfig, length: int, width: int, depths: int, indexer_loss: bool) -> int:
-    """Bytes per token of rows of `length` tokens, with `depths` MTP layers."""
-    hidden, layers = config.hidden_size, range(config.num_hidden_layers + depths)
-    kept = sum(_feed_forward(config, layer, width) + _norms(config, width) for layer in layers)
+def activation_bytes(config: ModelConfig, length: int, width: int, depths: int, indexer_loss: bool,
+                     recompute: bool = False) -> int:
+    """Bytes per token of rows of `length` tokens, with `depths` MTP layers.
+
+    With `recompute` a layer keeps its input and what it returns; in the backward pass there is all of one at a time.
+    """
+    hidden = config.hidden_size
+    each = [_layer(config, layer, length, width, indexer_loss) for layer in range(config.num_hidden_layers + depths)]
+    kept = sum(each)
+    if recompute:
+        kept = len(each) * 4 * hidden * (config.hc_mult if config.is_v4 else 1) + max(each)
+        # The balance loss has the routers' scores, their shares, and what they are a share of.
+        kept += sum(config.is_moe(layer) for layer in range(len(each))) * 10 * config.n_routed_experts
     if config.is_v4:
-        kept += sum(_shared_key_attention(config, layer, length, width, indexer_loss) for layer in layers)
-        kept += len(layers) * 2 * _hyper_connection(config, width)
         kept += (1 + depths) * 2 * 4 * config.hc_mult * hidden  # what each hyper-head reads, and its normalised value
         kept += depths * hidden * (4 + 4 + width + config.hc_mult * (4 + width))
     else:
-        kept += len(layers) * _latent_attention(config, length, width, indexer_loss)
         kept += depths * 4 * hidden * (4 + width)  # the two joined inputs, normed
     # Each prediction has its masks, and keeps its final norm's input and output.
     return kept + (1 + depths) * (_masks(config, length) + hidden * (2 * 4 + 2 * width))
+
+
+def _layer(config: ModelConfig, layer: int, length: int, width: int, indexer_loss: bool) -> int:
+    kept = _feed_forward(config, layer, width) + _norms(config, width)
+    if config.is_v4:
+        return (kept + _shared_key_attention(config, layer, length, width, indexer_loss)
+                + 2 * _hyper_connection(config, width))
+    return kept + _latent_attention(config, length, width, indexer_loss)
 
 
 def _norms(config: ModelConfig, width: int) -> int:

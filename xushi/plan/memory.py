@@ -33,12 +33,13 @@ class TrainingMemory:
 
 def training_memory_bytes(config: ModelConfig, batch_tokens: int, sequence_length: int,
                           optimizer: Literal["muon", "adamw"] = "muon", compute: Literal["fp32", "bf16"] = "fp32",
-                          mtp: bool = True, indexer_loss: bool = True) -> TrainingMemory:
+                          mtp: bool = True, indexer_loss: bool = True, recompute: bool = False) -> TrainingMemory:
     """Estimate for `batch_tokens` tokens in rows of `sequence_length`, one forward and backward pass.
 
     Weights, gradients and states are float32 (4 bytes): AdamW keeps two values per parameter, Muon one for every
     matrix but embedding and head, and AdamW's two for the rest. In bf16 the products' inputs and the weights' copies
-    take 2 bytes; the residual stays float32. `indexer_loss`: indexers, where there are any, are trained.
+    take 2 bytes; the residual stays float32. `indexer_loss`: indexers, where there are any, are trained. `recompute`:
+    layers keep their inputs and are run again in the backward pass.
     """
     count = count_parameters(config)
     parameters = count.total_with_mtp if mtp else count.total
@@ -51,7 +52,7 @@ def training_memory_bytes(config: ModelConfig, batch_tokens: int, sequence_lengt
         gradients=4 * parameters,
         optimizer=4 * states,
         activations=batch_tokens * activation_bytes(config, sequence_length, 2 if compute == "bf16" else 4, depths,
-                                                    indexer_loss),
+                                                    indexer_loss, recompute),
         logits=2 * 4 * chunk + (1 + depths) * 4 * head)
 
 

@@ -25,7 +25,7 @@ from xushi.ops import token_log_probabilities
 from xushi.rl.config import RLConfig
 from xushi.rl.grpo import group_advantages, grpo_loss
 from xushi.tokenizer import Tokenizer
-from xushi.train import new_optimizer, optimizer_step, pack_examples, resume_training, save_training, set_compute_dtype
+from xushi.train import new_optimizer, optimizer_step, pack_examples, resume_training, save_training, set_compute
 
 # A rollout whose groups all agree has no gradient; so many in a row mean that the task or the verifier is at fault.
 LIMIT_WITHOUT_SIGNAL = 50
@@ -107,7 +107,7 @@ def policy_loss(model: Deepseek, tokenizer: Tokenizer, config: RLConfig, rollout
 def reinforce(model: Deepseek, tokenizer: Tokenizer, environment: Environment, config: RLConfig, seed: int,
               directory: Path, tracking: Tracking) -> None:
     """Train `model` in place for `config.steps` steps; checkpoints go to `directory`, figures to stage "rl"."""
-    set_compute_dtype(model, config.dtype)
+    set_compute(model, config)
     optimizer = new_optimizer(model, config)
     first = resume_training(directory, model, optimizer)
     without_signal = 0

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +16,7 @@ from xushi.model import Deepseek, ModelConfig, pretraining_loss
 from xushi.ops import native
 from xushi.plan import train_flops_per_token
 from xushi.recipe import load_recipe
-from xushi.train import PretrainConfig, chosen_dtype, new_optimizer, optimizer_step, set_compute_dtype
+from xushi.train import PretrainConfig, chosen_dtype, new_optimizer, optimizer_step, set_compute
 
 _S = dict(vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, intermediate_size=768,
           moe_intermediate_size=128, n_routed_experts=32, num_experts_per_tok=4, n_shared_experts=1, kv_lora_rank=64,
@@ -42,6 +42,10 @@ class Shape:
         """In a step."""
         return self.settings.batch_tokens // self.length
 
+    def but(self, **settings: Any) -> "Shape":
+        """The same with other settings."""
+        return replace(self, settings=self.settings.model_copy(update=settings))
+
     def tokens(self, sequences: int | None = None) -> Tensor:
         """Random ones, the same each time: [sequences, length]."""
         stream = torch.Generator().manual_seed(0)
@@ -59,14 +63,14 @@ def named_shape(name: str) -> Shape:
     return Shape(recipe.name, config, recipe.pretrain, recipe.data.sequence_length)
 
 
-def training_step(shape: Shape, dtype: str = "auto", seed: int = 0) -> Callable[[Tensor], None]:
+def training_step(shape: Shape, seed: int = 0) -> Callable[[Tensor], None]:
     """A step of a new model on tokens [B, T], with all that training does: clipping, optimizer, biases, metrics.
 
     One document a row. The learning rate is next to nothing: a step may be timed any number of times.
     """
     model = Deepseek(shape.config).initialise(seed)
-    set_compute_dtype(model, dtype)
     settings = shape.settings.model_copy(update={"learning_rate": 1e-9, "adamw_learning_rate": None, "warmup_steps": 0})
+    set_compute(model, settings)
     optimizer = new_optimizer(model, settings)
 
     def step(tokens: Tensor) -> None:
@@ -101,14 +105,14 @@ def line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return mean_t - slope * mean_x, slope
 
 
-def benchmark_training(shape: Shape, dtype: str = "auto", rounds: int = 5) -> dict[str, Any]:
+def benchmark_training(shape: Shape, rounds: int = 5) -> dict[str, Any]:
     """Tokens per second, their share of the machine's measured matrix product, time per part, and cost per token.
 
     Medians of `rounds` steps after one that warms up, with the slowest and the fastest. Flat keys under `bench`.
     """
-    threads, dtype = inspect().usable_cores, chosen_dtype(dtype)
+    threads, dtype = inspect().usable_cores, chosen_dtype(shape.settings.dtype)
     torch.set_num_threads(threads)
-    step, tokens = training_step(shape, dtype), shape.tokens()
+    step, tokens = training_step(shape), shape.tokens()
 
     def seconds(sequences: int) -> float:
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a run will cost, before anything starts: parameters, memory, and time from two steps timed here and now."""
+"""What a run will cost, before anything starts: parameters, memory, and time from steps timed here and now."""
 
 import time
 from typing import Any
@@ -16,16 +16,20 @@ RL_COST_PER_TRAINED_TOKEN = 2.0
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """The plan of a run as flat keys; takes a few seconds because it times two optimizer steps."""
+    """The plan of a run as flat keys; takes a few seconds because it times optimizer steps, with
+    activations kept and recomputed."""
     config = recipe.model.model_copy(update={"vocab_size": recipe.tokenizer.vocab_size})
     counts = count_parameters(config)
     dtype = chosen_dtype(recipe.pretrain.dtype)
     batch_tokens = recipe.pretrain.batch_tokens
-    memory = training_memory_bytes(config, batch_tokens, recipe.data.sequence_length, recipe.pretrain.optimizer,
-                                   "bf16" if dtype == "bf16" else "fp32", bool(recipe.pretrain.mtp_weight),
-                                   bool(recipe.pretrain.indexer_weight))
+    shape = Shape(recipe.name, config, recipe.pretrain, recipe.data.sequence_length)
+    memory = {choice: training_memory_bytes(
+        config, batch_tokens, shape.length, recipe.pretrain.optimizer, "bf16" if dtype == "bf16" else "fp32",
+        bool(recipe.pretrain.mtp_weight), bool(recipe.pretrain.indexer_weight), choice == "recompute").total
+        for choice in ("keep", "recompute")}
     torch.set_num_threads(recipe.threads or inspect().usable_cores)
-    per_token = _seconds_per_token(Shape(recipe.name, config, recipe.pretrain, recipe.data.sequence_length), dtype)
+    step = {choice: _step_seconds(shape.but(activations=choice)) for choice in ("keep", "recompute")}
+    per_token = step[recipe.pretrain.activations] / batch_tokens
     seconds = {"pretrain": recipe.pretrain.steps * batch_tokens * per_token if recipe.runs("pretrain") else 0.0}
     digits = recipe.environment.max_digits if recipe.environment else 0
     if recipe.sft is not None and recipe.runs("sft"):
@@ -42,16 +46,18 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "model.parameters_active_without_embedding": counts.active_without_embedding,
         "model.kv_cache_bytes_per_token": kv_cache_bytes_per_token(config),
         "model.train_flops_per_token": train_flops_per_token(config, recipe.data.sequence_length),
-        "memory.training_bytes": memory.total,
+        "memory.training_bytes": memory[recipe.pretrain.activations],
+        **{f"memory.training_bytes_{choice}": value for choice, value in memory.items()},
+        **{f"seconds.step_{choice}": value for choice, value in step.items()},
         **{f"seconds.{stage}": value for stage, value in seconds.items()},
         "seconds.training": sum(seconds.values())}
 
 
-def _seconds_per_token(shape: Shape, dtype: str) -> float:
+def _step_seconds(shape: Shape) -> float:
     """The faster of two full optimizer steps on random tokens, after one that warms up."""
-    step, tokens, times = training_step(shape, dtype), shape.tokens(), []
+    step, tokens, times = training_step(shape), shape.tokens(), []
     for _ in range(3):
         began = time.perf_counter()
         step(tokens)
         times.append(time.perf_counter() - began)
-    return min(times[1:]) / tokens.numel()
+    return min(times[1:])

@@ -8,10 +8,10 @@ from xushi.train.loop import (
     optimizer_step,
     resume_training,
     save_training,
-    set_compute_dtype,
+    set_compute,
     train,
 )
 
 __all__ = ["ObjectiveConfig", "OptimizationConfig", "PackedExamples", "PretrainConfig", "SFTConfig", "chosen_dtype",
-           "new_optimizer", "optimizer_step", "pack_examples", "resume_training", "save_training", "set_compute_dtype",
+           "new_optimizer", "optimizer_step", "pack_examples", "resume_training", "save_training", "set_compute",
            "train"]

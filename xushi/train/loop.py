@@ -30,11 +30,10 @@ def chosen_dtype(dtype: str) -> str:
     return best_training_dtype()[0] if dtype == "auto" else dtype
 
 
-def set_compute_dtype(model: Deepseek, dtype: str) -> str:
-    """Make the model compute in "bf16" or "fp32" ("auto": what this machine multiplies fastest); returns which."""
-    chosen = chosen_dtype(dtype)
-    model.compute_dtype = torch.bfloat16 if chosen == "bf16" else None
-    return chosen
+def set_compute(model: Deepseek, config: OptimizationConfig) -> None:
+    """Make the model compute in the dtype that `config` asks for, and keep or recompute activations as it says."""
+    model.compute_dtype = torch.bfloat16 if chosen_dtype(config.dtype) == "bf16" else None
+    model.recompute = config.activations == "recompute"
 
 
 def new_optimizer(model: Deepseek, config: OptimizationConfig) -> Optimizer:
@@ -84,7 +83,7 @@ def train(stage: str, model: Deepseek, config: ObjectiveConfig, batches: Callabl
     `evaluate` is (every so many steps, what to measure). Returns the last step's metrics with the tokens trained on
     per second of this process. Ctrl-C saves after the running step and raises KeyboardInterrupt.
     """
-    set_compute_dtype(model, config.dtype)
+    set_compute(model, config)
     optimizer = new_optimizer(model, config)
     first = resume_training(directory, model, optimizer)
     warmup = config.indexer_warmup_steps if isinstance(config, PretrainConfig) else 0
