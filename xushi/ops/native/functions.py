@@ -15,6 +15,7 @@ from xushi.ops.dispatch import asked_form
 from xushi.ops.native.build import load
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+PLAIN = (Tensor, torch.nn.Parameter)  # what else is a tensor, such as one shard of it, has no memory to be read
 
 
 def serves(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
@@ -24,7 +25,7 @@ def serves(*activations: Tensor, weights: tuple[Tensor, ...] = ()) -> bool:
     dtype = activations[0].dtype
     return (dtype in DTYPES and all(t.dtype == dtype for t in activations)
             and all(t.dtype == torch.float32 for t in weights)
-            and all(t.device.type == "cpu" and t.numel() for t in (*activations, *weights))
+            and all(t.device.type == "cpu" and t.numel() and type(t) in PLAIN for t in (*activations, *weights))
             and asked_form() is None and load(DTYPES[dtype]) is not None)
 
 
