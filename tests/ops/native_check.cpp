@@ -269,6 +269,61 @@ void attention(Int B, Int T, Int H, Int K, Int V, float scale, bool one_head, In
     expect("dv", got[4], dv, T + K, 2);
 }
 
+// The shared key is a view in rows that are wider by 5.
+void heads(Int M, Int H, Int N, Int R, Int V, bool interleaved) {
+    name("heads M H N R V interleaved", M, H, N, R, V, interleaved);
+    const Int ld = R + 5, K = N + R, W = N + V, half = R / 2;
+    const Floats q = made_tensor(M * H * K), kv = made_tensor(M * H * W), k_rope = made_tensor((M - 1) * ld + R);
+    const Floats cos = made(M * half), sin = made(M * half);
+    const Floats dq = made_tensor(M * H * K), dk = made_tensor(M * H * K), dv = made_tensor(M * H * V);
+    const Int flag = interleaved;
+    const Results got = with_threads([&](Int threads) {
+        Results out{empty(M * H * K), empty(M * H * K), empty(M * H * K), empty(M * H * W), empty(M * R)};
+        call(threads, xushi_heads, from(q), from(kv), from(k_rope), ld, cos, sin, into(out[0]), into(out[1]), M, H, N, R,
+             V, flag);
+        call(threads, xushi_heads_backward, from(dq), from(dk), from(dv), cos, sin, into(out[2]), into(out[3]),
+             into(out[4]), M, H, N, R, V, flag);
+        return out;
+    });
+    // Where the first and the second of pair i lie before they are turned.
+    auto first = [&](Int i) { return interleaved ? 2 * i : i; };
+    auto second = [&](Int i) { return interleaved ? 2 * i + 1 : i + half; };
+    Exacts queries(M * H * K), keys(M * H * K), d_q(M * H * K), d_kv(M * H * W), d_rope(M * R);
+    for (Int m = 0; m < M; m++) {
+        for (Int i = 0; i < half; i++) {
+            const Exact c = cos[m * half + i], s = sin[m * half + i];
+            Exact d_low, d_high;
+            for (Int h = m * H; h < m * H + H; h++) {
+                const float *x = &q[h * K + N], *y = &k_rope[m * ld], *g = &dq[h * K + N];
+                queries[h * K + N + i] = c * x[first(i)] - s * x[second(i)];
+                queries[h * K + N + half + i] = c * x[second(i)] + s * x[first(i)];
+                keys[h * K + N + i] = c * y[first(i)] - s * y[second(i)];
+                keys[h * K + N + half + i] = c * y[second(i)] + s * y[first(i)];
+                d_q[h * K + N + first(i)] = c * g[i] + s * g[half + i];
+                d_q[h * K + N + second(i)] = c * g[half + i] - s * g[i];
+                d_low = d_low + dk[h * K + N + i];
+                d_high = d_high + dk[h * K + N + half + i];
+            }
+            d_rope[m * R + first(i)] = c * d_low + s * d_high;
+            d_rope[m * R + second(i)] = c * d_high - s * d_low;
+        }
+        for (Int h = m * H; h < m * H + H; h++) {
+            for (Int j = 0; j < N; j++) {
+                queries[h * K + j] = q[h * K + j];
+                keys[h * K + j] = kv[h * W + j];
+                d_q[h * K + j] = dq[h * K + j];
+                d_kv[h * W + j] = dk[h * K + j];
+            }
+            for (Int j = 0; j < V; j++) d_kv[h * W + N + j] = dv[h * V + j];
+        }
+    }
+    expect("queries", got[0], queries, 0, 1);
+    expect("keys", got[1], keys, 0, 1);
+    expect("dq", got[2], d_q, 0, 1);
+    expect("d_kv", got[3], d_kv, 0, 0);
+    expect("d_k_rope", got[4], d_rope, H, 1);
+}
+
 // A token's first choice is always the same expert, so that one has more rows than a task; of 8 some have none.
 void experts(Int N, Int k, Int D, Int F, Int E, float limit) {
     name("experts N k D F E limit", N, k, D, F, E, limit);
@@ -475,6 +530,12 @@ int main() {
     }
     check::attention(2, 530, 2, 7, 3, 0.5f, false, 3);  // more keys than one tile has
     check::attention(1, 1051, 1, 3, 5, 9.0f, true, 0);
+    for (Int M : rows)
+        for (bool interleaved : {false, true}) {
+            check::heads(M, 1, 1, 2, 1, interleaved);
+            check::heads(M, 3, 17, 6, 31, interleaved);
+            check::heads(M, 2, 50, 34, 17, interleaved);
+        }
     for (float limit : {0.0f, 1.5f}) {
         for (Int N : rows) {
             check::experts(N, 1, 17, 3, 1, limit);

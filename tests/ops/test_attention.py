@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xushi.ops import attention, causal_attention, causal_attention_reference, latent_attention
+from xushi.ops import (
+    attention,
+    causal_attention,
+    causal_attention_reference,
+    expand_heads,
+    latent_attention,
+    rotated_attention,
+)
 from xushi.ops.attention import segment_mask, segment_starts
 
 pytestmark = pytest.mark.usefixtures("form")
@@ -72,6 +79,68 @@ def test_values_and_gradients(seed, batch, heads, length, key, value, documents,
         patch.setattr(attention, "QUERY_BLOCK", block)
         patch.setattr(attention, "KEEP_WEIGHTS", kept)
         check(causal_attention, q, k, v, d_out, segments, within, leaves, causal_attention_reference)
+
+
+def check_rotated(seed, length, nope, rotated, value, documents, interleaved, within, leaves, dtype) -> None:
+    """Against attention by the reference on heads that PyTorch puts together, in float64."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = (2, nope + rotated), (2, nope + value), (rotated + 3,)  # the shared key is a view in a wider tensor
+    inputs = [torch.randn(2, length, *shape, generator=g) for shape in shapes]
+    d_out = torch.randn(2, length, 2, value, generator=g).to(dtype)
+    inputs = [t.to(dtype) for t in inputs]
+    angles = torch.rand(2, length, rotated // 2, generator=g, dtype=torch.float64) * 6
+    cos, sin = angles.cos().float(), angles.sin().float()
+    segments = random_segments(2, length, documents, g)
+    mask, starts = segment_mask(segments), segment_starts(segments)
+    scale = (nope + rotated)**-0.5
+    fast, exact = leaves(dtype, *inputs), leaves(torch.float64, *inputs)
+    got = rotated_attention(fast[0], fast[1], fast[2][..., 3:], (cos, sin), interleaved, mask, scale, starts)
+    heads = expand_heads(exact[0], exact[1], exact[2][..., 3:], (cos.double(), sin.double()), interleaved)
+    want = causal_attention_reference(*heads, mask, scale).transpose(1, 2)
+    got.backward(d_out)
+    want.backward(d_out.double())
+    visible = torch.ones(length, length).tril().bool() if mask is None else mask
+    q, k, v = (t.detach() for t in heads)
+    do = d_out.double().transpose(1, 2)
+    p = (q @ k.mT * scale).masked_fill(~visible, float("-inf")).softmax(-1)
+    # A pair that is turned has terms of both its values; sizes are taken as if each were as large as the pair.
+    def pair(x):
+        turned = x[..., nope:].abs()
+        both = turned + turned.roll(rotated // 2, -1)
+        return torch.cat((x[..., :nope].abs(), both), -1)
+
+    scores = (pair(q) @ pair(k).mT * scale).masked_fill(~visible, 0)
+    dp = do.abs() @ v.abs().mT
+    ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * scale
+    dq, dk, dv = ds @ pair(k), ds.mT @ pair(q), p.mT @ do.abs()
+    roundings = (2 * (nope + rotated) + 16) * float(scores.max()) + 4 * length + 2 * value + nope + rotated + 32
+    # To bfloat16 also queries and keys, which moves a score by 2^-8 of its terms each and weights by that, twice; and
+    # the gradients of the turned values.
+    half = dtype == torch.bfloat16
+    moved = 4 * float(scores.max())
+    within("output", got.detach(), want.detach(), (p @ v.abs()).transpose(1, 2), roundings, (2 + moved) * half)
+    worst = [x.abs().amax((1, 3), keepdim=True).transpose(1, 2) for x in (pair(dq), pair(dk))]
+    within("q", fast[0].grad, exact[0].grad, worst[0].expand_as(exact[0].grad).contiguous(), roundings,
+           (6 + moved) * half)
+    within("k", fast[1].grad[..., :nope], exact[1].grad[..., :nope],
+           worst[1].expand_as(exact[1].grad[..., :nope]).contiguous(), roundings, (6 + moved) * half)
+    within("v", fast[1].grad[..., nope:], exact[1].grad[..., nope:], dv.transpose(1, 2), roundings, (3 + moved) * half)
+    within("rotated k", fast[2].grad, exact[2].grad,
+           worst[1].sum(2).expand_as(exact[2].grad).contiguous(), roundings, (6 + moved) * half)
+
+
+@given(seed=st.integers(0, 2**31), length=st.integers(1, 60), nope=st.integers(1, 20), pairs=st.integers(1, 9),
+       value=st.integers(1, 21), documents=st.integers(1, 3), interleaved=st.booleans())
+def test_heads_are_rotated(seed, length, nope, pairs, value, documents, interleaved, within, leaves) -> None:
+    check_rotated(seed, length, nope, 2 * pairs, value, documents, interleaved, within, leaves, torch.float32)
+
+
+@pytest.mark.usefixtures("compiled_bfloat16")
+@given(seed=st.integers(0, 2**31), length=st.integers(1, 60), nope=st.integers(1, 20), pairs=st.integers(1, 9),
+       value=st.integers(1, 21), documents=st.integers(1, 3), interleaved=st.booleans())
+def test_heads_are_rotated_in_compiled_bfloat16(seed, length, nope, pairs, value, documents, interleaved, within, leaves
+                                                ) -> None:
+    check_rotated(seed, length, nope, 2 * pairs, value, documents, interleaved, within, leaves, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("compiled_bfloat16")

@@ -22,9 +22,11 @@ from xushi.ops import (
     attention_shares,
     best_keys,
     causal_attention,
+    expand_heads,
     index_divergence,
     index_scores,
     latent_attention,
+    rotated_attention,
 )
 from xushi.ops.rope import yarn_mscale
 
@@ -55,42 +57,38 @@ class MultiHeadLatentAttention(nn.Module):
         if config.rope_scaling is not None and config.rope_scaling.mscale_all_dim:
             self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
 
-    def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The normed query latent (x itself where there is none), and per-head queries without and with rotation.
-
-        [..., query latent], [..., H, nope] and [..., H, R].
+    def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed query latent [..., query latent] (x itself where there is none), and queries [..., H, K] whose
+        last R values are yet to be rotated.
         """
         config = self.config
         latent = x if config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
         q = self.q_proj(latent) if config.q_lora_rank is None else self.q_b_proj(latent)
-        q = q.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
-        q_nope, q_rope = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        return latent, q_nope, apply_rope(q_rope, cos[..., None, :], sin[..., None, :], config.rope_interleave)
+        return latent, q.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
 
-    def _latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """The normed latent [..., C] and the rotated key that all heads share [..., R]: what the cache holds."""
+    def _latents(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed latent [..., C] and the key that all heads share [..., R], yet to be rotated."""
         config = self.config
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
-        return self.kv_a_layernorm(latent), apply_rope(k_rope, cos, sin, config.rope_interleave)
+        return self.kv_a_layernorm(latent), k_rope
 
     def forward(self, x_BTD: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor | None]:
         """Whole sequences: [B, T, D] to [B, T, D], and the indexer's divergence [B, T] if `sequences` asks for it."""
-        config, (cos, sin) = self.config, sequences.angles
-        q_latent, q_nope, q_rope = self._queries(x_BTD, cos, sin)
-        latent_BTC, k_rope_BTR = self._latents(x_BTD, cos, sin)
-        kv = self.kv_b_proj(latent_BTC).unflatten(-1, (config.num_attention_heads, -1))
-        k_nope, v_BTHV = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
-        q_BTHK = torch.cat((q_nope, q_rope), dim=-1)
-        k_BTHK = torch.cat((k_nope, k_rope_BTR[..., None, :].expand_as(q_rope)), dim=-1)
-        q_BHTK, k_BHTK, v_BHTV = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHV))
-        mask, starts_BT, divergence_BT = sequences.mask, sequences.starts_BT, None
-        if self.indexer is not None:
-            mask, scores_BTT = self._select(self.indexer, x_BTD, q_latent, sequences)
-            starts_BT = starts_BT if mask is sequences.mask else None
-            if scores_BTT is not None and sequences.index_loss:
-                allowed = (_causal(x_BTD) if mask is None else mask)[:, 0].expand_as(scores_BTT)
-                shares_BTT = attention_shares(q_BHTK, k_BHTK, allowed, self.scale)
-                divergence_BT = index_divergence(scores_BTT, shares_BTT, allowed)
+        config = self.config
+        q_latent, q_BTHK = self._queries(x_BTD)
+        latent_BTC, k_rope_BTR = self._latents(x_BTD)
+        kv_BTHW = self.kv_b_proj(latent_BTC).unflatten(-1, (config.num_attention_heads, -1))
+        heads = q_BTHK, kv_BTHW, k_rope_BTR, sequences.angles, config.rope_interleave
+        if self.indexer is None:
+            out_BTHV = rotated_attention(*heads, sequences.mask, self.scale, sequences.starts_BT)
+            return self.o_proj(out_BTHV.flatten(2)), None
+        q_BHTK, k_BHTK, v_BHTV = expand_heads(*heads)
+        mask, scores_BTT = self._select(self.indexer, x_BTD, q_latent, sequences)
+        starts_BT, divergence_BT = sequences.starts_BT if mask is sequences.mask else None, None
+        if scores_BTT is not None and sequences.index_loss:
+            allowed = (_causal(x_BTD) if mask is None else mask)[:, 0].expand_as(scores_BTT)
+            shares_BTT = attention_shares(q_BHTK, k_BHTK, allowed, self.scale)
+            divergence_BT = index_divergence(scores_BTT, shares_BTT, allowed)
         out_BHTV = causal_attention(q_BHTK, k_BHTK, v_BHTV, mask, self.scale, starts_BT)
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), divergence_BT
 
@@ -119,8 +117,11 @@ class MultiHeadLatentAttention(nn.Module):
         Scores are softmax(scale * (W_k^T q . c + q_rope . k_rope)) in float32 and the output is W_v (sum p c).
         """
         config, heads, flat, (cos, sin) = self.config, self.config.num_attention_heads, decoding.flat, decoding.angles
-        q_latent, q_nope_NHK, q_rope_NHR = self._queries(x_ND, cos, sin)
-        written = [*self._latents(x_ND, cos, sin)]
+        q_latent, q_NHK = self._queries(x_ND)
+        q_nope_NHK, q_rope_NHR = q_NHK.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_rope_NHR = apply_rope(q_rope_NHR, cos[..., None, :], sin[..., None, :], config.rope_interleave)
+        latent_NC, k_rope_NR = self._latents(x_ND)
+        written = [latent_NC, apply_rope(k_rope_NR, cos, sin, config.rope_interleave)]
         if self.indexer is not None:
             written.append(self.indexer.keys(x_ND, cos, sin))
         cache.index_copy_(0, flat.slots_N, torch.cat(written, dim=-1).to(cache.dtype))

@@ -1,11 +1,17 @@
 """Floor 1: tensor operations on real hardware.
 
 Each op has a plain PyTorch reference that defines it, and where it is worth it a fast form that must equal it: one in
-PyTorch, and for float32 on a CPU one in C++ (`ops.native`), which is optional. `XUSHI_OPS=reference` in the environment
+PyTorch, and on a CPU one in C++ (`ops.native`), which is optional. `XUSHI_OPS=reference` in the environment
 forces the references, `XUSHI_OPS=pytorch` the forms in PyTorch.
 """
 
-from xushi.ops.attention import causal_attention, causal_attention_reference, latent_attention
+from xushi.ops.attention import (
+    causal_attention,
+    causal_attention_reference,
+    expand_heads,
+    latent_attention,
+    rotated_attention,
+)
 from xushi.ops.compressor import compress_windows
 from xushi.ops.dispatch import use_reference
 from xushi.ops.experts import routed_experts, routed_experts_reference
@@ -30,10 +36,10 @@ from xushi.ops.shared_attention import (
 
 __all__ = [
     "RouterChoice", "apply_rope", "attention_shares", "best_keys", "causal_attention", "causal_attention_reference",
-    "collapse_streams", "compress_windows", "cross_entropy", "cross_entropy_reference", "entry_shares",
+    "collapse_streams", "compress_windows", "cross_entropy", "cross_entropy_reference", "entry_shares", "expand_heads",
     "expand_streams", "index_divergence", "index_scores", "index_scores_reference", "latent_attention", "linear",
-    "rms_norm", "rms_norm_reference", "rope_frequencies", "rotate_tail", "routed_experts", "routed_experts_reference",
-    "shared_attention", "sigmoid_router", "sinkhorn", "softmax_router", "sqrt_softplus_router", "stream_weights",
-    "swiglu", "swiglu_reference", "token_log_probabilities", "token_log_probabilities_reference", "use_reference",
-    "windowed_attention", "windowed_attention_reference",
+    "rms_norm", "rms_norm_reference", "rope_frequencies", "rotate_tail", "rotated_attention", "routed_experts",
+    "routed_experts_reference", "shared_attention", "sigmoid_router", "sinkhorn", "softmax_router",
+    "sqrt_softplus_router", "stream_weights", "swiglu", "swiglu_reference", "token_log_probabilities",
+    "token_log_probabilities_reference", "use_reference", "windowed_attention", "windowed_attention_reference",
 ]

@@ -1,6 +1,7 @@
 """Causal attention inside segments, for training and for scoring whole sequences; and MLA on a cache of latents.
 
-Axes: B batch, H heads, T tokens, K query and key width, V value width; S sequences of a decoding call, Q new tokens of
+Axes: B batch, H heads, T tokens, K query and key width, V value width, R rotated width, W what a head's key without
+rotation and its value take; S sequences of a decoding call, Q new tokens of
 a sequence, L cached positions, C latent and rotated width.
 """
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from xushi.ops import native
 from xushi.ops.dispatch import use_reference
+from xushi.ops.rope import apply_rope
 
 KEEP_WEIGHTS = 256  # up to this length the weights are kept for the backward pass, beyond it they are made again
 QUERY_BLOCK = 128  # of 32, 64, 128 and 256 the fastest at 256 tokens (docs/lab-log.md)
@@ -71,6 +73,36 @@ def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, mask: Tenso
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q_BHTK.device).tril()
     result: Tensor = _CausalAttention.apply(q_BHTK, k_BHTK, v_BHTV, mask, scale)  # type: ignore[no-untyped-call]
     return result
+
+
+def expand_heads(q_BTHK: Tensor, kv_BTHW: Tensor, k_rope_BTR: Tensor, angles: tuple[Tensor, Tensor], interleaved: bool
+                 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys [B, H, T, K] and values [B, H, T, V] of latent attention (DeepSeek-V2, section 2.1.3).
+
+    The last R of K values of a query are rotated; a head's keys and values stand in `kv_BTHW`, the keys' rotated part
+    is the same for all heads. `angles` are cos and sin [B, T, R / 2].
+    """
+    rotated = k_rope_BTR.shape[-1]
+    nope = q_BTHK.shape[-1] - rotated
+    cos, sin = angles
+    q_rope = apply_rope(q_BTHK[..., nope:], cos[..., None, :], sin[..., None, :], interleaved)
+    k_rope = apply_rope(k_rope_BTR, cos, sin, interleaved)[..., None, :].expand_as(q_rope)
+    q = torch.cat((q_BTHK[..., :nope], q_rope), dim=-1)
+    k = torch.cat((kv_BTHW[..., :nope], k_rope), dim=-1)
+    return q.transpose(1, 2), k.transpose(1, 2), kv_BTHW[..., nope:].transpose(1, 2)
+
+
+def rotated_attention(q_BTHK: Tensor, kv_BTHW: Tensor, k_rope_BTR: Tensor, angles: tuple[Tensor, Tensor],
+                      interleaved: bool, mask: Tensor | None, scale: float, starts_BT: Tensor | None = None) -> Tensor:
+    """Causal attention of what `expand_heads` makes: [B, T, H, V]. Mask and starts as in `causal_attention`."""
+    if (mask is None or starts_BT is not None) and native.serves(q_BTHK, kv_BTHW, k_rope_BTR):
+        if starts_BT is None:
+            starts_BT = torch.zeros(q_BTHK.shape[:2], dtype=torch.int32)
+        made: Tensor = native.NativeLatentAttention.apply(  # type: ignore[no-untyped-call]
+            q_BTHK, kv_BTHW, k_rope_BTR, *angles, interleaved, starts_BT, scale)
+        return made
+    heads = expand_heads(q_BTHK, kv_BTHW, k_rope_BTR, angles, interleaved)
+    return causal_attention(*heads, mask, scale, starts_BT).transpose(1, 2)
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:

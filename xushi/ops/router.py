@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xushi.ops.linear import linear
+
 
 @dataclass(frozen=True)
 class RouterChoice:
@@ -29,7 +31,7 @@ def sigmoid_router(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor, *, top_k: in
     `pinned_Nk` the choice is given and only the gate values are computed (comparison of forms, routing replay).
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
-    scores_NE = F.linear(x_ND.to(wide), weight_ED.to(wide)).sigmoid()
+    scores_NE = linear(x_ND.to(wide), weight_ED.to(wide)).sigmoid()
     if pinned_Nk is None:
         with torch.no_grad():
             pinned_Nk = _best_of_groups(scores_NE + bias_E, top_k, groups, top_groups, members=2)
@@ -47,7 +49,7 @@ def softmax_router(x_ND: Tensor, weight_ED: Tensor, *, top_k: int, groups: int, 
     over the chosen. Product and scores are float32 at least. `pinned_Nk` as in `sigmoid_router`.
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
-    scores_NE = F.linear(x_ND.to(wide), weight_ED.to(wide)).softmax(-1)
+    scores_NE = linear(x_ND.to(wide), weight_ED.to(wide)).softmax(-1)
     if pinned_Nk is None:
         with torch.no_grad():
             pinned_Nk = _best_of_groups(scores_NE, top_k, groups, top_groups, members=1)
@@ -64,7 +66,7 @@ def sqrt_softplus_router(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None,
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     # Far below zero softplus is exactly 0, where the square root's slope is infinite and the gradient 0 * inf.
-    scores_NE = F.softplus(F.linear(x_ND.to(wide), weight_ED.to(wide))).clamp(min=torch.finfo(wide).tiny).sqrt()
+    scores_NE = F.softplus(linear(x_ND.to(wide), weight_ED.to(wide))).clamp(min=torch.finfo(wide).tiny).sqrt()
     if pinned_Nk is None:
         with torch.no_grad():
             pinned_Nk = (scores_NE if bias_E is None else scores_NE + bias_E).topk(top_k, dim=-1).indices

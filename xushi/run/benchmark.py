@@ -92,7 +92,8 @@ def shares_of_time(step: Callable[[], None]) -> dict[str, float]:
         step()
     shares = dict.fromkeys((*PARTS, "other"), 0.0)
     for event in profile.key_averages():
-        part = next((p for p in PARTS if event.key in (f"Native{p}", f"Native{p}Backward")), "other")
+        part = next((p for p in PARTS if event.key.removesuffix("Backward") in (f"Native{p}", f"NativeLatent{p}")),
+                    "other")
         shares[part] += event.self_cpu_time_total
     total = sum(shares.values())
     return {part: time_ / total for part, time_ in shares.items()}

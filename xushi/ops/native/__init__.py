@@ -8,6 +8,7 @@ from xushi.ops.native.functions import (
     NativeAttention,
     NativeCrossEntropy,
     NativeExperts,
+    NativeLatentAttention,
     NativeLinear,
     NativeLogProbabilities,
     NativeNorm,
@@ -17,5 +18,6 @@ from xushi.ops.native.functions import (
     serves,
 )
 
-__all__ = ["NativeAttention", "NativeCrossEntropy", "NativeExperts", "NativeLinear", "NativeLogProbabilities",
-           "NativeNorm", "NativeSwiglu", "adamw", "form", "load", "newton_schulz", "serves", "status"]
+__all__ = ["NativeAttention", "NativeCrossEntropy", "NativeExperts", "NativeLatentAttention", "NativeLinear",
+           "NativeLogProbabilities", "NativeNorm", "NativeSwiglu", "adamw", "form", "load", "newton_schulz", "serves",
+           "status"]

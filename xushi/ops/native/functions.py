@@ -124,32 +124,79 @@ class NativeNorm(torch.autograd.Function):
         return dx, d_weight, None
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, starts_BT: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """From [B, T, H, width] tensors: the output, contiguous, and log sum exp of the scores [B, H, T]."""
+    batch, length, heads, width = q.shape
+    _agree(k.shape == q.shape and v.shape[:3] == q.shape[:3] and starts_BT.shape == (batch, length))
+    out, sums = q.new_empty(batch, length, heads, v.shape[-1]), torch.empty(batch, heads, length)
+    strides = torch.tensor([x.stride(axis) for x in (q, k, v) for axis in range(3)])
+    _call(q.dtype, "xushi_attention", q, k, v, strides, starts_BT, out, sums, batch, length, heads, width,
+          v.shape[-1], scale, _threads())
+    return out, sums
+
+
+def _attention_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, starts_BT: Tensor, out: Tensor, sums: Tensor,
+                        scale: float) -> list[Tensor]:
+    """Gradients of q, k and v, [B, T, H, width] and contiguous."""
+    made = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    strides = torch.tensor([x.stride(axis) for x in (q, k, v) for axis in range(3)])
+    _call(q.dtype, "xushi_attention_backward", q, k, v, strides, starts_BT, out, sums, d_out.contiguous(), *made,
+          *q.shape, v.shape[-1], scale, _threads())
+    return made
+
+
 class NativeAttention(torch.autograd.Function):
     """Causal attention of [B, H, T, width] tensors; a query sees the keys from `starts_BT` (int32) to itself."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts_BT: Tensor, scale: float) -> Tensor:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        batch, heads, length, width = q.shape
-        _agree(k.shape == q.shape and v.shape[:3] == q.shape[:3] and starts_BT.shape == (batch, length))
+        q, k, v = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (q, k, v))
         starts_BT = starts_BT.to(torch.int32).contiguous()
-        out = q.new_empty(batch, length, heads, v.shape[-1])
-        sums = torch.empty(batch, heads, length)
-        strides = torch.tensor([x.stride(axis) for x in (q, k, v) for axis in (0, 2, 1)])
-        ctx.sizes = (batch, length, heads, width, v.shape[-1], scale)
-        _call(q.dtype, "xushi_attention", q, k, v, strides, starts_BT, out, sums, *ctx.sizes, _threads())
-        ctx.save_for_backward(q, k, v, strides, starts_BT, out, sums)
+        out, sums = _attention(q, k, v, starts_BT, scale)
+        ctx.save_for_backward(q, k, v, starts_BT, out, sums)
+        ctx.scale = scale
         return out.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, strides, starts_BT, out, sums = ctx.saved_tensors
-        made = [torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (q, k, v)]
-        _call(q.dtype, "xushi_attention_backward", q, k, v, strides, starts_BT, out, sums,
-              gradients[0].transpose(1, 2).contiguous(), *made, *ctx.sizes, _threads())
-        dq, dk, dv = (x.transpose(1, 2) for x in made)
-        return dq, dk, dv, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        made = _attention_backward(gradients[0].transpose(1, 2), *ctx.saved_tensors, ctx.scale)
+        return (*(x.transpose(1, 2) for x in made), None, None)
+
+
+class NativeLatentAttention(torch.autograd.Function):
+    """`ops.rotated_attention`: from q [B, T, H, N + R], kv [B, T, H, N + V] and k_rope [B, T, R] to [B, T, H, V]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, interleaved: bool,
+                starts_BT: Tensor, scale: float) -> Tensor:
+        q, kv, starts_BT = q.contiguous(), kv.contiguous(), starts_BT.to(torch.int32).contiguous()
+        cos, sin = cos.float().contiguous(), sin.float().contiguous()
+        batch, length, heads, _ = q.shape
+        rotated = k_rope.shape[-1]
+        nope = q.shape[-1] - rotated
+        values = kv.shape[-1] - nope
+        _agree(kv.shape[:3] == q.shape[:3] and k_rope.shape[:2] == q.shape[:2] and nope >= 0 < values
+               and cos.shape == sin.shape == (batch, length, rotated // 2))
+        if k_rope.stride(-1) != 1 or k_rope.stride(0) != length * k_rope.stride(1):
+            k_rope = k_rope.contiguous()
+        queries, keys = torch.empty_like(q), torch.empty_like(q)
+        ctx.sizes = (batch * length, heads, nope, rotated, values, int(interleaved))
+        _call(q.dtype, "xushi_heads", q, kv, k_rope, k_rope.stride(1), cos, sin, queries, keys, *ctx.sizes, _threads())
+        out, sums = _attention(queries, keys, kv[..., nope:], starts_BT, scale)
+        ctx.save_for_backward(queries, keys, kv, starts_BT, out, sums, cos, sin)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, kv, starts_BT, out, sums, cos, sin = ctx.saved_tensors
+        _, _, nope, rotated, _, _ = ctx.sizes
+        made = _attention_backward(gradients[0], queries, keys, kv[..., nope:], starts_BT, out, sums, ctx.scale)
+        dq, d_kv, d_k_rope = torch.empty_like(queries), torch.empty_like(kv), kv.new_empty(*kv.shape[:2], rotated)
+        _call(kv.dtype, "xushi_heads_backward", *made, cos, sin, dq, d_kv, d_k_rope, *ctx.sizes, _threads())
+        return dq, d_kv, d_k_rope, None, None, None, None, None
 
 
 class NativeExperts(torch.autograd.Function):

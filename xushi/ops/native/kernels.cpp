@@ -12,5 +12,6 @@
 #include "experts.h"
 #include "loss.h"
 #include "newton_schulz.h"
+#include "rope.h"
 
 extern "C" int xushi_lanes() { return L; }

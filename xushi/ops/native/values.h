@@ -35,6 +35,19 @@ inline Bits upper(const Value* p) {
     return __builtin_convertvector(halves, Bits) << 16;
 }
 inline Vec load(const Value* p) { return floats(upper(p)); }
+inline float wide(float value) { return value; }
+inline float wide(Value value) {
+    const uint32_t b = static_cast<uint32_t>(value.half) << 16;
+    float result;
+    std::memcpy(&result, &b, sizeof b);
+    return result;
+}
+inline Value narrow(float value) {
+    uint32_t b;
+    std::memcpy(&b, &value, sizeof b);
+    b = value == value ? b + 0x7FFF + ((b >> 16) & 1) : b | 0x400000;
+    return {static_cast<uint16_t>(b >> 16)};
+}
 inline void store(Value* p, Vec v) {
     float wide[L];
     store(wide, v);
@@ -101,6 +114,8 @@ typedef float Value;
 typedef float Word;
 constexpr Int PAIR = 1;
 
+inline float wide(Value value) { return value; }
+inline Value narrow(float value) { return value; }
 inline Vec load_words(const Word* p) { return load(p); }
 inline Vec all_words(Word word) { return all(word); }
 inline Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
