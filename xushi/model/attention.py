@@ -118,7 +118,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         config, heads, flat, (cos, sin) = self.config, self.config.num_attention_heads, decoding.flat, decoding.angles
         q_latent, q_NHK = self._queries(x_ND)
-        q_nope_NHK, q_rope_NHR = q_NHK.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
+        q_nope_NHK, q_rope_NHR = torch.split(q_NHK, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
         q_rope_NHR = apply_rope(q_rope_NHR, cos[..., None, :], sin[..., None, :], config.rope_interleave)
         latent_NC, k_rope_NR = self._latents(x_ND)
         written = [latent_NC, apply_rope(k_rope_NR, cos, sin, config.rope_interleave)]

@@ -160,7 +160,8 @@ class NativeAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        made = _attention_backward(gradients[0].transpose(1, 2), *ctx.saved_tensors, ctx.scale)
+        q, k, v, starts_BT, out, sums = ctx.saved_tensors
+        made = _attention_backward(gradients[0].transpose(1, 2), q, k, v, starts_BT, out, sums, ctx.scale)
         return (*(x.transpose(1, 2) for x in made), None, None)
 
 
