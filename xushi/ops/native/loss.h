@@ -16,7 +16,7 @@ void xushi_cross_entropy(const Value* x, const float* head, const Int* targets, 
     pack_matrix(head, D, V, true, threads, packed);
     if (weights != nullptr) pack_matrix(head, V, D, false, threads, packed + columns_size);
     float* logits = shared_rows.take(chunk * V);
-    const Int few = MR * 4;  // rows of logits at once: they stay in the cache
+    const Int few = MR * 8;  // rows of logits at once: more of them read the head less often, and leave the cache
     for (Int n0 = 0; n0 < N; n0 += chunk) {
         const Int count = std::min(chunk, N - n0);
         pool().run(blocks(count, few), threads, [&](Int task) {
