@@ -111,11 +111,11 @@ def report(run_directory: RunArgument) -> None:
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print findings as JSON")] = False) -> None:
     """Say what this machine can do, and what to do where it cannot."""
-    from xushi.base.machine import doctor_report
+    from xushi.base.machine import best_training_dtype, doctor_report
 
     try:
         from xushi.ops import native
-        forms = native.status()
+        forms = native.status(best_training_dtype()[0])
     except (ImportError, OSError):  # the report says so of torch
         forms = "none, since torch cannot be imported"
     findings = doctor_report(forms)

@@ -280,6 +280,31 @@ def test_an_unknown_processor_is_never_given_instructions_that_it_lacks(monkeypa
         assert build.build_and_load("fp32").library is None
 
 
+@pytest.mark.parametrize("features, fp32, bf16", [
+    ({"avx512_bf16", "avx512f", "avx2", "fma"}, "avx-512-", "avx-512-bf16-"),
+    ({"avx512f", "avx2", "fma"}, "avx-512-", "avx-512-"), ({"avx2", "fma"}, "avx2-", "avx2-"),
+    ({"neon"}, "neon-", "neon-"),
+])
+def test_each_processor_is_given_its_own_form(features: set[str], fp32: str, bf16: str, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never an instruction that it does not report."""
+    asked: list[tuple[tuple[str, ...], str]] = []
+
+    def compile_(compilers: tuple[str, ...], flags: tuple[str, ...], path: Path) -> str:
+        asked.append((flags, path.name))
+        return "not now"
+
+    monkeypatch.setattr(build, "_compile", compile_)
+    monkeypatch.setattr(build, "inspect", lambda: Machine(frozenset(features), ("c++",)))
+    monkeypatch.setenv("XUSHI_CACHE", str(tmp_path))
+    for dtype, form in (("fp32", fp32), ("bf16", bf16)):
+        assert build.build_and_load(dtype).line == "not now"
+        flags, name = asked.pop()
+        assert name.startswith(f"kernels-{dtype}-{form}") and ("-DXUSHI_BF16=1" in flags) == (dtype == "bf16")
+        instructions = {flag[2:].replace("avx512bf16", "avx512_bf16") for flag in flags if flag.startswith("-m")}
+        assert instructions <= features and ("avx512_bf16" in instructions) == (form == "avx-512-bf16-")
+
+
 @compiled
 @pytest.mark.usefixtures("quick")
 def test_a_library_of_another_width_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
