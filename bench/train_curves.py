@@ -89,7 +89,7 @@ def main() -> None:
               f"{found['bench.share_of_ceiling']:>5.0%} of {found['bench.ceiling_gflops']:.0f} GFLOP/s   "
               f"{first} {time[first]:.0%}, {second} {time[second]:.0%}", flush=True)
     if "--draw" in words:
-        title = (f"Share of a step's time by part, and beside each bar the share of PyTorch's matrix product: "
+        title = (f"Share of time by part; beside a bar the share of PyTorch's matrix product. "
                  f"{found['bench.dtype']}, {found['bench.op_forms']}, {found['bench.threads']} threads")
         Path(words[words.index("--draw") + 1]).write_text(draw(points, title), encoding="utf-8")
     print(json.dumps({"dtype": found["bench.dtype"], "points": points}))

@@ -46,10 +46,10 @@ class Shape:
         """The same with other settings."""
         return replace(self, settings=self.settings.model_copy(update=settings))
 
-    def tokens(self, sequences: int | None = None) -> Tensor:
-        """Random ones, the same each time: [sequences, length]."""
+    def tokens(self) -> Tensor:
+        """Random ones for a step, the same each time: [sequences, length]."""
         stream = torch.Generator().manual_seed(0)
-        return torch.randint(0, self.config.vocab_size, (sequences or self.sequences, self.length), generator=stream)
+        return torch.randint(0, self.config.vocab_size, (self.sequences, self.length), generator=stream)
 
 
 def named_shape(name: str) -> Shape:
@@ -63,12 +63,12 @@ def named_shape(name: str) -> Shape:
     return Shape(recipe.name, config, recipe.pretrain, recipe.data.sequence_length)
 
 
-def training_step(shape: Shape, seed: int = 0) -> Callable[[Tensor], None]:
+def training_step(shape: Shape) -> Callable[[Tensor], None]:
     """A step of a new model on tokens [B, T], with all that training does: clipping, optimizer, biases, metrics.
 
     One document a row. The learning rate is next to nothing: a step may be timed any number of times.
     """
-    model = Deepseek(shape.config).initialise(seed)
+    model = Deepseek(shape.config).initialise(0)
     settings = shape.settings.model_copy(update={"learning_rate": 1e-9, "adamw_learning_rate": None, "warmup_steps": 0})
     set_compute(model, settings)
     optimizer = new_optimizer(model, settings)
