@@ -198,7 +198,9 @@ def export(
 
 def _table(values: dict[str, Any]) -> None:
     for key, value in values.items():
-        shown = f"{value:,}" if isinstance(value, int) else f"{value:,.1f}" if isinstance(value, float) else value
+        shown = f"{value:,}" if isinstance(value, int) else value
+        if isinstance(value, float):
+            shown = f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
         print(f"{key:<44} {shown}")
 
 
