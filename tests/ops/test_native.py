@@ -102,7 +102,7 @@ def run_everything(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor
     torch.stack([out.float().square().sum() for out in outputs]).sum().backward()
     mean, square, parameter = torch.zeros(70), torch.zeros(70), norm.detach().clone()
     native.adamw(parameter, norm.grad, mean, square, rate=0.1, betas=(0.9, 0.99), correction2=0.1, eps=1e-8, decay=0.01)
-    directions = [orthogonalise(torch.randn(n, 9, 30, generator=g).to(dtype)) for n in (1, 4)]
+    directions = [orthogonalise(torch.randn(n, 9, 30, generator=g)) for n in (1, 4)]
     leaves = (x, weight, norm, head, gate_up, down, gates, q, k, v)
     return [t.detach() for t in outputs] + [t.grad for t in leaves] + [parameter, mean, square, *directions]
 

@@ -112,7 +112,7 @@ def test_newton_schulz_in_bfloat16_orthogonalises_as_well(shape: tuple[int, int,
     exact, single, half = u @ v, orthogonalise(matrices), orthogonalise(matrices.bfloat16())
     assert half.dtype == torch.bfloat16
     assert (half.float() - exact).norm() <= 1.05 * (single - exact).norm()
-    assert (half.float() - single).norm() <= 2**-4 * single.norm()  # 15 products, both factors to 2**-9
+    assert (half.float() - single).norm() <= 2**-5 * single.norm()  # 15 products, each rounding to 2**-9
 
 
 def test_newton_schulz_runs_in_the_dtype_asked_for(tiny_model) -> None:

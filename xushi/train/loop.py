@@ -37,8 +37,9 @@ def set_compute(model: Deepseek, config: OptimizationConfig) -> None:
 
 
 def new_optimizer(model: Deepseek, config: OptimizationConfig) -> Optimizer:
-    """The optimizer that `config` asks for; Newton-Schulz runs in the dtype that the model computes in."""
-    return Optimizer(model, config.optimizer, (config.beta1, config.beta2), config.weight_decay, model.compute_dtype)
+    """The optimizer that `config` asks for; Newton-Schulz runs in bfloat16 if model and processor multiply it."""
+    dtype = model.compute_dtype if best_training_dtype()[0] == "bf16" else None
+    return Optimizer(model, config.optimizer, (config.beta1, config.beta2), config.weight_decay, dtype)
 
 
 def save_training(directory: Path, step: int, model: Deepseek, optimizer: Optimizer) -> None:

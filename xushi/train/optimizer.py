@@ -29,10 +29,9 @@ def orthogonalise(matrices_NRC: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Ten
     wide = matrices_NRC.shape[-2] <= matrices_NRC.shape[-1]
     x = matrices_NRC if wide else matrices_NRC.mT
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    if native.serves(x):
-        iterated: Tensor = x.float().contiguous()
-        native.newton_schulz(iterated, NEWTON_SCHULZ, steps, x.dtype)
-        iterated = iterated.to(x.dtype)
+    if x.dtype == torch.float32 and native.serves(x):  # pairs of bfloat16 err more than PyTorch's form
+        iterated: Tensor = x.contiguous()
+        native.newton_schulz(iterated, NEWTON_SCHULZ, steps)
         return iterated if wide else iterated.mT
     for _ in range(steps):
         gram = x @ x.mT

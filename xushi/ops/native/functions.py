@@ -289,8 +289,8 @@ def adamw(parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, *, 
           correction2, eps, decay, _threads())
 
 
-def newton_schulz(x_NRC: Tensor, coefficients: tuple[float, float, float], steps: int, products: torch.dtype) -> None:
+def newton_schulz(x_NRC: Tensor, coefficients: tuple[float, float, float], steps: int) -> None:
     """x <- a x + (b G + c G G) x with G = x x^T, `steps` times, for each float32 matrix in place; rows are at most
-    columns. What is multiplied is rounded to `products`.
+    columns.
     """
-    _call(products, "xushi_newton_schulz", x_NRC, *x_NRC.shape, *coefficients, steps, _threads())
+    _call(torch.float32, "xushi_newton_schulz", x_NRC, *x_NRC.shape, *coefficients, steps, _threads())
