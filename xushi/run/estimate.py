@@ -16,8 +16,7 @@ RL_COST_PER_TRAINED_TOKEN = 2.0
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """The plan of a run as flat keys; takes a few seconds because it times optimizer steps, with
-    activations kept and recomputed."""
+    """The plan of a run as flat keys; some seconds, since it times steps with activations kept and recomputed."""
     config = recipe.model.model_copy(update={"vocab_size": recipe.tokenizer.vocab_size})
     counts = count_parameters(config)
     dtype = chosen_dtype(recipe.pretrain.dtype)

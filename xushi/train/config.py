@@ -23,7 +23,7 @@ class OptimizationConfig(StrictConfig):
     bias_speed: float = 1e-3  # the router bias's gamma, per optimizer step
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     # What the backward pass needs of a layer is kept, or its input alone and the layer is run again: less memory for
-    # about a third more time, and the same bits. A dry run says what either costs.
+    # more time, and the same bits. A dry run says what either costs.
     activations: Literal["keep", "recompute"] = "keep"
     checkpoint_every: int = 100
 

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <thread>
@@ -108,7 +109,11 @@ struct Scratch {
             std::free(memory);  // before the larger one is asked for
             memory = static_cast<char*>(std::aligned_alloc(64, wanted));
             size = memory == nullptr ? 0 : wanted;
-            if (memory == nullptr) std::abort();
+            if (memory == nullptr) {
+                std::fprintf(stderr, "error: a compiled op found no memory for %zu bytes\nmake the batch or the model "
+                                     "smaller\n", wanted);
+                std::abort();
+            }
         }
         return reinterpret_cast<T*>(memory);
     }
