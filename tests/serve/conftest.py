@@ -86,12 +86,36 @@ def http(address):
         yield http
 
 
+class Steps:
+    """The engine takes a step when it is let, and so waits for the test however slow the machine is."""
+
+    def __init__(self):
+        self._allowed = threading.Semaphore(0)
+        self._free = False
+
+    def holding(self, step):
+        def held():
+            if not self._free:
+                self._allowed.acquire()
+            return step()
+        return held
+
+    def let(self, count):
+        self._allowed.release(count)
+
+    def let_all(self):
+        self._free = True
+        self._allowed.release(1000)
+
+
 @pytest.fixture
-def slow(app, monkeypatch):
-    """Steps of at least 50 ms, so that a whole answer takes seconds."""
-    for worker in app.state.workers.values():
-        step = worker._engine.step
-        monkeypatch.setattr(worker._engine, "step", lambda step=step: (time.sleep(0.05), step())[1])
+def steps(app, monkeypatch):
+    """Holds the steps of the model "base"."""
+    steps = Steps()
+    engine = app.state.workers["base"]._engine
+    monkeypatch.setattr(engine, "step", steps.holding(engine.step))
+    yield steps
+    steps.let_all()
 
 
 @pytest.fixture

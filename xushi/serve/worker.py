@@ -168,8 +168,8 @@ class Worker:
             except Exception as error:  # whatever it is, the other jobs and the next ones must be served
                 logger.exception("a step of the engine failed")
                 message = error.problem if isinstance(error, XushiError) else "the engine failed; the log says why"
-                self._fail_all(Failure(message, False), submitted)
                 self._engine = Engine(self._engine.model, self._engine.eos_id, self._engine.slots)
+                self._fail_all(Failure(message, False), submitted)
 
     def _admit(self, job: Job) -> None:
         numbers = itertools.count()
