@@ -109,6 +109,22 @@ def report(run_directory: RunArgument) -> None:
 
 
 @app.command()
+def replay(
+    run_directory: RunArgument,
+    step: Annotated[int, typer.Option(help="the step, from 1")],
+    stage: Annotated[str, typer.Option(help="pretrain or sft")] = "pretrain",
+    loss: Annotated[bool, typer.Option(help="compute its loss again, from the last checkpoint before it")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
+) -> None:
+    """Show which bytes a training step saw, and compute its loss again."""
+    from xushi.run import replay as replay_step
+    from xushi.run import replay_sentences
+
+    result = replay_step(run_directory, step, stage, loss)
+    print(json.dumps(result) if as_json else replay_sentences(result))
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print findings as JSON")] = False) -> None:
     """Say what this machine can do, and what to do where it cannot."""
     from xushi.base.machine import best_training_dtype, doctor_report

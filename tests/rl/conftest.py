@@ -63,9 +63,9 @@ def environment() -> Environment:
 @pytest.fixture(scope="session")
 def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepseek]:
     """A fresh copy of a model that answers each question with some digit and ends: about four in ten are right."""
-    def batch(step: int) -> dict[str, torch.Tensor]:
+    def batch(cursor: int, count: int) -> dict[str, torch.Tensor]:
         examples = []
-        for index in range(step * 40, step * 40 + 40):
+        for index in range(cursor, cursor + count):
             question, answer = environment.demonstration("train", index, 0.0)
             examples.append(tokenizer.chat_example([{"role": "user", "content": question.content},
                                                     {"role": "assistant", "content": answer.content}]))
@@ -74,7 +74,7 @@ def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepsee
     place = tmp_path_factory.mktemp("sft")
     model = Deepseek(TINY).initialise(1)
     config = ObjectiveConfig(steps=50, learning_rate=0.02, decay_fraction=0.5, dtype="fp32")
-    train("sft", model, config, batch, place / "checkpoints", Tracking(place / "tracking.sqlite"))
+    train("sft", model, config, batch, place / "checkpoints", Tracking(place / "tracking.sqlite"), per_step=40)
 
     def copy() -> Deepseek:
         other = Deepseek(TINY)

@@ -81,7 +81,7 @@ def test_sampler_and_trainer_agree_on_the_probabilities(fine_tuned, tokenizer, r
     """One model object in both forms: what is left is float32's rounding. Places that were off by one would differ by
     whole nats."""
     model = fine_tuned()
-    _, figures, _ = policy_loss(model, tokenizer, CONFIG, rollout)
+    figures = policy_loss(model, tokenizer, CONFIG, rollout).figures
     assert figures["logprob_difference"] < 1e-4
     by_hand = max(float((log_probabilities(model, a).detach() - torch.tensor(a.logprobs)).abs().max())
                   for a in rollout.answers)
@@ -98,7 +98,8 @@ def test_the_packed_loss_is_that_of_the_answers_one_by_one(off_policy, fine_tune
         for answer in rollout.answers:
             moved = torch.randn(len(answer.token_ids), generator=stream) * 0.3
             answer.sampling_logprobs[:] = (torch.tensor(answer.logprobs) + moved).tolist()
-    loss, figures, _ = policy_loss(model, tokenizer, CONFIG, rollout)
+    policy = policy_loss(model, tokenizer, CONFIG, rollout)
+    loss, figures = policy.total, policy.figures
     want = one_by_one(model, rollout)
     assert figures["loss"] == float(loss.detach()) == pytest.approx(float(want.detach()), abs=1e-5)
     got, expected = gradients(model, loss), gradients(model, want)
@@ -112,7 +113,7 @@ def test_at_another_temperature_the_update_is_on_policy(fine_tuned, tokenizer, r
         answer.sampling_logprobs[:] = [-9.0] * len(answer.token_ids)
     config = CONFIG.model_copy(update={"temperature": 0.7})
     model = fine_tuned()
-    loss, _, _ = policy_loss(model, tokenizer, config, rollout)
+    loss = policy_loss(model, tokenizer, config, rollout).total
     assert abs(float(loss.detach())) < 1e-6
     for answer in rollout.answers:
         answer.sampling_logprobs[:] = answer.logprobs
@@ -122,7 +123,8 @@ def test_at_another_temperature_the_update_is_on_policy(fine_tuned, tokenizer, r
 
 def test_the_figures(fine_tuned, tokenizer, rollout) -> None:
     model = fine_tuned()
-    _, figures, loads = policy_loss(model, tokenizer, CONFIG, rollout)
+    policy = policy_loss(model, tokenizer, CONFIG, rollout)
+    figures, loads = policy.figures, policy.loads
     assert figures["reward"] == pytest.approx(float(rollout.rewards_PS.mean()))
     assert figures["length"] == pytest.approx(sum(len(a.token_ids) for a in rollout.answers) / 48)
     assert figures["entropy"] == pytest.approx(-sum(sum(a.logprobs) for a in rollout.answers)
@@ -138,7 +140,8 @@ def test_the_figures(fine_tuned, tokenizer, rollout) -> None:
 def test_rewards_that_agree_leave_the_model_alone(fine_tuned, tokenizer, rollout) -> None:
     model = fine_tuned()
     flat = Rollout(rollout.answers, torch.ones(6, 8), torch.ones(6, 8, dtype=torch.bool))
-    loss, figures, _ = policy_loss(model, tokenizer, CONFIG, flat)
+    policy = policy_loss(model, tokenizer, CONFIG, flat)
+    loss, figures = policy.total, policy.figures
     assert figures["with_signal"] == 0 and not gradients(model, loss).any()
 
 

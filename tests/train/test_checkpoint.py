@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,14 @@ from safetensors import safe_open
 
 from xushi.base.errors import XushiError
 from xushi.train import checkpoint as module
-from xushi.train.checkpoint import FORMAT, MANIFEST, Checkpoint, latest_checkpoint, save_checkpoint
+from xushi.train.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    Checkpoint,
+    CheckpointWriter,
+    latest_checkpoint,
+    save_checkpoint,
+)
 
 FILES = {MANIFEST, "model.safetensors", "optimizer.safetensors"}
 
@@ -123,7 +132,7 @@ def test_if_all_are_damaged_the_stage_must_start_over(kind: str, tmp_path) -> No
 
 def test_damaged_ones_do_not_crowd_out_what_is_saved_after_them(tmp_path, monkeypatch) -> None:
     """Two damaged checkpoints stand above a whole one. Going on from that one, each new checkpoint must stay."""
-    monkeypatch.setattr(module, "KEEP", 3)
+    monkeypatch.setattr(module.save_checkpoint, "__defaults__", (3, 0))
     for step in (10, 20, 30):
         save_checkpoint(tmp_path, moment(step))
     monkeypatch.undo()
@@ -210,3 +219,93 @@ def test_an_error_at_any_moment_of_saving_leaves_the_one_before(dies_at: int, tm
     found = latest_checkpoint(tmp_path)
     assert found is not None and same(found, moment(found.step)) and found.step in (10, 20)
     assert flushed[0] >= min(dies_at, 6), "fewer flushes than files and directories"
+
+
+def test_the_newest_are_kept_and_those_of_every_so_many_steps(tmp_path) -> None:
+    for step in range(10, 81, 10):
+        save_checkpoint(tmp_path, moment(step), keep=1, keep_every=30)
+    assert steps(tmp_path) == [30, 60, 80]
+
+
+def test_the_newest_up_to_a_step(tmp_path) -> None:
+    for step in (10, 20):
+        save_checkpoint(tmp_path, moment(step))
+    assert same(latest_checkpoint(tmp_path, up_to=19), moment(10)) and latest_checkpoint(tmp_path, up_to=9) is None
+
+
+def test_a_writer_saves_what_the_tensors_were(tmp_path) -> None:
+    """Training changes them while they are written."""
+    changing = moment(10)
+    with CheckpointWriter(tmp_path) as writer:
+        writer.save(changing)
+        for tensors in changing.tensors.values():
+            for tensor in tensors.values():
+                tensor.zero_()
+        writer.save(moment(20))
+    assert same(latest_checkpoint(tmp_path), moment(20)) and same(latest_checkpoint(tmp_path, 10), moment(10))
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
+    """Writing the `which`th checkpoints meets a full disk."""
+    real, written = module.save_checkpoint, [0]
+
+    def save(*arguments) -> None:
+        written[0] += 1
+        if written[0] in which:
+            raise XushiError("no space left", "free some")
+        real(*arguments)
+
+    monkeypatch.setattr(module, "save_checkpoint", save)
+
+
+def test_a_full_disk_in_between_stops_nothing(tmp_path, monkeypatch, capsys) -> None:
+    failing(monkeypatch, 2)
+    with CheckpointWriter(tmp_path) as writer:
+        for step in (10, 20, 30):
+            writer.save(moment(step))
+    assert steps(tmp_path) == [10, 30]
+    said = capsys.readouterr().err
+    assert "no space left\nfree some\ntraining goes on; the next checkpoint is tried at step 30" in said
+
+
+@pytest.mark.parametrize("leaves", [None, KeyboardInterrupt])
+def test_the_last_one_that_cannot_be_written_is_an_error(leaves, tmp_path, monkeypatch) -> None:
+    failing(monkeypatch, 2)
+    with pytest.raises(XushiError, match="no space left"), CheckpointWriter(tmp_path) as writer:
+        for step in (10, 20):
+            writer.save(moment(step))
+        if leaves:
+            raise leaves
+    assert steps(tmp_path) == [10]
+
+
+def test_an_error_on_its_way_is_not_hidden_by_one_of_saving(tmp_path, monkeypatch) -> None:
+    failing(monkeypatch, 1)
+    with pytest.raises(ZeroDivisionError), CheckpointWriter(tmp_path) as writer:
+        writer.save(moment(10))
+        raise ZeroDivisionError
+
+
+def test_a_full_disk_while_training_loses_neither_the_run_nor_the_last_checkpoint(tmp_path) -> None:
+    """A process of its own, whose files may not grow beyond a few bytes from one moment to another."""
+    script = f"""
+import resource, signal, sys, torch
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent.parent.parent)!r})
+from tests.train.test_checkpoint import moment
+from xushi.train.checkpoint import CheckpointWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with CheckpointWriter(Path({str(tmp_path)!r})) as writer:
+    writer.save(moment(10))
+    writer._wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
+    writer.save(moment(20))
+    writer._wait()
+    print(sorted(path.name for path in Path({str(tmp_path)!r}).iterdir()), flush=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    writer.save(moment(30))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['step-000000010']" and "training goes on" in done.stderr
+    assert steps(tmp_path) == [10, 30] and same(latest_checkpoint(tmp_path), moment(30))

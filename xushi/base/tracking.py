@@ -1,7 +1,8 @@
-"""The tracking store of a run: events, metrics and decisions in one append-only SQLite file.
+"""The tracking store of a run: events, metrics, batches and decisions in one append-only SQLite file.
 
 A killed run repeats the steps since its last checkpoint, so a (stage, step, name) may stand twice; readers take the
-last. Nothing here is read back by training, except decisions, which are taken once and kept.
+last. So it is with the batches: of each step, which data it was trained on. Nothing here is read back by training,
+except decisions, which are taken once and kept.
 """
 
 import json
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from xushi.base.errors import XushiError
 from xushi.base.files import disk_errors
@@ -19,8 +20,25 @@ _TABLES = """
 CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, time REAL, stage TEXT, name TEXT, details TEXT);
 CREATE TABLE IF NOT EXISTS metrics (id INTEGER PRIMARY KEY, stage TEXT, step INTEGER, name TEXT, value REAL);
 CREATE TABLE IF NOT EXISTS decisions (id INTEGER PRIMARY KEY, time REAL, stage TEXT, name TEXT, value TEXT);
+CREATE TABLE IF NOT EXISTS batches (id INTEGER PRIMARY KEY, stage TEXT, step INTEGER, cursor INTEGER, pieces INTEGER,
+    hash TEXT, problem TEXT);
+CREATE INDEX IF NOT EXISTS batches_by_step ON batches (stage, step);
 CREATE INDEX IF NOT EXISTS metrics_by_name ON metrics (stage, name, step);
 """
+
+
+class BatchRecord(NamedTuple):
+    """What a step was trained on: so many pieces of data from `cursor` on, and the hash of the batch they made.
+
+    `id` rises with every writing. `problem` says why the step was not like the others, "" if it was.
+    """
+
+    id: int
+    step: int
+    cursor: int
+    pieces: int
+    hash: str
+    problem: str
 
 
 class Tracking:
@@ -49,6 +67,25 @@ class Tracking:
         """Numbers of one step, under dotted names."""
         self._write("INSERT INTO metrics (stage, step, name, value) VALUES (?, ?, ?, ?)",
                     [(stage, step, name, float(value)) for name, value in values.items()])
+
+    def batch(self, stage: str, step: int, cursor: int, pieces: int, digest: str, problem: str) -> None:
+        """What a step was trained on."""
+        self._write("INSERT INTO batches (stage, step, cursor, pieces, hash, problem) VALUES (?, ?, ?, ?, ?, ?)",
+                    [(stage, step, cursor, pieces, digest, problem)])
+
+    def batches(self, stage: str, last: int) -> list[BatchRecord]:
+        """The way to step `last` of a stage: one record a step from 1 on, each the last that came before the next's.
+
+        So a step that a kill or a rollback had done again stands there as it counted. Empty if `last` is not there.
+        """
+        rows = self._connection.execute("SELECT id, step, cursor, pieces, hash, problem FROM batches WHERE stage=? "
+                                        "AND step<=? ORDER BY step DESC, id DESC", (stage, last))
+        way: list[BatchRecord] = []
+        for record in map(BatchRecord._make, rows):
+            follows = record.step == way[-1].step - 1 and record.id < way[-1].id if way else record.step == last
+            if follows:
+                way.append(record)
+        return way[::-1]
 
     def decide(self, stage: str, name: str, value: Any) -> Any:
         """Record a choice the first time and return the recorded one ever after (for example the thread count)."""

@@ -11,7 +11,7 @@ from xushi.data.corpus import (
     load_summary,
     training_texts,
 )
-from xushi.data.documents import Document, make_document, read_documents
+from xushi.data.documents import Document, find_documents, make_document, read_documents
 from xushi.data.packing import Span, byte_span
 from xushi.data.tokens import TokenManifest, load_manifest, tokenize_corpus
 
@@ -29,6 +29,7 @@ __all__ = [
     "batch_hash",
     "build_corpus",
     "byte_span",
+    "find_documents",
     "heldout_batches",
     "heldout_bytes",
     "load_manifest",

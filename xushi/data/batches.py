@@ -6,8 +6,8 @@ Legend: B sequence, T token.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,13 +44,21 @@ def _batch(rows: Sequence[packing.Sequence]) -> Batch:
     return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
 
-def batch_hash(batch: Batch) -> str:
-    """Hex SHA-256 over the names, shapes and values of the arrays: equal batches, equal hashes."""
-    digest = hashlib.sha256()
-    for field in fields(batch):
-        array = getattr(batch, field.name).cpu().numpy()
-        digest.update(f"{field.name} {array.shape} {array.dtype.str}\n".encode() + array.tobytes())
-    return digest.hexdigest()
+def row_hashes(batch: Mapping[str, "torch.Tensor"]) -> list[bytes]:
+    """SHA-256 of each row of a batch's tensors [B, T]: over their names, shapes and values."""
+    arrays = {name: batch[name].cpu().numpy() for name in sorted(batch)}
+    digests = []
+    for row in range(len(next(iter(arrays.values())))):
+        digest = hashlib.sha256()
+        for name, array in arrays.items():
+            digest.update(f"{name} {array[row].shape} {array.dtype.str}\n".encode() + array[row].tobytes())
+        digests.append(digest.digest())
+    return digests
+
+
+def batch_hash(batch: Mapping[str, "torch.Tensor"]) -> str:
+    """Hex SHA-256 over the hashes of the rows in order, so that it does not matter who holds which row."""
+    return hashlib.sha256(b"".join(row_hashes(batch))).hexdigest()
 
 
 class TokenDataset:
@@ -104,11 +112,6 @@ class TokenDataset:
         packed = self._sources[source]
         return [(span.uid, *byte_span(packed.document(document), self._byte_lengths, span.start, span.end))
                 for document, span in packed.documents_and_spans(index)]
-
-    @staticmethod
-    def batch_hash(batch: Batch) -> str:
-        """See `batch_hash`."""
-        return batch_hash(batch)
 
 
 def heldout_batches(directory: Path, batch_size: int) -> Iterator[Batch]:

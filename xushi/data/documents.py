@@ -103,3 +103,9 @@ def read_documents(directory: Path, name: str) -> Iterator[Document]:
         except (OSError, pa.ArrowException) as error:
             raise XushiError(f"{shard} is damaged: {' '.join(str(error).split())}",
                              "run the data stage again") from None
+
+
+def find_documents(directory: Path, name: str, uids: Iterable[bytes]) -> dict[bytes, Document]:
+    """Those of a directory's documents that are asked for and there, by uid."""
+    wanted = set(uids)
+    return {document.uid: document for document in read_documents(directory, name) if document.uid in wanted}

@@ -25,7 +25,14 @@ from xushi.ops import token_log_probabilities
 from xushi.rl.config import RLConfig
 from xushi.rl.grpo import group_advantages, grpo_loss
 from xushi.tokenizer import Tokenizer
-from xushi.train import new_optimizer, optimizer_step, pack_examples, resume_training, save_training, set_compute
+from xushi.train import (
+    CheckpointWriter,
+    TrainingState,
+    guarded_update,
+    latest_checkpoint,
+    pack_examples,
+    report_problem,
+)
 
 # A rollout whose groups all agree has no gradient; so many in a row mean that the task or the verifier is at fault.
 LIMIT_WITHOUT_SIGNAL = 50
@@ -61,9 +68,18 @@ def _prompt_ids(tokenizer: Tokenizer, environment: Environment, task: Task) -> l
     return tokenizer.chat_ids([{"role": "user", "content": environment.reset(task)}])
 
 
-def policy_loss(model: Deepseek, tokenizer: Tokenizer, config: RLConfig, rollout: Rollout
-                ) -> tuple[Tensor, dict[str, float], dict[str, Tensor]]:
-    """GRPO's loss on a rollout, its figures, and the experts' loads."""
+@dataclass(frozen=True)
+class PolicyLoss:
+    """GRPO's loss on a rollout, the batch it was computed on, its figures, and the experts' loads."""
+
+    total: Tensor
+    batch: dict[str, Tensor]
+    figures: dict[str, float]
+    loads: dict[str, Tensor]
+
+
+def policy_loss(model: Deepseek, tokenizer: Tokenizer, config: RLConfig, rollout: Rollout) -> PolicyLoss:
+    """GRPO's loss on a rollout."""
     answers = rollout.answers
     packed = pack_examples([([*a.prompt_ids, *a.token_ids], [False] * len(a.prompt_ids) + [True] * len(a.token_ids))
                             for a in answers], config.sequence_length, tokenizer.pad_id)
@@ -101,33 +117,36 @@ def policy_loss(model: Deepseek, tokenizer: Tokenizer, config: RLConfig, rollout
     valid_N = (batch["segments"] >= 0).flatten()
     names = [name for name in model.routers() if int(name) < model.config.num_hidden_layers]
     loads = {name: expert_loads(choice, valid_N) for name, choice in zip(names, trunk.routing, strict=True)}
-    return loss, figures, loads
+    return PolicyLoss(loss, batch, figures, loads)
 
 
 def reinforce(model: Deepseek, tokenizer: Tokenizer, environment: Environment, config: RLConfig, seed: int,
               directory: Path, tracking: Tracking) -> None:
     """Train `model` in place for `config.steps` steps; checkpoints go to `directory`, figures to stage "rl"."""
-    set_compute(model, config)
-    optimizer = new_optimizer(model, config)
-    first = resume_training(directory, model, optimizer)
+    state = TrainingState.begin(model, config)
+    first = state.restore(latest_checkpoint(directory))
     without_signal = 0
-    with finish_step_first() as stop, StepProgress("rl", config.steps, first) as progress:
+    with finish_step_first() as stop, StepProgress("rl", config.steps, first) as progress, CheckpointWriter(
+            directory, config.keep_checkpoints, config.keep_every) as writer:
         for step in range(first, config.steps):
             step_began = time.monotonic()
             rollout = sample_rollout(model, tokenizer, environment, config, seed, step)
-            loss, figures, loads = policy_loss(model, tokenizer, config, rollout)
-            loss.backward()  # type: ignore[no-untyped-call]
-            figures |= optimizer_step(model, optimizer, config, step, loads)
+            policy = policy_loss(model, tokenizer, config, rollout)
+            figures = policy.figures
+            # A policy's loss lies about zero whatever it has learnt: there is no scale to judge it by.
+            updated, problem = guarded_update(state, config, step, 0.0, policy.total, policy.loads)
             done = step + 1
-            figures["seconds"] = time.monotonic() - step_began
+            figures |= updated | {"seconds": time.monotonic() - step_began}
             tracking.metrics("rl", done, figures)
             progress.update(done, f"reward {figures['reward']:.2f}  length {figures['length']:.1f}  "
                                   f"truncated {figures['truncated']:.0%}")
+            if problem is not None:
+                report_problem("rl", done, state, problem, policy.batch, directory, tracking)
             flat = figures["with_signal"] == 0 and figures["reward"] < 0.5
             without_signal = without_signal + 1 if flat else 0
             hopeless = without_signal == LIMIT_WITHOUT_SIGNAL
             if done % config.checkpoint_every == 0 or done == config.steps or stop.requested or hopeless:
-                save_training(directory, done, model, optimizer)
+                writer.save(state.checkpoint(done))
             if stop.requested:
                 raise KeyboardInterrupt
             if hopeless:

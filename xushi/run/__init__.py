@@ -1,6 +1,8 @@
 """Floor 7: a recipe's stages in order, each resumable and skipped when its inputs have not changed."""
 
 from xushi.run.benchmark import benchmark_training, named_shape, sentences
+from xushi.run.replay import replay, replay_sentences
 from xushi.run.runner import describe, run
 
-__all__ = ["benchmark_training", "describe", "named_shape", "run", "sentences"]
+__all__ = ["benchmark_training", "describe", "named_shape", "replay", "replay_sentences", "run",
+           "sentences"]

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from xushi.base.machine import inspect, measure_matrix_gflops, peak_memory_bytes
 from xushi.base.progress import say
-from xushi.model import Deepseek, ModelConfig, pretraining_loss
+from xushi.model import Deepseek, ModelConfig
 from xushi.ops import native
 from xushi.plan import train_flops_per_token
 from xushi.recipe import load_recipe
-from xushi.train import PretrainConfig, chosen_dtype, new_optimizer, optimizer_step, set_compute
+from xushi.train import PretrainConfig, TrainingState, chosen_dtype
+from xushi.train import training_step as one_step
 
 _S = dict(vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=8, intermediate_size=768,
           moe_intermediate_size=128, n_routed_experts=32, num_experts_per_tok=4, n_shared_experts=1, kv_lora_rank=64,
@@ -70,18 +71,13 @@ def training_step(shape: Shape) -> Callable[[Tensor], None]:
     """
     model = Deepseek(shape.config).initialise(0)
     settings = shape.settings.model_copy(update={"learning_rate": 1e-9, "adamw_learning_rate": None, "warmup_steps": 0})
-    set_compute(model, settings)
-    optimizer = new_optimizer(model, settings)
+    state = TrainingState.begin(model, settings)
 
     def step(tokens: Tensor) -> None:
         batch = {"tokens": tokens, "targets": tokens.roll(-1, 1), "segments": torch.zeros_like(tokens),
                  "positions": torch.arange(tokens.shape[1]).expand_as(tokens),
                  "loss_mask": torch.ones_like(tokens, dtype=torch.bool)}
-        parts = pretraining_loss(model, batch, mtp_weight=settings.mtp_weight, balance_weight=settings.balance_weight,
-                                 indexer_weight=settings.indexer_weight)
-        parts.total.backward()  # type: ignore[no-untyped-call]
-        optimizer_step(model, optimizer, settings, 0, parts.loads)
-        float(parts.next_token)
+        one_step(state, settings, 0, batch)
 
     return step
 

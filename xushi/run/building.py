@@ -1,6 +1,7 @@
 """The stages that make a model: data, tokenizer, pretraining, fine-tuning, reinforcement learning, and its control."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +26,7 @@ from xushi.rl import reinforce
 from xushi.run.context import RunContext
 from xushi.tokenizer import Message, Tokenizer
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
-from xushi.train import PretrainConfig, SFTConfig, pack_examples, train
+from xushi.train import ObjectiveConfig, PretrainConfig, SFTConfig, pack_examples, train
 
 TRANSCRIPTS = "transcripts"  # the name of the environment's source
 
@@ -78,7 +79,7 @@ def tokenizer(context: RunContext) -> dict[str, Any]:
             "data.heldout_tokens": manifest.heldout.tokens}
 
 
-def _dataset(context: RunContext) -> TokenDataset:
+def dataset_of(context: RunContext) -> TokenDataset:
     """The training sequences; the control without data sees the environment's transcripts alone."""
     directory = context.path("data", "tokens")
     sources = None if context.recipe.runs("data") else [TRANSCRIPTS]
@@ -97,20 +98,41 @@ def _heldout_part(context: RunContext, config: PretrainConfig) -> tuple[list[dic
     return chosen, load_summary(context.path("data", "corpus")).heldout_bytes * wanted / total
 
 
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a training stage starts from: how it is trained, after which stage, on what, and how much a step takes."""
+
+    config: ObjectiveConfig
+    after: str | None
+    batches: Callable[[int, int], dict[str, Tensor]]
+    per_step: int
+
+
+def training_inputs(context: RunContext, stage: str) -> TrainingInputs:
+    """Those of stage "pretrain" or "sft"."""
+    if stage == "pretrain":
+        pretraining, dataset = context.recipe.pretrain, dataset_of(context)
+        return TrainingInputs(pretraining, None, lambda cursor, count: vars(dataset.batch(cursor, count)),
+                              pretraining.batch_tokens // context.recipe.data.sequence_length)
+    config = context.recipe.sft
+    assert stage == "sft" and config is not None, "the recipe's validation asks for [sft]"
+    return TrainingInputs(config, context.last_stage("pretrain"),
+                          demonstration_batches(context, context.tokenizer(), config), config.batch_examples)
+
+
 def pretrain(context: RunContext) -> dict[str, Any]:
     """Train on the corpus from random weights."""
-    config, dataset = context.recipe.pretrain, _dataset(context)
-    rows = config.batch_tokens // context.recipe.data.sequence_length
+    config, inputs = context.recipe.pretrain, training_inputs(context, "pretrain")
     some, some_bytes = _heldout_part(context, config)
-    model = context.trained_model(None)
+    model = context.trained_model(inputs.after)
 
     def evaluate() -> dict[str, float]:
         return {"heldout_bits_per_byte": total_bits(model, some) / some_bytes}
 
-    train("pretrain", model, config, lambda step: vars(dataset.batch(step * rows, rows)),
-          context.checkpoints("pretrain"), context.tracking, (config.evaluate_every, evaluate))
+    train("pretrain", model, config, inputs.batches, context.checkpoints("pretrain"), context.tracking,
+          (config.evaluate_every, evaluate), inputs.per_step)
     return {"pretrain.steps": config.steps, "pretrain.tokens": config.steps * config.batch_tokens,
-            "pretrain.epochs": config.steps * config.batch_tokens / dataset.tokens_per_epoch,
+            "pretrain.epochs": config.steps * config.batch_tokens / dataset_of(context).tokens_per_epoch,
             **_last(context, "pretrain", "loss", "mtp_loss"),
             "pretrain.tokens_per_second": config.steps * config.batch_tokens / training_seconds(context, "pretrain")}
 
@@ -130,15 +152,14 @@ def training_seconds(context: RunContext, stage: str) -> float:
     return sum(value for _, value in context.tracking.series(stage, "seconds"))
 
 
-def demonstration_batches(context: RunContext, tokens: Tokenizer, config: SFTConfig, first_step: int = 0
-                          ) -> Callable[[int], dict[str, Tensor]]:
-    """Batches of demonstrations, a fresh set at every step."""
+def demonstration_batches(context: RunContext, tokens: Tokenizer, config: SFTConfig, first: int = 0
+                          ) -> Callable[[int, int], dict[str, Tensor]]:
+    """Batches of demonstrations, a fresh set at every step; the cursor counts them from number `first` on."""
     environment: Environment = context.environment()
 
-    def batch(step: int) -> dict[str, Tensor]:
-        start = (first_step + step) * config.batch_examples
+    def batch(cursor: int, count: int) -> dict[str, Tensor]:
         examples = [tokens.chat_example(chat_messages(environment.demonstration("train", index, config.thinking_share)))
-                    for index in range(start, start + config.batch_examples)]
+                    for index in range(first + cursor, first + cursor + count)]
         return pack_examples(examples, config.sequence_length, tokens.pad_id).batch
 
     return batch
@@ -146,12 +167,10 @@ def demonstration_batches(context: RunContext, tokens: Tokenizer, config: SFTCon
 
 def sft(context: RunContext) -> dict[str, Any]:
     """Fine-tune the pretrained model on demonstrations."""
-    config, tokens = context.recipe.sft, context.tokenizer()
-    assert config is not None, "the recipe's validation asks for [sft]"
-    model = context.trained_model(context.last_stage("pretrain"))
-    train("sft", model, config, demonstration_batches(context, tokens, config), context.checkpoints("sft"),
-          context.tracking)
-    return {"sft.steps": config.steps, "sft.examples": config.steps * config.batch_examples,
+    inputs = training_inputs(context, "sft")
+    train("sft", context.trained_model(inputs.after), inputs.config, inputs.batches, context.checkpoints("sft"),
+          context.tracking, per_step=inputs.per_step)
+    return {"sft.steps": inputs.config.steps, "sft.examples": inputs.config.steps * inputs.per_step,
             **_last(context, "sft", "loss")}
 
 
@@ -178,6 +197,6 @@ def control(context: RunContext) -> dict[str, Any]:
     steps = context.tracking.decide("control", "steps", max(1, round(training_seconds(context, "rl") / per_step)))
     model = context.trained_model("sft")
     train("control", model, config.model_copy(update={"steps": steps}),
-          demonstration_batches(context, tokens, config, config.steps), context.checkpoints("control"),
-          context.tracking)
+          demonstration_batches(context, tokens, config, config.steps * config.batch_examples),
+          context.checkpoints("control"), context.tracking, per_step=config.batch_examples)
     return {"control.steps": steps}

@@ -1,17 +1,19 @@
 """Floor 5: pretraining, supervised fine-tuning, their optimizer, and checkpoints."""
 
+from xushi.train.checkpoint import CheckpointWriter, latest_checkpoint
 from xushi.train.config import ObjectiveConfig, OptimizationConfig, PretrainConfig, SFTConfig
 from xushi.train.examples import PackedExamples, pack_examples
 from xushi.train.loop import (
+    TrainingState,
     chosen_dtype,
+    guarded_update,
     new_optimizer,
-    optimizer_step,
-    resume_training,
-    save_training,
+    report_problem,
     set_compute,
     train,
+    training_step,
 )
 
-__all__ = ["ObjectiveConfig", "OptimizationConfig", "PackedExamples", "PretrainConfig", "SFTConfig", "chosen_dtype",
-           "new_optimizer", "optimizer_step", "pack_examples", "resume_training", "save_training", "set_compute",
-           "train"]
+__all__ = ["CheckpointWriter", "ObjectiveConfig", "OptimizationConfig", "PackedExamples", "PretrainConfig", "SFTConfig",
+           "TrainingState", "chosen_dtype", "guarded_update", "latest_checkpoint", "new_optimizer", "pack_examples",
+           "report_problem", "set_compute", "train", "training_step"]

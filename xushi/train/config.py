@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from xushi.base.config import StrictConfig
+from xushi.train.guards import OnSpike
 
 
 class OptimizationConfig(StrictConfig):
@@ -26,16 +27,18 @@ class OptimizationConfig(StrictConfig):
     # more time, and the same bits. A dry run says what either costs.
     activations: Literal["keep", "recompute"] = "keep"
     checkpoint_every: int = 100
+    keep_checkpoints: int = 2  # the newest so many; with 1, a damaged newest one starts the stage over
+    keep_every: int = 0  # beside them, those of every so many steps; 0: none
 
     @model_validator(mode="after")
     def _sound(self) -> "OptimizationConfig":
-        for name in ("steps", "checkpoint_every"):
+        for name in ("steps", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         for name in ("learning_rate", "adamw_learning_rate", "gradient_clip"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0")
-        for name in ("warmup_steps", "weight_decay", "bias_speed"):
+        for name in ("warmup_steps", "weight_decay", "bias_speed", "keep_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
         for name in ("beta1", "beta2"):
@@ -43,6 +46,9 @@ class OptimizationConfig(StrictConfig):
                 raise ValueError(f"{name} must be at least 0 and below 1")
         if not 0 <= self.decay_fraction <= 1:
             raise ValueError("decay_fraction must lie between 0 and 1")
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(f"keep_every={self.keep_every} is not a multiple of "
+                             f"checkpoint_every={self.checkpoint_every}")
         return self
 
 
@@ -52,6 +58,7 @@ class ObjectiveConfig(OptimizationConfig):
     mtp_weight: float = 0.3
     balance_weight: float = 1e-4  # the sequence-wise loss's alpha
     indexer_weight: float = 1.0  # the loss of V3.2's and V4's indexers; 0 leaves them as they are
+    on_spike: OnSpike = "warn"  # what is done when the loss jumps
     allow_unbalanced: bool = False  # train a mixture with neither bias nor balance loss
 
     @model_validator(mode="after")

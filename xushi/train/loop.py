@@ -4,23 +4,28 @@ Killed anywhere and started again it ends with the same bits: everything that a 
 or is a function of the step's number.
 """
 
-import math
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from xushi.base.errors import XushiError
+from xushi.base.files import write_atomic
 from xushi.base.interrupt import finish_step_first
 from xushi.base.machine import best_training_dtype
-from xushi.base.progress import StepProgress
+from xushi.base.progress import StepProgress, say
 from xushi.base.tracking import Tracking
+from xushi.data import batch_hash
 from xushi.model import Deepseek, pretraining_loss
 from xushi.train.balance import router_health, update_router_biases
-from xushi.train.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from xushi.train.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
 from xushi.train.config import ObjectiveConfig, OptimizationConfig, PretrainConfig
+from xushi.train.guards import LIMIT_IN_A_ROW, LIMIT_OF_ROLLBACKS, Guard, Problem
 from xushi.train.optimizer import Optimizer, clip_gradients
 from xushi.train.schedule import warmup_stable_decay
 
@@ -42,77 +47,154 @@ def new_optimizer(model: Deepseek, config: OptimizationConfig) -> Optimizer:
     return Optimizer(model, config.optimizer, (config.beta1, config.beta2), config.weight_decay, dtype)
 
 
-def save_training(directory: Path, step: int, model: Deepseek, optimizer: Optimizer) -> None:
-    """Checkpoint everything that the next step depends on."""
-    save_checkpoint(directory, Checkpoint(step, {"model": model.state_dict(), "optimizer": optimizer.state},
-                                          {"optimizer_steps": optimizer.steps}))
+@dataclass
+class TrainingState:
+    """Everything that the next step depends on, but for its number: `cursor` is how much data was used before it."""
+
+    model: Deepseek
+    optimizer: Optimizer
+    guard: Guard = field(default_factory=Guard)
+    cursor: int = 0
+
+    @classmethod
+    def begin(cls, model: Deepseek, config: OptimizationConfig) -> "TrainingState":
+        """The state before the first step; makes the model compute as `config` says."""
+        set_compute(model, config)
+        guard = Guard(config.on_spike) if isinstance(config, ObjectiveConfig) else Guard()
+        return cls(model, new_optimizer(model, config), guard)
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The state after `step` steps; its tensors are this state's own."""
+        return Checkpoint(step, {"model": self.model.state_dict(), "optimizer": self.optimizer.state},
+                          {"optimizer_steps": self.optimizer.steps, "cursor": self.cursor, "guard": self.guard.state})
+
+    def restore(self, checkpoint: Checkpoint | None) -> int:
+        """Go back to a checkpoint, or stay where there is none; returns the number of steps done."""
+        if checkpoint is None:
+            return 0
+        self.model.load_state_dict(checkpoint.tensors["model"])
+        for name, tensor in self.optimizer.state.items():
+            tensor.copy_(checkpoint.tensors["optimizer"][name])
+        self.optimizer.steps = checkpoint.state["optimizer_steps"]
+        self.cursor = checkpoint.state["cursor"]
+        self.guard.load(checkpoint.state["guard"])
+        return checkpoint.step
 
 
-def resume_training(directory: Path, model: Deepseek, optimizer: Optimizer) -> int:
-    """Load the newest checkpoint, if there is one; returns the number of steps done."""
-    checkpoint = latest_checkpoint(directory)
-    if checkpoint is None:
-        return 0
-    model.load_state_dict(checkpoint.tensors["model"])
-    for name, tensor in optimizer.state.items():
-        tensor.copy_(checkpoint.tensors["optimizer"][name])
-    optimizer.steps = checkpoint.state["optimizer_steps"]
-    return checkpoint.step
-
-
-def optimizer_step(model: Deepseek, optimizer: Optimizer, config: OptimizationConfig, step: int,
-                   loads: dict[str, Tensor], move_biases: bool = True) -> dict[str, float]:
-    """Clip, step, move the router biases; returns the gradient norm, the learning rate and the routers' health."""
-    norm = clip_gradients(model.parameters(), config.gradient_clip)
-    if not math.isfinite(norm):
-        raise XushiError(f"step {step + 1}: the gradient is not finite ({norm})",
-                         "lower learning_rate or raise warmup_steps; the last checkpoint is untouched", 1)
+def optimizer_step(state: TrainingState, config: OptimizationConfig, step: int, loads: dict[str, Tensor], norm: float,
+                   move_biases: bool = True) -> dict[str, float]:
+    """Step with the clipped gradients, whose norm was `norm`, and move the router biases; returns what to track."""
     factor = warmup_stable_decay(step, config.steps, config.warmup_steps, config.decay_fraction)
     rate = config.learning_rate * factor
-    optimizer.step(rate, (config.adamw_learning_rate or config.learning_rate) * factor)
-    optimizer.zero_grad()
+    state.optimizer.step(rate, (config.adamw_learning_rate or config.learning_rate) * factor)
     if config.bias_speed and move_biases:
-        update_router_biases(model, loads, config.bias_speed)
-    return {"gradient_norm": norm, "learning_rate": rate, **router_health(model, loads)}
+        update_router_biases(state.model, loads, config.bias_speed)
+    return {"gradient_norm": norm, "learning_rate": rate, **router_health(state.model, loads)}
 
 
-def train(stage: str, model: Deepseek, config: ObjectiveConfig, batches: Callable[[int], dict[str, Tensor]],
-          directory: Path, tracking: Tracking, evaluate: tuple[int, Callable[[], dict[str, float]]] | None = None
-          ) -> dict[str, float]:
-    """Train `model` in place for `config.steps` steps on `batches(step)`; checkpoints go to `directory`.
+def guarded_update(state: TrainingState, config: OptimizationConfig, step: int, loss: float, total: Tensor,
+                   loads: dict[str, Tensor], move_biases: bool = True) -> tuple[dict[str, float], Problem | None]:
+    """Differentiate `total` and step, unless the guard withholds it: what to track, and what was wrong if anything.
 
-    `evaluate` is (every so many steps, what to measure). Returns the last step's metrics with the tokens trained on
-    per second of this process. Ctrl-C saves after the running step and raises KeyboardInterrupt.
+    `loss` is what the guard compares with earlier steps.
     """
-    set_compute(model, config)
-    optimizer = new_optimizer(model, config)
-    first = resume_training(directory, model, optimizer)
+    guard, figures = state.guard, dict[str, float]()
+    problem = guard.judge(loss, float(total.detach()))
+    if not guard.withholds(problem):
+        total.backward()  # type: ignore[no-untyped-call]
+        norm = clip_gradients(state.model.parameters(), config.gradient_clip)
+        problem = guard.judge_gradient(norm) or problem
+        if not guard.withholds(problem):
+            figures = optimizer_step(state, config, step, loads, norm, move_biases)
+    state.optimizer.zero_grad()
+    guard.count(loss, problem)
+    return figures | {"withheld_steps": float(guard.withheld)}, problem
+
+
+def training_step(state: TrainingState, config: ObjectiveConfig, step: int, batch: dict[str, Tensor]
+                  ) -> tuple[dict[str, float], Problem | None]:
+    """Step number `step` (from 0) on `batch`: what to track, and what was wrong if anything."""
     warmup = config.indexer_warmup_steps if isinstance(config, PretrainConfig) else 0
+    warming = step < warmup
+    if warmup and step == warmup:
+        state.optimizer.restart()
+    parts = pretraining_loss(state.model, batch, mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
+                             indexer_weight=config.indexer_weight, indexer_warmup=warming)
+    loss = float(parts.next_token)
+    figures, problem = guarded_update(state, config, step, loss, parts.total, parts.loads, move_biases=not warming)
+    return {"loss": loss, "mtp_loss": float(parts.mtp), "balance_loss": float(parts.balance),
+            "indexer_loss": float(parts.indexer), **figures}, problem
+
+
+def report_problem(stage: str, step: int, state: TrainingState, problem: Problem, batch: dict[str, Tensor],
+                   directory: Path, tracking: Tracking) -> None:
+    """Tell and record it; too many withheld steps in a row end the run, with the batch in a file, as a `XushiError`."""
+    withheld = state.guard.withholds(problem)
+    say(f"{stage} step {step}: {problem.text}" + ("; its update is left out" if withheld else ""))
+    tracking.event(stage, problem.kind.replace(" ", "_"), step=step, text=problem.text, withheld=withheld)
+    if state.guard.in_a_row >= LIMIT_IN_A_ROW:
+        file = directory / f"refused-step-{step:09d}.safetensors"
+        write_atomic(file, safetensors.torch.save({name: tensor.contiguous() for name, tensor in batch.items()}))
+        raise XushiError(f"{stage} step {step}: {problem.text}, the {LIMIT_IN_A_ROW}rd step in a row without an update",
+                         f"lower learning_rate or raise warmup_steps; the checkpoints in {directory} are from before, "
+                         f"and {file.name} there is the batch", 1)
+
+
+def train(stage: str, model: Deepseek, config: ObjectiveConfig, batches: Callable[[int, int], dict[str, Tensor]],
+          directory: Path, tracking: Tracking, evaluate: tuple[int, Callable[[], dict[str, float]]] | None = None,
+          per_step: int = 1) -> dict[str, float]:
+    """Train `model` in place for `config.steps` steps of `per_step` pieces of data; checkpoints go to `directory`.
+
+    `batches(cursor, count)` makes the batch of so many pieces from `cursor` on. `evaluate` is (every so many steps,
+    what to measure). Returns the last step's metrics with the tokens trained on per second of this process. Ctrl-C
+    saves after the running step and raises KeyboardInterrupt.
+    """
+    state = TrainingState.begin(model, config)
+    step = first = state.restore(latest_checkpoint(directory))
+    rollbacks: Counter[int] = Counter()
     metrics: dict[str, float] = {}
     began, trained = time.monotonic(), 0
-    with finish_step_first() as stop, StepProgress(stage, config.steps, first) as progress:
-        for step in range(first, config.steps):
+    with finish_step_first() as stop, StepProgress(stage, config.steps, first) as progress, CheckpointWriter(
+            directory, config.keep_checkpoints, config.keep_every) as writer:
+        if step == 0 and config.on_spike == "rollback":
+            writer.save(state.checkpoint(0))  # so that there is always something to go back to
+        while step < config.steps:
             step_began = time.monotonic()
-            batch = batches(step)
-            warming = step < warmup
-            if warmup and step == warmup:
-                optimizer.restart()
-            parts = pretraining_loss(model, batch, mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
-                                     indexer_weight=config.indexer_weight, indexer_warmup=warming)
-            parts.total.backward()  # type: ignore[no-untyped-call]
-            metrics = {"loss": float(parts.next_token), "mtp_loss": float(parts.mtp),
-                       "balance_loss": float(parts.balance), "indexer_loss": float(parts.indexer),
-                       **optimizer_step(model, optimizer, config, step, parts.loads, move_biases=not warming)}
+            cursor, batch = state.cursor, batches(state.cursor, per_step)
+            metrics, problem = training_step(state, config, step, batch)
+            state.cursor += per_step
+            step += 1
+            tracking.batch(stage, step, cursor, per_step, batch_hash(batch), problem.text if problem else "")
             trained += int(batch["loss_mask"].sum())
             metrics["tokens_per_second"] = trained / (time.monotonic() - began)
             metrics["seconds"] = time.monotonic() - step_began
-            done = step + 1
-            if evaluate is not None and (done % evaluate[0] == 0 or done == config.steps):
+            if evaluate is not None and (step % evaluate[0] == 0 or step == config.steps):
                 metrics |= evaluate[1]()
-            tracking.metrics(stage, done, metrics)
-            progress.update(done, f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s")
-            if done % config.checkpoint_every == 0 or done == config.steps or stop.requested:
-                save_training(directory, done, model, optimizer)
+            tracking.metrics(stage, step, metrics)
+            progress.update(step, f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s")
+            if problem is not None:
+                report_problem(stage, step, state, problem, batch, directory, tracking)
+            back = problem is not None and problem.kind == "spike" and config.on_spike == "rollback"
+            if back:  # nothing to save: what is there leads here again
+                step = _roll_back(stage, step, state, writer, rollbacks, tracking)
+            elif step % config.checkpoint_every == 0 or step == config.steps or stop.requested:
+                writer.save(state.checkpoint(step))
             if stop.requested:
                 raise KeyboardInterrupt
     return metrics
+
+
+def _roll_back(stage: str, step: int, state: TrainingState, writer: CheckpointWriter, rollbacks: Counter[int],
+               tracking: Tracking) -> int:
+    """Go back to the last checkpoint and leave out the data from there to here; returns the number of steps done."""
+    beyond = state.cursor
+    writer.finish()
+    back = state.restore(latest_checkpoint(writer.directory))
+    rollbacks[back] += 1
+    if rollbacks[back] > LIMIT_OF_ROLLBACKS:
+        raise XushiError(f"{stage} step {step}: the loss jumps after {LIMIT_OF_ROLLBACKS} returns to step {back}",
+                         "lower learning_rate, or set on_spike to \"warn\" if the data itself changes there", 1)
+    tracking.event(stage, "rollback", from_step=step, to_step=back, skipped_from=state.cursor, skipped_to=beyond)
+    say(f"{stage}: back to step {back}; the data from there to step {step} is left out")
+    state.cursor = beyond
+    return back

@@ -1,0 +1,96 @@
+"""A step of a run again: its bytes, from the sources themselves, and its loss to the bit."""
+
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from xushi.base.tracking import Tracking
+from xushi.run import replay, replay_sentences
+
+from .conftest import Chain, xushi
+
+
+def test_a_step_is_computed_again_to_the_bit(chain: Chain) -> None:
+    """From the last checkpoint before it, and from the beginning where there is none."""
+    for step, begins in ((200, 180), (3, 0)):
+        result = replay(chain.directory, step)
+        assert result["loss"] == result["loss_logged"] and result["trained_from_step"] == begins
+        assert result["batch_hash"] == result["batch_hash_logged"] and result["tokens"] == 1024
+
+
+def test_the_spans_are_the_bytes_of_the_sources(chain: Chain) -> None:
+    result = replay(chain.directory, 120, compute_loss=False)
+    assert result["cursor"] == 119 * 16 and result["pieces"] == 16 and "loss" not in result
+    assert {span["sequence"] for span in result["spans"]} == set(range(119 * 16, 120 * 16))
+    read = 0
+    for step in range(1, 30):
+        for span in replay(chain.directory, step, compute_loss=False)["spans"]:
+            if span["source"] != "python":
+                continue
+            package = importlib.metadata.distribution(span["meta"]["package"])
+            file = Path(str(package.locate_file(span["meta"]["path"]))).read_bytes()
+            start = span["meta"].get("bytes", [0])[0]
+            found = file[start + span["first_byte"]:start + span["end_byte"]].decode("utf-8", "replace")
+            assert found == span["text"]
+            read += 1
+    assert read > 10
+
+
+def test_fine_tuning_shows_its_demonstrations(chain: Chain) -> None:
+    result = replay(chain.directory, 2, "sft")
+    assert result["loss"] == result["loss_logged"] and result["cursor"] == 64
+    assert [span["meta"]["task"] for span in result["spans"]] == list(range(64, 128))
+    assert all(span["text"].startswith("user: ") for span in result["spans"])
+
+
+def test_the_command(chain: Chain) -> None:
+    done = xushi("replay", chain.directory, "--step", "2")
+    assert done.returncode == 0 and "as logged; trained again from step 0" in done.stdout, done.stderr
+    assert "NOT" not in done.stdout
+    printed = json.loads(xushi("replay", chain.directory, "--step", "2", "--no-loss", "--json").stdout)
+    assert printed == json.loads(json.dumps(replay(chain.directory, 2, compute_loss=False)))
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (("--step", "201"), "has no step 201 of stage pretrain\ngive one from 1 to 200"),
+    (("--step", "0"), "has no step 0"),
+    (("--step", "1", "--stage", "rl"), "stage 'rl' has no steps to replay")])
+def test_what_is_not_there_is_said(arguments: tuple[str, ...], said: str, chain: Chain, tmp_path: Path) -> None:
+    done = xushi("replay", chain.directory, *arguments)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    done = xushi("replay", tmp_path, *arguments)
+    assert done.returncode == 2 and ("no run directory" in done.stderr or "rl" in done.stderr)
+    assert not list(tmp_path.iterdir())
+
+
+def test_changed_data_is_noticed(chain: Chain, tmp_path: Path) -> None:
+    """The store is made to say what was not trained on, which is what changed data looks like."""
+    copy = tmp_path / "run"
+    shutil.copytree(chain.directory, copy)
+    store = Tracking(copy / "tracking.sqlite")
+    record = store.batches("pretrain", 2)[-1]
+    store.batch("pretrain", 2, record.cursor + 16, 16, record.hash, "")
+    store.close()
+    shown = replay_sentences(replay(copy, 2, compute_loss=False))
+    assert "NOT as logged" in shown
+    done = xushi("replay", copy, "--step", "2")
+    assert done.returncode == 1 and "its hash differs" in done.stderr
+
+
+def test_other_weights_are_noticed(chain: Chain, tmp_path: Path) -> None:
+    """A loss that is not the logged one is said to differ: the checkpoint before step 200 is another one here."""
+    copy = tmp_path / "run"
+    shutil.copytree(chain.directory, copy)
+    directory = copy / "checkpoints" / "pretrain" / "step-000000180"
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.01
+    save_file(tensors, directory / "model.safetensors")
+    manifest = json.loads((directory / "manifest.json").read_text())
+    from xushi.base.files import sha256_file
+    manifest["sha256"]["model.safetensors"] = sha256_file(directory / "model.safetensors")
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    assert "NOT as logged" in replay_sentences(replay(copy, 200))

@@ -1,0 +1,101 @@
+"""What keeps one bad batch from spoiling a run: losses and gradients that are not finite, and losses that jump.
+
+Not here: what is done about a jump that is answered by going back (loop).
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+OnSpike = Literal["warn", "skip", "rollback"]
+
+LIMIT_IN_A_ROW = 3  # steps withheld one after another: then it is not one batch that is at fault
+LIMIT_OF_ROLLBACKS = 3  # to the same checkpoint
+
+# A loss is a spike if it lies so many deviations above its running mean. A step's loss is an average over thousands of
+# tokens, so that six are chance less than once in a million steps; the floor keeps a loss that hardly varies quiet.
+DEVIATIONS = 6.0
+SMALLEST_DEVIATION = 0.02  # of the mean
+MEMORY = 0.98  # of the running mean from step to step: about fifty steps
+STEPS_BEFORE_JUDGING = 50
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a step was not like the others."""
+
+    kind: Literal["not finite", "spike"]
+    text: str
+
+
+@dataclass
+class LossScale:
+    """Running mean and variance of the loss, exponentially forgotten."""
+
+    seen: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def add(self, loss: float) -> None:
+        """Take one more loss into account."""
+        # While few were seen, all of them weigh the same.
+        weight = max(1 - MEMORY, 1 / (self.seen + 1))
+        difference = loss - self.mean
+        self.mean += weight * difference
+        self.variance = (1 - weight) * (self.variance + weight * difference * difference)
+        self.seen += 1
+
+    @property
+    def deviation(self) -> float:
+        """The deviation that a spike is measured in."""
+        return max(math.sqrt(self.variance), SMALLEST_DEVIATION * abs(self.mean))
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether `loss` lies far above those seen; never before enough were."""
+        return self.seen >= STEPS_BEFORE_JUDGING and loss > self.mean + DEVIATIONS * self.deviation
+
+
+class Guard:
+    """Judges each step's loss and gradient; its state belongs into the checkpoint."""
+
+    def __init__(self, on_spike: OnSpike = "warn") -> None:
+        self.on_spike = on_spike
+        self.scale = LossScale()
+        self.withheld = 0  # steps without an update so far
+        self.in_a_row = 0  # of these, the last ones without one that was applied between
+
+    def judge(self, loss: float, total: float) -> Problem | None:
+        """What is wrong with a step's loss: `loss` is compared with the earlier ones, `total` is differentiated."""
+        if not math.isfinite(total):
+            return Problem("not finite", f"the loss is not finite ({total})")
+        if self.scale.is_spike(loss):
+            return Problem("spike", f"the loss jumps to {loss:.4g} from {self.scale.mean:.4g} "
+                                    f"(deviation {self.scale.deviation:.2g})")
+        return None
+
+    def judge_gradient(self, norm: float) -> Problem | None:
+        """What is wrong with its gradient."""
+        return None if math.isfinite(norm) else Problem("not finite", f"the gradient is not finite ({norm})")
+
+    def withholds(self, problem: Problem | None) -> bool:
+        """Whether the update is left out: for what is not finite always, for a spike if the recipe says so."""
+        return problem is not None and (problem.kind == "not finite" or self.on_spike != "warn")
+
+    def count(self, loss: float, problem: Problem | None) -> None:
+        """Take a step into account; the loss of one that was withheld does not move the scale."""
+        if self.withholds(problem):
+            self.withheld += 1
+            self.in_a_row += 1
+        else:
+            self.in_a_row = 0
+            self.scale.add(loss)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """JSON-able, and exact: floats are written so that they are read back to the bit."""
+        return {"scale": asdict(self.scale), "withheld": self.withheld, "in_a_row": self.in_a_row}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self.scale = LossScale(**state["scale"])
+        self.withheld, self.in_a_row = state["withheld"], state["in_a_row"]
