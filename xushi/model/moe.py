@@ -3,6 +3,8 @@
 Axes: B batch, T tokens, D hidden, N flat tokens, E experts, k experts per token, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -61,14 +63,34 @@ class Router(nn.Module):
         self.tid2eid.copy_(ring[places % experts])
 
 
-class Experts(nn.Module):
-    """The routed experts' weights, stacked: gate and up rows [E, 2F, D], down [E, D, F]."""
+# Rows [P, D] with the expert of each [P, 1] and its gate value [P, 1], to rows [P, D].
+RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-    def __init__(self, config: ModelConfig) -> None:
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked: gate and up rows [E, 2F, D], down [E, D, F].
+
+    `dispatch` is how expert parallelism gets in: with it, the weights here are some experts' alone, and it brings each
+    row to where its expert is and back. It is given x, indices, gate values, and how to run the experts that are here.
+    """
+
+    def __init__(self, config: ModelConfig, limit: float | None) -> None:
         super().__init__()
+        self.limit = limit
+        self.dispatch: Callable[[Tensor, Tensor, Tensor, RunExperts], Tensor] | None = None
         experts, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
+        """The sum over each token's chosen experts: [N, D]."""
+        if self.dispatch is not None:
+            return self.dispatch(x_ND, indices_Nk, weights_Nk, self.run)
+        return self.run(x_ND, indices_Nk, weights_Nk)
+
+    def run(self, x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
+        """The same by the experts that are here, numbered from 0."""
+        return routed_experts(x_ND, indices_Nk, weights_Nk, self.gate_up_proj, self.down_proj, self.limit)
 
 
 class MixtureOfExperts(nn.Module):
@@ -76,19 +98,18 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, hashed: bool) -> None:
         super().__init__()
-        self.limit = config.swiglu_limit if config.is_v4 else None
+        limit = config.swiglu_limit if config.is_v4 else None
         self.gate = Router(config, hashed)
-        self.experts = Experts(config)
+        self.experts = Experts(config, limit)
         shared = config.moe_intermediate_size * config.n_shared_experts
-        self.shared_experts = MLP(config.hidden_size, shared, self.limit) if shared else None
+        self.shared_experts = MLP(config.hidden_size, shared, limit) if shared else None
 
     def forward(self, x: Tensor, tokens: Tensor | None, pinned_Nk: Tensor | None = None
                 ) -> tuple[Tensor, RouterChoice]:
         """[..., D] to [..., D], with what the router decided for the flattened tokens, whose ids are `tokens` [...]."""
         x_ND = x.flatten(0, -2)
         choice = self.gate(x_ND, None if tokens is None else tokens.flatten(), pinned_Nk)
-        out_ND = routed_experts(x_ND, choice.indices_Nk, choice.weights_Nk, self.experts.gate_up_proj,
-                                self.experts.down_proj, self.limit)
+        out_ND: Tensor = self.experts(x_ND, choice.indices_Nk, choice.weights_Nk)
         if self.shared_experts is not None:
             out_ND = out_ND + self.shared_experts(x_ND)
         return out_ND.view_as(x), choice
