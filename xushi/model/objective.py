@@ -159,8 +159,8 @@ def _mtp_losses(model: Deepseek, trunk: Hidden, batch: dict[str, Tensor], counts
 
 
 def pretraining_loss(model: Deepseek, batch: dict[str, Tensor], *, mtp_weight: float, balance_weight: float,
-                     indexer_weight: float = 1.0, indexer_warmup: bool = False, counts: LossCounts | None = None,
-                     pinned: list[Tensor] | None = None) -> LossParts:
+                     indexer_weight: float = 1.0, indexer_warmup: bool = False, counts: LossCounts | None = None
+                     ) -> LossParts:
     """L = next token + mtp_weight / depths * sum of MTP losses + balance_weight * sum of balance losses over layers
     + indexer_weight * sum of the indexers' losses over layers, where there are indexers.
 
@@ -168,11 +168,11 @@ def pretraining_loss(model: Deepseek, batch: dict[str, Tensor], *, mtp_weight: f
     `batch` has the design's tensors: tokens, targets, positions, segments (int64) and loss_mask (bool), all [B, T].
     Every loss is a mean over its target tokens (V3, eqs. 17-20 and 24-25). An MTP depth with nothing to predict
     gives zero. `counts` are those of the whole batch where this is a part of it; then the parts' losses and gradients
-    add up to the whole's. `pinned` holds one [B*T, k] choice per MoE layer of the trunk and replaces the routers' own.
+    add up to the whole's.
     """
     counts = counts or LossCounts.of(batch, model.config.num_nextn_predict_layers)
     index_loss = model.config.has_indexer and indexer_weight > 0
-    trunk = model.hidden(batch["tokens"], batch["positions"], batch["segments"], pinned, dense=indexer_warmup,
+    trunk = model.hidden(batch["tokens"], batch["positions"], batch["segments"], dense=indexer_warmup,
                          index_loss=index_loss)
     next_token = next_token_loss(model, trunk.hidden_BTD, batch["targets"],
                                  _mean_over(batch["loss_mask"], counts.targets[0]))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from xushi.ops import native
+from xushi.train.layout import Layout, local
+from xushi.train.matrix_exchange import MatrixExchange
 
 MUON_MOMENTUM = 0.95
 MUON_SCALE = 0.2
@@ -53,13 +55,18 @@ class Optimizer:
     """One optimizer over a model's named parameters; its state is addressed by their names.
 
     kind: "muon" or "adamw". Weight decay is decoupled and falls on matrices, embedding and head, never on norms and
-    biases. Newton-Schulz runs in `newton_schulz_dtype`, or in the parameters' own; all else is in their own.
+    biases. Newton-Schulz runs in `newton_schulz_dtype`, or in the parameters' own; all else is in their own. Where
+    `layout` spreads the model, parameters and state are this process's parts; whole matrices meet for Newton-Schulz
+    alone.
     """
 
     def __init__(self, model: nn.Module, kind: str, betas: tuple[float, float], weight_decay: float,
-                 newton_schulz_dtype: torch.dtype | None = None) -> None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters = dict(named)
+                 newton_schulz_dtype: torch.dtype | None = None, layout: Layout | None = None) -> None:
+        self._modules_own = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        named = [(name, local(p)) for name, p in self._modules_own]
+        self.parameters: dict[str, Tensor] = dict(named)
+        self._exchange = MatrixExchange(layout or Layout())
+        self._shapes = {name: tuple(p.shape) for name, p in self._modules_own}
         self.betas, self.weight_decay = betas, weight_decay
         self.newton_schulz_dtype = newton_schulz_dtype
         self._muon = [name for name, p in named if kind == "muon" and is_matrix(name, p)]
@@ -79,9 +86,10 @@ class Optimizer:
         `adamw_learning_rate` is for what AdamW takes; the same if None.
         """
         self.steps += 1
-        self._step_adam([n for n in self._adam if self.parameters[n].grad is not None],
+        gradients = {name: local(p.grad) for name, p in self._modules_own if p.grad is not None}
+        self._step_adam({name: gradients[name] for name in self._adam if name in gradients},
                         learning_rate if adamw_learning_rate is None else adamw_learning_rate)
-        self._step_muon([n for n in self._muon if self.parameters[n].grad is not None], learning_rate)
+        self._step_muon({name: gradients[name] for name in self._muon if name in gradients}, learning_rate)
 
     def restart(self) -> None:
         """Forget all moments: what had no gradient so far begins like everything else."""
@@ -91,16 +99,17 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        for parameter in self.parameters.values():
+        for _, parameter in self._modules_own:
             parameter.grad = None
 
-    def _step_adam(self, names: list[str], learning_rate: float) -> None:
+    def _step_adam(self, gradient_of: dict[str, Tensor], learning_rate: float) -> None:
+        names = [name for name, gradient in gradient_of.items() if gradient.numel()]
         if not names:
             return
         beta1, beta2 = self.betas
         rate, root = learning_rate / (1 - beta1**self.steps), (1 - beta2**self.steps) ** 0.5
         parameters: list[Tensor] = [self.parameters[n] for n in names]
-        gradients = [_gradient(p) for p in parameters]
+        gradients = [gradient_of[n] for n in names]
         means = [self.state[f"mean.{n}"] for n in names]
         squares = [self.state[f"square.{n}"] for n in names]
         if native.serves(*parameters, *gradients) and all(t.is_contiguous() for t in (*parameters, *gradients)):
@@ -119,40 +128,49 @@ class Optimizer:
         torch._foreach_add_(denominators, ADAM_EPS)
         torch._foreach_addcdiv_(parameters, means, denominators, -rate)
 
-    def _step_muon(self, names: list[str], learning_rate: float) -> None:
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-        for name in names:
-            parameter = self.parameters[name]
-            gradient, momentum = _gradient(parameter), self.state[f"momentum.{name}"]
+    def _step_muon(self, gradient_of: dict[str, Tensor], learning_rate: float) -> None:
+        updates = {}
+        for name, gradient in gradient_of.items():
+            momentum = self.state[f"momentum.{name}"]
             momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
             update = gradient.lerp(momentum, MUON_MOMENTUM)  # Nesterov
-            for weight, direction in zip(_matrices(name, parameter), _matrices(name, update), strict=True):
-                by_shape.setdefault((weight.shape[-2], weight.shape[-1]), []).append((weight, direction))
-        for (rows, columns), pairs in by_shape.items():
-            directions = torch.cat([direction for _, direction in pairs])
-            updates = orthogonalise(directions.to(self.newton_schulz_dtype or directions.dtype))
-            rate = learning_rate * MUON_SCALE * max(rows, columns) ** 0.5
-            sizes = [weight.shape[0] for weight, _ in pairs]
-            for (weight, _), update in zip(pairs, torch.split(updates, sizes), strict=True):
-                weight.mul_(1 - learning_rate * self.weight_decay).add_(update, alpha=-rate)
+            updates[name] = update.to(self.newton_schulz_dtype or update.dtype)
+        for name, direction in self._exchange.on_whole_matrices(updates, _orthogonalised).items():
+            rows, columns = self._shapes[name][-2:]
+            rate = learning_rate * MUON_SCALE * max(rows // _fused(name), columns) ** 0.5
+            self.parameters[name].mul_(1 - learning_rate * self.weight_decay).add_(direction, alpha=-rate)
 
 
-def _gradient(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        raise RuntimeError("a parameter without a gradient was to be stepped")
-    return parameter.grad
+def _orthogonalised(updates: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each published matrix of whole updates by itself; those of equal shape go together."""
+    by_shape: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
+    for name, update in updates.items():
+        for matrices in _matrices(name, update):
+            by_shape.setdefault((matrices.shape[-2], matrices.shape[-1]), []).append((name, matrices))
+    parts: dict[str, list[Tensor]] = {name: [] for name in updates}
+    for found in by_shape.values():
+        directions = orthogonalise(torch.cat([matrices for _, matrices in found]))
+        for (name, _), part in zip(found, torch.split(directions, [len(m) for _, m in found]), strict=True):
+            parts[name].append(part)
+    return {name: torch.cat(found, dim=1).view_as(updates[name]) for name, found in parts.items()}
+
+
+def _fused(name: str) -> int:
+    """How many published matrices lie above one another in a parameter."""
+    return 2 if name.endswith("gate_up_proj") else 1
 
 
 def _matrices(name: str, tensor: Tensor) -> Iterable[Tensor]:
     """Views [n, rows, columns] of the published matrices inside a parameter; fused gate and up are two."""
-    if name.endswith("gate_up_proj"):
-        return list(tensor.chunk(2, dim=1))
-    return [tensor if tensor.dim() == 3 else tensor[None]]
+    stacked = tensor if tensor.dim() == 3 else tensor[None]
+    return list(stacked.chunk(_fused(name), dim=1))
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, layout: Layout | None = None) -> float:
     """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    if layout is not None and layout.data > 1:
+        norm = layout.total(norm.square()).sqrt()
     torch._foreach_mul_(gradients, float((limit / (norm + 1e-6)).clamp(max=1.0)))
     return float(norm)

@@ -1,0 +1,224 @@
+"""How training is spread over processes: which rows of a batch and which part of each parameter a process has.
+
+The model stays as it was written for one: FSDP2 gathers a layer's parameters around its use and adds up gradients, and
+experts get a dispatch. Everything else asks the layout. Not here: the loop, and how parts become files (checkpoint).
+
+All processes are data processes. A group of `expert` neighbours shares out the experts; `replica` = data / expert
+such groups hold the same ones. Parameters of experts are sharded over the replicas, all others over all of data.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import model_validator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+
+from xushi.base.config import StrictConfig
+from xushi.base.errors import XushiError
+from xushi.model import Deepseek, ModelConfig
+from xushi.model.moe import Experts, MixtureOfExperts
+from xushi.train.expert_parallel import ExpertDispatch
+
+SECONDS_TO_WAIT = 24 * 3600  # for another process: one of them may be reading a corpus
+
+
+class LayoutConfig(StrictConfig):
+    """`data` processes share each batch (None: as many as were started); groups of `expert` of them the experts."""
+
+    data: int | None = None
+    expert: int = 1
+
+    @model_validator(mode="after")
+    def _sound(self) -> "LayoutConfig":
+        if self.expert < 1 or (self.data is not None and self.data < 1):
+            raise ValueError("data and expert must be at least 1")
+        return self
+
+
+@dataclass(frozen=True)
+class Box:
+    """The part of a tensor that a process holds: where it starts along each axis, and its size."""
+
+    shape: tuple[int, ...]  # of the whole tensor
+    start: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: torch.Size | tuple[int, ...]) -> "Box":
+        """All of it."""
+        return cls(tuple(shape), (0,) * len(shape), tuple(shape))
+
+    def along(self, axis: int, parts: int, number: int) -> "Box":
+        """Part `number` of `parts` along an axis, as torch.chunk and FSDP2 cut: all as long as the first but the last
+        ones."""
+        length = -(-self.size[axis] // parts)
+        begin = min(number * length, self.size[axis])
+        start, size = list(self.start), list(self.size)
+        start[axis] += begin
+        size[axis] = min(length, self.size[axis] - begin)
+        return Box(self.shape, tuple(start), tuple(size))
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Of the whole tensor."""
+        return tuple(slice(a, a + n) for a, n in zip(self.start, self.size, strict=True))
+
+
+@dataclass
+class Layout:
+    """One process's view: `rank` of `data`; experts are shared by groups of `expert`. Alone, nothing is spread."""
+
+    data: int = 1
+    expert: int = 1
+    rank: int = 0
+    meshes: dict[str, DeviceMesh] = field(default_factory=dict)  # of one axis each: "data", "replica", "expert"
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the whole parameters, once a model is spread
+
+    @property
+    def replica(self) -> int:
+        """How many groups hold the same experts."""
+        return self.data // self.expert
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that speaks and writes for all."""
+        return self.rank == 0
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The processes along an axis: "data", "replica" or "expert"."""
+        return self.meshes[axis].get_group()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of all data processes' tensors."""
+        if not self.meshes:
+            return tensor
+        result = tensor.clone()
+        dist.all_reduce(result, group=self.group("data"))
+        return result
+
+    def everyones(self, value: Any) -> list[Any]:
+        """What each process gave, in their order."""
+        if not self.meshes:
+            return [value]
+        values: list[Any] = [None] * self.data
+        dist.all_gather_object(values, value, group=self.group("data"))
+        return values
+
+    def rows(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This process's rows of a whole batch; rows of padding are put below where they do not divide."""
+        if not self.meshes:
+            return dict(batch)
+        missing = -len(batch["tokens"]) % self.data
+        fill = {"segments": -1}
+        whole = {name: torch.cat([t, t.new_full((missing, *t.shape[1:]), fill.get(name, 0))]) if missing else t
+                 for name, t in batch.items()}
+        return {name: tensor.chunk(self.data)[self.rank] for name, tensor in whole.items()}
+
+    def box(self, name: str, rank: int | None = None) -> Box:
+        """The part of a parameter that this process (or another) holds."""
+        box = Box.whole(self.shapes[name])
+        rank = self.rank if rank is None else rank
+        if not self.meshes:
+            return box
+        if ".experts." not in name:
+            return box.along(0, self.data, rank)
+        box = box.along(0, self.expert, rank % self.expert)
+        return box.along(_expert_axis(box.size[0], self.replica), self.replica, rank // self.expert)
+
+    def spread(self, model: Deepseek) -> Deepseek:
+        """Leave in `model` this process's part of each parameter, and let it run as if all were there."""
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        if not self.meshes:
+            return model
+        data, replica = self.meshes["data"], self.meshes["replica"]
+        for layer in model.model.layers:
+            if isinstance(layer.mlp, MixtureOfExperts):
+                self._share_out(layer.mlp.experts)
+                cut = Shard(_expert_axis(layer.mlp.experts.gate_up_proj.shape[0], self.replica))
+                fully_shard(layer.mlp.experts, mesh=replica, shard_placement_fn=_always(cut))
+            fully_shard(layer, mesh=data)
+            if hasattr(layer, "predict"):
+                register_fsdp_forward_method(layer, "predict")
+        fully_shard(model, mesh=data)
+        register_fsdp_forward_method(model, "hidden")
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # the processes' losses add up to the batch's
+        for name, parameter in model.named_parameters():
+            assert tuple(local(parameter).shape) == self.box(name).size, name
+        return model
+
+    def _share_out(self, experts: Experts) -> None:
+        """Keep this process's experts."""
+        if self.expert == 1:
+            return
+        here = experts.gate_up_proj.shape[0] // self.expert
+        first = self.rank % self.expert * here
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(experts, name, nn.Parameter(getattr(experts, name).detach()[first:first + here].clone()))
+        experts.dispatch = ExpertDispatch(self.group("expert"), here)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is here, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _always(placement: Shard) -> Callable[[nn.Parameter], Shard]:
+    return lambda _: placement
+
+
+def _expert_axis(experts: int, replica: int) -> int:
+    """The axis along which replicas cut stacked experts: whole experts where they divide, else their rows."""
+    return 0 if experts % replica == 0 else 1
+
+
+def started_processes() -> tuple[int, int]:
+    """(rank, how many) by the environment that torchrun sets; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_layout(config: LayoutConfig, model: ModelConfig, processes: int) -> None:
+    """Raise a `XushiError` with the nearest layout that works if this one does not fit processes or model."""
+    data = config.data or processes
+    if data != processes:
+        raise XushiError(f"layout.data={data} and {processes} processes were started",
+                         f"start {data} (torchrun --nproc-per-node {data}), or set layout.data={processes}")
+    experts = model.n_routed_experts if any(map(model.is_moe, range(model.num_hidden_layers))) else 1
+    fitting = [n for n in range(1, data + 1)
+               if data % n == 0 and experts % n == 0 and _divides(model, experts // n, data // n)]
+    if config.expert not in fitting:
+        nearest = min(fitting, key=lambda n: (abs(n - config.expert), n)) if fitting else None
+        remedy = (f"set layout.expert={nearest}" if nearest is not None else
+                  "start a number of processes that divides the experts or their width")
+        raise XushiError(f"layout.expert={config.expert} does not work with {data} processes and {experts} experts of "
+                         f"width {model.moe_intermediate_size}", remedy)
+
+
+def _divides(model: ModelConfig, here: int, replica: int) -> bool:
+    """Whether `here` experts can be cut for so many replicas: FSDP2 cuts other axes than the first evenly only."""
+    return here % replica == 0 or not (2 * model.moe_intermediate_size % replica or model.hidden_size % replica)
+
+
+def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu") -> Layout:
+    """The layout of the processes that were started, this one among them; alone where there is but one."""
+    rank, processes = started_processes()
+    check_layout(config, model, processes)
+    if processes == 1:
+        return Layout()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+                                timeout=timedelta(seconds=SECONDS_TO_WAIT))
+    experts = init_device_mesh(device, (processes // config.expert, config.expert),
+                               mesh_dim_names=("replica", "expert"))
+    meshes = {"data": init_device_mesh(device, (processes,), mesh_dim_names=("data",)),
+              "replica": experts["replica"], "expert": experts["expert"]}
+    return Layout(processes, config.expert, rank, meshes)
