@@ -62,6 +62,8 @@ def run_command(
         return
     try:
         results = run(loaded, directory, update)
+        if results is None:
+            return  # the first process speaks for all
         page = write_report(directory)
     except KeyboardInterrupt:
         print(f"\nstopped; everything done so far is in {directory}\n"

@@ -16,7 +16,7 @@ from xushi.data.sources import read_source
 from xushi.model.config import ModelConfig
 from xushi.rl.config import RLConfig
 from xushi.tokenizer.config import SMALLEST_VOCABULARY, TokenizerConfig
-from xushi.train.config import PretrainConfig, SFTConfig
+from xushi.train.config import LayoutConfig, PretrainConfig, SFTConfig
 
 # What a recipe may train, in order. Evaluation, export and report follow whatever was trained.
 TRAINING_STAGES = ("data", "tokenizer", "pretrain", "sft", "rl")
@@ -89,6 +89,7 @@ class Recipe(StrictConfig):
     rl: RLConfig | None = None
     environment: EnvironmentConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
+    layout: LayoutConfig = LayoutConfig()  # how it is spread over processes; no part of what the run is
 
     @model_validator(mode="before")
     @classmethod
@@ -169,8 +170,8 @@ class Recipe(StrictConfig):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the resolved recipe."""
-        return sha256_json(self.model_dump(mode="json"))
+        """SHA-256 of the resolved recipe, without the layout: any number of processes may go on with a run."""
+        return sha256_json(self.model_dump(mode="json", exclude={"layout"}))
 
 
 def _without_none(value: Any) -> Any:

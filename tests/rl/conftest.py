@@ -10,7 +10,7 @@ from xushi.envs import Environment, Message, Score, Step, Task
 from xushi.model import Deepseek, ModelConfig
 from xushi.tokenizer import Tokenizer
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
-from xushi.train import ObjectiveConfig, pack_examples, train
+from xushi.train import Data, ObjectiveConfig, pack_examples, train
 
 TINY = ModelConfig(
     vocab_size=SMALLEST_VOCABULARY, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
@@ -74,7 +74,7 @@ def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepsee
     place = tmp_path_factory.mktemp("sft")
     model = Deepseek(TINY).initialise(1)
     config = ObjectiveConfig(steps=50, learning_rate=0.02, decay_fraction=0.5, dtype="fp32")
-    train("sft", model, config, batch, place / "checkpoints", Tracking(place / "tracking.sqlite"), per_step=40)
+    train("sft", model, config, Data(batch, 40), place / "checkpoints", Tracking(place / "tracking.sqlite"))
 
     def copy() -> Deepseek:
         other = Deepseek(TINY)

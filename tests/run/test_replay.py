@@ -91,6 +91,6 @@ def test_other_weights_are_noticed(chain: Chain, tmp_path: Path) -> None:
     save_file(tensors, directory / "model.safetensors")
     manifest = json.loads((directory / "manifest.json").read_text())
     from xushi.base.files import sha256_file
-    manifest["sha256"]["model.safetensors"] = sha256_file(directory / "model.safetensors")
+    manifest["files"]["model.safetensors"]["sha256"] = sha256_file(directory / "model.safetensors")
     (directory / "manifest.json").write_text(json.dumps(manifest))
     assert "NOT as logged" in replay_sentences(replay(copy, 200))

@@ -19,6 +19,7 @@ from xushi.train.checkpoint import (
     MANIFEST,
     Checkpoint,
     CheckpointWriter,
+    SavedCheckpoint,
     latest_checkpoint,
     save_checkpoint,
 )
@@ -34,11 +35,12 @@ def moment(step: int) -> Checkpoint:
                       {"optimizer_steps": step, "nested": {"text": "虚实", "rate": 0.1}})
 
 
-def same(first: Checkpoint | None, second: Checkpoint) -> bool:
-    assert first is not None and first.tensors.keys() == second.tensors.keys()
-    return first.step == second.step and first.state == second.state and all(
-        first.tensors[group].keys() == tensors.keys()
-        and all(torch.equal(first.tensors[group][name], tensor) and first.tensors[group][name].dtype == tensor.dtype
+def same(first: SavedCheckpoint | None, second: Checkpoint) -> bool:
+    assert first is not None
+    found = first.tensors
+    return first.step == second.step and first.state == second.state and found.keys() == second.tensors.keys() and all(
+        found[group].keys() == tensors.keys()
+        and all(torch.equal(found[group][name], tensor) and found[group][name].dtype == tensor.dtype
                 for name, tensor in tensors.items())
         for group, tensors in second.tensors.items())
 
@@ -104,7 +106,7 @@ DAMAGE = {
     "a manifest that is a list": lambda d: (d / MANIFEST).write_text("[]"),
     "a manifest without hashes": lambda d: (d / MANIFEST).write_text(json.dumps({"format": FORMAT})),
     "a manifest without a state": lambda d: (d / MANIFEST).write_text(
-        json.dumps({"format": FORMAT, "sha256": {}, "step": 20})),
+        json.dumps({"format": FORMAT, "files": {}, "step": 20})),
 }
 
 
@@ -130,12 +132,10 @@ def test_if_all_are_damaged_the_stage_must_start_over(kind: str, tmp_path) -> No
     assert error.value.exit_code == 1
 
 
-def test_damaged_ones_do_not_crowd_out_what_is_saved_after_them(tmp_path, monkeypatch) -> None:
+def test_damaged_ones_do_not_crowd_out_what_is_saved_after_them(tmp_path) -> None:
     """Two damaged checkpoints stand above a whole one. Going on from that one, each new checkpoint must stay."""
-    monkeypatch.setattr(module.save_checkpoint, "__defaults__", (3, 0))
     for step in (10, 20, 30):
-        save_checkpoint(tmp_path, moment(step))
-    monkeypatch.undo()
+        save_checkpoint(tmp_path, moment(step), keep=3)
     for step in (20, 30):
         flip(tmp_path / f"step-{step:09d}" / "model.safetensors")
     assert same(latest_checkpoint(tmp_path), moment(10))
@@ -148,7 +148,7 @@ def test_damaged_ones_do_not_crowd_out_what_is_saved_after_them(tmp_path, monkey
     assert steps(tmp_path) == [20, 30]
 
 
-@pytest.mark.parametrize("manifest", [{"format": FORMAT + 1, "sha256": {}, "step": 1, "state": {}},
+@pytest.mark.parametrize("manifest", [{"format": FORMAT + 1, "files": {}, "step": 1, "state": {}},
                                       {"format": FORMAT + 1, "hashes": "elsewhere"}])
 def test_a_newer_format_is_not_taken_for_damage(manifest: dict, tmp_path) -> None:
     """Going on from an older checkpoint would throw away what the newer version trained."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from xushi.base.errors import XushiError
 from xushi.model import LossParts
-from xushi.train import ObjectiveConfig, train
+from xushi.train import Data, ObjectiveConfig, train
 from xushi.train import loop as module
 from xushi.train.checkpoint import latest_checkpoint
 from xushi.train.guards import LIMIT_IN_A_ROW, LIMIT_OF_ROLLBACKS, STEPS_BEFORE_JUDGING, Guard, LossScale
@@ -79,14 +79,14 @@ def sensitive(monkeypatch) -> None:
 
 
 def spiking(batches: Callable[[int], dict[str, Tensor]], at: tuple[int, ...], seen: list[int] | None = None
-            ) -> Callable[[int, int], dict[str, Tensor]]:
+            ) -> Data:
     """The batches, with a jump of the loss `at` these cursors; the cursors asked for go to `seen`."""
     def make(cursor: int, count: int) -> dict[str, Tensor]:
         if seen is not None:
             seen.append(cursor)
         batch = batches(cursor)
         return batch | {"targets": torch.full_like(batch["targets"], 39)} if cursor in at else batch
-    return make
+    return Data(make)
 
 
 def weights(directory: Path) -> bytes:
@@ -94,7 +94,7 @@ def weights(directory: Path) -> bytes:
 
 
 def poison(batches: Callable[[int], dict[str, Tensor]], model: module.Deepseek, steps: tuple[int, ...]
-           ) -> Callable[[int, int], dict[str, Tensor]]:
+           ) -> Data:
     """The head holds a NaN during these steps and none otherwise."""
     def make(cursor: int, count: int) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -102,7 +102,7 @@ def poison(batches: Callable[[int], dict[str, Tensor]], model: module.Deepseek, 
             if cursor in steps:
                 model.head_VD[:, 0] = math.nan
         return batches(cursor)
-    return make
+    return Data(make)
 
 
 def test_what_is_not_finite_is_left_out_and_counted(tiny_model, batches, tracking, tmp_path, capsys) -> None:
@@ -134,8 +134,8 @@ def test_a_gradient_that_is_not_finite_is_left_out_too(tiny_model, batches, trac
     norms = iter([1.0, math.inf, 1.0, 1.0])
     monkeypatch.setattr(module, "clip_gradients", lambda *_: next(norms))
     model = tiny_model()
-    train("test", model, ObjectiveConfig(**(SETTINGS | {"steps": 4})), lambda cursor, _: batches(cursor), tmp_path,
-          tracking)
+    data = Data(lambda cursor, _: batches(cursor))
+    train("test", model, ObjectiveConfig(**(SETTINGS | {"steps": 4})), data, tmp_path, tracking)
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None and checkpoint.state["optimizer_steps"] == 3
     assert "the gradient is not finite (inf)" in tracking.events("test", "not_finite")[0]["details"]["text"]
@@ -156,14 +156,14 @@ def rolled_back(directory: Path, make_model: Callable[[], module.Deepseek], batc
                 ) -> list[int]:
     """Cursors in the order asked for; killed when `end` batches were."""
     model, seen = make_model(), list[int]()
-    inner = spiking(batches, (6,), seen)
+    inner = spiking(batches, (6,), seen).batches
 
     def make(cursor: int, count: int) -> dict[str, Tensor]:
         if len(seen) == end:
             raise Killed
         return inner(cursor, count)
 
-    train("test", model, ObjectiveConfig(**(SETTINGS | {"on_spike": "rollback"})), make, directory, tracking)
+    train("test", model, ObjectiveConfig(**(SETTINGS | {"on_spike": "rollback"})), Data(make), directory, tracking)
     return seen
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from xushi.model import Deepseek, ModelConfig, pretraining_loss
-from xushi.train import ObjectiveConfig, PretrainConfig, train
+from xushi.train import Data, ObjectiveConfig, PretrainConfig, train
 from xushi.train.checkpoint import latest_checkpoint, save_checkpoint
 from xushi.train.loop import TrainingState, chosen_dtype, optimizer_step, set_compute, training_step
 
@@ -27,9 +27,9 @@ class Killed(Exception):
     """Stands for the process's end: nothing of the loop runs after it."""
 
 
-def numbered(batches: Callable[[int], dict[str, Tensor]]) -> Callable[[int, int], dict[str, Tensor]]:
+def numbered(batches: Callable[[int], dict[str, Tensor]]) -> Data:
     """One batch a step: the cursor is its number."""
-    return lambda cursor, _: batches(cursor)
+    return Data(lambda cursor, _: batches(cursor))
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -42,13 +42,13 @@ def files(directory: Path) -> dict[str, bytes]:
 def run(tiny_model, batches, tracking) -> Callable[..., dict[str, bytes]]:
     """Train a fresh model object in a directory to its end; `stop` may raise or send a signal at a step."""
     def go(directory: Path, stop: Callable[[int], None] = lambda step: None, **changes: object) -> dict[str, bytes]:
-        def watched(step: int, _: int) -> dict[str, Tensor]:
+        def watched(step: int) -> dict[str, Tensor]:
             stop(step)
             return batches(step)
 
         config = ObjectiveConfig(**(SETTINGS | changes))
         model = tiny_model()
-        train("test", model, config, watched, directory, tracking)
+        train("test", model, config, numbered(watched), directory, tracking)
         written = files(directory)
         reread = tiny_model()
         assert TrainingState.begin(reread, config).restore(latest_checkpoint(directory)) == config.steps
@@ -130,7 +130,7 @@ def test_it_learns(optimizer: str, rate: float, tiny_model, batches, tracking, t
     From ln 40 = 3.7 for 40 equally likely tokens; with the sign of an update turned the loss grows.
     """
     config = ObjectiveConfig(steps=40, learning_rate=rate, optimizer=optimizer, dtype="fp32")
-    metrics = train("test", tiny_model(), config, lambda *_: batches(0), tmp_path, tracking)
+    metrics = train("test", tiny_model(), config, numbered(lambda _: batches(0)), tmp_path, tracking)
     losses = [value for _, value in tracking.series("test", "loss")]
     assert losses[0] == pytest.approx(math.log(40), abs=0.2) and metrics["loss"] < 0.5
     assert metrics["mtp_loss"] < 1.5
@@ -261,12 +261,13 @@ WARMED = {**SETTINGS, "batch_tokens": 40, "indexer_warmup_steps": 4}
 def test_the_other_kinds_resume_to_the_same_bits(config: ModelConfig, batches, tracking, tmp_path) -> None:
     """Killed within the indexers' warm-up and after it."""
     def go(directory: Path, end: int | None = None) -> dict[str, bytes]:
-        def watched(step: int, _: int) -> dict[str, Tensor]:
+        def watched(step: int) -> dict[str, Tensor]:
             if step == end:
                 raise Killed
             return batches(step)
 
-        train("test", Deepseek(config).initialise(5), PretrainConfig(**WARMED), watched, directory, tracking)
+        train("test", Deepseek(config).initialise(5), PretrainConfig(**WARMED), numbered(watched), directory,
+              tracking)
         return files(directory)
 
     whole = go(tmp_path / "whole")
@@ -280,7 +281,7 @@ def test_the_other_kinds_resume_to_the_same_bits(config: ModelConfig, batches, t
 def test_the_warm_up_trains_the_indexers_alone(config: ModelConfig, batches, tracking, tmp_path) -> None:
     before, model = Deepseek(config).initialise(5).state_dict(), Deepseek(config).initialise(5)
     settings = WARMED | {"steps": 12, "indexer_warmup_steps": 12, "optimizer": "adamw"}
-    train("test", model, PretrainConfig(**settings), lambda *_: batches(0), tmp_path, tracking)
+    train("test", model, PretrainConfig(**settings), numbered(lambda _: batches(0)), tmp_path, tracking)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {name for name in before if ".indexer." in name}  # no router's bias either
     losses = [value for _, value in tracking.series("test", "indexer_loss")]

@@ -13,11 +13,11 @@ SECONDS_BETWEEN_LINES = 15.0
 class StepProgress:
     """Progress over `total` steps of a stage, from step `start`; use as a context manager."""
 
-    def __init__(self, stage: str, total: int, start: int = 0) -> None:
-        self.stage, self.total, self.first = stage, total, start
+    def __init__(self, stage: str, total: int, start: int = 0, shown: bool = True) -> None:
+        self.stage, self.total, self.first, self.shown = stage, total, start, shown
         self._began = self._last_line = time.monotonic()
         self._bar: Progress | None = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                 TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -40,6 +40,8 @@ class StepProgress:
             self._bar.update(self._task, completed=step, note=note)
             return
         now = time.monotonic()
+        if not self.shown:
+            return
         if now - self._last_line < SECONDS_BETWEEN_LINES and step < self.total:
             return
         self._last_line = now

@@ -42,15 +42,17 @@ class BatchRecord(NamedTuple):
 
 
 class Tracking:
-    """Open (or create) the store at `path`."""
+    """Open (or create) the store at `path`; in memory, to be forgotten, where that is None."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self._lock = threading.Lock()
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if path is not None:
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._connection = sqlite3.connect(path, timeout=30, check_same_thread=False, isolation_level=None)
+            self._connection = sqlite3.connect(path or ":memory:", timeout=30, check_same_thread=False,
+                                               isolation_level=None)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.executescript(_TABLES)

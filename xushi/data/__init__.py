@@ -1,6 +1,6 @@
 """Floor 3: from raw text to batches, with the way back from every token to the byte it came from."""
 
-from xushi.data.batches import Batch, TokenDataset, batch_hash, heldout_batches
+from xushi.data.batches import Batch, TokenDataset, batch_hash, heldout_batches, joined_hash, row_hashes
 from xushi.data.config import DataConfig, SourceConfig
 from xushi.data.corpus import (
     CorpusSummary,
@@ -32,10 +32,12 @@ __all__ = [
     "find_documents",
     "heldout_batches",
     "heldout_bytes",
+    "joined_hash",
     "load_manifest",
     "load_summary",
     "make_document",
     "read_documents",
+    "row_hashes",
     "tokenize_corpus",
     "training_texts",
 ]

@@ -58,7 +58,12 @@ def row_hashes(batch: Mapping[str, "torch.Tensor"]) -> list[bytes]:
 
 def batch_hash(batch: Mapping[str, "torch.Tensor"]) -> str:
     """Hex SHA-256 over the hashes of the rows in order, so that it does not matter who holds which row."""
-    return hashlib.sha256(b"".join(row_hashes(batch))).hexdigest()
+    return joined_hash(row_hashes(batch))
+
+
+def joined_hash(rows: Sequence[bytes]) -> str:
+    """The hash of a batch whose rows have these hashes."""
+    return hashlib.sha256(b"".join(rows)).hexdigest()
 
 
 class TokenDataset:

@@ -134,7 +134,8 @@ def reinforce(model: Deepseek, tokenizer: Tokenizer, environment: Environment, c
             policy = policy_loss(model, tokenizer, config, rollout)
             figures = policy.figures
             # A policy's loss lies about zero whatever it has learnt: there is no scale to judge it by.
-            updated, problem = guarded_update(state, config, step, 0.0, policy.total, policy.loads)
+            updated, problem = guarded_update(state, config, step, 0.0, figures["loss"], policy.total,
+                                              policy.loads)
             done = step + 1
             figures |= updated | {"seconds": time.monotonic() - step_began}
             tracking.metrics("rl", done, figures)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from xushi.base.seeds import derive
@@ -26,7 +27,7 @@ from xushi.rl import reinforce
 from xushi.run.context import RunContext
 from xushi.tokenizer import Message, Tokenizer
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
-from xushi.train import ObjectiveConfig, PretrainConfig, SFTConfig, pack_examples, train
+from xushi.train import Data, ObjectiveConfig, PretrainConfig, SFTConfig, pack_examples, train
 
 TRANSCRIPTS = "transcripts"  # the name of the environment's source
 
@@ -100,37 +101,43 @@ def _heldout_part(context: RunContext, config: PretrainConfig) -> tuple[list[dic
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What a training stage starts from: how it is trained, after which stage, on what, and how much a step takes."""
+    """What a training stage starts from: how it is trained, after which stage, and on what."""
 
     config: ObjectiveConfig
     after: str | None
-    batches: Callable[[int, int], dict[str, Tensor]]
-    per_step: int
+    data: Data
 
 
 def training_inputs(context: RunContext, stage: str) -> TrainingInputs:
     """Those of stage "pretrain" or "sft"."""
     if stage == "pretrain":
         pretraining, dataset = context.recipe.pretrain, dataset_of(context)
-        return TrainingInputs(pretraining, None, lambda cursor, count: vars(dataset.batch(cursor, count)),
-                              pretraining.batch_tokens // context.recipe.data.sequence_length)
+        rows = pretraining.batch_tokens // context.recipe.data.sequence_length
+        return TrainingInputs(pretraining, None, Data(lambda cursor, count: vars(dataset.batch(cursor, count)), rows,
+                                                      piecewise=True))
     config = context.recipe.sft
     assert stage == "sft" and config is not None, "the recipe's validation asks for [sft]"
-    return TrainingInputs(config, context.last_stage("pretrain"),
-                          demonstration_batches(context, context.tokenizer(), config), config.batch_examples)
+    return TrainingInputs(config, context.last_stage("pretrain"), demonstrations(context, context.tokenizer(), config))
 
 
-def pretrain(context: RunContext) -> dict[str, Any]:
+def train_pretrain(context: RunContext) -> None:
     """Train on the corpus from random weights."""
-    config, inputs = context.recipe.pretrain, training_inputs(context, "pretrain")
+    config, inputs, layout = context.recipe.pretrain, training_inputs(context, "pretrain"), context.layout
     some, some_bytes = _heldout_part(context, config)
     model = context.trained_model(inputs.after)
 
     def evaluate() -> dict[str, float]:
-        return {"heldout_bits_per_byte": total_bits(model, some) / some_bytes}
+        bits = torch.tensor(total_bits(model, [layout.rows(batch) for batch in some]), dtype=torch.float64)
+        return {"heldout_bits_per_byte": float(layout.total(bits)) / some_bytes}
 
-    train("pretrain", model, config, inputs.batches, context.checkpoints("pretrain"), context.tracking,
-          (config.evaluate_every, evaluate), inputs.per_step)
+    train("pretrain", model, config, inputs.data, context.checkpoints("pretrain"), context.tracking,
+          (config.evaluate_every, evaluate), layout)
+
+
+def pretrain(context: RunContext) -> dict[str, Any]:
+    """Train on the corpus; what came of it."""
+    train_pretrain(context)
+    config = context.recipe.pretrain
     return {"pretrain.steps": config.steps, "pretrain.tokens": config.steps * config.batch_tokens,
             "pretrain.epochs": config.steps * config.batch_tokens / dataset_of(context).tokens_per_epoch,
             **_last(context, "pretrain", "loss", "mtp_loss"),
@@ -152,9 +159,8 @@ def training_seconds(context: RunContext, stage: str) -> float:
     return sum(value for _, value in context.tracking.series(stage, "seconds"))
 
 
-def demonstration_batches(context: RunContext, tokens: Tokenizer, config: SFTConfig, first: int = 0
-                          ) -> Callable[[int, int], dict[str, Tensor]]:
-    """Batches of demonstrations, a fresh set at every step; the cursor counts them from number `first` on."""
+def demonstrations(context: RunContext, tokens: Tokenizer, config: SFTConfig, first: int = 0) -> Data:
+    """Demonstrations, fresh ones at every step; the cursor counts them from number `first` on."""
     environment: Environment = context.environment()
 
     def batch(cursor: int, count: int) -> dict[str, Tensor]:
@@ -162,15 +168,22 @@ def demonstration_batches(context: RunContext, tokens: Tokenizer, config: SFTCon
                     for index in range(first + cursor, first + cursor + count)]
         return pack_examples(examples, config.sequence_length, tokens.pad_id).batch
 
-    return batch
+    return Data(batch, config.batch_examples)
+
+
+def train_sft(context: RunContext) -> None:
+    """Fine-tune the pretrained model on demonstrations."""
+    inputs = training_inputs(context, "sft")
+    train("sft", context.trained_model(inputs.after), inputs.config, inputs.data, context.checkpoints("sft"),
+          context.tracking, layout=context.layout)
 
 
 def sft(context: RunContext) -> dict[str, Any]:
-    """Fine-tune the pretrained model on demonstrations."""
-    inputs = training_inputs(context, "sft")
-    train("sft", context.trained_model(inputs.after), inputs.config, inputs.batches, context.checkpoints("sft"),
-          context.tracking, per_step=inputs.per_step)
-    return {"sft.steps": inputs.config.steps, "sft.examples": inputs.config.steps * inputs.per_step,
+    """Fine-tune; what came of it."""
+    train_sft(context)
+    config = context.recipe.sft
+    assert config is not None, "the recipe's validation asks for [sft]"
+    return {"sft.steps": config.steps, "sft.examples": config.steps * config.batch_examples,
             **_last(context, "sft", "loss")}
 
 
@@ -186,17 +199,28 @@ def rl(context: RunContext) -> dict[str, Any]:
             "rl.max_logprob_difference": max(differences), **_last(context, "rl", "reward")}
 
 
+def train_control(context: RunContext, steps: int = 0) -> None:
+    """Continue the fine-tuning for so many steps, of which the first process knows."""
+    config, steps = context.recipe.sft, context.layout.team.firsts(steps)
+    assert config is not None, "control runs only after sft"
+    train("control", context.trained_model("sft"), config.model_copy(update={"steps": steps}),
+          demonstrations(context, context.tokenizer(), config, config.steps * config.batch_examples),
+          context.checkpoints("control"), context.tracking, layout=context.layout)
+
+
 def control(context: RunContext) -> dict[str, Any]:
     """Continue the fine-tuning for as long as reinforcement learning took: what mere further training would give.
 
     The number of steps is taken from the measured times once and kept, so that a resumed run does the same work.
     """
-    config, tokens = context.recipe.sft, context.tokenizer()
+    config = context.recipe.sft
     assert config is not None, "control runs only after sft"
     per_step = training_seconds(context, "sft") / config.steps
     steps = context.tracking.decide("control", "steps", max(1, round(training_seconds(context, "rl") / per_step)))
-    model = context.trained_model("sft")
-    train("control", model, config.model_copy(update={"steps": steps}),
-          demonstration_batches(context, tokens, config, config.steps * config.batch_examples),
-          context.checkpoints("control"), context.tracking, per_step=config.batch_examples)
+    train_control(context, steps)
     return {"control.steps": steps}
+
+
+# What all processes do together; the rest the first one does alone.
+TOGETHER: dict[str, Callable[[RunContext], None]] = {
+    "pretrain": train_pretrain, "sft": train_sft, "control": train_control}

@@ -6,7 +6,7 @@ reads and of the keys of the stages before it. The file is written last, so a ki
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ from xushi.envs import DigitSum, DigitSumConfig, Environment
 from xushi.model import Deepseek, ModelConfig
 from xushi.recipe import Recipe
 from xushi.tokenizer import Tokenizer
-from xushi.train.checkpoint import latest_checkpoint
+from xushi.train import Layout, latest_checkpoint
 
 RUN_FORMAT = 1  # raised when the meaning of a run directory's files changes
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run directory with its recipe and tracking store."""
+    """A run directory with its recipe and tracking store, and the processes that train in it."""
 
     directory: Path
     recipe: Recipe
     tracking: Tracking
+    layout: Layout = field(default_factory=Layout)
 
     def path(self, *parts: str) -> Path:
         """A place inside the run directory."""
@@ -63,7 +64,7 @@ class RunContext:
             if checkpoint is None:
                 raise XushiError(f"{self.checkpoints(stage)} holds no checkpoint",
                                  f"remove {self.path('stages', stage + '.json')} and run the same command again", 1)
-            model.load_state_dict(checkpoint.tensors["model"])
+            model.load_state_dict({name: checkpoint.read("model", name) for name in checkpoint.names("model")})
         return model
 
     def last_stage(self, *stages: str) -> str | None:

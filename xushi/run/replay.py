@@ -5,7 +5,6 @@ rollback or a kill on the way changes nothing here. The loss needs the weights t
 last checkpoint before it, or the stage's first ones, trained up to it. Nothing of the run is changed.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from xushi.ops import native
 from xushi.recipe import load_recipe
 from xushi.run.building import TrainingInputs, chat_messages, dataset_of, training_inputs
 from xushi.run.context import RunContext
-from xushi.train import TrainingState, chosen_dtype, latest_checkpoint, training_step
+from xushi.train import Data, TrainingState, chosen_dtype, latest_checkpoint, training_step
 
 STAGES = ("pretrain", "sft")
 SHOWN = 60  # characters of each piece; --json has all of them
@@ -44,7 +43,7 @@ def replay(directory: Path, step: int, stage: str = "pretrain", compute_loss: bo
             raise XushiError(f"{directory} has no step {step} of stage {stage}",
                              f"give one from 1 to {steps[-1]}" if steps else "run that stage first")
         inputs, record = training_inputs(context, stage), way[-1]
-        batch = inputs.batches(record.cursor, record.pieces)
+        batch = inputs.data.batches(record.cursor, record.pieces)
         result: dict[str, Any] = {
             "stage": stage, "step": step, "cursor": record.cursor, "pieces": record.pieces, "problem": record.problem,
             "batch_hash": batch_hash(batch), "batch_hash_logged": record.hash,
@@ -70,14 +69,14 @@ def _loss(context: RunContext, inputs: TrainingInputs, stage: str, way: list[Bat
     figures: dict[str, float] = {}
     with StepProgress("replay", len(way), first) as progress:
         for record in way[first:]:
-            batch = _logged(inputs.batches, record)
+            batch = _logged(inputs.data, record)
             figures, _ = training_step(state, inputs.config, record.step - 1, batch)
             progress.update(record.step, f"loss {figures['loss']:.3f}")
     return {"loss": figures["loss"], "trained_from_step": first}
 
 
-def _logged(batches: Callable[[int, int], dict[str, Tensor]], record: BatchRecord) -> dict[str, Tensor]:
-    batch = batches(record.cursor, record.pieces)
+def _logged(data: Data, record: BatchRecord) -> dict[str, Tensor]:
+    batch = data.batches(record.cursor, record.pieces)
     if batch_hash(batch) != record.hash:
         raise XushiError(f"the batch of step {record.step} is not the one that was trained on: its hash differs",
                          "the run's data or tokenizer was changed since; --no-loss shows what is there now", 1)

@@ -23,33 +23,53 @@ from xushi.recipe import Recipe
 from xushi.run import building, closing
 from xushi.run.context import RUN_FORMAT, RunContext, StageRecord, read_record, stage_key, write_record
 from xushi.run.estimate import describe
-from xushi.train import chosen_dtype
+from xushi.train import chosen_dtype, join
 
 __all__ = ["describe", "run"]
 
 Stage = Callable[[RunContext], dict[str, Any]]
 
 
-def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]:
+def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any] | None:
     """Run `recipe` in `directory` and return its results; the same call goes on where a killed one stopped.
 
-    A directory that another recipe made is refused unless `update`, which runs the stages that changed again.
+    A directory that another recipe made is refused unless `update`, which runs the stages that changed again. Where
+    torchrun started several processes all of them call this, and the first one alone has results.
     """
+    layout = join(recipe.layout, recipe.model)
+    if not layout.is_first:
+        _follow(RunContext(directory, recipe, Tracking(None), layout))
+        return None
     with _own(directory):
         _claim(recipe, directory, update)
         tracking = Tracking(directory / "tracking.sqlite")
-        context = RunContext(directory, recipe, tracking)
-        threads = tracking.decide("run", "threads", recipe.threads or inspect().usable_cores)
+        context = RunContext(directory, recipe, tracking, layout)
+        cores = max(1, inspect().usable_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        threads = layout.team.firsts(tracking.decide("run", "threads", recipe.threads or cores))
         torch.set_num_threads(threads)
+        spread = {"data": layout.data, "expert": layout.expert}
+        if (before := tracking.decide("run", "layout", spread)) != spread:
+            say(f"this run began with the layout {before} and goes on with {spread}: the same batches, and losses that "
+                "differ in their last digits")
         forms = native.form(chosen_dtype(recipe.pretrain.dtype))
         if (began := tracking.decide("run", "op_forms", forms)) != forms:
             say(f"this run began with other op forms ({began}) and goes on with these ({forms}): it will not end with "
                 "the same bits")
         keep_freed_memory()
         try:
-            return _run_stages(context)
+            results = _run_stages(context)
         finally:
             tracking.close()
+        layout.team.firsts("end")
+        return results
+
+
+def _follow(context: RunContext) -> None:
+    """What a process does that is not the first: wait for the stages that all do together, and do them."""
+    torch.set_num_threads(context.layout.team.firsts(None))
+    keep_freed_memory()
+    while (stage := context.layout.team.firsts(None)) != "end":
+        building.TOGETHER[stage](context)
 
 
 def _stages(recipe: Recipe) -> list[tuple[str, Stage, dict[str, Any]]]:
@@ -105,6 +125,8 @@ def _run_stage(context: RunContext, name: str, stage: Stage, key: str) -> StageR
     say(f"{name}: started")
     context.tracking.event(name, "started", version=__version__)
     began = time.monotonic()
+    if name in building.TOGETHER:
+        context.layout.team.firsts(name)
     try:
         results = stage(context)
     finally:

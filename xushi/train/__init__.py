@@ -1,9 +1,11 @@
 """Floor 5: pretraining, supervised fine-tuning, their optimizer, and checkpoints."""
 
 from xushi.train.checkpoint import CheckpointWriter, latest_checkpoint
-from xushi.train.config import ObjectiveConfig, OptimizationConfig, PretrainConfig, SFTConfig
+from xushi.train.config import LayoutConfig, ObjectiveConfig, OptimizationConfig, PretrainConfig, SFTConfig
 from xushi.train.examples import PackedExamples, pack_examples
+from xushi.train.layout import Layout, Team, check_layout, join
 from xushi.train.loop import (
+    Data,
     TrainingState,
     chosen_dtype,
     guarded_update,
@@ -14,6 +16,7 @@ from xushi.train.loop import (
     training_step,
 )
 
-__all__ = ["CheckpointWriter", "ObjectiveConfig", "OptimizationConfig", "PackedExamples", "PretrainConfig", "SFTConfig",
-           "TrainingState", "chosen_dtype", "guarded_update", "latest_checkpoint", "new_optimizer", "pack_examples",
-           "report_problem", "set_compute", "train", "training_step"]
+__all__ = ["CheckpointWriter", "Data", "Layout", "LayoutConfig", "ObjectiveConfig", "OptimizationConfig",
+           "PackedExamples", "PretrainConfig", "SFTConfig", "Team", "TrainingState", "check_layout", "chosen_dtype",
+           "guarded_update", "join", "latest_checkpoint", "new_optimizer", "pack_examples", "report_problem",
+           "set_compute", "train", "training_step"]

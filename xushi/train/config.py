@@ -52,6 +52,19 @@ class OptimizationConfig(StrictConfig):
         return self
 
 
+class LayoutConfig(StrictConfig):
+    """`data` processes share each batch (None: as many as were started); groups of `expert` of them the experts."""
+
+    data: int | None = None
+    expert: int = 1
+
+    @model_validator(mode="after")
+    def _sound(self) -> "LayoutConfig":
+        if self.expert < 1 or (self.data is not None and self.data < 1):
+            raise ValueError("data and expert must be at least 1")
+        return self
+
+
 class ObjectiveConfig(OptimizationConfig):
     """What training on text adds: the weights of `pretraining_loss`."""
 

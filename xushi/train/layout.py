@@ -15,32 +15,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import model_validator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from xushi.base.config import StrictConfig
 from xushi.base.errors import XushiError
 from xushi.model import Deepseek, ModelConfig
 from xushi.model.moe import Experts, MixtureOfExperts
+from xushi.train.config import LayoutConfig
 from xushi.train.expert_parallel import ExpertDispatch
 
 SECONDS_TO_WAIT = 24 * 3600  # for another process: one of them may be reading a corpus
-
-
-class LayoutConfig(StrictConfig):
-    """`data` processes share each batch (None: as many as were started); groups of `expert` of them the experts."""
-
-    data: int | None = None
-    expert: int = 1
-
-    @model_validator(mode="after")
-    def _sound(self) -> "LayoutConfig":
-        if self.expert < 1 or (self.data is not None and self.data < 1):
-            raise ValueError("data and expert must be at least 1")
-        return self
 
 
 @dataclass(frozen=True)
@@ -71,6 +57,38 @@ class Box:
         """Of the whole tensor."""
         return tuple(slice(a, a + n) for a, n in zip(self.start, self.size, strict=True))
 
+    def common(self, other: "Box") -> "Box | None":
+        """What lies in both, or None."""
+        start = tuple(map(max, self.start, other.start))
+        size = tuple(min(a + n, b + m) - s for a, n, b, m, s in
+                     zip(self.start, self.size, other.start, other.size, start, strict=True))
+        return Box(self.shape, start, size) if all(n > 0 for n in size) else None
+
+    def within(self, outer: "Box") -> tuple[slice, ...]:
+        """Its slices of a tensor that holds `outer`."""
+        return tuple(slice(a - b, a - b + n) for a, n, b in zip(self.start, self.size, outer.start, strict=True))
+
+
+@dataclass(frozen=True)
+class Team:
+    """Processes that do something together, in the same order: this one is `rank` of `size`."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def everyones(self, value: Any) -> list[Any]:
+        """What each process gave, in their order."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def firsts(self, value: Any) -> Any:
+        """What the first process gave."""
+        return self.everyones(value)[0]
+
 
 @dataclass
 class Layout:
@@ -80,6 +98,8 @@ class Layout:
     expert: int = 1
     rank: int = 0
     meshes: dict[str, DeviceMesh] = field(default_factory=dict)  # of one axis each: "data", "replica", "expert"
+    team: Team = field(default_factory=Team)  # all of them, for small things
+    writers: Team = field(default_factory=Team)  # the same, for the threads that write checkpoints
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the whole parameters, once a model is spread
 
     @property
@@ -103,14 +123,6 @@ class Layout:
         result = tensor.clone()
         dist.all_reduce(result, group=self.group("data"))
         return result
-
-    def everyones(self, value: Any) -> list[Any]:
-        """What each process gave, in their order."""
-        if not self.meshes:
-            return [value]
-        values: list[Any] = [None] * self.data
-        dist.all_gather_object(values, value, group=self.group("data"))
-        return values
 
     def rows(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This process's rows of a whole batch; rows of padding are put below where they do not divide."""
@@ -152,6 +164,7 @@ class Layout:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # the processes' losses add up to the batch's
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies
         for name, parameter in model.named_parameters():
             assert tuple(local(parameter).shape) == self.box(name).size, name
         return model
@@ -169,7 +182,11 @@ class Layout:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that is here, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        here: Tensor = tensor.to_local()
+    return here
 
 
 def _always(placement: Shard) -> Callable[[nn.Parameter], Shard]:
@@ -221,4 +238,6 @@ def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu") -> Layou
                                mesh_dim_names=("replica", "expert"))
     meshes = {"data": init_device_mesh(device, (processes,), mesh_dim_names=("data",)),
               "replica": experts["replica"], "expert": experts["expert"]}
-    return Layout(processes, config.expert, rank, meshes)
+    # Objects travel by gloo on any device, and the writing threads must not meet the training's own calls.
+    talk, write = (Team(rank, processes, dist.new_group(backend="gloo")) for _ in range(2))
+    return Layout(processes, config.expert, rank, meshes, talk, write)

@@ -20,12 +20,13 @@ from xushi.base.interrupt import finish_step_first
 from xushi.base.machine import best_training_dtype
 from xushi.base.progress import StepProgress, say
 from xushi.base.tracking import Tracking
-from xushi.data import batch_hash
-from xushi.model import Deepseek, pretraining_loss
+from xushi.data import batch_hash, joined_hash, row_hashes
+from xushi.model import Deepseek, LossCounts, pretraining_loss
 from xushi.train.balance import router_health, update_router_biases
-from xushi.train.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
+from xushi.train.checkpoint import Checkpoint, CheckpointWriter, SavedCheckpoint, latest_checkpoint
 from xushi.train.config import ObjectiveConfig, OptimizationConfig, PretrainConfig
 from xushi.train.guards import LIMIT_IN_A_ROW, LIMIT_OF_ROLLBACKS, Guard, Problem
+from xushi.train.layout import Box, Layout, local
 from xushi.train.optimizer import Optimizer, clip_gradients
 from xushi.train.schedule import warmup_stable_decay
 
@@ -41,10 +42,10 @@ def set_compute(model: Deepseek, config: OptimizationConfig) -> None:
     model.recompute = config.activations == "recompute"
 
 
-def new_optimizer(model: Deepseek, config: OptimizationConfig) -> Optimizer:
+def new_optimizer(model: Deepseek, config: OptimizationConfig, layout: Layout | None = None) -> Optimizer:
     """The optimizer that `config` asks for; Newton-Schulz runs in bfloat16 if model and processor multiply it."""
     dtype = model.compute_dtype if best_training_dtype()[0] == "bf16" else None
-    return Optimizer(model, config.optimizer, (config.beta1, config.beta2), config.weight_decay, dtype)
+    return Optimizer(model, config.optimizer, (config.beta1, config.beta2), config.weight_decay, dtype, layout)
 
 
 @dataclass
@@ -53,28 +54,52 @@ class TrainingState:
 
     model: Deepseek
     optimizer: Optimizer
+    layout: Layout
     guard: Guard = field(default_factory=Guard)
     cursor: int = 0
 
     @classmethod
-    def begin(cls, model: Deepseek, config: OptimizationConfig) -> "TrainingState":
-        """The state before the first step; makes the model compute as `config` says."""
+    def begin(cls, model: Deepseek, config: OptimizationConfig, layout: Layout | None = None) -> "TrainingState":
+        """The state before the first step; spreads the model and makes it compute as `config` says."""
+        layout = layout or Layout()
         set_compute(model, config)
         guard = Guard(config.on_spike) if isinstance(config, ObjectiveConfig) else Guard()
-        return cls(model, new_optimizer(model, config), guard)
+        return cls(model, new_optimizer(layout.spread(model), config, layout), layout, guard)
+
+    @property
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What is here of weights, buffers and moments, by group and name, sharing their memory."""
+        return {"model": {name: local(tensor) for name, tensor in self.model.state_dict().items()},
+                "optimizer": self.optimizer.state}
+
+    @property
+    def boxes(self) -> dict[str, Box]:
+        """Of which part of which whole these are, where not of all."""
+        if self.layout.data == 1:
+            return {}
+        boxes = {name: self.layout.box(name) for name in self.optimizer.parameters}
+        return boxes | {name: boxes[name.partition(".")[2]] for name in self.optimizer.state}
 
     def checkpoint(self, step: int) -> Checkpoint:
         """The state after `step` steps; its tensors are this state's own."""
-        return Checkpoint(step, {"model": self.model.state_dict(), "optimizer": self.optimizer.state},
-                          {"optimizer_steps": self.optimizer.steps, "cursor": self.cursor, "guard": self.guard.state})
+        return Checkpoint(step, self.tensors, {"optimizer_steps": self.optimizer.steps, "cursor": self.cursor,
+                                               "guard": self.guard.state}, self.boxes)
 
-    def restore(self, checkpoint: Checkpoint | None) -> int:
-        """Go back to a checkpoint, or stay where there is none; returns the number of steps done."""
+    @torch.no_grad()
+    def restore(self, checkpoint: SavedCheckpoint | None) -> int:
+        """Go back to a checkpoint, or stay where there is none; returns the number of steps done.
+
+        It may have been written by any number of processes. One of another model or optimizer is a `XushiError`.
+        """
         if checkpoint is None:
             return 0
-        self.model.load_state_dict(checkpoint.tensors["model"])
-        for name, tensor in self.optimizer.state.items():
-            tensor.copy_(checkpoint.tensors["optimizer"][name])
+        boxes = self.boxes
+        for group, tensors in self.tensors.items():
+            if different := set(checkpoint.names(group)) ^ set(tensors):
+                raise XushiError(f"checkpoint {checkpoint.path} is of another model or optimizer: "
+                                 f"{min(different)} is in one of them only", "choose another run directory", 1)
+            for name, tensor in tensors.items():
+                tensor.copy_(checkpoint.read(group, name, boxes.get(name, Box.whole(tensor.shape))))
         self.optimizer.steps = checkpoint.state["optimizer_steps"]
         self.cursor = checkpoint.state["cursor"]
         self.guard.load(checkpoint.state["guard"])
@@ -92,17 +117,18 @@ def optimizer_step(state: TrainingState, config: OptimizationConfig, step: int, 
     return {"gradient_norm": norm, "learning_rate": rate, **router_health(state.model, loads)}
 
 
-def guarded_update(state: TrainingState, config: OptimizationConfig, step: int, loss: float, total: Tensor,
-                   loads: dict[str, Tensor], move_biases: bool = True) -> tuple[dict[str, float], Problem | None]:
+def guarded_update(state: TrainingState, config: OptimizationConfig, step: int, loss: float, value: float,
+                   total: Tensor, loads: dict[str, Tensor], move_biases: bool = True
+                   ) -> tuple[dict[str, float], Problem | None]:
     """Differentiate `total` and step, unless the guard withholds it: what to track, and what was wrong if anything.
 
-    `loss` is what the guard compares with earlier steps.
+    `loss` is what the guard compares with earlier steps. `value` is that of `total` over all processes.
     """
     guard, figures = state.guard, dict[str, float]()
-    problem = guard.judge(loss, float(total.detach()))
+    problem = guard.judge(loss, value)
     if not guard.withholds(problem):
         total.backward()  # type: ignore[no-untyped-call]
-        norm = clip_gradients(state.model.parameters(), config.gradient_clip)
+        norm = clip_gradients(state.model.parameters(), config.gradient_clip, state.layout)
         problem = guard.judge_gradient(norm) or problem
         if not guard.withholds(problem):
             figures = optimizer_step(state, config, step, loads, norm, move_biases)
@@ -113,59 +139,91 @@ def guarded_update(state: TrainingState, config: OptimizationConfig, step: int, 
 
 def training_step(state: TrainingState, config: ObjectiveConfig, step: int, batch: dict[str, Tensor]
                   ) -> tuple[dict[str, float], Problem | None]:
-    """Step number `step` (from 0) on `batch`: what to track, and what was wrong if anything."""
+    """Step number `step` (from 0) on this process's rows of a batch: what to track of the whole batch, and what was
+    wrong if anything.
+    """
+    layout, model = state.layout, state.model
     warmup = config.indexer_warmup_steps if isinstance(config, PretrainConfig) else 0
     warming = step < warmup
     if warmup and step == warmup:
         state.optimizer.restart()
-    parts = pretraining_loss(state.model, batch, mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
-                             indexer_weight=config.indexer_weight, indexer_warmup=warming)
-    loss = float(parts.next_token)
-    figures, problem = guarded_update(state, config, step, loss, parts.total, parts.loads, move_biases=not warming)
-    return {"loss": loss, "mtp_loss": float(parts.mtp), "balance_loss": float(parts.balance),
-            "indexer_loss": float(parts.indexer), **figures}, problem
+    counts = LossCounts.of(batch, model.config.num_nextn_predict_layers)
+    counts = LossCounts(*layout.total(torch.stack([counts.targets, counts.fed])))
+    parts = pretraining_loss(model, batch, mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
+                             indexer_weight=config.indexer_weight, indexer_warmup=warming, counts=counts)
+    sums = layout.total(torch.stack([parts.total.detach(), parts.next_token, parts.mtp, parts.balance, parts.indexer]))
+    value, loss, mtp, balance, indexer = sums.tolist()
+    loads = dict(zip(parts.loads, layout.total(torch.stack(list(parts.loads.values()))), strict=True)
+                 ) if parts.loads else {}
+    figures, problem = guarded_update(state, config, step, loss, value, parts.total, loads, move_biases=not warming)
+    return {"loss": loss, "mtp_loss": mtp, "balance_loss": balance, "indexer_loss": indexer,
+            "target_tokens": float(counts.targets[0]), **figures}, problem
 
 
 def report_problem(stage: str, step: int, state: TrainingState, problem: Problem, batch: dict[str, Tensor],
                    directory: Path, tracking: Tracking) -> None:
     """Tell and record it; too many withheld steps in a row end the run, with the batch in a file, as a `XushiError`."""
-    withheld = state.guard.withholds(problem)
-    say(f"{stage} step {step}: {problem.text}" + ("; its update is left out" if withheld else ""))
+    withheld, layout = state.guard.withholds(problem), state.layout
+    if layout.is_first:
+        say(f"{stage} step {step}: {problem.text}" + ("; its update is left out" if withheld else ""))
     tracking.event(stage, problem.kind.replace(" ", "_"), step=step, text=problem.text, withheld=withheld)
     if state.guard.in_a_row >= LIMIT_IN_A_ROW:
-        file = directory / f"refused-step-{step:09d}.safetensors"
+        part = "" if layout.data == 1 else f"-rows-of-process-{layout.rank}"
+        file = directory / f"refused-step-{step:09d}{part}.safetensors"
         write_atomic(file, safetensors.torch.save({name: tensor.contiguous() for name, tensor in batch.items()}))
         raise XushiError(f"{stage} step {step}: {problem.text}, the {LIMIT_IN_A_ROW}rd step in a row without an update",
                          f"lower learning_rate or raise warmup_steps; the checkpoints in {directory} are from before, "
                          f"and {file.name} there is the batch", 1)
 
 
-def train(stage: str, model: Deepseek, config: ObjectiveConfig, batches: Callable[[int, int], dict[str, Tensor]],
-          directory: Path, tracking: Tracking, evaluate: tuple[int, Callable[[], dict[str, float]]] | None = None,
-          per_step: int = 1) -> dict[str, float]:
-    """Train `model` in place for `config.steps` steps of `per_step` pieces of data; checkpoints go to `directory`.
-
-    `batches(cursor, count)` makes the batch of so many pieces from `cursor` on. `evaluate` is (every so many steps,
-    what to measure). Returns the last step's metrics with the tokens trained on per second of this process. Ctrl-C
-    saves after the running step and raises KeyboardInterrupt.
+@dataclass(frozen=True)
+class Data:
+    """What a stage is trained on: `batches(cursor, count)` makes the batch of so many pieces from `cursor` on, and a
+    step takes `per_step`. `piecewise` says that every piece is a row of its own, whatever the others are.
     """
-    state = TrainingState.begin(model, config)
+
+    batches: Callable[[int, int], dict[str, Tensor]]
+    per_step: int = 1
+    piecewise: bool = False
+
+    def share(self, cursor: int, layout: Layout) -> tuple[dict[str, Tensor], str]:
+        """This process's rows of a step's batch, and the hash of all of it."""
+        if self.piecewise and layout.data > 1 and self.per_step % layout.data == 0:
+            each = self.per_step // layout.data
+            rows = self.batches(cursor + layout.rank * each, each)
+            return rows, joined_hash([digest for part in layout.team.everyones(row_hashes(rows)) for digest in part])
+        whole = self.batches(cursor, self.per_step)
+        return layout.rows(whole), batch_hash(whole)
+
+
+def train(stage: str, model: Deepseek, config: ObjectiveConfig, data: Data, directory: Path, tracking: Tracking,
+          evaluate: tuple[int, Callable[[], dict[str, float]]] | None = None, layout: Layout | None = None
+          ) -> dict[str, float]:
+    """Train `model` in place for `config.steps` steps on `data`; checkpoints go to `directory`.
+
+    `evaluate` is (every so many steps, what to measure). With a `layout` all its processes call this alike, and leave
+    with their parts of the model. Returns the last step's metrics with the tokens trained on per second of this start.
+    Ctrl-C saves after the running step and raises KeyboardInterrupt.
+    """
+    state = TrainingState.begin(model, config, layout)
+    layout = state.layout
     step = first = state.restore(latest_checkpoint(directory))
     rollbacks: Counter[int] = Counter()
     metrics: dict[str, float] = {}
-    began, trained = time.monotonic(), 0
-    with finish_step_first() as stop, StepProgress(stage, config.steps, first) as progress, CheckpointWriter(
-            directory, config.keep_checkpoints, config.keep_every) as writer:
+    began, trained = time.monotonic(), 0.0
+    with finish_step_first() as stop, StepProgress(stage, config.steps, first, layout.is_first
+                                                   ) as progress, CheckpointWriter(
+            directory, config.keep_checkpoints, config.keep_every, layout.writers) as writer:
         if step == 0 and config.on_spike == "rollback":
             writer.save(state.checkpoint(0))  # so that there is always something to go back to
         while step < config.steps:
             step_began = time.monotonic()
-            cursor, batch = state.cursor, batches(state.cursor, per_step)
+            cursor, (batch, digest) = state.cursor, data.share(state.cursor, layout)
             metrics, problem = training_step(state, config, step, batch)
-            state.cursor += per_step
+            state.cursor += data.per_step
             step += 1
-            tracking.batch(stage, step, cursor, per_step, batch_hash(batch), problem.text if problem else "")
-            trained += int(batch["loss_mask"].sum())
+            tracking.batch(stage, step, cursor, data.per_step, digest, problem.text if problem else "")
+            trained += metrics["target_tokens"]
             metrics["tokens_per_second"] = trained / (time.monotonic() - began)
             metrics["seconds"] = time.monotonic() - step_began
             if evaluate is not None and (step % evaluate[0] == 0 or step == config.steps):
@@ -174,12 +232,13 @@ def train(stage: str, model: Deepseek, config: ObjectiveConfig, batches: Callabl
             progress.update(step, f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s")
             if problem is not None:
                 report_problem(stage, step, state, problem, batch, directory, tracking)
+            stops = (layout.data > 1 and any(layout.team.everyones(stop.requested))) or stop.requested
             back = problem is not None and problem.kind == "spike" and config.on_spike == "rollback"
             if back:  # nothing to save: what is there leads here again
                 step = _roll_back(stage, step, state, writer, rollbacks, tracking)
-            elif step % config.checkpoint_every == 0 or step == config.steps or stop.requested:
+            elif step % config.checkpoint_every == 0 or step == config.steps or stops:
                 writer.save(state.checkpoint(step))
-            if stop.requested:
+            if stops:
                 raise KeyboardInterrupt
     return metrics
 
@@ -195,6 +254,7 @@ def _roll_back(stage: str, step: int, state: TrainingState, writer: CheckpointWr
         raise XushiError(f"{stage} step {step}: the loss jumps after {LIMIT_OF_ROLLBACKS} returns to step {back}",
                          "lower learning_rate, or set on_spike to \"warn\" if the data itself changes there", 1)
     tracking.event(stage, "rollback", from_step=step, to_step=back, skipped_from=state.cursor, skipped_to=beyond)
-    say(f"{stage}: back to step {back}; the data from there to step {step} is left out")
+    if state.layout.is_first:
+        say(f"{stage}: back to step {back}; the data from there to step {step} is left out")
     state.cursor = beyond
     return back

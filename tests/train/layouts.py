@@ -1,0 +1,155 @@
+"""What the processes of the layout tests run: `python -m tests.train.layouts PLACE`, started as torchrun starts them.
+
+Each process writes what it holds at the end to PLACE; the test puts the parts together. Not a test by itself.
+"""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from xushi.base.tracking import Tracking
+from xushi.model import Deepseek, LossCounts, ModelConfig, pretraining_loss
+from xushi.model.moe import Router
+from xushi.train import Data, Layout, LayoutConfig, ObjectiveConfig, TrainingState, join, latest_checkpoint, train
+from xushi.train.layout import local
+from xushi.train.loop import training_step
+
+THIRD = ModelConfig(
+    vocab_size=40, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2,
+    num_attention_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+    q_lora_rank=6, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, max_position_embeddings=32,
+    num_nextn_predict_layers=1, initializer_range=0.1)
+MODELS = {
+    "v2": THIRD.model_copy(update={"model_type": "deepseek_v2", "topk_method": "greedy", "norm_topk_prob": False,
+                                   "num_nextn_predict_layers": 0}),
+    "v3": THIRD,
+    "v3.2": THIRD.model_copy(update={"model_type": "deepseek_v32", "index_topk": 4, "index_n_heads": 2,
+                                     "index_head_dim": 6}),
+    "v4": ModelConfig(
+        model_type="deepseek_v4", vocab_size=40, hidden_size=16, moe_intermediate_size=8, num_hidden_layers=3,
+        num_attention_heads=2, n_routed_experts=4, num_experts_per_tok=2, q_lora_rank=6, qk_rope_head_dim=4, head_dim=8,
+        o_groups=2, o_lora_rank=4, sliding_window=4, compress_ratios=[0, 2, 3, 2], compress_rate_csa=2,
+        compress_rate_hca=3, index_topk=2, index_n_heads=2, index_head_dim=6, hc_mult=2, num_hash_layers=1,
+        max_position_embeddings=32, num_nextn_predict_layers=1, initializer_range=0.1)}
+STEPS = 20
+ROWS = 6  # which four processes cannot share evenly
+CONFIG = ObjectiveConfig(steps=STEPS, learning_rate=0.01, warmup_steps=2, decay_fraction=0.5, bias_speed=0.01,
+                         balance_weight=0.01, checkpoint_every=6, dtype="fp32")
+
+
+def model_of(kind: str) -> Deepseek:
+    return Deepseek(MODELS[kind]).initialise(5)
+
+
+def batch(cursor: int, count: int) -> dict[str, Tensor]:
+    """Rows of two documents and some padding, each a function of its number alone."""
+    rows = []
+    for number in range(cursor, cursor + count):
+        tokens = torch.randint(0, 40, (25,), generator=torch.Generator().manual_seed(number))
+        cut, end = 7 + number % 9, 24 - number % 4
+        segments = torch.tensor([0] * cut + [1] * (end - cut) + [-1] * (24 - end))
+        positions = torch.tensor([*range(cut), *range(end - cut), *([0] * (24 - end))])
+        rows.append({"tokens": tokens[:-1], "targets": tokens[1:], "segments": segments, "positions": positions,
+                     "loss_mask": segments >= 0})
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class Choices:
+    """Records the routers' choices of each step, or replays recorded ones: `steps[step][router]` is [rows, T, k]."""
+
+    def __init__(self, model: Deepseek, layout: Layout, steps: list[dict[str, Tensor]] | None = None) -> None:
+        self.steps, self.layout, self.step, self.seen = steps, layout, 0, [dict[str, Tensor]()]
+        for name, router in model.routers().items():
+            router.forward = self._watched(name, router)
+
+    def next_step(self) -> None:
+        self.step += 1
+        self.seen.append({})
+
+    def _watched(self, name: str, router: Router):
+        def forward(x_ND: Tensor, tokens_N: Tensor | None, pinned_Nk: Tensor | None = None):
+            if self.steps is not None:
+                chosen = self.steps[self.step][name]
+                mine = self.layout.rows({"tokens": chosen})["tokens"]
+                pinned_Nk = mine.flatten(0, 1)
+            choice = Router.forward(router, x_ND, tokens_N, pinned_Nk)
+            self.seen[-1][name] = choice.indices_Nk.view(-1, 24, choice.indices_Nk.shape[1])
+            return choice
+        return forward
+
+
+def gradients(model: Deepseek, layout: Layout) -> dict[str, Tensor]:
+    """Of the first batch's loss with everything in it: this process's parts."""
+    rows = layout.rows(batch(0, ROWS))
+    counts = LossCounts.of(rows, model.config.num_nextn_predict_layers)
+    counts = LossCounts(*layout.total(torch.stack([counts.targets, counts.fed])))
+    pretraining_loss(model, rows, mtp_weight=0.3, balance_weight=0.01, counts=counts).total.backward()
+    found = {name: local(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    for parameter in model.parameters():
+        parameter.grad = None
+    return found
+
+
+def losses(state: TrainingState, choices: Choices | None) -> list[dict[str, float]]:
+    """The figures of twenty steps."""
+    figures = []
+    for step in range(STEPS):
+        rows = state.layout.rows(batch(step * ROWS, ROWS))
+        found, problem = training_step(state, CONFIG, step, rows)
+        assert problem is None
+        figures.append(found)
+        if choices is not None:
+            choices.next_step()
+    return figures
+
+
+def examine(kind: str, layout: Layout, recorded: list[dict[str, Tensor]]) -> dict[str, object]:
+    model = layout.spread(model_of(kind))
+    result: dict[str, object] = {"gradients": gradients(model, layout),
+                                 "boxes": {name: vars(layout.box(name)) for name in layout.shapes}}
+    for name, steps in (("replayed", recorded), ("free", None)):
+        state = TrainingState.begin(model_of(kind), CONFIG, layout)
+        choices = Choices(state.model, layout, steps)
+        result[name] = losses(state, choices)
+        result[f"{name}_biases"] = {key: router.e_score_correction_bias for key, router in state.model.routers().items()
+                                    if router.e_score_correction_bias is not None}
+        result[f"{name}_choices"] = choices.seen
+    return result
+
+
+def resumed(kind: str, layout: Layout, directory: Path, steps: int) -> None:
+    """Train to step `steps` from whatever is in `directory`."""
+    config = CONFIG.model_copy(update={"steps": STEPS})
+
+    def batches(cursor: int, count: int) -> dict[str, Tensor]:
+        if cursor // ROWS >= steps:
+            raise KeyboardInterrupt
+        return batch(cursor, count)
+
+    with contextlib.suppress(KeyboardInterrupt):
+        train("test", model_of(kind), config, Data(batches, ROWS), directory, Tracking(None), layout=layout)
+
+
+def main(place: Path) -> None:
+    torch.set_num_threads(1)
+    task = torch.load(place / "task.pt", weights_only=True)
+    results: dict[str, object] = {}
+    for expert in task["expert"]:
+        layout = join(LayoutConfig(expert=expert), THIRD)
+        for kind, recorded in task.get("recorded", {}).items():
+            results[f"{kind} {expert}"] = examine(kind, layout, recorded)
+        for kind, directory, steps in task.get("resume", []):
+            resumed(kind, layout, place / directory, steps)
+            checkpoint = latest_checkpoint(place / directory)
+            results[directory] = checkpoint.step if checkpoint else 0
+    torch.save(results, place / f"found-{layout.rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
