@@ -235,7 +235,8 @@ def guarded(action: Callable[[], Any]) -> int:
     try:
         action()
     except XushiError as error:
-        print(f"error: {error.problem}\n{error.remedy}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first speaks
+            print(f"error: {error.problem}\n{error.remedy}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

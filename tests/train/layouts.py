@@ -82,6 +82,11 @@ class Choices:
         return forward
 
 
+def biases(model: Deepseek) -> dict[str, Tensor]:
+    return {name: router.e_score_correction_bias for name, router in model.routers().items()
+            if router.e_score_correction_bias is not None}
+
+
 def gradients(model: Deepseek, layout: Layout) -> dict[str, Tensor]:
     """Of the first batch's loss with everything in it: this process's parts."""
     rows = layout.rows(batch(0, ROWS))
@@ -108,15 +113,15 @@ def losses(state: TrainingState, choices: Choices | None) -> list[dict[str, floa
 
 
 def examine(kind: str, layout: Layout, recorded: list[dict[str, Tensor]]) -> dict[str, object]:
-    model = layout.spread(model_of(kind))
-    result: dict[str, object] = {"gradients": gradients(model, layout),
-                                 "boxes": {name: vars(layout.box(name)) for name in layout.shapes}}
+    result: dict[str, object] = {
+        "gradients": gradients(layout.spread(model_of(kind)), layout),
+        "exact": gradients(layout.spread(model_of(kind).double()), layout),
+        "boxes": {name: vars(layout.box(name)) for name in layout.shapes}}
     for name, steps in (("replayed", recorded), ("free", None)):
         state = TrainingState.begin(model_of(kind), CONFIG, layout)
         choices = Choices(state.model, layout, steps)
         result[name] = losses(state, choices)
-        result[f"{name}_biases"] = {key: router.e_score_correction_bias for key, router in state.model.routers().items()
-                                    if router.e_score_correction_bias is not None}
+        result[f"{name}_biases"] = biases(state.model)
         result[f"{name}_choices"] = choices.seen
     return result
 

@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,108 +20,127 @@ from xushi.train import Layout, LayoutConfig, TrainingState, check_layout, lates
 from xushi.train.checkpoint import SavedCheckpoint
 from xushi.train.layout import Box
 
-from .layouts import CONFIG, MODELS, STEPS, THIRD, Choices, gradients, losses, model_of, resumed
+from .layouts import CONFIG, MODELS, STEPS, THIRD, Choices, biases, gradients, losses, model_of, resumed
 
 ROOT = Path(__file__).parent.parent.parent
-LAYOUTS = [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+LAYOUTS = {2: [1, 2], 4: [1, 2, 4]}  # processes: how many share out the experts
+# In every run of the tests V3 on two processes; the rest with the slow ones.
+CASES = [pytest.param(kind, processes, expert, marks=[] if (kind, processes) == ("v3", 2) else [pytest.mark.slow])
+         for kind in MODELS for processes, experts in LAYOUTS.items() for expert in experts]
 
 
-def start(place: Path, processes: int) -> list[subprocess.Popen[str]]:
+def start(place: Path, processes: int, **environment: str) -> list[subprocess.Popen[str]]:
     """As many processes of tests.train.layouts, with the environment that torchrun gives."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "OMP_NUM_THREADS": "1"}
+              "OMP_NUM_THREADS": "1", **environment}
     return [subprocess.Popen([sys.executable, "-m", "tests.train.layouts", str(place)], cwd=ROOT, text=True,
                              stderr=subprocess.PIPE, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(processes)]
 
 
-def together(place: Path, processes: int, task: dict[str, Any]) -> list[dict[str, Any]]:
+def together(place: Path, processes: int, task: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
     """What each of so many processes found for a task."""
     torch.save(task, place / "task.pt")
-    started = start(place, processes)
+    started = start(place, processes, **environment)
     said = [process.communicate(timeout=300)[1] for process in started]
     assert all(process.returncode == 0 for process in started), "\n".join(text[-2000:] for text in said)
     return [torch.load(place / f"found-{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, dict[str, Any]]:
+@cache
+def alone(kind: str) -> dict[str, Any]:
     """What one process finds, and the choices that it made."""
     torch.set_num_threads(1)
-    found = {}
-    for kind in MODELS:
-        state = TrainingState.begin(model_of(kind), CONFIG)
-        choices = Choices(state.model, Layout())
-        figures = losses(state, choices)
-        found[kind] = {"gradients": gradients(model_of(kind), Layout()), "figures": figures,
-                       "choices": choices.seen[:STEPS], "biases": {
-                           key: router.e_score_correction_bias for key, router in state.model.routers().items()
-                           if router.e_score_correction_bias is not None}}
-    return found
+    state = TrainingState.begin(model_of(kind), CONFIG)
+    choices = Choices(state.model, Layout())
+    figures = losses(state, choices)
+    return {"gradients": gradients(model_of(kind), Layout()), "exact": gradients(model_of(kind).double(), Layout()),
+            "figures": figures, "choices": choices.seen[:STEPS], "biases": biases(state.model)}
 
 
 @pytest.fixture(scope="module")
-def spread(alone, tmp_path_factory) -> dict[int, list[dict[str, Any]]]:
-    """What two and four processes find, in all their layouts and for all kinds."""
-    recorded = {kind: result["choices"] for kind, result in alone.items()}
-    return {processes: together(tmp_path_factory.mktemp(f"processes-{processes}"), processes, {
-        "expert": [expert for number, expert in LAYOUTS if number == processes], "recorded": recorded})
-        for processes in (2, 4)}
+def spread(tmp_path_factory) -> Callable[[str, int], list[dict[str, Any]]]:
+    """What so many processes find for a kind, in all their layouts."""
+    @cache
+    def found(kinds: tuple[str, ...], processes: int) -> list[dict[str, Any]]:
+        return together(tmp_path_factory.mktemp(f"processes-{processes}"), processes, {
+            "expert": LAYOUTS[processes], "recorded": {kind: alone(kind)["choices"] for kind in kinds}})
+
+    def of(kind: str, processes: int) -> list[dict[str, Any]]:
+        quick = (kind, processes) == ("v3", 2)
+        return found(("v3",) if quick else tuple(k for k in MODELS if (k, processes) != ("v3", 2)), processes)
+
+    return of
 
 
-def joined(parts: list[dict[str, Any]], name: str) -> Tensor:
+def joined(parts: list[dict[str, Any]], name: str, which: str) -> Tensor:
     """A whole gradient out of the processes' parts."""
     boxes = [Box(**{key: tuple(value) for key, value in part["boxes"][name].items()}) for part in parts]
-    whole = torch.full(boxes[0].shape, float("nan"))
+    whole = torch.full(boxes[0].shape, float("nan"), dtype=torch.float64)
     for box, part in zip(boxes, parts, strict=True):
-        assert tuple(part["gradients"][name].shape) == box.size
-        whole[box.slices] = part["gradients"][name]
+        assert tuple(part[which][name].shape) == box.size
+        whole[box.slices] = part[which][name]
     assert not whole.isnan().any(), f"no process holds some part of {name}"
     return whole
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("processes, expert", LAYOUTS)
-def test_gradients_are_those_of_one_process(kind: str, processes: int, expert: int, alone, spread) -> None:
-    parts = [found[f"{kind} {expert}"] for found in spread[processes]]
-    wanted = alone[kind]["gradients"]
-    assert parts[0]["gradients"].keys() == wanted.keys()
-    whole = torch.stack([g.norm() for g in wanted.values()]).norm()
-    for name, gradient in wanted.items():
-        difference = (joined(parts, name) - gradient).norm()
-        assert difference <= 2e-6 * (gradient.norm() + 1e-3 * whole), (name, float(difference / gradient.norm()))
+def size(gradient: Tensor, all_of_them: Tensor) -> Tensor:
+    """What a gradient's error is measured against (the design's "how equal is equal")."""
+    return gradient.norm() + 1e-3 * all_of_them
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("processes, expert", LAYOUTS)
-def test_twenty_steps_with_the_same_choices_have_the_same_losses(kind: str, processes: int, expert: int, alone, spread
+@pytest.mark.parametrize("kind, processes, expert", CASES)
+def test_gradients_are_those_of_one_process(kind: str, processes: int, expert: int, spread) -> None:
+    """In float64 to its rounding, so nothing is computed otherwise; in float32 no further from that than one process
+    is, within 2e-6. (One process alone errs by 2.3e-6 for a scale of V4's hyper-connections.)
+    """
+    check_gradients([found[f"{kind} {expert}"] for found in spread(kind, processes)], alone(kind))
+
+
+@pytest.mark.slow
+def test_gradients_of_the_forms_without_a_compiler(tmp_path) -> None:
+    task = {"expert": [1, 2], "recorded": {"v3": alone("v3")["choices"]}}
+    found = together(tmp_path, 2, task, XUSHI_OPS="pytorch")
+    for expert in (1, 2):
+        check_gradients([part[f"v3 {expert}"] for part in found], alone("v3"))
+
+
+def check_gradients(parts: list[dict[str, Any]], one: dict[str, Any]) -> None:
+    assert parts[0]["gradients"].keys() == one["gradients"].keys()
+    whole = torch.stack([g.norm() for g in one["exact"].values()]).norm()
+    for name, exact in one["exact"].items():
+        assert (joined(parts, name, "exact") - exact).norm() <= 1e-12 * size(exact, whole), name
+        own = (one["gradients"][name].double() - exact).norm()
+        assert (joined(parts, name, "gradients") - exact).norm() <= own + 2e-6 * size(exact, whole), name
+
+
+@pytest.mark.parametrize("kind, processes, expert", CASES)
+def test_twenty_steps_with_the_same_choices_have_the_same_losses(kind: str, processes: int, expert: int, spread
                                                                  ) -> None:
-    wanted = alone[kind]
-    for found in spread[processes]:  # every process knows the whole batch's figures
+    one = alone(kind)
+    for found in spread(kind, processes):  # every process knows the whole batch's figures
         result = found[f"{kind} {expert}"]
-        for step, (figures, one) in enumerate(zip(result["replayed"], wanted["figures"], strict=True)):
+        for step, (figures, wanted) in enumerate(zip(result["replayed"], one["figures"], strict=True)):
             for name in ("loss", "mtp_loss", "balance_loss", "indexer_loss"):
-                assert abs(figures[name] - one[name]) <= 2e-6 * max(1.0, abs(one[name])), (step, name)
-            assert figures["target_tokens"] == one["target_tokens"]
-        for name, bias in wanted["biases"].items():
+                assert abs(figures[name] - wanted[name]) <= 2e-6 * max(1.0, abs(wanted[name])), (step, name)
+            assert figures["target_tokens"] == wanted["target_tokens"]
+        for name, bias in one["biases"].items():
             assert torch.equal(result["replayed_biases"][name], bias), name
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("processes, expert", LAYOUTS)
-def test_twenty_steps_of_free_routing_stay_close(kind: str, processes: int, expert: int, alone, spread) -> None:
-    result = spread[processes][0][f"{kind} {expert}"]
-    flips = 0
+@pytest.mark.parametrize("kind, processes, expert", CASES)
+def test_twenty_steps_of_free_routing_stay_close(kind: str, processes: int, expert: int, spread) -> None:
+    everyone, one, flips = spread(kind, processes), alone(kind), 0
     for step in range(STEPS):
-        for name, one in alone[kind]["choices"][step].items():
-            parts = torch.cat([found[f"{kind} {expert}"]["free_choices"][step][name] for found in spread[processes]])
-            flips += int((parts[:len(one)].sort(-1).values != one.sort(-1).values).sum())
+        for name, chosen in one["choices"][step].items():
+            parts = torch.cat([found[f"{kind} {expert}"]["free_choices"][step][name] for found in everyone])
+            flips += int((parts[:len(chosen)].sort(-1).values != chosen.sort(-1).values).sum())
     print(f"{kind}, {processes} processes, expert {expert}: {flips} choices differ")
-    for figures, one in zip(result["free"], alone[kind]["figures"], strict=True):
-        assert abs(figures["loss"] - one["loss"]) <= 1e-2
+    for figures, wanted in zip(everyone[0][f"{kind} {expert}"]["free"], one["figures"], strict=True):
+        assert abs(figures["loss"] - wanted["loss"]) <= 1e-2
 
 
 def whole_tensors(checkpoint: SavedCheckpoint | None) -> dict[str, dict[str, Tensor]]:
@@ -127,8 +148,9 @@ def whole_tensors(checkpoint: SavedCheckpoint | None) -> dict[str, dict[str, Ten
     return checkpoint.tensors
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_four_opens_in_one_and_two_and_the_other_way(tmp_path) -> None:
-    """Saved at step 12 by one, two and four processes: what the others read is that, to the bit, and they go on with it."""
+    """Saved at step 12 by one, two and four: what others read is that, to the bit, and they go on with it."""
     for processes, expert in ((4, 2), (2, 1)):
         together(tmp_path, processes, {"expert": [expert], "resume": [("v3", f"by-{processes}", 13)]})
     resumed("v3", Layout(), tmp_path / "by-1", 13)

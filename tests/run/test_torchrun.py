@@ -1,0 +1,77 @@
+"""The miniature recipe on two processes: the batches of one, a model as good, and any number of processes may go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from xushi.base.tracking import Tracking
+
+from .conftest import MINIATURE, ROOT, Chain, read_results, xushi
+
+pytestmark = pytest.mark.slow
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "xushi"]
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([*TORCHRUN, *map(str, arguments)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, start_new_session=True)
+
+
+def hashes(directory: Path, stage: str, steps: int) -> list[str]:
+    store = Tracking(directory / "tracking.sqlite")
+    found = [record.hash for record in store.batches(stage, steps)]
+    store.close()
+    return found
+
+
+def test_killed_on_two_and_gone_on_with_by_one_it_sees_the_same_batches(chain: Chain, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    arguments = ("run", MINIATURE, "--out", directory, "--set", "layout.expert=2")
+    process = start(*arguments)
+    while not list((directory / "checkpoints" / "pretrain").glob("step-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+    process = start(*arguments)
+    while not list((directory / "checkpoints" / "sft").glob("step-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    newest = max((directory / "checkpoints" / "pretrain").glob("step-*"))
+    assert {file.name for file in newest.glob("model*")} == {"model-00000-of-00002.safetensors",
+                                                             "model-00001-of-00002.safetensors"}
+
+    done = xushi("run", MINIATURE, "--out", directory)
+    assert done.returncode == 0, done.stderr
+    assert "began with the layout {'data': 2, 'expert': 2} and goes on with {'data': 1, 'expert': 1}" in done.stderr
+    for stage, steps in (("pretrain", 200), ("sft", 160)):
+        assert hashes(directory, stage, steps) == hashes(chain.directory, stage, steps)
+    results = read_results(directory)
+    # Another order of sums and then another routing now and then: as good a model, not the same one.
+    assert results["evaluate.bits_per_byte"] == pytest.approx(chain.results["evaluate.bits_per_byte"], rel=0.02)
+    assert results["rl.forced_before"] > 0.8
+
+
+def test_a_whole_run_on_two_speaks_once(tmp_path: Path) -> None:
+    process = start("run", MINIATURE, "--out", tmp_path / "run", "--stages", "data,tokenizer,pretrain", "--set",
+                    "pretrain.steps=20")
+    said, warned = process.communicate(timeout=300)
+    assert process.returncode == 0, warned
+    assert said.count("report:") == 1 and warned.count("pretrain: finished") == 1 and warned.count("20/20") == 1
+    assert read_results(tmp_path / "run")["pretrain.steps"] == 20
+
+
+def test_a_layout_that_cannot_be_is_refused_by_all(tmp_path: Path) -> None:
+    process = start("run", MINIATURE, "--out", tmp_path / "run", "--set", "layout.expert=3")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 and "layout.expert=3 does not work with 2 processes and 8 experts" in said
+    assert not (tmp_path / "run").exists()
