@@ -143,9 +143,10 @@ class Recipe(StrictConfig):
                              "with sparse layers) and an indexer_weight above 0")
 
     def _check_lengths(self) -> None:
-        if self.pretrain.batch_tokens % self.data.sequence_length:
-            raise ValueError(f"pretrain.batch_tokens={self.pretrain.batch_tokens} is not a multiple of "
-                             f"data.sequence_length={self.data.sequence_length}")
+        for name in ("batch_tokens", "batch_tokens_first"):
+            if (getattr(self.pretrain, name) or 0) % self.data.sequence_length:
+                raise ValueError(f"pretrain.{name}={getattr(self.pretrain, name)} is not a multiple of "
+                                 f"data.sequence_length={self.data.sequence_length}")
         longest = max([self.data.sequence_length, *(part.sequence_length for part in (self.sft, self.rl) if part)])
         if longest > self.model.max_position_embeddings:
             raise ValueError(f"a sequence of {longest} tokens exceeds model.max_position_embeddings="

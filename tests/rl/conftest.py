@@ -74,7 +74,7 @@ def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepsee
     place = tmp_path_factory.mktemp("sft")
     model = Deepseek(TINY).initialise(1)
     config = ObjectiveConfig(steps=50, learning_rate=0.02, decay_fraction=0.5, dtype="fp32")
-    train("sft", model, config, Data(batch, 40), place / "checkpoints", Tracking(place / "tracking.sqlite"))
+    train("sft", model, config, Data(batch, lambda _: 40), place / "checkpoints", Tracking(place / "tracking.sqlite"))
 
     def copy() -> Deepseek:
         other = Deepseek(TINY)

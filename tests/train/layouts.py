@@ -4,7 +4,9 @@ Each process writes what it holds at the end to PLACE; the test puts the parts t
 """
 
 import contextlib
+import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -12,9 +14,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xushi.base.tracking import Tracking
+from xushi.cli import guarded
 from xushi.model import Deepseek, LossCounts, ModelConfig, pretraining_loss
 from xushi.model.moe import Router
-from xushi.train import Data, Layout, LayoutConfig, ObjectiveConfig, TrainingState, join, latest_checkpoint, train
+from xushi.train import (
+    Data,
+    Layout,
+    LayoutConfig,
+    ObjectiveConfig,
+    TrainingState,
+    heartbeat,
+    join,
+    latest_checkpoint,
+    train,
+)
 from xushi.train.layout import local
 from xushi.train.loop import training_step
 
@@ -38,7 +51,7 @@ MODELS = {
 STEPS = 20
 ROWS = 6  # which four processes cannot share evenly
 CONFIG = ObjectiveConfig(steps=STEPS, learning_rate=0.01, warmup_steps=2, decay_fraction=0.5, bias_speed=0.01,
-                         balance_weight=0.01, checkpoint_every=6, dtype="fp32")
+                         balance_weight=0.01, checkpoint_every=6, dtype="fp32", muon_per_head=True)
 
 
 def model_of(kind: str) -> Deepseek:
@@ -136,13 +149,34 @@ def resumed(kind: str, layout: Layout, directory: Path, steps: int) -> None:
         return batch(cursor, count)
 
     with contextlib.suppress(KeyboardInterrupt):
-        train("test", model_of(kind), config, Data(batches, ROWS), directory, Tracking(None), layout=layout)
+        train("test", model_of(kind), config, Data(batches, lambda _: ROWS), directory, Tracking(None), layout=layout)
+
+
+def endless(layout: Layout, directory: Path, stands_still: int | None) -> None:
+    """Training that ends by what happens to a process; one may stop at the fifth step's batch by itself."""
+    heartbeat.SHORTEST_LIMIT, heartbeat.SECONDS_BETWEEN, heartbeat.SECONDS_TO_TELL = 3.0, 0.1, 1.0
+
+    def batches(cursor: int, count: int) -> dict[str, Tensor]:
+        if cursor == 4 * ROWS and layout.rank == stands_still:
+            time.sleep(600)
+        return batch(cursor, count)
+
+    config = CONFIG.model_copy(update={"steps": 100_000, "checkpoint_every": 2})
+    data = Data(batches, lambda _: ROWS)
+    sys.exit(guarded(lambda: train("test", model_of("v3"), config, data, directory, Tracking(None), layout=layout)))
 
 
 def main(place: Path) -> None:
     torch.set_num_threads(1)
     task = torch.load(place / "task.pt", weights_only=True)
     results: dict[str, object] = {}
+    if "kill" in task:  # small steps, each with a checkpoint: a kill is likely to fall into the writing of one
+        config = CONFIG.model_copy(update={"steps": task["kill"], "checkpoint_every": 1, "keep_checkpoints": 3})
+        layout = join(LayoutConfig(expert=min(2, int(os.environ["WORLD_SIZE"]))), THIRD)
+        train("test", model_of("v3"), config, Data(batch, lambda _: ROWS), place / "run", Tracking(None), layout=layout)
+        return
+    if "endless" in task:
+        endless(join(LayoutConfig(), THIRD), place / "run", task["endless"])
     for expert in task["expert"]:
         layout = join(LayoutConfig(expert=expert), THIRD)
         for kind, recorded in task.get("recorded", {}).items():

@@ -112,9 +112,9 @@ def training_inputs(context: RunContext, stage: str) -> TrainingInputs:
     """Those of stage "pretrain" or "sft"."""
     if stage == "pretrain":
         pretraining, dataset = context.recipe.pretrain, dataset_of(context)
-        rows = pretraining.batch_tokens // context.recipe.data.sequence_length
-        return TrainingInputs(pretraining, None, Data(lambda cursor, count: vars(dataset.batch(cursor, count)), rows,
-                                                      piecewise=True))
+        length = context.recipe.data.sequence_length
+        return TrainingInputs(pretraining, None, Data(lambda cursor, count: vars(dataset.batch(cursor, count)),
+                                                      lambda step: pretraining.rows_at(step, length), piecewise=True))
     config = context.recipe.sft
     assert stage == "sft" and config is not None, "the recipe's validation asks for [sft]"
     return TrainingInputs(config, context.last_stage("pretrain"), demonstrations(context, context.tokenizer(), config))
@@ -138,10 +138,11 @@ def pretrain(context: RunContext) -> dict[str, Any]:
     """Train on the corpus; what came of it."""
     train_pretrain(context)
     config = context.recipe.pretrain
-    return {"pretrain.steps": config.steps, "pretrain.tokens": config.steps * config.batch_tokens,
-            "pretrain.epochs": config.steps * config.batch_tokens / dataset_of(context).tokens_per_epoch,
+    tokens = config.tokens(context.recipe.data.sequence_length)
+    return {"pretrain.steps": config.steps, "pretrain.tokens": tokens,
+            "pretrain.epochs": tokens / dataset_of(context).tokens_per_epoch,
             **_last(context, "pretrain", "loss", "mtp_loss"),
-            "pretrain.tokens_per_second": config.steps * config.batch_tokens / training_seconds(context, "pretrain")}
+            "pretrain.tokens_per_second": tokens / training_seconds(context, "pretrain")}
 
 
 def _last(context: RunContext, stage: str, *names: str) -> dict[str, float]:
@@ -168,7 +169,7 @@ def demonstrations(context: RunContext, tokens: Tokenizer, config: SFTConfig, fi
                     for index in range(first + cursor, first + cursor + count)]
         return pack_examples(examples, config.sequence_length, tokens.pad_id).batch
 
-    return Data(batch, config.batch_examples)
+    return Data(batch, lambda _: config.batch_examples)
 
 
 def train_sft(context: RunContext) -> None:

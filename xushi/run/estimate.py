@@ -29,7 +29,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     torch.set_num_threads(recipe.threads or inspect().usable_cores)
     step = {choice: _step_seconds(shape.but(activations=choice)) for choice in ("keep", "recompute")}
     per_token = step[recipe.pretrain.activations] / batch_tokens
-    seconds = {"pretrain": recipe.pretrain.steps * batch_tokens * per_token if recipe.runs("pretrain") else 0.0}
+    seconds = {"pretrain": recipe.pretrain.tokens(shape.length) * per_token if recipe.runs("pretrain") else 0.0}
     digits = recipe.environment.max_digits if recipe.environment else 0
     if recipe.sft is not None and recipe.runs("sft"):
         example = digits + 4 + recipe.sft.thinking_share * digits

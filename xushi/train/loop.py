@@ -26,9 +26,9 @@ from xushi.train.balance import router_health, update_router_biases
 from xushi.train.checkpoint import Checkpoint, CheckpointWriter, SavedCheckpoint, latest_checkpoint
 from xushi.train.config import ObjectiveConfig, OptimizationConfig, PretrainConfig
 from xushi.train.guards import LIMIT_IN_A_ROW, LIMIT_OF_ROLLBACKS, Guard, Problem
+from xushi.train.heartbeat import Heartbeat
 from xushi.train.layout import Box, Layout, local
 from xushi.train.optimizer import Optimizer, clip_gradients
-from xushi.train.schedule import warmup_stable_decay
 
 
 def chosen_dtype(dtype: str) -> str:
@@ -45,7 +45,8 @@ def set_compute(model: Deepseek, config: OptimizationConfig) -> None:
 def new_optimizer(model: Deepseek, config: OptimizationConfig, layout: Layout | None = None) -> Optimizer:
     """The optimizer that `config` asks for; Newton-Schulz runs in bfloat16 if model and processor multiply it."""
     dtype = model.compute_dtype if best_training_dtype()[0] == "bf16" else None
-    return Optimizer(model, config.optimizer, (config.beta1, config.beta2), config.weight_decay, dtype, layout)
+    return Optimizer(model, config.optimizer, (config.beta1, config.beta2), config.weight_decay, dtype, layout,
+                     form=config.newton_schulz, per_head=config.muon_per_head)
 
 
 @dataclass
@@ -109,11 +110,11 @@ class TrainingState:
 def optimizer_step(state: TrainingState, config: OptimizationConfig, step: int, loads: dict[str, Tensor], norm: float,
                    move_biases: bool = True) -> dict[str, float]:
     """Step with the clipped gradients, whose norm was `norm`, and move the router biases; returns what to track."""
-    factor = warmup_stable_decay(step, config.steps, config.warmup_steps, config.decay_fraction)
+    factor = config.rate_at(step)
     rate = config.learning_rate * factor
     state.optimizer.step(rate, (config.adamw_learning_rate or config.learning_rate) * factor)
-    if config.bias_speed and move_biases:
-        update_router_biases(state.model, loads, config.bias_speed)
+    if (speed := config.bias_speed_at(step)) and move_biases:
+        update_router_biases(state.model, loads, speed)
     return {"gradient_norm": norm, "learning_rate": rate, **router_health(state.model, loads)}
 
 
@@ -149,8 +150,9 @@ def training_step(state: TrainingState, config: ObjectiveConfig, step: int, batc
         state.optimizer.restart()
     counts = LossCounts.of(batch, model.config.num_nextn_predict_layers)
     counts = LossCounts(*layout.total(torch.stack([counts.targets, counts.fed])))
-    parts = pretraining_loss(model, batch, mtp_weight=config.mtp_weight, balance_weight=config.balance_weight,
-                             indexer_weight=config.indexer_weight, indexer_warmup=warming, counts=counts)
+    parts = pretraining_loss(model, batch, mtp_weight=config.mtp_weight_at(step),
+                             balance_weight=config.balance_weight, indexer_weight=config.indexer_weight,
+                             indexer_warmup=warming, counts=counts)
     sums = layout.total(torch.stack([parts.total.detach(), parts.next_token, parts.mtp, parts.balance, parts.indexer]))
     value, loss, mtp, balance, indexer = sums.tolist()
     loads = dict(zip(parts.loads, layout.total(torch.stack(list(parts.loads.values()))), strict=True)
@@ -178,21 +180,21 @@ def report_problem(stage: str, step: int, state: TrainingState, problem: Problem
 
 @dataclass(frozen=True)
 class Data:
-    """What a stage is trained on: `batches(cursor, count)` makes the batch of so many pieces from `cursor` on, and a
-    step takes `per_step`. `piecewise` says that every piece is a row of its own, whatever the others are.
+    """What a stage is trained on: `batches(cursor, count)` makes the batch of so many pieces from `cursor` on, and step
+    number i takes `per_step(i)`. `piecewise` says that every piece is a row of its own, whatever the others are.
     """
 
     batches: Callable[[int, int], dict[str, Tensor]]
-    per_step: int = 1
+    per_step: Callable[[int], int] = lambda _: 1
     piecewise: bool = False
 
-    def share(self, cursor: int, layout: Layout) -> tuple[dict[str, Tensor], str]:
-        """This process's rows of a step's batch, and the hash of all of it."""
-        if self.piecewise and layout.data > 1 and self.per_step % layout.data == 0:
-            each = self.per_step // layout.data
+    def share(self, cursor: int, pieces: int, layout: Layout) -> tuple[dict[str, Tensor], str]:
+        """This process's rows of the batch of so many pieces, and the hash of all of it."""
+        if self.piecewise and layout.data > 1 and pieces % layout.data == 0:
+            each = pieces // layout.data
             rows = self.batches(cursor + layout.rank * each, each)
             return rows, joined_hash([digest for part in layout.team.everyones(row_hashes(rows)) for digest in part])
-        whole = self.batches(cursor, self.per_step)
+        whole = self.batches(cursor, pieces)
         return layout.rows(whole), batch_hash(whole)
 
 
@@ -206,9 +208,28 @@ def train(stage: str, model: Deepseek, config: ObjectiveConfig, data: Data, dire
     Ctrl-C saves after the running step and raises KeyboardInterrupt.
     """
     state = TrainingState.begin(model, config, layout)
-    layout = state.layout
+
+    def report(text: str) -> None:
+        tracking.event(stage, "process_lost", text=text)
+        say(f"{stage}: {text}; the run ends, and the same command goes on from the last checkpoint")
+
+    with Heartbeat(state.layout.team, report) as heart:
+        try:
+            return _steps(stage, state, config, data, directory, tracking, evaluate, heart)
+        except RuntimeError as error:  # what torch raises when a process does not answer
+            if not (lost := heart.who_is_gone()):
+                raise
+            ended = XushiError(f"{stage}: {lost} died", "run the same command again: it goes on from the last "
+                               "checkpoint, with as many processes as you start", 1)
+            if heart.speaks and not state.layout.is_first:
+                say(f"error: {ended}")
+            raise ended from error
+
+
+def _steps(stage: str, state: TrainingState, config: ObjectiveConfig, data: Data, directory: Path, tracking: Tracking,
+           evaluate: tuple[int, Callable[[], dict[str, float]]] | None, heart: Heartbeat) -> dict[str, float]:
+    layout, rollbacks = state.layout, Counter[int]()
     step = first = state.restore(latest_checkpoint(directory))
-    rollbacks: Counter[int] = Counter()
     metrics: dict[str, float] = {}
     began, trained = time.monotonic(), 0.0
     with finish_step_first() as stop, StepProgress(stage, config.steps, first, layout.is_first
@@ -218,21 +239,26 @@ def train(stage: str, model: Deepseek, config: ObjectiveConfig, data: Data, dire
             writer.save(state.checkpoint(0))  # so that there is always something to go back to
         while step < config.steps:
             step_began = time.monotonic()
-            cursor, (batch, digest) = state.cursor, data.share(state.cursor, layout)
+            heart.at(step, "batch")
+            cursor, pieces = state.cursor, data.per_step(step)
+            batch, digest = data.share(cursor, pieces, layout)
+            heart.at(step, "step")
             metrics, problem = training_step(state, config, step, batch)
-            state.cursor += data.per_step
+            stops = any(layout.team.everyones(stop.requested))
+            state.cursor += pieces
             step += 1
-            tracking.batch(stage, step, cursor, data.per_step, digest, problem.text if problem else "")
+            tracking.batch(stage, step, cursor, pieces, digest, problem.text if problem else "")
             trained += metrics["target_tokens"]
             metrics["tokens_per_second"] = trained / (time.monotonic() - began)
             metrics["seconds"] = time.monotonic() - step_began
             if evaluate is not None and (step % evaluate[0] == 0 or step == config.steps):
+                heart.at(step, "evaluate")
                 metrics |= evaluate[1]()
             tracking.metrics(stage, step, metrics)
             progress.update(step, f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tok/s")
+            heart.at(step, "save")
             if problem is not None:
                 report_problem(stage, step, state, problem, batch, directory, tracking)
-            stops = (layout.data > 1 and any(layout.team.everyones(stop.requested))) or stop.requested
             back = problem is not None and problem.kind == "spike" and config.on_spike == "rollback"
             if back:  # nothing to save: what is there leads here again
                 step = _roll_back(stage, step, state, writer, rollbacks, tracking)

@@ -2,14 +2,18 @@
 
 Muon (Jordan et al. 2024) with Nesterov momentum, orthogonalised by Newton-Schulz and scaled to AdamW's update size by
 0.2 * sqrt(max(rows, columns)) (Moonlight, Liu et al. 2025, arXiv:2502.16982, section 2.2), so that one learning rate
-and one weight decay serve both. Each expert's gate, up and down matrix is orthogonalised by itself.
+and one weight decay serve both. Each expert's gate, up and down matrix is orthogonalised by itself, and each group of
+V4's grouped output map; on request each head of what makes queries, keys and values. DeepSeek-V4's Newton-Schulz has
+ten steps: eight that blow small singular values up, two that bring all close to one.
 """
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from xushi.model import ModelConfig
 from xushi.ops import native
 from xushi.train.layout import Layout, local
 from xushi.train.matrix_exchange import MatrixExchange
@@ -20,25 +24,47 @@ ADAM_EPS = 1e-8
 # Muon's quintic (Jordan et al. 2024): it inflates small singular values fast and leaves all within about 0.7 to 1.2.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+Form = Literal["quintic", "hybrid"]
+# (coefficients, steps) in order; the hybrid form's second part converges to 1 (DeepSeek-V4, arXiv:2606.19348).
+FORMS: dict[Form, tuple[tuple[tuple[float, float, float], int], ...]] = {
+    "quintic": ((NEWTON_SCHULZ, NEWTON_SCHULZ_STEPS),),
+    "hybrid": ((NEWTON_SCHULZ, 8), ((2.0, -1.5, 0.5), 2))}
 
 
-def orthogonalise(matrices_NRC: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
+def orthogonalise(matrices_NRC: Tensor, form: Form = "quintic") -> Tensor:
     """Approximately U V^T of each matrix's singular value decomposition, by Newton-Schulz: [N, R, C] to the same.
 
-    Computed in the dtype that comes in. bfloat16 serves: singular values end between 0.7 and 1.2 in any case.
+    Computed in the dtype that comes in. bfloat16 serves: the quintic's singular values end between 0.7 and 1.2 in any
+    case.
     """
-    a, b, c = NEWTON_SCHULZ
     wide = matrices_NRC.shape[-2] <= matrices_NRC.shape[-1]
     x = matrices_NRC if wide else matrices_NRC.mT
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
     if x.dtype == torch.float32 and native.serves(x):  # pairs of bfloat16 err more than PyTorch's form
         iterated: Tensor = x.contiguous()
-        native.newton_schulz(iterated, NEWTON_SCHULZ, steps)
+        for coefficients, steps in FORMS[form]:
+            native.newton_schulz(iterated, coefficients, steps)
         return iterated if wide else iterated.mT
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    for (a, b, c), steps in FORMS[form]:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.mT
+
+
+def stacked_matrices(name: str, config: ModelConfig | None = None, per_head: bool = False) -> int:
+    """How many matrices that are orthogonalised apart lie above one another in a parameter."""
+    if name.endswith("gate_up_proj"):
+        return 2
+    if config is None:
+        return 1
+    if name.endswith("o_a_proj.weight"):
+        return config.o_groups
+    if per_head and name.endswith(("indexer.wq_b.weight", "indexer.q_b_proj.weight")):
+        return config.index_n_heads
+    if per_head and name.endswith(("q_proj.weight", "q_b_proj.weight", "kv_b_proj.weight")):
+        return config.num_attention_heads
+    return 1
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
@@ -61,12 +87,16 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, kind: str, betas: tuple[float, float], weight_decay: float,
-                 newton_schulz_dtype: torch.dtype | None = None, layout: Layout | None = None) -> None:
+                 newton_schulz_dtype: torch.dtype | None = None, layout: Layout | None = None, *,
+                 form: Form = "quintic", per_head: bool = False) -> None:
         self._modules_own = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         named = [(name, local(p)) for name, p in self._modules_own]
         self.parameters: dict[str, Tensor] = dict(named)
         self._exchange = MatrixExchange(layout or Layout())
         self._shapes = {name: tuple(p.shape) for name, p in self._modules_own}
+        self._form: Form = form
+        config = getattr(model, "config", None)
+        self._stacked = {name: stacked_matrices(name, config, per_head) for name, _ in named}
         self.betas, self.weight_decay = betas, weight_decay
         self.newton_schulz_dtype = newton_schulz_dtype
         self._muon = [name for name, p in named if kind == "muon" and is_matrix(name, p)]
@@ -135,35 +165,28 @@ class Optimizer:
             momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
             update = gradient.lerp(momentum, MUON_MOMENTUM)  # Nesterov
             updates[name] = update.to(self.newton_schulz_dtype or update.dtype)
-        for name, direction in self._exchange.on_whole_matrices(updates, _orthogonalised).items():
+        for name, direction in self._exchange.on_whole_matrices(updates, self._orthogonalised).items():
             rows, columns = self._shapes[name][-2:]
-            rate = learning_rate * MUON_SCALE * max(rows // _fused(name), columns) ** 0.5
+            rate = learning_rate * MUON_SCALE * max(rows // self._stacked[name], columns) ** 0.5
             self.parameters[name].mul_(1 - learning_rate * self.weight_decay).add_(direction, alpha=-rate)
 
-
-def _orthogonalised(updates: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each published matrix of whole updates by itself; those of equal shape go together."""
-    by_shape: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
-    for name, update in updates.items():
-        for matrices in _matrices(name, update):
-            by_shape.setdefault((matrices.shape[-2], matrices.shape[-1]), []).append((name, matrices))
-    parts: dict[str, list[Tensor]] = {name: [] for name in updates}
-    for found in by_shape.values():
-        directions = orthogonalise(torch.cat([matrices for _, matrices in found]))
-        for (name, _), part in zip(found, torch.split(directions, [len(m) for _, m in found]), strict=True):
-            parts[name].append(part)
-    return {name: torch.cat(found, dim=1).view_as(updates[name]) for name, found in parts.items()}
-
-
-def _fused(name: str) -> int:
-    """How many published matrices lie above one another in a parameter."""
-    return 2 if name.endswith("gate_up_proj") else 1
+    def _orthogonalised(self, updates: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each matrix of whole updates by itself; those of equal shape go together."""
+        by_shape: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
+        for name, update in updates.items():
+            for matrices in _stacked(update).chunk(self._stacked[name], dim=1):
+                by_shape.setdefault((matrices.shape[-2], matrices.shape[-1]), []).append((name, matrices))
+        parts: dict[str, list[Tensor]] = {name: [] for name in updates}
+        for found in by_shape.values():
+            directions = orthogonalise(torch.cat([matrices for _, matrices in found]), self._form)
+            for (name, _), part in zip(found, torch.split(directions, [len(m) for _, m in found]), strict=True):
+                parts[name].append(part)
+        return {name: torch.cat(found, dim=1).view_as(updates[name]) for name, found in parts.items()}
 
 
-def _matrices(name: str, tensor: Tensor) -> Iterable[Tensor]:
-    """Views [n, rows, columns] of the published matrices inside a parameter; fused gate and up are two."""
-    stacked = tensor if tensor.dim() == 3 else tensor[None]
-    return list(stacked.chunk(_fused(name), dim=1))
+def _stacked(tensor: Tensor) -> Tensor:
+    """A parameter as [n, rows, columns]."""
+    return tensor if tensor.dim() == 3 else tensor[None]
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, layout: Layout | None = None) -> float:

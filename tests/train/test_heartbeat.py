@@ -1,0 +1,56 @@
+"""A process that is killed, stopped or stands still is named by one that is well, all end, and the run can go on."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from xushi.train import Layout, Team, latest_checkpoint
+from xushi.train.heartbeat import Heartbeat
+
+from .layouts import resumed
+from .test_layouts import start
+
+
+@pytest.mark.parametrize("what, victim, said", [
+    ("SIGKILL", 1, "process 1 (number {0} on"), ("SIGKILL", 0, "process 0"), ("SIGSTOP", 1, "process 1 (number {0} on"),
+    ("SIGSTOP", 0, "process 0"), ("stands still", 1, "process 1 (number {0} on")])
+def test_who_is_lost_is_named_and_the_run_goes_on(what: str, victim: int, said: str, tmp_path: Path) -> None:
+    torch.save({"endless": victim if what == "stands still" else None}, tmp_path / "task.pt")
+    processes = start(tmp_path, 2)
+    deadline = time.monotonic() + 120
+    try:
+        while not list((tmp_path / "run").glob("step-*")):
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        if what != "stands still":
+            processes[victim].send_signal(getattr(signal, what))
+        well = processes[1 - victim]
+        _, heard = well.communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+    assert well.returncode == 1, heard[-2000:]
+    assert said.format(processes[victim].pid) in heard and "Traceback" not in heard, heard[-2000:]
+    ends = {"SIGKILL": "died", "SIGSTOP": "gave no sign of life for 3 s", "stands still": "did not move for 3 s"}
+    assert ends[what] in heard
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None and checkpoint.step >= 2
+    resumed("v3", Layout(), tmp_path / "run", checkpoint.step + 1)  # one process goes on with what two began
+
+
+def test_alone_there_is_nobody_to_watch() -> None:
+    with Heartbeat(Team(), pytest.fail) as heart:
+        heart.at(1, "batch")
+        assert heart.who_is_gone() == ""
+
+
+def test_the_limit_is_a_minute_or_five_median_steps() -> None:
+    heart = Heartbeat(Team(), pytest.fail)
+    assert heart._limit() == 60.0
+    heart._seconds.extend([1.0, 40.0, 50.0])
+    assert heart._limit() == 200.0
+    heart._seconds.extend([1.0] * 10)
+    assert heart._limit() == 60.0
