@@ -235,8 +235,9 @@ def guarded(action: Callable[[], Any]) -> int:
     try:
         action()
     except XushiError as error:
-        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first speaks
-            print(f"error: {error.problem}\n{error.remedy}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # torchrun's: what all of them meet is said once in full
+        said = f"error: {error.problem}\n{error.remedy}" if rank == "0" else f"process {rank}: {error.problem}"
+        print(said, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

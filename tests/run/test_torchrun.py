@@ -61,6 +61,30 @@ def test_killed_on_two_and_gone_on_with_by_one_it_sees_the_same_batches(chain: C
     assert results["rl.forced_before"] > 0.8
 
 
+def worker(process: subprocess.Popen[str], rank: int) -> int:
+    """The number of one of torchrun's processes."""
+    for status in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            environment = dict(part.split("=", 1) for part in status.read_bytes().decode().split("\0") if "=" in part)
+            parent = int((status.parent / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, ValueError):
+            continue
+        if parent == process.pid and environment.get("RANK") == str(rank):
+            return int(status.parent.name)
+    raise AssertionError("no such process")
+
+
+def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
+    process = start("run", MINIATURE, "--out", tmp_path / "run", "--set", "layout.expert=2")
+    while not list((tmp_path / "run" / "checkpoints" / "pretrain").glob("step-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    victim = worker(process, 1)
+    os.kill(victim, signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 and f"pretrain: process 1 (number {victim} on" in said and "died" in said
+
+
 def test_a_whole_run_on_two_speaks_once(tmp_path: Path) -> None:
     process = start("run", MINIATURE, "--out", tmp_path / "run", "--stages", "data,tokenizer,pretrain", "--set",
                     "pretrain.steps=20")
@@ -75,3 +99,9 @@ def test_a_layout_that_cannot_be_is_refused_by_all(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0 and "layout.expert=3 does not work with 2 processes and 8 experts" in said
     assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.doc").write_text("do not touch")
+    process = start("run", MINIATURE, "--out", tmp_path / "run")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 and "is no run directory" in said
+    assert "process 1: the first process has ended" in said

@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from xushi.train import (
     heartbeat,
     join,
     latest_checkpoint,
+    loop,
     train,
 )
 from xushi.train.layout import local
@@ -139,9 +141,9 @@ def examine(kind: str, layout: Layout, recorded: list[dict[str, Tensor]]) -> dic
     return result
 
 
-def resumed(kind: str, layout: Layout, directory: Path, steps: int) -> None:
-    """Train to step `steps` from whatever is in `directory`."""
-    config = CONFIG.model_copy(update={"steps": STEPS})
+def resumed(kind: str, layout: Layout, directory: Path, steps: int, total: int = STEPS) -> None:
+    """Train to step `steps` of `total` from whatever is in `directory`."""
+    config = CONFIG.model_copy(update={"steps": total})
 
     def batches(cursor: int, count: int) -> dict[str, Tensor]:
         if cursor // ROWS >= steps:
@@ -150,6 +152,27 @@ def resumed(kind: str, layout: Layout, directory: Path, steps: int) -> None:
 
     with contextlib.suppress(KeyboardInterrupt):
         train("test", model_of(kind), config, Data(batches, lambda _: ROWS), directory, Tracking(None), layout=layout)
+
+
+def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
+    """Six steps, in the third of which the last process alone has a loss that is not a number."""
+    real, steps, tracked = loop.pretraining_loss, [0], []
+
+    def loss(*arguments: object, **settings: object):
+        parts = real(*arguments, **settings)
+        steps[0] += 1
+        broken = steps[0] == 3 and layout.rank == layout.data - 1
+        return replace(parts, total=parts.total * float("nan")) if broken else parts
+
+    class Remembering(Tracking):
+        def metrics(self, stage, step, values):
+            tracked.append(dict(values))
+
+    loop.pretraining_loss = loss
+    config = CONFIG.model_copy(update={"steps": 6, "activations": "recompute"})
+    train("test", model_of("v3"), config, Data(batch, lambda _: ROWS), directory, Remembering(None), layout=layout)
+    loop.pretraining_loss = real
+    return tracked
 
 
 def endless(layout: Layout, directory: Path, stands_still: int | None) -> None:
@@ -181,6 +204,10 @@ def main(place: Path) -> None:
         layout = join(LayoutConfig(expert=expert), THIRD)
         for kind, recorded in task.get("recorded", {}).items():
             results[f"{kind} {expert}"] = examine(kind, layout, recorded)
+        if "poison" in task:
+            results["poisoned"] = poisoned(layout, place / "poisoned")
+            backends = [team.group._get_backend(torch.device("cpu")) for team in (layout.team, layout.writers)]
+            results["seconds_to_wait"] = min(backend.options._timeout.total_seconds() for backend in backends)
         for kind, directory, steps in task.get("resume", []):
             resumed(kind, layout, place / directory, steps)
             checkpoint = latest_checkpoint(place / directory)

@@ -118,14 +118,14 @@ def test_what_is_not_finite_is_left_out_and_counted(tiny_model, batches, trackin
 
 
 def test_three_in_a_row_stop_with_the_last_checkpoint_and_the_batch(tiny_model, batches, tracking, tmp_path) -> None:
-    model = tiny_model()
+    model, config = tiny_model(), ObjectiveConfig(**SETTINGS)
     with pytest.raises(XushiError, match="step 8: the loss is not finite") as error:
-        train("test", model, ObjectiveConfig(**SETTINGS), poison(batches, model, (5, 6, 7)), tmp_path, tracking)
+        train("test", model, config, poison(batches, model, (5, 6, 7)), tmp_path / "test", tracking)
     assert error.value.exit_code == 1 and "learning_rate" in error.value.remedy and str(tmp_path) in error.value.remedy
-    checkpoint = latest_checkpoint(tmp_path)
+    checkpoint = latest_checkpoint(tmp_path / "test")
     assert checkpoint is not None and checkpoint.step == 4
     assert all(tensor.isfinite().all() for tensor in checkpoint.tensors["model"].values())
-    batch = load_file(tmp_path / "refused-step-000000008.safetensors")
+    batch = load_file(tmp_path / "refused-test-step-000000008.safetensors")
     assert all(torch.equal(batch[name], tensor) for name, tensor in batches(7).items())
     assert LIMIT_IN_A_ROW == 3
 

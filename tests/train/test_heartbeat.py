@@ -15,8 +15,11 @@ from .test_layouts import start
 
 
 @pytest.mark.parametrize("what, victim, said", [
-    ("SIGKILL", 1, "process 1 (number {0} on"), ("SIGKILL", 0, "process 0"), ("SIGSTOP", 1, "process 1 (number {0} on"),
-    ("SIGSTOP", 0, "process 0"), ("stands still", 1, "process 1 (number {0} on")])
+    ("SIGKILL", 1, "process 1 (number {0} on"),
+    pytest.param("SIGKILL", 0, "process 0", marks=pytest.mark.slow),
+    pytest.param("SIGSTOP", 1, "process 1 (number {0} on", marks=pytest.mark.slow),
+    pytest.param("SIGSTOP", 0, "process 0", marks=pytest.mark.slow),
+    pytest.param("stands still", 1, "process 1 (number {0} on", marks=pytest.mark.slow)])
 def test_who_is_lost_is_named_and_the_run_goes_on(what: str, victim: int, said: str, tmp_path: Path) -> None:
     torch.save({"endless": victim if what == "stands still" else None}, tmp_path / "task.pt")
     processes = start(tmp_path, 2)
@@ -32,13 +35,17 @@ def test_who_is_lost_is_named_and_the_run_goes_on(what: str, victim: int, said: 
     finally:
         for process in processes:
             process.kill()
+            process.communicate()
     assert well.returncode == 1, heard[-2000:]
     assert said.format(processes[victim].pid) in heard and "Traceback" not in heard, heard[-2000:]
     ends = {"SIGKILL": "died", "SIGSTOP": "gave no sign of life for 3 s", "stands still": "did not move for 3 s"}
     assert ends[what] in heard
     checkpoint = latest_checkpoint(tmp_path / "run")
     assert checkpoint is not None and checkpoint.step >= 2
-    resumed("v3", Layout(), tmp_path / "run", checkpoint.step + 1)  # one process goes on with what two began
+    # One process goes on with what two began.
+    resumed("v3", Layout(), tmp_path / "run", checkpoint.step + 3, checkpoint.step + 2)
+    again = latest_checkpoint(tmp_path / "run")
+    assert again is not None and again.step == checkpoint.step + 2
 
 
 def test_alone_there_is_nobody_to_watch() -> None:

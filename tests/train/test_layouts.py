@@ -172,6 +172,7 @@ def test_a_checkpoint_of_four_opens_in_one_and_two_and_the_other_way(tmp_path) -
         assert torch.allclose(tensor, ends[1]["model"][name], atol=5e-5), name
 
 
+@pytest.mark.slow
 def test_the_same_layout_goes_on_to_the_bit(tmp_path) -> None:
     task = {"expert": [2], "resume": [("v3", "whole", STEPS), ("v3", "halved", 9), ("v3", "halved", 15),
                                       ("v3", "halved", STEPS)]}
@@ -181,6 +182,22 @@ def test_the_same_layout_goes_on_to_the_bit(tmp_path) -> None:
     assert {file.name: file.read_bytes() for file in whole.iterdir()} == {
         file.name: file.read_bytes() for file in halved.iterdir()}
     assert len(list(whole.glob("model-*"))) == 2
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_in_one_process_is_left_out_in_all(tmp_path) -> None:
+    """And with activations that are recomputed, dispatch of experts included."""
+    results = together(tmp_path, 2, {"expert": [2], "poison": True})
+    # Reading a corpus, reinforcement learning: the others may have to wait for the first for long.
+    assert all(part["seconds_to_wait"] >= 24 * 3600 for part in results)
+    found = [part["poisoned"] for part in results]
+    for figures in found:
+        assert [step["withheld_steps"] for step in figures] == [0, 0, 1, 1, 1, 1]
+        assert "gradient_norm" not in figures[2] and figures[3]["gradient_norm"] > 0
+    assert [[step["loss"] for step in figures] for figures in found] == [[step["loss"] for step in found[0]]] * 2
+    saved = latest_checkpoint(tmp_path / "poisoned")
+    assert saved is not None and saved.state["optimizer_steps"] == 5
+    assert all(tensor.isfinite().all() for tensor in saved.tensors["model"].values())
 
 
 @pytest.mark.parametrize("layout, processes, problem, remedy", [

@@ -42,7 +42,7 @@ class BatchRecord(NamedTuple):
 
 
 class Tracking:
-    """Open (or create) the store at `path`; in memory, to be forgotten, where that is None."""
+    """Open (or create) the store at `path`; where that is None nothing is kept."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -123,6 +123,8 @@ class Tracking:
         self._connection.close()
 
     def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
+        if self.path is None:
+            return
         with self._lock:
             try:
                 self._connection.execute("BEGIN")

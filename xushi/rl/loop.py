@@ -155,3 +155,5 @@ def reinforce(model: Deepseek, tokenizer: Tokenizer, environment: Environment, c
                     f"is nothing to learn from; stopped after {done} steps (more sft.steps may help)")
                 tracking.event("rl", "stopped_without_signal", step=done)
                 break
+    if stop.requested:  # while the last step was saved
+        raise KeyboardInterrupt

@@ -70,7 +70,8 @@ def training_step(shape: Shape) -> Callable[[Tensor], None]:
     One document a row. The learning rate is next to nothing: a step may be timed any number of times.
     """
     model = Deepseek(shape.config).initialise(0)
-    settings = shape.settings.model_copy(update={"learning_rate": 1e-9, "adamw_learning_rate": None, "warmup_steps": 0})
+    settings = shape.settings.model_copy(update={"learning_rate": 1e-9, "adamw_learning_rate": None, "warmup_steps": 0,
+                                                    "indexer_warmup_steps": 0})
     state = TrainingState.begin(model, settings)
 
     def step(tokens: Tensor) -> None:

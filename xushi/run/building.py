@@ -1,5 +1,6 @@
 """The stages that make a model: data, tokenizer, pretraining, fine-tuning, reinforcement learning, and its control."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +150,7 @@ def _last(context: RunContext, stage: str, *names: str) -> dict[str, float]:
     """The mean of the last tenth of some metrics: a single step's value is mostly noise."""
     values = {}
     for name in names:
-        series = [value for _, value in context.tracking.series(stage, name)]
+        series = [value for _, value in context.tracking.series(stage, name) if math.isfinite(value)]
         tail = series[-max(1, len(series) // 10):]
         values[f"{stage}.{name}"] = sum(tail) / len(tail)
     return values

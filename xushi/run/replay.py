@@ -5,6 +5,7 @@ rollback or a kill on the way changes nothing here. The loss needs the weights t
 last checkpoint before it, or the stage's first ones, trained up to it. Nothing of the run is changed.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def replay(directory: Path, step: int, stage: str = "pretrain", compute_loss: bo
             "batch_hash": batch_hash(batch), "batch_hash_logged": record.hash,
             "tokens": int(batch["loss_mask"].sum()), "spans": _spans(context, stage, record)}
         if compute_loss:
-            result["loss_logged"] = dict(tracking.series(stage, "loss"))[step]
+            logged = dict(tracking.series(stage, "loss")).get(step, math.nan)
+            result["loss_logged"] = logged if math.isfinite(logged) else None  # JSON has no other
             result |= _loss(context, inputs, stage, way)
         return result
     finally:
@@ -64,15 +66,23 @@ def _loss(context: RunContext, inputs: TrainingInputs, stage: str, way: list[Bat
     if (began := context.tracking.decide("run", "op_forms", forms)) != forms:
         say(f"the run used other op forms ({began}) than there are here ({forms}): the loss will differ in its last "
             "digits")
+    layout = context.tracking.decide("run", "layout", {"data": 1, "expert": 1})
+    if layout["data"] > 1:
+        say(f"the run was spread over {layout['data']} processes and this is one: the loss will differ in its last "
+            "digits")
     state = TrainingState.begin(context.trained_model(inputs.after), inputs.config)
     first = state.restore(latest_checkpoint(context.checkpoints(stage), up_to=way[-1].step - 1))
     figures: dict[str, float] = {}
-    with StepProgress("replay", len(way), first) as progress:
-        for record in way[first:]:
+    if way[0].step > first + 1:
+        raise XushiError(f"the tracking store has nothing before step {way[0].step} of stage {stage}, and the last "
+                         f"checkpoint before that is of step {first}", "--no-loss shows the step's data")
+    with StepProgress("replay", way[-1].step, first) as progress:
+        for record in (record for record in way if record.step > first):
             batch = _logged(inputs.data, record)
             figures, _ = training_step(state, inputs.config, record.step - 1, batch)
             progress.update(record.step, f"loss {figures['loss']:.3f}")
-    return {"loss": figures["loss"], "trained_from_step": first}
+    loss = figures["loss"]
+    return {"loss": loss if math.isfinite(loss) else None, "trained_from_step": first}
 
 
 def _logged(data: Data, record: BatchRecord) -> dict[str, Tensor]:
@@ -123,8 +133,8 @@ def replay_sentences(result: dict[str, Any]) -> str:
         lines.append(result["problem"])
     if "loss" in result:
         same = result["loss"] == result["loss_logged"]
-        lines.append(f"loss {result['loss']:.9g}, "
-                     + ("as logged" if same else f"NOT as logged ({result['loss_logged']:.9g})")
+        lines.append(f"loss {_shown(result['loss'])}, "
+                     + ("as logged" if same else f"NOT as logged ({_shown(result['loss_logged'])})")
                      + f"; trained again from step {result['trained_from_step']}")
     for span in result["spans"]:
         place = "  ".join(f"{name} {value}" for name, value in span["meta"].items())
@@ -132,3 +142,7 @@ def replay_sentences(result: dict[str, Any]) -> str:
         lines.append(f"{span['sequence']:>8}  {span['source']}  {place}  bytes {span['first_byte']:,} to "
                      f"{span['end_byte']:,}  {text}")
     return "\n".join(lines)
+
+
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.9g}"

@@ -45,7 +45,8 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
         tracking = Tracking(directory / "tracking.sqlite")
         context = RunContext(directory, recipe, tracking, layout)
         cores = max(1, inspect().usable_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        threads = layout.team.firsts(tracking.decide("run", "threads", recipe.threads or cores))
+        name = "threads" if layout.data == 1 else f"threads.{layout.data}"
+        threads = layout.team.firsts(tracking.decide("run", name, recipe.threads or cores))
         torch.set_num_threads(threads)
         spread = {"data": layout.data, "expert": layout.expert}
         if (before := tracking.decide("run", "layout", spread)) != spread:
@@ -66,10 +67,18 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
 
 def _follow(context: RunContext) -> None:
     """What a process does that is not the first: wait for the stages that all do together, and do them."""
-    torch.set_num_threads(context.layout.team.firsts(None))
+    torch.set_num_threads(_heard(context))
     keep_freed_memory()
-    while (stage := context.layout.team.firsts(None)) != "end":
+    while (stage := _heard(context)) != "end":
         building.TOGETHER[stage](context)
+
+
+def _heard(context: RunContext) -> Any:
+    """What the first process says next."""
+    try:
+        return context.layout.team.firsts(None)
+    except RuntimeError:  # torch's error of a lost connection
+        raise XushiError("the first process has ended", "see what it said", 1) from None
 
 
 def _stages(recipe: Recipe) -> list[tuple[str, Stage, dict[str, Any]]]:

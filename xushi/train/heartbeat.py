@@ -1,8 +1,9 @@
 """Knowing which process of several died, stopped or stands still, instead of waiting for it for ever.
 
-A thread of each process puts its place (step and phase) into a small store at the first one, every second, and looks at
-the others'. A process whose thread is silent is dead or stopped; one whose place does not change, while the others wait
-for it, stands still. Either is named, and the run ended, so that it can be started again. Not here: starting it.
+A thread of each process puts its place (step and phase) into a small store at the first one, every second, and looks
+at the others'; a second one judges, since the first waits for ever if the store's process is stopped. A process whose
+thread is silent is dead or stopped; one whose place stays behind the others', while they wait, stands still. It is
+named, and the run ended, so that it can be started again. Not here: starting it.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ SHORTEST_LIMIT = 60.0  # seconds without a sign of life, or in one place
 MEDIAN_STEPS = 5  # or this many median steps, whichever is longer
 SECONDS_TO_TELL = 6 * SECONDS_BETWEEN  # how long to look who is gone once talking to somebody has failed
 
-# In the order in which a step goes through them. While saving and evaluating, and in the first step, when things are
-# compiled, nobody is judged by the place.
+# In the order in which a step goes through them. While saving and evaluating, and in the first step of a start, when
+# things are compiled, nobody is judged by the place. What a process waits for others in is "step".
 PHASES = ("batch", "step", "save", "evaluate")
 JUDGED = ("batch", "step")
 
@@ -43,36 +44,36 @@ class Heartbeat:
     def __init__(self, team: Team, report: Callable[[str], None]) -> None:
         self.team, self._report = team, report
         self._place: tuple[int, str] = (0, "save")
+        self._begun = 0  # steps of this start
         self._began = time.monotonic()
         self._seconds: deque[float] = deque(maxlen=100)
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._beats = 0
         self._others: dict[int, dict[str, Any]] = {}
         self._heard: dict[int, float] = {}  # when each last gave a sign of life
         self._moved: dict[int, float] = {}  # when it last changed its place
-        self._unanswered: float | None = None  # since when the store has not answered
-        self.speaks = team.rank == 0  # for all that are left
+        self._answered = 0.0  # when the store last did
 
     def at(self, step: int, phase: str) -> None:
         """This process is now in a phase of step number `step` (from 0)."""
         if phase == "batch":
             now = time.monotonic()
-            if self._place[0] > 0 or self._place[1] != "save":  # the first step is no measure
+            if self._begun > 1:  # the first step is no measure
                 self._seconds.append(now - self._began)
             self._began = now
+            self._begun += 1
         self._place = (step, phase)
 
     def who_is_gone(self) -> str:
         """Sentence parts that name the processes without a sign of life; call after talking to somebody failed."""
-        if self._thread is None:
+        if not self._threads:
             return ""
         time.sleep(SECONDS_TO_TELL)
         now = time.monotonic()
         gone = [rank for rank in self._heard if now - self._heard[rank] > SECONDS_TO_TELL / 2]
-        if self._unanswered is not None:
-            gone = [0]  # the store was there, so nothing is known of the others
-        self.speaks = bool(gone) and self.team.rank == min(set(self._heard) - set(gone), default=self.team.rank)
+        if now - self._answered > SECONDS_TO_TELL / 2:
+            gone = [0]  # the store is there, so nothing is known of the others
         return ", ".join(self._name(rank) for rank in gone)
 
     def __enter__(self) -> "Heartbeat":
@@ -83,35 +84,42 @@ class Heartbeat:
                 store = TCPStore(_host(), 0, is_master=True, wait_for_workers=False)
             host, port = self.team.firsts((_host(), store.port if store else 0))
             store = store or TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
-            self._heard = dict.fromkeys(range(self.team.size), time.monotonic())
+            self._answered = time.monotonic()
+            self._heard = dict.fromkeys(range(self.team.size), self._answered)
             self._moved = dict(self._heard)
-            self._thread = threading.Thread(target=self._run, args=(store,), name="xushi-heartbeat", daemon=True)
-            self._thread.start()
+            self._threads = [threading.Thread(target=self._talk, args=(store,), name="xushi-heartbeat", daemon=True),
+                             threading.Thread(target=self._watch, name="xushi-watch", daemon=True)]
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
-        if self._thread is not None:
+        if self._threads:
             self._place = (self._place[0], "save")
             if kind is None:
-                self.team.everyones(None)  # the store at the first process must outlive the others' last look
+                with contextlib.suppress(RuntimeError):  # somebody died after the last step: nothing is lost
+                    self.team.everyones(None)  # the store at the first process must outlive the others' last look
             self._ended.set()
-            self._thread.join()
+            for thread in self._threads:
+                thread.join(timeout=5 * SECONDS_BETWEEN)  # one may wait for a store that is gone
 
-    def _run(self, store: Any) -> None:
+    def _watch(self) -> None:
+        while not self._ended.wait(SECONDS_BETWEEN):
+            self._judge()
+
+    def _talk(self, store: Any) -> None:
         while not self._ended.wait(SECONDS_BETWEEN):
             self._beats += 1
-            mine = {"beat": self._beats, "step": self._place[0], "phase": self._place[1], "limit": self._limit(),
-                    "process": os.getpid(), "host": socket.gethostname()}
-            try:
+            mine = {"beat": self._beats, "step": self._place[0], "phase": self._place[1],
+                    "judged": self._begun > 1 and self._place[1] in JUDGED, "process": os.getpid(),
+                    "host": socket.gethostname()}
+            with contextlib.suppress(RuntimeError, OSError):  # torch's errors of a connection are RuntimeErrors
                 store.set(str(self.team.rank), json.dumps(mine))
                 for rank in range(self.team.size):
                     if store.check([str(rank)]):
                         self._see(rank, json.loads(store.get(str(rank))))
-                self._unanswered = None
-            except (RuntimeError, OSError):  # torch's errors of a connection are RuntimeErrors
-                self._unanswered = self._unanswered or time.monotonic()
-            self._judge()
+                self._answered = time.monotonic()
 
     def _limit(self) -> float:
         return max(SHORTEST_LIMIT, MEDIAN_STEPS * median(self._seconds)) if self._seconds else SHORTEST_LIMIT
@@ -128,14 +136,14 @@ class Heartbeat:
         """End this process if some other is not well."""
         now, limit = time.monotonic(), self._limit()
         silent = [rank for rank, heard in self._heard.items() if now - heard > limit]
-        if self._unanswered is not None and now - self._unanswered > limit:
-            silent = [0]
+        if now - self._answered > limit:
+            silent = [0]  # the store is there, so nothing is known of the others
         if silent:
             self._end(silent, f"gave no sign of life for {limit:.0f} s")
         # Where all are alive and wait, those are at fault whose place is behind the others'.
         alive = all(now - heard < 3 * SECONDS_BETWEEN for heard in self._heard.values())
-        if not alive or len(self._others) < self.team.size or any(
-                said["phase"] not in JUDGED or said["step"] == 0 for said in self._others.values()):
+        if not alive or len(self._others) < self.team.size or not all(
+                said["judged"] for said in self._others.values()):
             return
         if all(now - moved > limit for moved in self._moved.values()):
             places = {rank: (said["step"], PHASES.index(said["phase"])) for rank, said in self._others.items()}

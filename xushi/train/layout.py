@@ -143,7 +143,7 @@ class Layout:
         if ".experts." not in name:
             return box.along(0, self.data, rank)
         box = box.along(0, self.expert, rank % self.expert)
-        return box.along(_expert_axis(box.size[0], self.replica), self.replica, rank // self.expert)
+        return box.along(expert_axis(box.size[0], self.replica), self.replica, rank // self.expert)
 
     def spread(self, model: Deepseek) -> Deepseek:
         """Leave in `model` this process's part of each parameter, and let it run as if all were there."""
@@ -154,7 +154,7 @@ class Layout:
         for layer in model.model.layers:
             if isinstance(layer.mlp, MixtureOfExperts):
                 self._share_out(layer.mlp.experts)
-                cut = Shard(_expert_axis(layer.mlp.experts.gate_up_proj.shape[0], self.replica))
+                cut = Shard(expert_axis(layer.mlp.experts.gate_up_proj.shape[0], self.replica))
                 fully_shard(layer.mlp.experts, mesh=replica, shard_placement_fn=_always(cut))
             fully_shard(layer, mesh=data)
             if hasattr(layer, "predict"):
@@ -193,7 +193,7 @@ def _always(placement: Shard) -> Callable[[nn.Parameter], Shard]:
     return lambda _: placement
 
 
-def _expert_axis(experts: int, replica: int) -> int:
+def expert_axis(experts: int, replica: int) -> int:
     """The axis along which replicas cut stacked experts: whole experts where they divide, else their rows."""
     return 0 if experts % replica == 0 else 1
 
@@ -239,5 +239,6 @@ def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu") -> Layou
     meshes = {"data": init_device_mesh(device, (processes,), mesh_dim_names=("data",)),
               "replica": experts["replica"], "expert": experts["expert"]}
     # Objects travel by gloo on any device, and the writing threads must not meet the training's own calls.
-    talk, write = (Team(rank, processes, dist.new_group(backend="gloo")) for _ in range(2))
+    talk, write = (Team(rank, processes, dist.new_group(backend="gloo", timeout=timedelta(seconds=SECONDS_TO_WAIT)))
+                   for _ in range(2))
     return Layout(processes, config.expert, rank, meshes, talk, write)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from xushi.base.errors import XushiError
 from xushi.base.files import write_atomic
-from xushi.base.interrupt import finish_step_first
+from xushi.base.interrupt import StopRequest, finish_step_first
 from xushi.base.machine import best_training_dtype
 from xushi.base.progress import StepProgress, say
 from xushi.base.tracking import Tracking
-from xushi.data import batch_hash, joined_hash, row_hashes
+from xushi.data import joined_hash, row_hashes
 from xushi.model import Deepseek, LossCounts, pretraining_loss
 from xushi.train.balance import router_health, update_router_biases
 from xushi.train.checkpoint import Checkpoint, CheckpointWriter, SavedCheckpoint, latest_checkpoint
@@ -171,11 +171,11 @@ def report_problem(stage: str, step: int, state: TrainingState, problem: Problem
     tracking.event(stage, problem.kind.replace(" ", "_"), step=step, text=problem.text, withheld=withheld)
     if state.guard.in_a_row >= LIMIT_IN_A_ROW:
         part = "" if layout.data == 1 else f"-rows-of-process-{layout.rank}"
-        file = directory / f"refused-step-{step:09d}{part}.safetensors"
+        file = directory.parent / f"refused-{stage}-step-{step:09d}{part}.safetensors"
         write_atomic(file, safetensors.torch.save({name: tensor.contiguous() for name, tensor in batch.items()}))
         raise XushiError(f"{stage} step {step}: {problem.text}, the {LIMIT_IN_A_ROW}rd step in a row without an update",
-                         f"lower learning_rate or raise warmup_steps; the checkpoints in {directory} are from before, "
-                         f"and {file.name} there is the batch", 1)
+                         f"{file} is the batch, {directory} has the checkpoints from before; with a lower "
+                         "learning_rate or more warmup_steps, and --update, the stage starts over and removes them", 1)
 
 
 @dataclass(frozen=True)
@@ -188,14 +188,15 @@ class Data:
     per_step: Callable[[int], int] = lambda _: 1
     piecewise: bool = False
 
-    def share(self, cursor: int, pieces: int, layout: Layout) -> tuple[dict[str, Tensor], str]:
-        """This process's rows of the batch of so many pieces, and the hash of all of it."""
-        if self.piecewise and layout.data > 1 and pieces % layout.data == 0:
+    def share(self, cursor: int, pieces: int, layout: Layout) -> tuple[dict[str, Tensor], list[bytes]]:
+        """This process's rows of the batch of so many pieces, and the hashes of rows that are this process's to give:
+        all processes' together are the batch's."""
+        if self.piecewise and pieces % layout.data == 0:
             each = pieces // layout.data
             rows = self.batches(cursor + layout.rank * each, each)
-            return rows, joined_hash([digest for part in layout.team.everyones(row_hashes(rows)) for digest in part])
+            return rows, row_hashes(rows)
         whole = self.batches(cursor, pieces)
-        return layout.rows(whole), batch_hash(whole)
+        return layout.rows(whole), row_hashes(whole) if layout.is_first else []
 
 
 def train(stage: str, model: Deepseek, config: ObjectiveConfig, data: Data, directory: Path, tracking: Tracking,
@@ -213,27 +214,25 @@ def train(stage: str, model: Deepseek, config: ObjectiveConfig, data: Data, dire
         tracking.event(stage, "process_lost", text=text)
         say(f"{stage}: {text}; the run ends, and the same command goes on from the last checkpoint")
 
-    with Heartbeat(state.layout.team, report) as heart:
+    # Signals are kept back until it is known who died: torchrun sends one to those that are left.
+    with finish_step_first() as stop, Heartbeat(state.layout.team, report) as heart:
         try:
-            return _steps(stage, state, config, data, directory, tracking, evaluate, heart)
+            return _steps(stage, state, config, data, directory, tracking, evaluate, heart, stop)
         except RuntimeError as error:  # what torch raises when a process does not answer
             if not (lost := heart.who_is_gone()):
                 raise
-            ended = XushiError(f"{stage}: {lost} died", "run the same command again: it goes on from the last "
-                               "checkpoint, with as many processes as you start", 1)
-            if heart.speaks and not state.layout.is_first:
-                say(f"error: {ended}")
-            raise ended from error
+            raise XushiError(f"{stage}: {lost} died", "run the same command again: it goes on from the last "
+                             "checkpoint, with as many processes as you start", 1) from error
 
 
 def _steps(stage: str, state: TrainingState, config: ObjectiveConfig, data: Data, directory: Path, tracking: Tracking,
-           evaluate: tuple[int, Callable[[], dict[str, float]]] | None, heart: Heartbeat) -> dict[str, float]:
+           evaluate: tuple[int, Callable[[], dict[str, float]]] | None, heart: Heartbeat, stop: StopRequest
+           ) -> dict[str, float]:
     layout, rollbacks = state.layout, Counter[int]()
-    step = first = state.restore(latest_checkpoint(directory))
+    step = first = state.restore(_agreed_checkpoint(directory, layout))
     metrics: dict[str, float] = {}
     began, trained = time.monotonic(), 0.0
-    with finish_step_first() as stop, StepProgress(stage, config.steps, first, layout.is_first
-                                                   ) as progress, CheckpointWriter(
+    with StepProgress(stage, config.steps, first, layout.is_first) as progress, CheckpointWriter(
             directory, config.keep_checkpoints, config.keep_every, layout.writers) as writer:
         if step == 0 and config.on_spike == "rollback":
             writer.save(state.checkpoint(0))  # so that there is always something to go back to
@@ -241,8 +240,9 @@ def _steps(stage: str, state: TrainingState, config: ObjectiveConfig, data: Data
             step_began = time.monotonic()
             heart.at(step, "batch")
             cursor, pieces = state.cursor, data.per_step(step)
-            batch, digest = data.share(cursor, pieces, layout)
+            batch, hashes = data.share(cursor, pieces, layout)
             heart.at(step, "step")
+            digest = joined_hash([row for part in layout.team.everyones(hashes) for row in part])
             metrics, problem = training_step(state, config, step, batch)
             stops = any(layout.team.everyones(stop.requested))
             state.cursor += pieces
@@ -266,7 +266,22 @@ def _steps(stage: str, state: TrainingState, config: ObjectiveConfig, data: Data
                 writer.save(state.checkpoint(step))
             if stops:
                 raise KeyboardInterrupt
+    if any(layout.team.everyones(stop.requested)):  # asked for while the last step was evaluated and saved
+        raise KeyboardInterrupt
     return metrics
+
+
+def _agreed_checkpoint(directory: Path, layout: Layout) -> SavedCheckpoint | None:
+    """The newest whole checkpoint that the first process sees; if another cannot open it, that is a `XushiError`."""
+    found = latest_checkpoint(directory) if layout.is_first else None
+    step = layout.team.firsts(found.step if found else None)
+    if layout.is_first or step is None:
+        return found
+    found = latest_checkpoint(directory, up_to=step)
+    if found is None or found.step != step:
+        raise XushiError(f"process {layout.rank} does not see the checkpoint of step {step} in {directory}",
+                         "all processes need the same file system; run the same command again", 1)
+    return found
 
 
 def _roll_back(stage: str, step: int, state: TrainingState, writer: CheckpointWriter, rollbacks: Counter[int],
@@ -274,7 +289,7 @@ def _roll_back(stage: str, step: int, state: TrainingState, writer: CheckpointWr
     """Go back to the last checkpoint and leave out the data from there to here; returns the number of steps done."""
     beyond = state.cursor
     writer.finish()
-    back = state.restore(latest_checkpoint(writer.directory))
+    back = state.restore(_agreed_checkpoint(writer.directory, state.layout))
     rollbacks[back] += 1
     if rollbacks[back] > LIMIT_OF_ROLLBACKS:
         raise XushiError(f"{stage} step {step}: the loss jumps after {LIMIT_OF_ROLLBACKS} returns to step {back}",

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xushi.train.layout import Box, Layout
+from xushi.train.layout import Box, Layout, expert_axis
 
 
 class MatrixExchange:
@@ -37,10 +37,11 @@ class MatrixExchange:
         return found
 
     def _has_whole_matrices(self, name: str) -> bool:
-        if self.layout.data == 1:
+        """Whether every process holds whole matrices of a parameter; the same answer in all of them."""
+        layout = self.layout
+        if layout.data == 1:
             return True
-        box = self.layout.box(name)
-        return box.size[-2:] == box.shape[-2:]
+        return ".experts." in name and expert_axis(layout.shapes[name][0] // layout.expert, layout.replica) == 0
 
     def _members(self, axis: str) -> list[int]:
         """The ranks of this process's group along an axis, in order."""
