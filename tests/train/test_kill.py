@@ -41,6 +41,9 @@ def test_kills_change_nothing(processes: int, kills: int, tmp_path: Path) -> Non
             assert all(process.poll() is None for process in started)
             time.sleep(0.005)
         time.sleep(moments.uniform(0.0, 0.2))
+        deadline = time.monotonic() + 1.0
+        while kill % 2 and time.monotonic() < deadline and not list((tmp_path / "killed" / "run").glob(".step-*")):
+            pass  # every other one while a checkpoint is written
         for process in started:
             process.send_signal(signal.SIGKILL)
         for process in started:
