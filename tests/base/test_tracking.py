@@ -1,5 +1,6 @@
 """The tracking store: what is read is what was last written, decisions are taken once, damage is told."""
 
+import json
 import math
 import sqlite3
 import threading
@@ -88,3 +89,34 @@ def test_a_locked_store_is_told(tracking):
     other.close()
     tracking.event("train", "begun")
     assert len(tracking.events()) == 1
+
+
+def test_metrics_stand_in_lines_too(tmp_path) -> None:
+    store = Tracking(tmp_path / "tracking.sqlite")
+    assert not (tmp_path / "metrics.jsonl").exists()  # one who only reads writes nothing
+    store.metrics("pretrain", 1, {"loss": 2.5, "bad": float("nan")})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "pretr')  # a kill
+    Tracking(tmp_path / "tracking.sqlite").metrics("pretrain", 2, {"loss": 2.0})
+    first, torn, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(first)["loss"] == 2.5 and json.loads(first)["bad"] is None and torn == '{"stage": "pretr'
+    assert {key: value for key, value in json.loads(second).items() if key != "time"} == {
+        "stage": "pretrain", "step": 2, "loss": 2.0}
+
+
+def test_without_a_place_nothing_is_kept() -> None:
+    store = Tracking(None)
+    store.metrics("pretrain", 1, {"loss": 2.5})
+    store.event("pretrain", "started")
+    assert store.decide("run", "threads", 3) == 3 and store.decide("run", "threads", 4) == 4
+    assert not store.series("pretrain", "loss") and not store.events()
+
+
+def test_the_way_to_a_step_leads_over_what_counted(tmp_path) -> None:
+    """Steps 1 to 4; back to 2 with other data; killed in 5 and begun again from 4."""
+    store = Tracking(tmp_path / "tracking.sqlite")
+    for step, cursor in [(1, 0), (2, 1), (3, 2), (4, 3), (3, 4), (4, 5), (5, 6), (5, 6), (6, 7)]:
+        store.batch("pretrain", step, cursor, 1, f"hash {cursor}", "")
+    assert [record.cursor for record in store.batches("pretrain", 6)] == [0, 1, 4, 5, 6, 7]
+    assert [record.cursor for record in store.batches("pretrain", 3)] == [0, 1, 4]
+    assert not store.batches("pretrain", 7) and not store.batches("sft", 1)

@@ -6,6 +6,8 @@ except decisions, which are taken once and kept.
 """
 
 import json
+import math
+import os
 import sqlite3
 import threading
 import time
@@ -15,6 +17,8 @@ from typing import Any, NamedTuple
 
 from xushi.base.errors import XushiError
 from xushi.base.files import disk_errors
+
+METRICS = "metrics.jsonl"  # beside the store: the same metrics, a line a step
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, time REAL, stage TEXT, name TEXT, details TEXT);
@@ -66,7 +70,9 @@ class Tracking:
                     [(time.time(), stage, name, json.dumps(details, ensure_ascii=False))])
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of one step, under dotted names."""
+        """Numbers of one step, under dotted names; for other programs also a line of metrics.jsonl beside the store."""
+        self._append({"time": round(time.time(), 3), "stage": stage, "step": step,
+                      **{name: float(value) if math.isfinite(value) else None for name, value in values.items()}})
         self._write("INSERT INTO metrics (stage, step, name, value) VALUES (?, ?, ?, ?)",
                     [(stage, step, name, float(value)) for name, value in values.items()])
 
@@ -121,6 +127,18 @@ class Tracking:
     def close(self) -> None:
         """Close the store; further writes are an error."""
         self._connection.close()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl; one that a kill or a full disk left unended is ended first."""
+        if self.path is None:
+            return
+        path = self.path.with_name(METRICS)
+        with disk_errors(path), self._lock, open(path, "ab+") as file:
+            begins = not file.tell()
+            if not begins:
+                file.seek(-1, os.SEEK_END)
+                begins = file.read(1) == b"\n"
+            file.write((b"" if begins else b"\n") + json.dumps(line).encode() + b"\n")
 
     def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
         if self.path is None:

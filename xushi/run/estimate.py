@@ -1,15 +1,17 @@
 """What a run will cost, before anything starts: parameters, memory, and time from steps timed here and now."""
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from xushi.base.machine import inspect
+from xushi.base.errors import XushiError
+from xushi.base.machine import GIB, inspect
 from xushi.plan import count_parameters, kv_cache_bytes_per_token, train_flops_per_token, training_memory_bytes
 from xushi.recipe import Recipe
 from xushi.run.benchmark import Shape, training_step
-from xushi.train import chosen_dtype
+from xushi.train import Layout, PretrainConfig, chosen_dtype
 
 # Sampling an answer costs about as much again as learning from it (measured on the demo, docs/lab-log.md).
 RL_COST_PER_TRAINED_TOKEN = 2.0
@@ -50,6 +52,51 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         **{f"seconds.step_{choice}": value for choice, value in step.items()},
         **{f"seconds.{stage}": value for stage, value in seconds.items()},
         "seconds.training": sum(seconds.values())}
+
+
+def check_memory(recipe: Recipe, layout: Layout, memory_total: int | None, processes_here: int) -> None:
+    """Raise a `XushiError` with the numbers, and what would fit, if pretraining cannot fit into this machine's memory.
+
+    An estimate (`training_memory_bytes`) against all the memory there is: what is refused would not run, what is not
+    refused may still be too much beside other programs.
+    """
+    if memory_total is None or not recipe.runs("pretrain"):
+        return
+    room = memory_total // processes_here
+    if (needed := _bytes_per_process(recipe, layout, recipe.pretrain)) <= room:
+        return
+    problem = (f"pretraining needs about {needed / GIB:,.1f} GiB in each process, and this machine has "
+               f"{memory_total / GIB:,.1f} GiB for {processes_here}")
+    for changes, said in _smaller(recipe):
+        fits = _bytes_per_process(recipe, layout, recipe.pretrain.model_copy(update=changes))
+        if fits <= room:
+            raise XushiError(problem, f"with {said} it is about {fits / GIB:,.1f} GiB; or use more machines")
+    raise XushiError(problem, "weights, gradients and moments alone are too much for any batch: use a smaller model, "
+                     "or more machines")
+
+
+def _smaller(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
+    """Settings that need less memory, the least change first."""
+    yield {"activations": "recompute"}, "pretrain.activations=recompute"
+    rows = recipe.pretrain.batch_tokens // recipe.data.sequence_length
+    while rows > 1:
+        rows //= 2
+        tokens = rows * recipe.data.sequence_length
+        yield ({"activations": "recompute", "batch_tokens": tokens},
+               f"pretrain.activations=recompute and pretrain.batch_tokens={tokens}")
+
+
+def _bytes_per_process(recipe: Recipe, layout: Layout, pretrain: PretrainConfig) -> int:
+    config = recipe.model.model_copy(update={"vocab_size": recipe.tokenizer.vocab_size})
+    length = recipe.data.sequence_length
+    rows = -(-(pretrain.batch_tokens // length) // layout.data)
+    parts = training_memory_bytes(
+        config, rows * length, length, pretrain.optimizer, "bf16" if chosen_dtype(pretrain.dtype) == "bf16" else "fp32",
+        bool(pretrain.mtp_weight), bool(pretrain.indexer_weight), pretrain.activations == "recompute")
+    share = (parts.weights + parts.gradients + parts.optimizer) // layout.data
+    # Each process makes the whole model before it keeps its part.
+    made = 4 * count_parameters(config).total_with_mtp if layout.data > 1 else 0
+    return max(made, share + parts.activations + parts.logits)
 
 
 def _step_seconds(shape: Shape) -> float:

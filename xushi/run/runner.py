@@ -22,7 +22,7 @@ from xushi.ops import native
 from xushi.recipe import Recipe
 from xushi.run import building, closing
 from xushi.run.context import RUN_FORMAT, RunContext, StageRecord, read_record, stage_key, write_record
-from xushi.run.estimate import describe
+from xushi.run.estimate import check_memory, describe
 from xushi.train import chosen_dtype, join
 
 __all__ = ["describe", "run"]
@@ -36,7 +36,9 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
     A directory that another recipe made is refused unless `update`, which runs the stages that changed again. Where
     torchrun started several processes all of them call this, and the first one alone has results.
     """
-    layout = join(recipe.layout, recipe.model)
+    layout, machine = join(recipe.layout, recipe.model), inspect()
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    check_memory(recipe, layout, machine.memory_total, processes_here)
     if not layout.is_first:
         _follow(RunContext(directory, recipe, Tracking(None), layout))
         return None
@@ -44,7 +46,7 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
         _claim(recipe, directory, update)
         tracking = Tracking(directory / "tracking.sqlite")
         context = RunContext(directory, recipe, tracking, layout)
-        cores = max(1, inspect().usable_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        cores = max(1, machine.usable_cores // processes_here)
         name = "threads" if layout.data == 1 else f"threads.{layout.data}"
         threads = layout.team.firsts(tracking.decide("run", name, recipe.threads or cores))
         torch.set_num_threads(threads)
