@@ -19,8 +19,6 @@ from statistics import median
 from types import TracebackType
 from typing import Any
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
 from xushi.train.layout import Team
 
 SECONDS_BETWEEN = 1.0
@@ -78,6 +76,8 @@ class Heartbeat:
 
     def __enter__(self) -> "Heartbeat":
         if self.team.size > 1:
+            from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
             first = self.team.rank == 0
             store = None
             if first:

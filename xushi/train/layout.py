@@ -11,20 +11,21 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Shard
 
 from xushi.base.errors import XushiError
 from xushi.model import Deepseek, ModelConfig
 from xushi.model.moe import Experts, MixtureOfExperts
 from xushi.train.config import LayoutConfig
 from xushi.train.expert_parallel import ExpertDispatch
+
+if TYPE_CHECKING:  # a second of imports that one process alone does without
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard
 
 SECONDS_TO_WAIT = 24 * 3600  # for another process: one of them may be reading a corpus
 
@@ -97,7 +98,7 @@ class Layout:
     data: int = 1
     expert: int = 1
     rank: int = 0
-    meshes: dict[str, DeviceMesh] = field(default_factory=dict)  # of one axis each: "data", "replica", "expert"
+    meshes: "dict[str, DeviceMesh]" = field(default_factory=dict)  # of one axis each: "data", "replica", "expert"
     team: Team = field(default_factory=Team)  # all of them, for small things
     writers: Team = field(default_factory=Team)  # the same, for the threads that write checkpoints
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the whole parameters, once a model is spread
@@ -150,6 +151,9 @@ class Layout:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if not self.meshes:
             return model
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+        from torch.distributed.tensor import Shard
+
         data, replica = self.meshes["data"], self.meshes["replica"]
         for layer in model.model.layers:
             if isinstance(layer.mlp, MixtureOfExperts):
@@ -182,14 +186,14 @@ class Layout:
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that is here, sharing its memory."""
-    if not isinstance(tensor, DTensor):
+    if not hasattr(tensor, "to_local"):  # a DTensor's
         return tensor
     with torch.no_grad():
         here: Tensor = tensor.to_local()
     return here
 
 
-def _always(placement: Shard) -> Callable[[nn.Parameter], Shard]:
+def _always(placement: "Shard") -> "Callable[[nn.Parameter], Shard]":
     return lambda _: placement
 
 
@@ -234,6 +238,8 @@ def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu") -> Layou
     if not dist.is_initialized():
         dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
                                 timeout=timedelta(seconds=SECONDS_TO_WAIT))
+    from torch.distributed.device_mesh import init_device_mesh
+
     experts = init_device_mesh(device, (processes // config.expert, config.expert),
                                mesh_dim_names=("replica", "expert"))
     meshes = {"data": init_device_mesh(device, (processes,), mesh_dim_names=("data",)),
