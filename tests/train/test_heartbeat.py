@@ -54,6 +54,17 @@ def test_alone_there_is_nobody_to_watch() -> None:
         assert heart.who_is_gone() == ""
 
 
+def test_a_start_is_not_judged_before_a_step_was_measured() -> None:
+    """A resumed run whose steps take more than a minute must not be ended by its first ones."""
+    heart = Heartbeat(Team(), pytest.fail)
+    for step in (1200, 1201):
+        heart.at(step, "batch")
+        heart.at(step, "step")
+        assert not heart._seconds
+    heart.at(1202, "batch")
+    assert len(heart._seconds) == 1
+
+
 def test_the_limit_is_a_minute_or_five_median_steps() -> None:
     heart = Heartbeat(Team(), pytest.fail)
     assert heart._limit() == 60.0

@@ -26,8 +26,9 @@ SHORTEST_LIMIT = 60.0  # seconds without a sign of life, or in one place
 MEDIAN_STEPS = 5  # or this many median steps, whichever is longer
 SECONDS_TO_TELL = 6 * SECONDS_BETWEEN  # how long to look who is gone once talking to somebody has failed
 
-# In the order in which a step goes through them. While saving and evaluating, and in the first step of a start, when
-# things are compiled, nobody is judged by the place. What a process waits for others in is "step".
+# In the order in which a step goes through them. While saving and evaluating, and until a step has been measured, the
+# first of a start left out since things are compiled in it, nobody is judged by the place. What a process waits for
+# others in is "step".
 PHASES = ("batch", "step", "save", "evaluate")
 JUDGED = ("batch", "step")
 
@@ -112,7 +113,7 @@ class Heartbeat:
         while not self._ended.wait(SECONDS_BETWEEN):
             self._beats += 1
             mine = {"beat": self._beats, "step": self._place[0], "phase": self._place[1],
-                    "judged": self._begun > 1 and self._place[1] in JUDGED, "process": os.getpid(),
+                    "judged": bool(self._seconds) and self._place[1] in JUDGED, "process": os.getpid(),
                     "host": socket.gethostname()}
             with contextlib.suppress(RuntimeError, OSError):  # torch's errors of a connection are RuntimeErrors
                 store.set(str(self.team.rank), json.dumps(mine))
