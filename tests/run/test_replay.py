@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from xushi.base.errors import XushiError
+from xushi.base.files import sha256_file, sha256_json
 from xushi.base.tracking import Tracking
 from xushi.run import replay, replay_sentences
 
@@ -93,7 +94,7 @@ def test_other_weights_are_noticed(chain: Chain, tmp_path: Path) -> None:
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.01
     save_file(tensors, directory / "model.safetensors")
     manifest = json.loads((directory / "manifest.json").read_text())
-    from xushi.base.files import sha256_file
     manifest["files"]["model.safetensors"]["sha256"] = sha256_file(directory / "model.safetensors")
+    manifest["sha256"] = sha256_json({key: value for key, value in manifest.items() if key != "sha256"})
     (directory / "manifest.json").write_text(json.dumps(manifest))
     assert "NOT as logged" in replay_sentences(replay(copy, 200))

@@ -105,6 +105,10 @@ DAMAGE = {
     "a manifest of bytes": lambda d: (d / MANIFEST).write_bytes(b"\xff\xfe\x00"),
     "a manifest that is a list": lambda d: (d / MANIFEST).write_text("[]"),
     "a manifest without hashes": lambda d: (d / MANIFEST).write_text(json.dumps({"format": FORMAT})),
+    "a place in the manifest": lambda d: (d / MANIFEST).write_text(
+        (d / MANIFEST).read_text().replace('"start": [\n            0', '"start": [\n            1', 1)),
+    "a number of the state": lambda d: (d / MANIFEST).write_text(
+        (d / MANIFEST).read_text().replace('"rate": 0.1', '"rate": 0.2')),
     "a manifest without a state": lambda d: (d / MANIFEST).write_text(
         json.dumps({"format": FORMAT, "files": {}, "step": 20})),
 }
@@ -114,7 +118,9 @@ DAMAGE = {
 def test_a_damaged_newest_is_passed_over(kind: str, tmp_path, capsys) -> None:
     save_checkpoint(tmp_path, moment(10))
     save_checkpoint(tmp_path, moment(20))
+    before = {file.name: file.read_bytes() for file in (tmp_path / "step-000000020").iterdir()}
     DAMAGE[kind](tmp_path / "step-000000020")
+    assert before != {file.name: file.read_bytes() for file in (tmp_path / "step-000000020").iterdir()}
     assert same(latest_checkpoint(tmp_path), moment(10))
     said = capsys.readouterr()
     assert "step-000000020 is damaged" in said.out + said.err

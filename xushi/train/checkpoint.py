@@ -1,9 +1,9 @@
 """Checkpoints: tensors in safetensors, everything else in a JSON manifest with the files' hashes, renamed into place.
 
-A checkpoint counts if its manifest is there and every file has the hash that stands in it; the newest that counts is
-the one training goes on from. Each process writes the parts of tensors that it holds into files of its own, and the
-manifest says where in the whole they belong, so that any number of processes can read them. While training goes on, a
-thread writes.
+A checkpoint counts if its manifest is there, with its own hash, and every file has the hash that stands in it; the
+newest that counts is the one training goes on from. Each process writes the parts of tensors that it holds into files
+of its own, and the manifest says where in the whole they belong, so that any number of processes can read them. While
+training goes on, a thread writes.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xushi.base.errors import XushiError
-from xushi.base.files import directory_in_place, disk_errors, sha256_file, write_json
+from xushi.base.files import directory_in_place, disk_errors, sha256_file, sha256_json, write_json
 from xushi.base.progress import say
 from xushi.train.layout import Box, Team
 
@@ -107,8 +107,8 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int = KEEP, k
         def publish() -> None:
             if team.rank == 0:
                 files = {file: entry for found in entries for file, entry in found.items()}
-                write_json(_aside(path) / MANIFEST, {"format": FORMAT, "step": checkpoint.step,
-                                                     "state": checkpoint.state, "files": files})
+                manifest = {"format": FORMAT, "step": checkpoint.step, "state": checkpoint.state, "files": files}
+                write_json(_aside(path) / MANIFEST, manifest | {"sha256": sha256_json(manifest)})
                 stack.close()
 
         _together(team, publish)
@@ -244,9 +244,9 @@ def _inspect(path: Path) -> tuple[str, dict[str, Any]]:
         if manifest["format"] != FORMAT:  # before anything else is read: another format may have other keys
             raise XushiError(f"checkpoint {path} has format {manifest['format']}, this version of xushi reads format "
                              f"{FORMAT}", "use the version of xushi that wrote it, or another run directory")
-        found: dict[str, Any] = {"step": int(manifest["step"]), "state": dict(manifest["state"]),
-                                 "files": dict(manifest["files"])}
-        SavedCheckpoint(path, found)  # so that what it does not find is found missing here
+        found = {key: manifest[key] for key in ("format", "step", "state", "files")}
+        if manifest["sha256"] != sha256_json(found):
+            return f"{MANIFEST} does not have its own hash", {}
     except FileNotFoundError:
         return f"has no {MANIFEST}", {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
