@@ -54,8 +54,6 @@ def test_the_command(chain: Chain) -> None:
     done = xushi("replay", chain.directory, "--step", "2")
     assert done.returncode == 0 and "as logged; trained again from step 0" in done.stdout, done.stderr
     assert "NOT" not in done.stdout
-    refused = xushi("replay", chain.directory, "--step", "201", "--json")
-    assert refused.returncode == 2 and "give one from 1 to 200" in refused.stderr
 
 
 @pytest.mark.parametrize("step, stage, problem, remedy", [
@@ -71,6 +69,7 @@ def test_what_is_not_there_is_said(step: int, stage: str, problem: str, remedy: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_changed_data_is_noticed(chain: Chain, tmp_path: Path) -> None:
     """The store is made to say what was not trained on, which is what changed data looks like."""
     copy = tmp_path / "run"
@@ -85,6 +84,7 @@ def test_changed_data_is_noticed(chain: Chain, tmp_path: Path) -> None:
         replay(copy, 2)
 
 
+@pytest.mark.slow
 def test_other_weights_are_noticed(chain: Chain, tmp_path: Path) -> None:
     """A loss that is not the logged one is said to differ: the checkpoint before step 200 is another one here."""
     copy = tmp_path / "run"

@@ -15,7 +15,7 @@ from .test_layouts import start
 
 
 @pytest.mark.parametrize("what, victim, said", [
-    ("SIGKILL", 1, "process 1 (number {0} on"),
+    pytest.param("SIGKILL", 1, "process 1 (number {0} on", marks=pytest.mark.slow),
     pytest.param("SIGKILL", 0, "process 0", marks=pytest.mark.slow),
     pytest.param("SIGSTOP", 1, "process 1 (number {0} on", marks=pytest.mark.slow),
     pytest.param("SIGSTOP", 0, "process 0", marks=pytest.mark.slow),
