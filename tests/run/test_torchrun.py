@@ -23,6 +23,15 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
                             stderr=subprocess.PIPE, start_new_session=True)
 
 
+def started_until_a_checkpoint(directory: Path, stage: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    """The run at the moment when `stage` has its first checkpoint."""
+    process = start(*arguments)
+    while not list((directory / "checkpoints" / stage).glob("step-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    return process
+
+
 def hashes(directory: Path, stage: str, steps: int) -> list[str]:
     store = Tracking(directory / "tracking.sqlite")
     found = [record.hash for record in store.batches(stage, steps)]
@@ -33,19 +42,10 @@ def hashes(directory: Path, stage: str, steps: int) -> list[str]:
 def test_killed_on_two_and_gone_on_with_by_one_it_sees_the_same_batches(chain: Chain, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     arguments = ("run", MINIATURE, "--out", directory, "--set", "layout.expert=2")
-    process = start(*arguments)
-    while not list((directory / "checkpoints" / "pretrain").glob("step-*")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-    process = start(*arguments)
-    while not list((directory / "checkpoints" / "sft").glob("step-*")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    for stage in ("pretrain", "sft"):
+        process = started_until_a_checkpoint(directory, stage, *arguments)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
     newest = max((directory / "checkpoints" / "pretrain").glob("step-*"))
     assert {file.name for file in newest.glob("model*")} == {"model-00000-of-00002.safetensors",
                                                              "model-00001-of-00002.safetensors"}
@@ -75,10 +75,8 @@ def worker(process: subprocess.Popen[str], rank: int) -> int:
 
 
 def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
-    process = start("run", MINIATURE, "--out", tmp_path / "run", "--set", "layout.expert=2")
-    while not list((tmp_path / "run" / "checkpoints" / "pretrain").glob("step-*")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
+    process = started_until_a_checkpoint(tmp_path / "run", "pretrain", "run", MINIATURE, "--out", tmp_path / "run",
+                                         "--set", "layout.expert=2")
     victim = worker(process, 1)
     os.kill(victim, signal.SIGKILL)
     _, said = process.communicate(timeout=120)

@@ -80,7 +80,7 @@ def _heard(context: RunContext) -> Any:
     try:
         return context.layout.team.firsts(None)
     except RuntimeError:  # torch's error of a lost connection
-        raise XushiError("the first process has ended", "see what it said", 1) from None
+        raise XushiError("the first process has ended", "it said why: mend that, start all again", 1) from None
 
 
 def _stages(recipe: Recipe) -> list[tuple[str, Stage, dict[str, Any]]]:

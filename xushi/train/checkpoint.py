@@ -136,7 +136,7 @@ def _together(team: Team, action: Callable[[], Result]) -> list[Result]:
     for rank, (_, text) in enumerate(outcomes):
         if text is not None:
             problem, _, remedy = text.partition("\n")
-            raise XushiError(f"process {rank}: {problem}", remedy or "see what it says", 1)
+            raise XushiError(f"process {rank}: {problem}", remedy or "mend it there and run the same command again", 1)
     return [found for found, _ in outcomes] if team.size > 1 else [result]  # type: ignore[list-item]
 
 

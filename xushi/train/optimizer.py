@@ -89,11 +89,11 @@ class Optimizer:
     def __init__(self, model: nn.Module, kind: str, betas: tuple[float, float], weight_decay: float,
                  newton_schulz_dtype: torch.dtype | None = None, layout: Layout | None = None, *,
                  form: Form = "quintic", per_head: bool = False) -> None:
-        self._modules_own = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        named = [(name, local(p)) for name, p in self._modules_own]
+        self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        named = [(name, local(p)) for name, p in self._named]
         self.parameters: dict[str, Tensor] = dict(named)
         self._exchange = MatrixExchange(layout or Layout())
-        self._shapes = {name: tuple(p.shape) for name, p in self._modules_own}
+        self._shapes = {name: tuple(p.shape) for name, p in self._named}
         self._form: Form = form
         config = getattr(model, "config", None)
         self._stacked = {name: stacked_matrices(name, config, per_head) for name, _ in named}
@@ -116,7 +116,7 @@ class Optimizer:
         `adamw_learning_rate` is for what AdamW takes; the same if None.
         """
         self.steps += 1
-        gradients = {name: local(p.grad) for name, p in self._modules_own if p.grad is not None}
+        gradients = {name: local(p.grad) for name, p in self._named if p.grad is not None}
         self._step_adam({name: gradients[name] for name in self._adam if name in gradients},
                         learning_rate if adamw_learning_rate is None else adamw_learning_rate)
         self._step_muon({name: gradients[name] for name in self._muon if name in gradients}, learning_rate)
@@ -129,7 +129,7 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        for _, parameter in self._modules_own:
+        for _, parameter in self._named:
             parameter.grad = None
 
     def _step_adam(self, gradient_of: dict[str, Tensor], learning_rate: float) -> None:
