@@ -97,13 +97,17 @@ class Tracking:
 
     def decide(self, stage: str, name: str, value: Any) -> Any:
         """Record a choice the first time and return the recorded one ever after (for example the thread count)."""
-        row = self._connection.execute("SELECT value FROM decisions WHERE stage=? AND name=? ORDER BY id LIMIT 1",
-                                       (stage, name)).fetchone()
-        if row is not None:
-            return json.loads(row[0])
+        if (taken := self.decided(stage, name)) is not None:
+            return taken
         self._write("INSERT INTO decisions (time, stage, name, value) VALUES (?, ?, ?, ?)",
                     [(time.time(), stage, name, json.dumps(value))])
         return value
+
+    def decided(self, stage: str, name: str) -> Any:
+        """The recorded choice, None where none was taken."""
+        row = self._connection.execute("SELECT value FROM decisions WHERE stage=? AND name=? ORDER BY id LIMIT 1",
+                                       (stage, name)).fetchone()
+        return None if row is None else json.loads(row[0])
 
     def series(self, stage: str, name: str) -> list[tuple[int, float]]:
         """(step, value) of one metric in step order, the last writing of each step."""

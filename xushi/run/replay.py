@@ -60,14 +60,13 @@ def replay(directory: Path, step: int, stage: str = "pretrain", compute_loss: bo
 
 def _loss(context: RunContext, inputs: TrainingInputs, stage: str, way: list[BatchRecord]) -> dict[str, Any]:
     """The loss of the way's last step, from the last checkpoint before it."""
-    threads = context.tracking.decide("run", "threads", torch.get_num_threads())
-    torch.set_num_threads(threads)
+    decided = context.tracking.decided
+    torch.set_num_threads(decided("run", "threads") or torch.get_num_threads())
     forms = native.form(chosen_dtype(context.recipe.pretrain.dtype))
-    if (began := context.tracking.decide("run", "op_forms", forms)) != forms:
+    if (began := decided("run", "op_forms")) != forms:
         say(f"the run used other op forms ({began}) than there are here ({forms}): the loss will differ in its last "
             "digits")
-    layout = context.tracking.decide("run", "layout", {"data": 1, "expert": 1})
-    if layout["data"] > 1:
+    if (layout := decided("run", "layout")) and layout["data"] > 1:
         say(f"the run was spread over {layout['data']} processes and this is one: the loss will differ in its last "
             "digits")
     state = TrainingState.begin(context.trained_model(inputs.after), inputs.config)
