@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import ConfigDict, Field, model_validator
@@ -79,6 +79,7 @@ class Recipe(StrictConfig):
     name: str
     seed: int = 0
     threads: int | None = None  # None: as many as the machine has cores for us, at the first start
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where it trains; auto: on the GPU where there is one
     stages: list[str] = Field(default_factory=lambda: list(TRAINING_STAGES))
     without: str | None = None  # the stage that this run leaves out, as a control
     data: DataConfig
@@ -110,6 +111,9 @@ class Recipe(StrictConfig):
         self._check_lengths()
         self._check_balance()
         self._check_indexers()
+        for stage in ("pretrain", "sft"):
+            if self.model.is_v4 and getattr(getattr(self, stage), "qk_clip", None) is not None:
+                raise ValueError(f"{stage}.qk_clip is not for deepseek_v4, whose queries and keys are normed")
         return self
 
     def _check_stages(self) -> None:
@@ -171,8 +175,8 @@ class Recipe(StrictConfig):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the resolved recipe, without the layout: any number of processes may go on with a run."""
-        return sha256_json(self.model_dump(mode="json", exclude={"layout"}))
+        """SHA-256 of the resolved recipe, without layout and device: any number of processes may go on with a run."""
+        return sha256_json(self.model_dump(mode="json", exclude={"layout", "device"}))
 
 
 def _without_none(value: Any) -> Any:

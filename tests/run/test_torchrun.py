@@ -41,9 +41,8 @@ def hashes(directory: Path, stage: str, steps: int) -> list[str]:
 
 def test_killed_on_two_and_gone_on_with_by_one_it_sees_the_same_batches(chain: Chain, tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    arguments = ("run", MINIATURE, "--out", directory, "--set", "layout.expert=2")
-    for stage in ("pretrain", "sft"):
-        process = started_until_a_checkpoint(directory, stage, *arguments)
+    for stage, layout in (("pretrain", "layout.expert=2"), ("sft", "layout.pipeline=2")):
+        process = started_until_a_checkpoint(directory, stage, "run", MINIATURE, "--out", directory, "--set", layout)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     newest = max((directory / "checkpoints" / "pretrain").glob("step-*"))
@@ -52,7 +51,8 @@ def test_killed_on_two_and_gone_on_with_by_one_it_sees_the_same_batches(chain: C
 
     done = xushi("run", MINIATURE, "--out", directory)
     assert done.returncode == 0, done.stderr
-    assert "began with the layout {'data': 2, 'expert': 2} and goes on with {'data': 1, 'expert': 1}" in done.stderr
+    assert ("began with the layout {'data': 2, 'pipeline': 1, 'expert': 2} and goes on with {'data': 1, 'pipeline': 1, "
+            "'expert': 1}") in done.stderr
     for stage, steps in (("pretrain", 200), ("sft", 160)):
         assert hashes(directory, stage, steps) == hashes(chain.directory, stage, steps)
     results = read_results(directory)
@@ -83,9 +83,10 @@ def test_a_worker_that_dies_is_named(tmp_path: Path) -> None:
     assert process.returncode != 0 and f"pretrain: process 1 (number {victim} on" in said and "died" in said
 
 
-def test_a_whole_run_on_two_speaks_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["layout.data=2", "layout.pipeline=2"])
+def test_a_whole_run_on_two_speaks_once(layout: str, tmp_path: Path) -> None:
     process = start("run", MINIATURE, "--out", tmp_path / "run", "--stages", "data,tokenizer,pretrain", "--set",
-                    "pretrain.steps=20")
+                    "pretrain.steps=20", "--set", layout)
     said, warned = process.communicate(timeout=300)
     assert process.returncode == 0, warned
     assert said.count("report:") == 1 and warned.count("pretrain: finished") == 1 and warned.count("20/20") == 1
@@ -95,7 +96,7 @@ def test_a_whole_run_on_two_speaks_once(tmp_path: Path) -> None:
 def test_a_layout_that_cannot_be_is_refused_by_all(tmp_path: Path) -> None:
     process = start("run", MINIATURE, "--out", tmp_path / "run", "--set", "layout.expert=3")
     _, said = process.communicate(timeout=120)
-    assert process.returncode != 0 and "layout.expert=3 does not work with 2 processes and 8 experts" in said
+    assert process.returncode != 0 and "layout.expert=3 does not work with layout.data=2 and 8 experts" in said
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.doc").write_text("do not touch")

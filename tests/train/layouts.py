@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xushi.base.tracking import Tracking
 from xushi.cli import guarded
-from xushi.model import Deepseek, LossCounts, ModelConfig, pretraining_loss
+from xushi.model import Deepseek, LossCounts, LossParts, ModelConfig, pretraining_loss
 from xushi.model.moe import Router
 from xushi.train import (
     Data,
@@ -32,6 +32,7 @@ from xushi.train import (
 )
 from xushi.train.layout import local
 from xushi.train.loop import training_step
+from xushi.train.pipeline import run_pipeline
 
 THIRD = ModelConfig(
     vocab_size=40, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2,
@@ -50,10 +51,18 @@ MODELS = {
         o_groups=2, o_lora_rank=4, sliding_window=4, compress_ratios=[0, 2, 3, 2], compress_rate_csa=2,
         compress_rate_hca=3, index_topk=2, index_n_heads=2, index_head_dim=6, hc_mult=2, num_hash_layers=1,
         max_position_embeddings=32, num_nextn_predict_layers=1, initializer_range=0.1)}
+# As many layers as four stages need; the others are quicker with fewer.
+MODELS |= {f"{kind} deep": model.model_copy(update={"num_hidden_layers": 4} | (
+    {"compress_ratios": [0, 2, 3, 2, 2]} if kind == "v4" else {})) for kind, model in MODELS.items()}
 STEPS = 20
 ROWS = 6  # which four processes cannot share evenly
 CONFIG = ObjectiveConfig(steps=STEPS, learning_rate=0.01, warmup_steps=2, decay_fraction=0.5, bias_speed=0.01,
                          balance_weight=0.01, checkpoint_every=6, dtype="fp32", muon_per_head=True)
+
+
+def config_of(kind: str) -> ObjectiveConfig:
+    """With QK-clip where it is for, at a limit that some heads reach."""
+    return CONFIG if kind.startswith("v4") else CONFIG.model_copy(update={"qk_clip": 0.03})
 
 
 def model_of(kind: str) -> Deepseek:
@@ -87,12 +96,15 @@ class Choices:
 
     def _watched(self, name: str, router: Router):
         def forward(x_ND: Tensor, tokens_N: Tensor | None, pinned_Nk: Tensor | None = None):
+            before = self.seen[-1].get(name)  # of earlier pieces of this step
             if self.steps is not None:
                 chosen = self.steps[self.step][name]
                 mine = self.layout.rows({"tokens": chosen})["tokens"]
-                pinned_Nk = mine.flatten(0, 1)
+                first = 0 if before is None else len(before)
+                pinned_Nk = mine[first:first + len(x_ND) // 24].flatten(0, 1)
             choice = Router.forward(router, x_ND, tokens_N, pinned_Nk)
-            self.seen[-1][name] = choice.indices_Nk.view(-1, 24, choice.indices_Nk.shape[1])
+            found = choice.indices_Nk.view(-1, 24, choice.indices_Nk.shape[1])
+            self.seen[-1][name] = found if before is None else torch.cat([before, found])
             return choice
         return forward
 
@@ -107,19 +119,27 @@ def gradients(model: Deepseek, layout: Layout) -> dict[str, Tensor]:
     rows = layout.rows(batch(0, ROWS))
     counts = LossCounts.of(rows, model.config.num_nextn_predict_layers)
     counts = LossCounts(*layout.total(torch.stack([counts.targets, counts.fed])))
-    pretraining_loss(model, rows, mtp_weight=0.3, balance_weight=0.01, counts=counts).total.backward()
+
+    def loss(piece: dict[str, Tensor], residual: Tensor | None = None) -> LossParts:
+        return pretraining_loss(model, piece, mtp_weight=0.3, balance_weight=0.01, counts=counts, residual=residual)
+
+    if layout.pipeline > 1:
+        run_pipeline(model, rows, layout, loss)
+        layout.add_shared_gradients()
+    else:
+        loss(rows).total.backward()
     found = {name: local(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
     for parameter in model.parameters():
         parameter.grad = None
     return found
 
 
-def losses(state: TrainingState, choices: Choices | None) -> list[dict[str, float]]:
+def losses(kind: str, state: TrainingState, choices: Choices | None) -> list[dict[str, float]]:
     """The figures of twenty steps."""
     figures = []
     for step in range(STEPS):
         rows = state.layout.rows(batch(step * ROWS, ROWS))
-        found, problem = training_step(state, CONFIG, step, rows)
+        found, problem = training_step(state, config_of(kind), step, rows)
         assert problem is None
         figures.append(found)
         if choices is not None:
@@ -133,9 +153,9 @@ def examine(kind: str, layout: Layout, recorded: list[dict[str, Tensor]]) -> dic
         "exact": gradients(layout.spread(model_of(kind).double()), layout),
         "boxes": {name: vars(layout.box(name)) for name in layout.shapes}}
     for name, steps in (("replayed", recorded), ("free", None)):
-        state = TrainingState.begin(model_of(kind), CONFIG, layout)
+        state = TrainingState.begin(model_of(kind), config_of(kind), layout)
         choices = Choices(state.model, layout, steps)
-        result[name] = losses(state, choices)
+        result[name] = losses(kind, state, choices)
         result[f"{name}_biases"] = biases(state.model)
         result[f"{name}_choices"] = choices.seen
     return result
@@ -161,7 +181,8 @@ def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
     def loss(*arguments: object, **settings: object):
         parts = real(*arguments, **settings)
         steps[0] += 1
-        broken = steps[0] == 3 and layout.rank == layout.data - 1
+        pieces = ROWS if layout.pipeline > 1 else 1
+        broken = (steps[0] - 1) // pieces == 2 and (layout.rank, layout.stage) == (layout.data - 1, layout.pipeline - 1)
         return replace(parts, total=parts.total * float("nan")) if broken else parts
 
     class Remembering(Tracking):
@@ -200,10 +221,12 @@ def main(place: Path) -> None:
         return
     if "endless" in task:
         endless(join(LayoutConfig(), THIRD), place / "run", task["endless"])
-    for expert in task["expert"]:
-        layout = join(LayoutConfig(expert=expert), THIRD)
+    for pipeline, expert in task["layouts"]:
+        layout = join(LayoutConfig(pipeline=pipeline, expert=expert), MODELS["v3 deep"])
         for kind, recorded in task.get("recorded", {}).items():
-            results[f"{kind} {expert}"] = examine(kind, layout, recorded)
+            if kind.endswith("deep") != (pipeline == 4):
+                continue
+            results[f"{kind} {pipeline} {expert}"] = examine(kind, layout, recorded)
         if "poison" in task:
             results["poisoned"] = poisoned(layout, place / "poisoned")
             backends = [team.group._get_backend(torch.device("cpu")) for team in (layout.team, layout.writers)]
@@ -212,7 +235,7 @@ def main(place: Path) -> None:
             resumed(kind, layout, place / directory, steps)
             checkpoint = latest_checkpoint(place / directory)
             results[directory] = checkpoint.step if checkpoint else 0
-    torch.save(results, place / f"found-{layout.rank}.pt")
+    torch.save(results, place / f"found-{layout.team.rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

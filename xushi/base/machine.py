@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from xushi.base.errors import XushiError
+
 OLDEST_TORCH = (2, 11)
 GIB = 2**30
 DEMO_MEMORY = 3 * GIB
@@ -77,6 +79,17 @@ def best_training_dtype(features: frozenset[str] | None = None) -> tuple[str, st
     if "neon_bf16" in features:
         return "fp32", "this CPU has bf16 instructions (neon_bf16), and training with them was never measured here"
     return "fp32", "this CPU has no bf16 multiplication (neither amx_bf16 nor avx512_bf16); emulated it is far slower"
+
+
+def chosen_device(device: str) -> str:
+    """"cpu" or "cuda": `device` itself, which must be there, or for "auto" the GPU where PyTorch sees one."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise XushiError('device = "cuda", and PyTorch sees no GPU',
+                         'set device = "cpu", or install a PyTorch with CUDA and see that nvidia-smi lists the GPU')
+    return ("cuda" if there else "cpu") if device == "auto" else device
 
 
 class Finding(NamedTuple):
@@ -141,18 +154,25 @@ def _torch_findings(dtype: str) -> list[Finding]:
     for name in ("fp32", "bf16") if dtype == "bf16" else ("fp32",):
         findings.append(Finding(f"matrix product {name}", f"{measure_matrix_gflops(name):.0f} GFLOP/s",
                                 f"measured with {torch.get_num_threads()} threads; the ceiling for training here"))
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(number)
+            findings.append(Finding(f"gpu {number}", f"{card.name}, {card.total_memory / GIB:.0f} GiB",
+                                    'training takes it unless the recipe says device = "cpu"'))
     return findings
 
 
-def measure_matrix_gflops(dtype: str, size: int = 1024, repeats: int = 8) -> float:
+def measure_matrix_gflops(dtype: str, size: int = 1024, repeats: int = 8, device: str = "cpu") -> float:
     """GFLOP/s (1e9 floating-point operations a second) of the fastest of `repeats` square products in fp32 or bf16."""
     import torch
 
-    left = torch.ones(size, size, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    left = torch.ones(size, size, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], device=device)
     fastest = float("inf")
     for _ in range(repeats):
         begun = time.perf_counter()
         left @ left
+        if device == "cuda":
+            torch.cuda.synchronize()
         fastest = min(fastest, time.perf_counter() - begun)
     return 2 * size**3 / fastest / 1e9
 

@@ -12,16 +12,17 @@ from xushi.model.published import from_published, read_config, to_published
 
 if TYPE_CHECKING:
     from xushi.model.cache import FlatTokens, LatentCache
-    from xushi.model.deepseek import Decoded, Deepseek, Logits
+    from xushi.model.deepseek import Decoded, Deepseek, Hidden, Logits
     from xushi.model.objective import LossCounts, LossParts, next_token_loss, pretraining_loss
     from xushi.model.weights import load_pretrained, save_pretrained
 
-__all__ = ["PRESETS", "Decoded", "Deepseek", "FlatTokens", "LatentCache", "Logits", "LossCounts", "LossParts",
-           "ModelConfig", "RopeScaling", "from_published", "load_pretrained", "next_token_loss", "preset",
+__all__ = ["PRESETS", "Decoded", "Deepseek", "FlatTokens", "Hidden", "LatentCache", "Logits", "LossCounts",
+           "LossParts", "ModelConfig", "RopeScaling", "from_published", "load_pretrained", "next_token_loss", "preset",
            "pretraining_loss", "read_config", "save_pretrained", "to_published"]
 
 _PLACES = {"FlatTokens": "cache", "LatentCache": "cache", "Decoded": "deepseek", "Deepseek": "deepseek",
-           "Logits": "deepseek", "LossCounts": "objective", "LossParts": "objective", "next_token_loss": "objective",
+           "Hidden": "deepseek", "Logits": "deepseek", "LossCounts": "objective", "LossParts": "objective",
+           "next_token_loss": "objective",
            "pretraining_loss": "objective", "load_pretrained": "weights", "save_pretrained": "weights"}
 
 

@@ -25,6 +25,7 @@ from xushi.ops import (
     expand_heads,
     index_divergence,
     index_scores,
+    largest_scores,
     latent_attention,
     rotated_attention,
 )
@@ -53,6 +54,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, hidden, bias=config.attention_bias)
         self.indexer = LightningIndexer(config) if config.has_indexer else None
+        self.largest_H: Tensor | None = None  # where training set it: each head's largest score since then
         self.scale = config.qk_head_dim**-0.5
         if config.rope_scaling is not None and config.rope_scaling.mscale_all_dim:
             self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
@@ -80,6 +82,8 @@ class MultiHeadLatentAttention(nn.Module):
         kv_BTHW = self.kv_b_proj(latent_BTC).unflatten(-1, (config.num_attention_heads, -1))
         heads = q_BTHK, kv_BTHW, k_rope_BTR, sequences.angles, config.rope_interleave
         if self.indexer is None:
+            if self._watches:
+                self._watch(*expand_heads(*heads)[:2], sequences.mask)
             out_BTHV = rotated_attention(*heads, sequences.mask, self.scale, sequences.starts_BT)
             return self.o_proj(out_BTHV.flatten(2)), None
         q_BHTK, k_BHTK, v_BHTV = expand_heads(*heads)
@@ -89,8 +93,19 @@ class MultiHeadLatentAttention(nn.Module):
             allowed = (_causal(x_BTD) if mask is None else mask)[:, 0].expand_as(scores_BTT)
             shares_BTT = attention_shares(q_BHTK, k_BHTK, allowed, self.scale)
             divergence_BT = index_divergence(scores_BTT, shares_BTT, allowed)
+        if self._watches:
+            self._watch(q_BHTK, k_BHTK, mask)
         out_BHTV = causal_attention(q_BHTK, k_BHTK, v_BHTV, mask, self.scale, starts_BT)
         return self.o_proj(out_BHTV.transpose(1, 2).flatten(2)), divergence_BT
+
+    @property
+    def _watches(self) -> bool:
+        return self.largest_H is not None and torch.is_grad_enabled()  # not while held-out text is measured
+
+    def _watch(self, q_BHTK: Tensor, k_BHTK: Tensor, mask: Tensor | None) -> None:
+        assert self.largest_H is not None
+        found_H = largest_scores(q_BHTK.detach(), k_BHTK.detach(), mask, self.scale)
+        self.largest_H = torch.maximum(self.largest_H, found_H.to(self.largest_H.dtype))
 
     def _select(self, indexer: LightningIndexer, x_BTD: Tensor, q_latent: Tensor, sequences: Sequences
                 ) -> tuple[Tensor | None, Tensor | None]:

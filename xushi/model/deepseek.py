@@ -41,7 +41,8 @@ class Logits:
 class Hidden:
     """The trunk's output after the final norm [B, T, D] and each MoE layer's routing, first layer first.
 
-    `carried` is what an MTP layer takes: the same, or V4's streams [B, T, S, D] before they become one.
+    `carried` is what an MTP layer takes: the same, or V4's streams [B, T, S, D] before they become one. Of a pipeline's
+    stage that is not the last, `hidden_BTD` is the residual as its layers left it.
     `index_divergence` holds each indexer's [B, T], where its loss was asked for. `sequences` serves MTP layers too.
     """
 
@@ -68,8 +69,9 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=torch.empty(
             config.vocab_size, config.hidden_size))
         depth, extra = config.num_hidden_layers, config.num_nextn_predict_layers
-        self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(depth)]
-                                    + [mtp_layer(config, depth + i) for i in range(extra)])
+        # By number, since a stage of a pipeline has some of them only.
+        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i) for i in range(depth)}
+                                    | {str(depth + i): mtp_layer(config, depth + i) for i in range(extra)})
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.is_v4)
         self.hc_head = HyperHead(config) if config.is_v4 else None
 
@@ -84,6 +86,7 @@ class Deepseek(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.compute_dtype: torch.dtype | None = None
         self.recompute = False  # layers keep their inputs alone and run again in the backward pass
+        self.begins = self.ends = True  # whether embedding, and final norm and head, are here
         self.make_angles()
 
     def make_angles(self, device: torch.device | str | None = None) -> None:
@@ -96,6 +99,31 @@ class Deepseek(nn.Module):
         self.compress_angles = RotaryAngles(config.qk_rope_head_dim, config.compress_rope_theta, config.rope_scaling,
                                             rescale=False).to(device) if config.is_v4 else None
 
+    def keep_layers(self, first: int, end: int) -> None:
+        """Leave the trunk's layers `first` to `end` - 1 alone, as a stage of a pipeline has them: with the embedding in
+        front of the first, and behind the last all that follows. MTP layers and a tied head need the embedding too.
+        """
+        depth = self.config.num_hidden_layers
+        self.begins, self.ends = first == 0, end == depth
+        for name in list(self.model.layers):
+            if not (first <= int(name) < end or (self.ends and int(name) >= depth)):
+                del self.model.layers[name]
+        if not self.begins and not (self.ends and (self.mtp_layers or self.lm_head is None)):
+            del self.model.embed_tokens
+        if not self.ends:
+            del self.model.norm
+            self.model.hc_head = self.lm_head = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What blocks compute in."""
+        return self.compute_dtype or next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
     @property
     def head_VD(self) -> Tensor:
         """The output matrix, the embedding itself where the two are tied."""
@@ -103,17 +131,19 @@ class Deepseek(nn.Module):
 
     @property
     def decoder_layers(self) -> list[DecoderLayer]:
-        """The layers of the trunk, without MTP's."""
-        return [cast(DecoderLayer, layer) for layer in self.model.layers[:self.config.num_hidden_layers]]
+        """The layers of the trunk that are here, without MTP's."""
+        return [cast(DecoderLayer, layer) for name, layer in self.model.layers.items()
+                if int(name) < self.config.num_hidden_layers]
 
     @property
     def mtp_layers(self) -> list[MultiTokenPredictionLayer]:
         """The MTP layers, depth 1 first."""
-        return [cast(MultiTokenPredictionLayer, layer) for layer in self.model.layers[self.config.num_hidden_layers:]]
+        return [cast(MultiTokenPredictionLayer, layer) for name, layer in self.model.layers.items()
+                if int(name) >= self.config.num_hidden_layers]
 
     def routers(self) -> dict[str, Router]:
         """Every router by its layer's number as text, MTP layers included."""
-        return {str(index): layer.mlp.gate for index, layer in enumerate(self.model.layers)
+        return {name: layer.mlp.gate for name, layer in self.model.layers.items()
                 if isinstance(layer.mlp, MixtureOfExperts)}
 
     def initialise(self, seed: int) -> "Deepseek":
@@ -137,7 +167,7 @@ class Deepseek(nn.Module):
     def sequences(self, tokens_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor | None = None, *,
                   dense: bool = False, index_loss: bool = False) -> Sequences:
         """What the layers of a forward over whole sequences share; `dense` and `index_loss` as in `Sequences`."""
-        config, dtype = self.config, self.compute_dtype or self.model.embed_tokens.weight.dtype
+        config, dtype = self.config, self.dtype
         angles = self.angles(positions_BT)
         if self.compress_angles is None:
             mask = None if segments_BT is None else segment_mask(segments_BT)
@@ -170,16 +200,17 @@ class Deepseek(nn.Module):
         return normed
 
     def hidden(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, segments_BT: Tensor | None = None,
-               pinned: list[Tensor] | None = None, *, dense: bool = False, index_loss: bool = False) -> Hidden:
+               pinned: list[Tensor] | None = None, *, dense: bool = False, index_loss: bool = False,
+               residual: Tensor | None = None) -> Hidden:
         """Run the trunk. Without positions and segments each row is one document from position 0.
 
         `pinned` holds one [B*T, k] choice per MoE layer and replaces the routers' own; `dense` and `index_loss` as in
-        `Sequences`.
+        `Sequences`. `residual` is what the layers before left, where these are another stage's.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         sequences = self.sequences(tokens_BT, positions_BT, segments_BT, dense=dense, index_loss=index_loss)
-        x = self.embed(tokens_BT)
+        x = self.embed(tokens_BT) if residual is None else residual
         routing: list[RouterChoice] = []
         divergences: list[Tensor] = []
         for layer in self.decoder_layers:
@@ -190,7 +221,7 @@ class Deepseek(nn.Module):
                 routing.append(choice)
             if divergence_BT is not None:
                 divergences.append(divergence_BT)
-        hidden_BTD = self.finish(x)
+        hidden_BTD = self.finish(x) if self.ends else x
         return Hidden(sequences, hidden_BTD, x if self.config.is_v4 else hidden_BTD, routing, divergences)
 
     def block(self, run: Callable[..., Any], *arguments: Any) -> Any:
@@ -209,7 +240,7 @@ class Deepseek(nn.Module):
     @torch.no_grad()
     def decode(self, flat: FlatTokens, cache: LatentCache, routing: bool = False) -> Decoded:
         """The inference forward: flat tokens of many sequences against the cache, prefill and decode mixed."""
-        dtype = self.compute_dtype or self.model.embed_tokens.weight.dtype
+        dtype = self.dtype
         decoding, x = self.decoding(flat, dtype), self.embed(flat.tokens_N)
         experts: list[Tensor] = []
         for layer, entries in zip(self.decoder_layers, cache.layers, strict=True):

@@ -16,7 +16,10 @@ from xushi.ops import RouterChoice, cross_entropy
 
 @dataclass(frozen=True)
 class LossParts:
-    """`total` is what is differentiated; the rest are its parts, unweighted, and the experts' loads [E] per router."""
+    """`total` is what is differentiated; the rest are its parts, unweighted, and the experts' loads [E] per router.
+
+    `residual` is what the next stage of a pipeline takes in, where there is one.
+    """
 
     total: Tensor
     next_token: Tensor
@@ -24,6 +27,7 @@ class LossParts:
     balance: Tensor
     indexer: Tensor
     loads: dict[str, Tensor]
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,8 @@ def _mtp_losses(model: Deepseek, trunk: Hidden, batch: dict[str, Tensor], counts
 
 
 def pretraining_loss(model: Deepseek, batch: dict[str, Tensor], *, mtp_weight: float, balance_weight: float,
-                     indexer_weight: float = 1.0, indexer_warmup: bool = False, counts: LossCounts | None = None
-                     ) -> LossParts:
+                     indexer_weight: float = 1.0, indexer_warmup: bool = False, counts: LossCounts | None = None,
+                     residual: Tensor | None = None) -> LossParts:
     """L = next token + mtp_weight / depths * sum of MTP losses + balance_weight * sum of balance losses over layers
     + indexer_weight * sum of the indexers' losses over layers, where there are indexers.
 
@@ -168,14 +172,14 @@ def pretraining_loss(model: Deepseek, batch: dict[str, Tensor], *, mtp_weight: f
     `batch` has the design's tensors: tokens, targets, positions, segments (int64) and loss_mask (bool), all [B, T].
     Every loss is a mean over its target tokens (V3, eqs. 17-20 and 24-25). An MTP depth with nothing to predict
     gives zero. `counts` are those of the whole batch where this is a part of it; then the parts' losses and gradients
-    add up to the whole's.
+    add up to the whole's. So do those of a pipeline's stages, whose `residual` comes from the stage before.
     """
     counts = counts or LossCounts.of(batch, model.config.num_nextn_predict_layers)
     index_loss = model.config.has_indexer and indexer_weight > 0
     trunk = model.hidden(batch["tokens"], batch["positions"], batch["segments"], dense=indexer_warmup,
-                         index_loss=index_loss)
-    next_token = next_token_loss(model, trunk.hidden_BTD, batch["targets"],
-                                 _mean_over(batch["loss_mask"], counts.targets[0]))
+                         index_loss=index_loss, residual=residual)
+    next_token = next_token_loss(model, trunk.hidden_BTD, batch["targets"], _mean_over(
+        batch["loss_mask"], counts.targets[0])) if model.ends else trunk.hidden_BTD.new_zeros(())
     names = [name for name in model.routers() if int(name) < model.config.num_hidden_layers]
     routing = {name: _Routed(choice, batch["segments"], counts.fed[0])
                for name, choice in zip(names, trunk.routing, strict=True)}
@@ -192,10 +196,11 @@ def pretraining_loss(model: Deepseek, batch: dict[str, Tensor], *, mtp_weight: f
     loads = {name: expert_loads(r.choice, (r.segments_BT >= 0).flatten()) for name, r in routing.items()}
     if divergences:
         indexer = indexer_loss(divergences)
-    elif indexer_warmup:
+    elif indexer_warmup and model.begins and model.ends:
         raise XushiError("indexer_warmup_steps without an indexer that learns", "it is for deepseek_v32 models and "
                          "deepseek_v4 models with sparse layers, and for an indexer_weight above 0")
     total = indexer_weight * indexer
     if not indexer_warmup:
         total = next_token + mtp_weight * mtp + balance_weight * balance + total
-    return LossParts(total, next_token.detach(), mtp.detach(), balance.detach(), indexer.detach(), loads)
+    return LossParts(total, next_token.detach(), mtp.detach(), balance.detach(), indexer.detach(), loads,
+                     None if model.ends else trunk.hidden_BTD)

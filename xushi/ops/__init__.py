@@ -9,6 +9,7 @@ from xushi.ops.attention import (
     causal_attention,
     causal_attention_reference,
     expand_heads,
+    largest_scores,
     latent_attention,
     rotated_attention,
 )
@@ -36,10 +37,11 @@ from xushi.ops.shared_attention import (
 
 __all__ = [
     "RouterChoice", "apply_rope", "attention_shares", "best_keys", "causal_attention", "causal_attention_reference",
-    "collapse_streams", "compress_windows", "cross_entropy", "cross_entropy_reference", "entry_shares", "expand_heads",
-    "expand_streams", "index_divergence", "index_scores", "index_scores_reference", "latent_attention", "linear",
-    "rms_norm", "rms_norm_reference", "rope_frequencies", "rotate_tail", "rotated_attention", "routed_experts",
-    "routed_experts_reference", "shared_attention", "sigmoid_router", "sinkhorn", "softmax_router",
-    "sqrt_softplus_router", "stream_weights", "swiglu", "swiglu_reference", "token_log_probabilities",
-    "token_log_probabilities_reference", "use_reference", "windowed_attention", "windowed_attention_reference",
+    "collapse_streams", "compress_windows", "cross_entropy", "cross_entropy_reference", "entry_shares",
+    "expand_heads", "expand_streams", "index_divergence", "index_scores", "index_scores_reference", "largest_scores",
+    "latent_attention", "linear", "rms_norm", "rms_norm_reference", "rope_frequencies", "rotate_tail",
+    "rotated_attention", "routed_experts", "routed_experts_reference", "shared_attention", "sigmoid_router",
+    "sinkhorn", "softmax_router", "sqrt_softplus_router", "stream_weights", "swiglu", "swiglu_reference",
+    "token_log_probabilities", "token_log_probabilities_reference", "use_reference", "windowed_attention",
+    "windowed_attention_reference",
 ]

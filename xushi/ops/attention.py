@@ -40,6 +40,21 @@ def causal_attention_reference(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, m
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v_BHTV
 
 
+@torch.no_grad()
+def largest_scores(q_BHTK: Tensor, k_BHTK: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Each head's largest scale * q k^T among what `causal_attention` looks at: [H], in float32 at least."""
+    length, wide = q_BHTK.shape[2], torch.promote_types(q_BHTK.dtype, torch.float32)
+    q, k = q_BHTK.to(wide), k_BHTK.to(wide)
+    if mask is None:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device).tril()
+    best_H = q.new_full(q.shape[1:2], float("-inf"))
+    for start in range(0, length, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, length)
+        scores = (q[:, :, start:end] @ k[:, :, :end].mT).masked_fill_(~mask[..., start:end, :end], float("-inf"))
+        best_H = torch.maximum(best_H, scores.amax((0, 2, 3)))
+    return best_H * scale
+
+
 def segment_starts(segments_BT: Tensor) -> Tensor | None:
     """[B, T] int32: where each position's document begins; None where a document does not lie in one piece."""
     length = segments_BT.shape[1]

@@ -3,6 +3,7 @@
 Axes: N tokens, k experts per token, E experts, D hidden, F expert width, P rows sorted by expert and padded.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,28 +71,52 @@ def sort_by_expert(indices_Nk: Tensor, experts: int) -> tuple[Tensor, Tensor, li
     return rows_P, real_P, bounds
 
 
+def _one_call(*factors: Tensor) -> bool:
+    """Whether PyTorch's grouped product takes these: bfloat16 on a GPU, rows of a multiple of 16 bytes."""
+    return all(t.is_cuda and t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0 and t.shape[-2] % 8 == 0
+               for t in factors)
+
+
+def _products(x_PA: Tensor, w_EAB: Tensor, bounds: list[int]) -> Tensor:
+    """Each expert's rows times its matrix: [P, B]."""
+    if _one_call(x_PA, w_EAB):
+        made: Tensor = F.grouped_mm(x_PA, w_EAB, offs=torch.tensor(bounds[1:], dtype=torch.int32, device=x_PA.device))
+        return made
+    y_PB = x_PA.new_empty(x_PA.shape[0], w_EAB.shape[2])
+    for e, (begin, end) in enumerate(pairwise(bounds)):
+        if begin < end:
+            torch.mm(x_PA[begin:end], w_EAB[e], out=y_PB[begin:end])
+    return y_PB
+
+
+def _weight_gradients(a_PA: Tensor, b_PB: Tensor, bounds: list[int]) -> Tensor:
+    """a^T b over each expert's rows: [E, A, B]."""
+    if _one_call(a_PA, b_PB):
+        made: Tensor = F.grouped_mm(a_PA.T, b_PB, offs=torch.tensor(bounds[1:], dtype=torch.int32, device=a_PA.device))
+        return made
+    gradient_EAB = a_PA.new_zeros(len(bounds) - 1, a_PA.shape[1], b_PB.shape[1])
+    for e, (begin, end) in enumerate(pairwise(bounds)):
+        if begin < end:
+            torch.mm(a_PA[begin:end].T, b_PB[begin:end], out=gradient_EAB[e])
+    return gradient_EAB
+
+
 class _RoutedExperts(torch.autograd.Function):
     """Forward keeps the gathered rows and the gate/up products; everything else is recomputed in backward."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor,
                 down_EDF: Tensor, limit: float | None) -> Tensor:
-        dtype, (experts, width2, _) = x_ND.dtype, gate_up_EGD.shape
-        rows_P, real_P, bounds = sort_by_expert(indices_Nk, experts)
+        dtype = x_ND.dtype
+        rows_P, real_P, bounds = sort_by_expert(indices_Nk, gate_up_EGD.shape[0])
         token_P = rows_P // indices_Nk.shape[1]
         weight_P = weights_Nk.flatten().index_select(0, rows_P).masked_fill(~real_P, 0).to(dtype)
         gate_up, down = gate_up_EGD.to(dtype), down_EDF.to(dtype)
         x_PD = x_ND.index_select(0, token_P)
-        h_PG = x_PD.new_empty(x_PD.shape[0], width2)
-        for e in range(experts):
-            if bounds[e] < bounds[e + 1]:
-                torch.mm(x_PD[bounds[e]:bounds[e + 1]], gate_up[e].T, out=h_PG[bounds[e]:bounds[e + 1]])
+        h_PG = _products(x_PD, gate_up.mT, bounds)
         gate, up = _gate_and_up(h_PG, limit)
         a_PF = F.silu(gate).mul_(up)
-        y_PD = torch.empty_like(x_PD)
-        for e in range(experts):
-            if bounds[e] < bounds[e + 1]:
-                torch.mm(a_PF[bounds[e]:bounds[e + 1]], down[e].T, out=y_PD[bounds[e]:bounds[e + 1]])
+        y_PD = _products(a_PF, down.mT, bounds)
         out_ND = torch.zeros_like(x_ND).index_add_(0, token_P, y_PD.mul_(weight_P[:, None]))
         ctx.save_for_backward(x_PD, h_PG, weight_P, rows_P, real_P, token_P, gate_up, down)
         ctx.bounds, ctx.shape, ctx.places, ctx.limit = bounds, x_ND.shape, indices_Nk.shape, limit
@@ -101,19 +126,14 @@ class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor, None]:
         x_PD, h_PG, weight_P, rows_P, real_P, token_P, gate_up, down = ctx.saved_tensors
-        bounds, experts = ctx.bounds, gate_up.shape[0]
+        bounds = ctx.bounds
         weight_dtype, gate_up_dtype, down_dtype = ctx.dtypes
         gate, up = _gate_and_up(h_PG, ctx.limit)
         silu = F.silu(gate)
         a_PF = silu * up
         dy_PD = gradients[0].index_select(0, token_P)  # before the gate value multiplies
-        da_PF = torch.empty_like(a_PF)
-        d_down = torch.zeros_like(down)
-        for e in range(experts):
-            rows = slice(bounds[e], bounds[e + 1])
-            if bounds[e] < bounds[e + 1]:
-                torch.mm(dy_PD[rows], down[e], out=da_PF[rows])
-                torch.mm(dy_PD[rows].T, a_PF[rows] * weight_P[rows, None], out=d_down[e])
+        da_PF = _products(dy_PD, down, bounds)
+        d_down = _weight_gradients(dy_PD, a_PF * weight_P[:, None], bounds)
         d_weight_P = (da_PF * a_PF).sum(-1)
         da_PF.mul_(weight_P[:, None])
         dh_PG = torch.empty_like(h_PG)
@@ -125,13 +145,8 @@ class _RoutedExperts(torch.autograd.Function):
             raw_gate, raw_up = h_PG.chunk(2, dim=-1)
             d_gate.masked_fill_(raw_gate > ctx.limit, 0)
             d_up.masked_fill_(raw_up.abs() > ctx.limit, 0)
-        dx_PD = torch.empty_like(x_PD)
-        d_gate_up = torch.zeros_like(gate_up)
-        for e in range(experts):
-            rows = slice(bounds[e], bounds[e + 1])
-            if bounds[e] < bounds[e + 1]:
-                torch.mm(dh_PG[rows], gate_up[e], out=dx_PD[rows])
-                torch.mm(dh_PG[rows].T, x_PD[rows], out=d_gate_up[e])
+        dx_PD = _products(dh_PG, gate_up, bounds)
+        d_gate_up = _weight_gradients(dh_PG, x_PD, bounds)
         dx_ND = dx_PD.new_zeros(ctx.shape).index_add_(0, token_P, dx_PD)
         # Padding rows add zero to (token 0, place 0); the weights' own gradient must not receive them.
         d_weights = d_weight_P.new_zeros(ctx.places).flatten().index_add_(0, rows_P, d_weight_P.masked_fill(~real_P, 0))

@@ -83,30 +83,31 @@ def policy_loss(model: Deepseek, tokenizer: Tokenizer, config: RLConfig, rollout
     answers = rollout.answers
     packed = pack_examples([([*a.prompt_ids, *a.token_ids], [False] * len(a.prompt_ids) + [True] * len(a.token_ids))
                             for a in answers], config.sequence_length, tokenizer.pad_id)
-    batch = packed.batch
+    device = model.device
+    batch = {name: tensor.to(device) for name, tensor in packed.batch.items()}
     trunk = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
-    places = torch.tensor([place for example in packed.places for place in example])
+    places = torch.tensor([place for example in packed.places for place in example], device=device)
     hidden_ND = trunk.hidden_BTD.flatten(0, 1).index_select(0, places)
     log_p_N = token_log_probabilities(hidden_ND.to(model.compute_dtype or hidden_ND.dtype), model.head_VD,
                                       batch["targets"].flatten().index_select(0, places))
     lengths = torch.tensor([len(a.token_ids) for a in answers])
-    row_N = torch.repeat_interleave(torch.arange(len(answers)), lengths)
-    column_N = torch.cat([torch.arange(n) for n in lengths.tolist()])
+    row_N = torch.repeat_interleave(torch.arange(len(answers)), lengths).to(device)
+    column_N = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(device)
     shape = (len(answers), int(lengths.max()))
 
     def as_rows(values_N: Tensor) -> Tensor:
         flat = values_N.new_zeros(shape[0] * shape[1])
         return flat.index_copy(0, row_N * shape[1] + column_N, values_N).view(shape)
 
-    old_N = torch.tensor([p for a in answers for p in a.sampling_logprobs], dtype=log_p_N.dtype)
+    old_N = torch.tensor([p for a in answers for p in a.sampling_logprobs], dtype=log_p_N.dtype, device=device)
     mask_GT = as_rows(torch.ones_like(log_p_N))
-    advantages_G = group_advantages(rollout.rewards_PS, rollout.counted_PS).flatten()
+    advantages_G = group_advantages(rollout.rewards_PS, rollout.counted_PS).flatten().to(device)
     # At a temperature other than 1 the sampler's distribution is not the model's; then the trainer's own probability
     # before the update, equal on-policy, stands for the old one.
     old_GT = as_rows(old_N) if config.temperature == 1.0 else as_rows(log_p_N).detach()
     loss = grpo_loss(as_rows(log_p_N), old_GT, advantages_G, mask_GT, clip_low=config.clip_low,
                      clip_high=config.clip_high, token_mean=config.loss_mean == "tokens")
-    model_N = torch.tensor([p for a in answers for p in a.logprobs], dtype=log_p_N.dtype)
+    model_N = torch.tensor([p for a in answers for p in a.logprobs], dtype=log_p_N.dtype, device=device)
     difference = (log_p_N.detach() - model_N).abs().max()
     figures = {"loss": float(loss.detach()), "reward": float(rollout.rewards_PS.mean()),
                "length": float(lengths.float().mean()), "entropy": float(-model_N.mean()),

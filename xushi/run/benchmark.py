@@ -64,12 +64,12 @@ def named_shape(name: str) -> Shape:
     return Shape(recipe.name, config, recipe.pretrain, recipe.data.sequence_length)
 
 
-def training_step(shape: Shape) -> Callable[[Tensor], None]:
+def training_step(shape: Shape, device: str = "cpu") -> Callable[[Tensor], None]:
     """A step of a new model on tokens [B, T], with all that training does: clipping, optimizer, biases, metrics.
 
     One document a row. The learning rate is next to nothing: a step may be timed any number of times.
     """
-    model = Deepseek(shape.config).initialise(0)
+    model = Deepseek(shape.config).initialise(0).to(device)
     settings = shape.settings.model_copy(update={"learning_rate": 1e-9, "adamw_learning_rate": None, "warmup_steps": 0,
                                                     "indexer_warmup_steps": 0})
     state = TrainingState.begin(model, settings)
@@ -79,6 +79,8 @@ def training_step(shape: Shape) -> Callable[[Tensor], None]:
                  "positions": torch.arange(tokens.shape[1]).expand_as(tokens),
                  "loss_mask": torch.ones_like(tokens, dtype=torch.bool)}
         one_step(state, settings, 0, batch)
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return step
 

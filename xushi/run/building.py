@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from xushi.rl import reinforce
 from xushi.run.context import RunContext
 from xushi.tokenizer import Message, Tokenizer
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
-from xushi.train import Data, ObjectiveConfig, PretrainConfig, SFTConfig, pack_examples, train
+from xushi.train import Data, ObjectiveConfig, PretrainConfig, SFTConfig, pack_examples, run_stage, train
 
 TRANSCRIPTS = "transcripts"  # the name of the environment's source
 
@@ -128,8 +129,9 @@ def train_pretrain(context: RunContext) -> None:
     model = context.trained_model(inputs.after)
 
     def evaluate() -> dict[str, float]:
-        bits = torch.tensor(total_bits(model, [layout.rows(batch) for batch in some]), dtype=torch.float64)
-        return {"heldout_bits_per_byte": float(layout.total(bits)) / some_bytes}
+        run = partial(run_stage, model, layout) if layout.pipeline > 1 else None
+        bits = torch.tensor(total_bits(model, [layout.rows(batch) for batch in some], run), dtype=torch.float64)
+        return {"heldout_bits_per_byte": float(layout.grand_total(bits)) / some_bytes}
 
     train("pretrain", model, config, inputs.data, context.checkpoints("pretrain"), context.tracking,
           (config.evaluate_every, evaluate), layout)

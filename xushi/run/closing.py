@@ -25,10 +25,8 @@ from xushi.evaluate import (
     xz_primed,
 )
 from xushi.model import Deepseek, load_pretrained, save_pretrained
-from xushi.ops import native
 from xushi.plan import count_parameters, kv_cache_bytes_per_token
 from xushi.run.context import RunContext
-from xushi.train import chosen_dtype
 
 SAMPLES_SHOWN = 10
 BASE_PROMPTS = ("import os\nimport ", "def __init__(self, ", "class ", "    for index in range(", "try:\n    ")
@@ -155,9 +153,10 @@ def export(context: RunContext) -> dict[str, Any]:
 
 def _difference(model: Deepseek, directory: Path) -> float:
     """The largest difference between the logits of a model and of its export, read back."""
-    tokens = torch.arange(min(64, model.config.vocab_size, model.config.max_position_embeddings))[None]
+    tokens = torch.arange(min(64, model.config.vocab_size, model.config.max_position_embeddings), device=model.device)
     with torch.no_grad():
-        return float((model(tokens).logits - load_pretrained(directory)(tokens).logits).abs().max())
+        again = load_pretrained(directory, device=model.device)
+        return float((model(tokens[None]).logits - again(tokens[None]).logits).abs().max())
 
 
 def _card(context: RunContext, name: str) -> dict[str, str]:
@@ -178,13 +177,14 @@ def describe_run(context: RunContext) -> dict[str, Any]:
     """The facts of the run itself: recipe, machine, model."""
     machine = inspect()
     config = context.model_config(context.tokenizer())
-    counts, dtype = count_parameters(config), chosen_dtype(context.recipe.pretrain.dtype)
+    counts = count_parameters(config)
     return {
         "run.name": context.recipe.name, "run.seed": context.recipe.seed, "run.recipe_hash": context.recipe.hash,
         "run.without": context.recipe.without or "", "run.version": __version__,
         "machine.cpu": machine.cpu, "machine.cores": machine.usable_cores, "machine.threads": torch.get_num_threads(),
         "machine.memory_bytes": machine.memory_total or 0, "machine.torch": torch.__version__,
-        "machine.op_forms": native.form(dtype), "machine.dtype": dtype, "machine.system": machine.system,
+        "machine.op_forms": context.op_forms, "machine.dtype": context.dtype, "machine.system": machine.system,
+        "machine.device": torch.cuda.get_device_name() if context.layout.device == "cuda" else "cpu",
         "model.parameters_total": counts.total, "model.parameters_active": counts.active,
         "model.parameters_active_without_embedding": counts.active_without_embedding,
         "model.parameters_mtp": counts.mtp, "model.kv_cache_bytes_per_token": kv_cache_bytes_per_token(config),

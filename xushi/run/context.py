@@ -15,9 +15,10 @@ from xushi.base.files import sha256_json, write_json
 from xushi.base.tracking import Tracking
 from xushi.envs import DigitSum, DigitSumConfig, Environment
 from xushi.model import Deepseek, ModelConfig
+from xushi.ops import native
 from xushi.recipe import Recipe
 from xushi.tokenizer import Tokenizer
-from xushi.train import Layout, latest_checkpoint
+from xushi.train import Layout, chosen_dtype, latest_checkpoint
 
 RUN_FORMAT = 1  # raised when the meaning of a run directory's files changes
 
@@ -30,6 +31,16 @@ class RunContext:
     recipe: Recipe
     tracking: Tracking
     layout: Layout = field(default_factory=Layout)
+
+    @property
+    def dtype(self) -> str:
+        """What pretraining computes in: "bf16" or "fp32"."""
+        return chosen_dtype(self.recipe.pretrain.dtype, self.layout.device)
+
+    @property
+    def op_forms(self) -> str:
+        """Which forms of the ops run."""
+        return native.form(self.dtype) if self.layout.device == "cpu" else f"pytorch on {self.layout.device}"
 
     def path(self, *parts: str) -> Path:
         """A place inside the run directory."""
@@ -58,7 +69,7 @@ class RunContext:
 
     def trained_model(self, stage: str | None) -> Deepseek:
         """The model at the end of a training stage; freshly initialised for None."""
-        model = Deepseek(self.model_config(self.tokenizer())).initialise(self.recipe.seed)
+        model = Deepseek(self.model_config(self.tokenizer())).initialise(self.recipe.seed).to(self.layout.device)
         if stage is not None:
             checkpoint = latest_checkpoint(self.checkpoints(stage))
             if checkpoint is None:

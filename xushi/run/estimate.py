@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from xushi.base.errors import XushiError
-from xushi.base.machine import GIB, inspect
+from xushi.base.machine import GIB, chosen_device, inspect
 from xushi.plan import count_parameters, kv_cache_bytes_per_token, train_flops_per_token, training_memory_bytes
 from xushi.recipe import Recipe
 from xushi.run.benchmark import Shape, training_step
-from xushi.train import Layout, PretrainConfig, chosen_dtype
+from xushi.train import PIECES_PER_STAGE, Layout, PretrainConfig, chosen_dtype
 
 # Sampling an answer costs about as much again as learning from it (measured on the demo, docs/lab-log.md).
 RL_COST_PER_TRAINED_TOKEN = 2.0
@@ -21,7 +21,8 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     """The plan of a run as flat keys; some seconds, since it times steps with activations kept and recomputed."""
     config = recipe.model.model_copy(update={"vocab_size": recipe.tokenizer.vocab_size})
     counts = count_parameters(config)
-    dtype = chosen_dtype(recipe.pretrain.dtype)
+    device = chosen_device(recipe.device)
+    dtype = chosen_dtype(recipe.pretrain.dtype, device)
     batch_tokens = recipe.pretrain.batch_tokens
     shape = Shape(recipe.name, config, recipe.pretrain, recipe.data.sequence_length)
     memory = {choice: training_memory_bytes(
@@ -29,7 +30,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         bool(recipe.pretrain.mtp_weight), bool(recipe.pretrain.indexer_weight), choice == "recompute").total
         for choice in ("keep", "recompute")}
     torch.set_num_threads(recipe.threads or inspect().usable_cores)
-    step = {choice: _step_seconds(shape.but(activations=choice)) for choice in ("keep", "recompute")}
+    step = {choice: _step_seconds(shape.but(activations=choice), device) for choice in ("keep", "recompute")}
     per_token = step[recipe.pretrain.activations] / batch_tokens
     seconds = {"pretrain": recipe.pretrain.tokens(shape.length) * per_token if recipe.runs("pretrain") else 0.0}
     digits = recipe.environment.max_digits if recipe.environment else 0
@@ -91,17 +92,21 @@ def _bytes_per_process(recipe: Recipe, layout: Layout, pretrain: PretrainConfig)
     length = recipe.data.sequence_length
     rows = -(-(pretrain.batch_tokens // length) // layout.data)
     parts = training_memory_bytes(
-        config, rows * length, length, pretrain.optimizer, "bf16" if chosen_dtype(pretrain.dtype) == "bf16" else "fp32",
+        config, rows * length, length, pretrain.optimizer,
+        "bf16" if chosen_dtype(pretrain.dtype, layout.device) == "bf16" else "fp32",
         bool(pretrain.mtp_weight), bool(pretrain.indexer_weight), pretrain.activations == "recompute")
-    share = (parts.weights + parts.gradients + parts.optimizer) // layout.data
+    stages = layout.pipeline
+    share = (parts.weights + parts.gradients + parts.optimizer) // (layout.data * stages)
+    # A stage keeps its layers' activations of as many pieces as there are stages.
+    activations = parts.activations // max(stages, min(rows, PIECES_PER_STAGE * stages))
     # Each process makes the whole model before it keeps its part.
-    made = 4 * count_parameters(config).total_with_mtp if layout.data > 1 else 0
-    return max(made, share + parts.activations + parts.logits)
+    made = 4 * count_parameters(config).total_with_mtp if layout.data * stages > 1 else 0
+    return max(made, share + activations + parts.logits)
 
 
-def _step_seconds(shape: Shape) -> float:
+def _step_seconds(shape: Shape, device: str) -> float:
     """The faster of two full optimizer steps on random tokens, after one that warms up."""
-    step, tokens, times = training_step(shape), shape.tokens(), []
+    step, tokens, times = training_step(shape, device), shape.tokens(), []
     for _ in range(3):
         began = time.perf_counter()
         step(tokens)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from xushi.base.errors import XushiError
+from xushi.base.machine import chosen_device
 from xushi.base.progress import StepProgress, say
 from xushi.base.tracking import BatchRecord, Tracking
 from xushi.data import batch_hash, find_documents
-from xushi.ops import native
 from xushi.recipe import load_recipe
 from xushi.run.building import TrainingInputs, chat_messages, dataset_of, training_inputs
 from xushi.run.context import RunContext
-from xushi.train import Data, TrainingState, chosen_dtype, latest_checkpoint, training_step
+from xushi.train import Data, LayoutConfig, TrainingState, join, latest_checkpoint, training_step
 
 STAGES = ("pretrain", "sft")
 SHOWN = 60  # characters of each piece; --json has all of them
@@ -37,7 +37,9 @@ def replay(directory: Path, step: int, stage: str = "pretrain", compute_loss: bo
         raise XushiError(f"{directory} is no run directory", "give one, such as runs/demo")
     tracking = Tracking(directory / "tracking.sqlite")
     try:
-        context = RunContext(directory, load_recipe(directory / "recipe.toml", []), tracking)
+        recipe = load_recipe(directory / "recipe.toml", [])
+        context = RunContext(directory, recipe, tracking,
+                             join(LayoutConfig(), recipe.model, chosen_device(recipe.device)))
         way = tracking.batches(stage, step)
         if not way:
             steps = [number for number, _ in tracking.series(stage, "loss")]
@@ -62,14 +64,14 @@ def _loss(context: RunContext, inputs: TrainingInputs, stage: str, way: list[Bat
     """The loss of the way's last step, from the last checkpoint before it."""
     decided = context.tracking.decided
     torch.set_num_threads(decided("run", "threads") or torch.get_num_threads())
-    forms = native.form(chosen_dtype(context.recipe.pretrain.dtype))
+    forms = context.op_forms
     if (began := decided("run", "op_forms")) != forms:
         say(f"the run used other op forms ({began}) than there are here ({forms}): the loss will differ in its last "
             "digits")
-    if (layout := decided("run", "layout")) and layout["data"] > 1:
-        say(f"the run was spread over {layout['data']} processes and this is one: the loss will differ in its last "
+    if (layout := decided("run", "layout")) and (processes := layout["data"] * layout["pipeline"]) > 1:
+        say(f"the run was spread over {processes} processes and this is one: the loss will differ in its last "
             "digits")
-    state = TrainingState.begin(context.trained_model(inputs.after), inputs.config)
+    state = TrainingState.begin(context.trained_model(inputs.after), inputs.config, context.layout)
     first = state.restore(latest_checkpoint(context.checkpoints(stage), up_to=way[-1].step - 1))
     figures: dict[str, float] = {}
     if way[0].step > first + 1:

@@ -15,15 +15,14 @@ from xushi import __version__
 from xushi.base.allocator import keep_freed_memory
 from xushi.base.errors import XushiError
 from xushi.base.files import disk_errors, write_atomic, write_json
-from xushi.base.machine import children_peak_memory_bytes, inspect
+from xushi.base.machine import children_peak_memory_bytes, chosen_device, inspect
 from xushi.base.progress import say
 from xushi.base.tracking import Tracking
-from xushi.ops import native
 from xushi.recipe import Recipe
 from xushi.run import building, closing
 from xushi.run.context import RUN_FORMAT, RunContext, StageRecord, read_record, stage_key, write_record
 from xushi.run.estimate import check_memory, describe
-from xushi.train import chosen_dtype, join
+from xushi.train import join
 
 __all__ = ["describe", "run"]
 
@@ -36,9 +35,12 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
     A directory that another recipe made is refused unless `update`, which runs the stages that changed again. Where
     torchrun started several processes all of them call this, and the first one alone has results.
     """
-    layout, machine = join(recipe.layout, recipe.model), inspect()
+    layout, machine = join(recipe.layout, recipe.model, chosen_device(recipe.device)), inspect()
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    check_memory(recipe, layout, machine.memory_total, processes_here)
+    if layout.device == "cuda":  # each process has a GPU of its own
+        check_memory(recipe, layout, torch.cuda.get_device_properties(0).total_memory, 1)
+    else:
+        check_memory(recipe, layout, machine.memory_total, processes_here)
     if not layout.is_first:
         _follow(RunContext(directory, recipe, Tracking(None), layout))
         return None
@@ -47,14 +49,15 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
         tracking = Tracking(directory / "tracking.sqlite")
         context = RunContext(directory, recipe, tracking, layout)
         cores = max(1, machine.usable_cores // processes_here)
-        name = "threads" if layout.data == 1 else f"threads.{layout.data}"
+        processes = layout.data * layout.pipeline
+        name = "threads" if processes == 1 else f"threads.{processes}"
         threads = layout.team.firsts(tracking.decide("run", name, recipe.threads or cores))
         torch.set_num_threads(threads)
-        spread = {"data": layout.data, "expert": layout.expert}
+        spread = {"data": layout.data, "pipeline": layout.pipeline, "expert": layout.expert}
         if (before := tracking.decide("run", "layout", spread)) != spread:
             say(f"this run began with the layout {before} and goes on with {spread}: the same batches, and losses that "
                 "differ in their last digits")
-        forms = native.form(chosen_dtype(recipe.pretrain.dtype))
+        forms = context.op_forms
         if (began := tracking.decide("run", "op_forms", forms)) != forms:
             say(f"this run began with other op forms ({began}) and goes on with these ({forms}): it will not end with "
                 "the same bits")

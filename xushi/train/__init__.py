@@ -15,8 +15,9 @@ from xushi.train.loop import (
     train,
     training_step,
 )
+from xushi.train.pipeline import PIECES_PER_STAGE, run_stage
 
-__all__ = ["CheckpointWriter", "Data", "Layout", "LayoutConfig", "ObjectiveConfig", "OptimizationConfig",
-           "PackedExamples", "PretrainConfig", "SFTConfig", "Team", "TrainingState", "check_layout", "chosen_dtype",
-           "guarded_update", "join", "latest_checkpoint", "new_optimizer", "pack_examples", "report_problem",
-           "set_compute", "train", "training_step"]
+__all__ = ["PIECES_PER_STAGE", "CheckpointWriter", "Data", "Layout", "LayoutConfig", "ObjectiveConfig",
+           "OptimizationConfig", "PackedExamples", "PretrainConfig", "SFTConfig", "Team", "TrainingState",
+           "check_layout", "chosen_dtype", "guarded_update", "join", "latest_checkpoint", "new_optimizer",
+           "pack_examples", "report_problem", "run_stage", "set_compute", "train", "training_step"]

@@ -34,6 +34,7 @@ def router_health(model: Deepseek, loads: dict[str, Tensor]) -> dict[str, float]
     routers = model.routers()
     values: dict[str, float] = {}
     for name, load_E in loads.items():
+        load_E = load_E.cpu()  # once, not for each figure
         mean = float(load_E.mean())
         values[f"router.{name}.max_violation"] = (float(load_E.max()) - mean) / mean if mean else 0.0
         values[f"router.{name}.dead_experts"] = float((load_E == 0).sum())

@@ -36,8 +36,8 @@ Result = TypeVar("Result")
 class Checkpoint:
     """One moment to be saved: `tensors` by group ("model", "optimizer") and name, `state` JSON-able.
 
-    `boxes` says of which whole a tensor is a part, by its name; one that is not there is whole. What several
-    processes hold whole, the first saves.
+    `boxes` says of which whole a tensor is a part, by its name; one that is not there is whole. Each of several
+    processes gives what it is to save: no part is another's too.
     """
 
     step: int
@@ -145,8 +145,7 @@ def _write_parts(aside: Path, checkpoint: Checkpoint, team: Team) -> dict[str, A
     entries = {}
     with disk_errors(aside):
         for group, tensors in checkpoint.tensors.items():
-            mine = {name: tensor.detach().contiguous() for name, tensor in tensors.items()
-                    if name in checkpoint.boxes or team.rank == 0}
+            mine = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
             part = "" if team.size == 1 else f"-{team.rank:05d}-of-{team.size:05d}"
             file = f"{group}{part}.safetensors"
             save_file(mine, aside / file)

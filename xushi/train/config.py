@@ -74,15 +74,18 @@ class OptimizationConfig(StrictConfig):
 
 
 class LayoutConfig(StrictConfig):
-    """`data` processes share each batch (None: as many as were started); groups of `expert` of them the experts."""
+    """`data` processes share each batch (None: as many as were started allow); groups of `expert` of them the experts.
+    Each of them is `pipeline` processes, which share the layers.
+    """
 
     data: int | None = None
+    pipeline: int = 1
     expert: int = 1
 
     @model_validator(mode="after")
     def _sound(self) -> "LayoutConfig":
-        if self.expert < 1 or (self.data is not None and self.data < 1):
-            raise ValueError("data and expert must be at least 1")
+        if self.expert < 1 or self.pipeline < 1 or (self.data is not None and self.data < 1):
+            raise ValueError("data, pipeline and expert must be at least 1")
         return self
 
 
@@ -94,6 +97,7 @@ class ObjectiveConfig(OptimizationConfig):
     mtp_late_fraction: float = 0.0  # the last part of the steps, in which that holds
     balance_weight: float = 1e-4  # the sequence-wise loss's alpha
     indexer_weight: float = 1.0  # the loss of V3.2's and V4's indexers; 0 leaves them as they are
+    qk_clip: float | None = None  # the largest attention score a head may have before it is scaled down; K2 had 100
     on_spike: OnSpike = "warn"  # what is done when the loss jumps
     allow_unbalanced: bool = False  # train a mixture with neither bias nor balance loss
 
@@ -102,6 +106,8 @@ class ObjectiveConfig(OptimizationConfig):
         for name in ("mtp_weight", "mtp_weight_late", "balance_weight", "indexer_weight"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative")
+        if self.qk_clip is not None and self.qk_clip <= 0:
+            raise ValueError("qk_clip must be above 0")
         if not 0 <= self.mtp_late_fraction <= 1:
             raise ValueError("mtp_late_fraction must lie between 0 and 1")
         if self.balance_weight == 0 and self.bias_speed == 0 and not self.allow_unbalanced:

@@ -3,8 +3,9 @@
 The model stays as it was written for one: FSDP2 gathers a layer's parameters around its use and adds up gradients, and
 experts get a dispatch. Everything else asks the layout. Not here: the loop, and how parts become files (checkpoint).
 
-All processes are data processes. A group of `expert` neighbours shares out the experts; `replica` = data / expert
-such groups hold the same ones. Parameters of experts are sharded over the replicas, all others over all of data.
+Processes stand in `pipeline` rows of `data`: a row is a stage, which has some of the layers, and a column shares the
+rows of its part of the batch. Within a stage a group of `expert` neighbours shares out the experts; `replica` = data /
+expert such groups hold the same ones. Parameters of experts are sharded over the replicas, all others over all of data.
 """
 
 import os
@@ -93,12 +94,21 @@ class Team:
 
 @dataclass
 class Layout:
-    """One process's view: `rank` of `data`; experts are shared by groups of `expert`. Alone, nothing is spread."""
+    """One process's view: `rank` of `data` in stage `stage` of `pipeline`; experts are shared by groups of `expert`.
+    Alone, nothing is spread.
+    """
 
     data: int = 1
+    pipeline: int = 1
     expert: int = 1
     rank: int = 0
+    stage: int = 0
+    device: str = "cpu"  # "cuda": this process's GPU
     meshes: "dict[str, DeviceMesh]" = field(default_factory=dict)  # of one axis each: "data", "replica", "expert"
+    ways: dict[int, dist.ProcessGroup] = field(default_factory=dict)  # for what goes on a stage (1) and back (-1)
+    # The first and the last stage both have the embedding, where the last needs it, and add up its gradients here.
+    sharers: dist.ProcessGroup | None = None
+    shared: nn.Parameter | None = None
     team: Team = field(default_factory=Team)  # all of them, for small things
     writers: Team = field(default_factory=Team)  # the same, for the threads that write checkpoints
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the whole parameters, once a model is spread
@@ -111,23 +121,49 @@ class Layout:
     @property
     def is_first(self) -> bool:
         """Whether this process is the one that speaks and writes for all."""
-        return self.rank == 0
+        return self.rank == 0 and self.stage == 0
+
+    def neighbour(self, direction: int) -> int:
+        """The process that has the same rows in the next stage (1) or the one before (-1)."""
+        return (self.stage + direction) * self.data + self.rank
 
     def group(self, axis: str) -> dist.ProcessGroup:
         """The processes along an axis: "data", "replica" or "expert"."""
         return self.meshes[axis].get_group()
 
     def total(self, tensor: Tensor) -> Tensor:
-        """The sum of all data processes' tensors."""
-        if not self.meshes:
+        """The sum of the tensors of the data processes, of one stage."""
+        if self.data == 1:
             return tensor
         result = tensor.clone()
         dist.all_reduce(result, group=self.group("data"))
         return result
 
+    def grand_total(self, tensor: Tensor) -> Tensor:
+        """The sum of all processes' tensors."""
+        if self.pipeline == 1:
+            return self.total(tensor)
+        result = tensor.clone()
+        dist.all_reduce(result)
+        return result
+
+    def add_shared_gradients(self) -> None:
+        """Give the first and the last stage the sum of their gradients of the embedding, if either has one."""
+        if self.shared is None:
+            return
+        with torch.no_grad():
+            if (there := self.shared.grad is not None) is False:
+                self.shared.grad = torch.zeros_like(self.shared)
+            gradient = local(self.shared.grad)  # type: ignore[arg-type]
+            both = torch.cat([gradient.flatten(), gradient.new_full((1,), float(there))])
+            dist.all_reduce(both, group=self.sharers)
+            gradient.copy_(both[:-1].view_as(gradient))
+            if not both[-1]:
+                self.shared.grad = None
+
     def rows(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This process's rows of a whole batch; rows of padding are put below where they do not divide."""
-        if not self.meshes:
+        if self.data == 1:
             return dict(batch)
         missing = -len(batch["tokens"]) % self.data
         fill = {"segments": -1}
@@ -139,7 +175,7 @@ class Layout:
         """The part of a parameter that this process (or another) holds."""
         box = Box.whole(self.shapes[name])
         rank = self.rank if rank is None else rank
-        if not self.meshes:
+        if self.data == 1:
             return box
         if ".experts." not in name:
             return box.along(0, self.data, rank)
@@ -148,19 +184,30 @@ class Layout:
 
     def spread(self, model: Deepseek) -> Deepseek:
         """Leave in `model` this process's part of each parameter, and let it run as if all were there."""
+        if self.pipeline > 1:
+            model.keep_layers(*stage_layers(model.config, self.pipeline)[self.stage])
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        if not self.meshes:
-            return model
+        if self.data > 1:
+            self._shard(model)
+        if self.pipeline > 1 and needs_embedding_twice(model.config) and (model.begins or model.ends):
+            self.shared = model.get_parameter("model.embed_tokens.weight")
+        return model
+
+    def _shard(self, model: Deepseek) -> None:
+        """By FSDP2; experts are shared out before."""
         from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
         from torch.distributed.tensor import Shard
 
         data, replica = self.meshes["data"], self.meshes["replica"]
-        for layer in model.model.layers:
+        # A pipeline's pieces follow each other: gathering parameters anew for each would cost more than it saves.
+        reshard = self.pipeline == 1
+        for layer in model.model.layers.values():
             if isinstance(layer.mlp, MixtureOfExperts):
                 self._share_out(layer.mlp.experts)
                 cut = Shard(expert_axis(layer.mlp.experts.gate_up_proj.shape[0], self.replica))
-                fully_shard(layer.mlp.experts, mesh=replica, shard_placement_fn=_always(cut))
-            fully_shard(layer, mesh=data)
+                fully_shard(layer.mlp.experts, mesh=replica, shard_placement_fn=_always(cut),
+                            reshard_after_forward=reshard)
+            fully_shard(layer, mesh=data, reshard_after_forward=reshard)
             if hasattr(layer, "predict"):
                 register_fsdp_forward_method(layer, "predict")
         fully_shard(model, mesh=data)
@@ -171,7 +218,6 @@ class Layout:
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies
         for name, parameter in model.named_parameters():
             assert tuple(local(parameter).shape) == self.box(name).size, name
-        return model
 
     def _share_out(self, experts: Experts) -> None:
         """Keep this process's experts."""
@@ -207,12 +253,37 @@ def started_processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def stage_layers(model: ModelConfig, stages: int) -> list[tuple[int, int]]:
+    """(first, end) of each stage's layers of the trunk: as even as can be, MTP layers and the head counting as layers
+    of the last stage; each has one at least.
+    """
+    depth, behind = model.num_hidden_layers, model.num_nextn_predict_layers + 1
+    ends = [min(max(round((depth + behind) * (stage + 1) / stages), stage + 1), depth - (stages - 1 - stage))
+            for stage in range(stages)]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def needs_embedding_twice(model: ModelConfig) -> bool:
+    """Whether a last stage needs the embedding, for MTP layers or as the head."""
+    return model.num_nextn_predict_layers > 0 or model.tie_word_embeddings
+
+
 def check_layout(config: LayoutConfig, model: ModelConfig, processes: int) -> None:
     """Raise a `XushiError` with the nearest layout that works if this one does not fit processes or model."""
-    data = config.data or processes
-    if data != processes:
-        raise XushiError(f"layout.data={data} and {processes} processes were started",
-                         f"start {data} (torchrun --nproc-per-node {data}), or set layout.data={processes}")
+    stages, depth = config.pipeline, model.num_hidden_layers
+    if stages > depth:
+        raise XushiError(f"layout.pipeline={stages} has more stages than the model's {depth} layers",
+                         f"set layout.pipeline={depth} or less")
+    if processes % stages:
+        divisor = min((n for n in range(1, min(depth, processes) + 1) if processes % n == 0),
+                      key=lambda n: (abs(n - stages), n))
+        raise XushiError(f"layout.pipeline={stages} does not divide the {processes} processes that were started",
+                         f"set layout.pipeline={divisor}, or start a multiple of {stages}")
+    data = config.data or processes // stages
+    if data * stages != processes:
+        raise XushiError(f"layout.data={data} times layout.pipeline={stages} is {data * stages}, and {processes} "
+                         "processes were started", f"start {data * stages} (torchrun --nproc-per-node {data * stages})"
+                         f", or set layout.data={processes // stages}")
     experts = model.n_routed_experts if any(map(model.is_moe, range(model.num_hidden_layers))) else 1
     fitting = [n for n in range(1, data + 1)
                if data % n == 0 and experts % n == 0 and _divides(model, experts // n, data // n)]
@@ -220,8 +291,8 @@ def check_layout(config: LayoutConfig, model: ModelConfig, processes: int) -> No
         nearest = min(fitting, key=lambda n: (abs(n - config.expert), n)) if fitting else None
         remedy = (f"set layout.expert={nearest}" if nearest is not None else
                   "start a number of processes that divides the experts or their width")
-        raise XushiError(f"layout.expert={config.expert} does not work with {data} processes and {experts} experts of "
-                         f"width {model.moe_intermediate_size}", remedy)
+        raise XushiError(f"layout.expert={config.expert} does not work with layout.data={data} and {experts} experts "
+                         f"of width {model.moe_intermediate_size}", remedy)
 
 
 def _divides(model: ModelConfig, here: int, replica: int) -> bool:
@@ -233,18 +304,31 @@ def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu") -> Layou
     """The layout of the processes that were started, this one among them; alone where there is but one."""
     rank, processes = started_processes()
     check_layout(config, model, processes)
+    if device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that products have the same bits each time
+        torch.use_deterministic_algorithms(True)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if processes == 1:
-        return Layout()
+        return Layout(device=device)
     if not dist.is_initialized():
         dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
                                 timeout=timedelta(seconds=SECONDS_TO_WAIT))
     from torch.distributed.device_mesh import init_device_mesh
 
-    experts = init_device_mesh(device, (processes // config.expert, config.expert),
-                               mesh_dim_names=("replica", "expert"))
-    meshes = {"data": init_device_mesh(device, (processes,), mesh_dim_names=("data",)),
-              "replica": experts["replica"], "expert": experts["expert"]}
+    stages, forever = config.pipeline, timedelta(seconds=SECONDS_TO_WAIT)
+    data = processes // stages
+    stage, place = divmod(rank, data)
+    rows = init_device_mesh(device, (stages, data), mesh_dim_names=("stage", "data"))
+    experts = init_device_mesh(device, (stages, data // config.expert, config.expert),
+                               mesh_dim_names=("stage", "replica", "expert"))
+    meshes = {"data": rows["data"], "replica": experts["replica"], "expert": experts["expert"]}
     # Objects travel by gloo on any device, and the writing threads must not meet the training's own calls.
-    talk, write = (Team(rank, processes, dist.new_group(backend="gloo", timeout=timedelta(seconds=SECONDS_TO_WAIT)))
-                   for _ in range(2))
-    return Layout(processes, config.expert, rank, meshes, talk, write)
+    talk, write = (Team(rank, processes, dist.new_group(backend="gloo", timeout=forever)) for _ in range(2))
+    layout = Layout(data, stages, config.expert, place, stage, device, meshes, team=talk, writers=write)
+    if stages > 1:
+        layout.ways = {way: dist.new_group(timeout=forever) for way in (-1, 1)}
+        for column in range(data):
+            sharers = dist.new_group([column, (stages - 1) * data + column], timeout=forever)
+            if column == place:
+                layout.sharers = sharers
+    return layout

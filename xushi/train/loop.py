@@ -21,7 +21,7 @@ from xushi.base.machine import best_training_dtype
 from xushi.base.progress import StepProgress, say
 from xushi.base.tracking import Tracking
 from xushi.data import joined_hash, row_hashes
-from xushi.model import Deepseek, LossCounts, pretraining_loss
+from xushi.model import Deepseek, LossCounts, LossParts, pretraining_loss
 from xushi.train.balance import router_health, update_router_biases
 from xushi.train.checkpoint import Checkpoint, CheckpointWriter, SavedCheckpoint, latest_checkpoint
 from xushi.train.config import ObjectiveConfig, OptimizationConfig, PretrainConfig
@@ -29,22 +29,26 @@ from xushi.train.guards import LIMIT_IN_A_ROW, LIMIT_OF_ROLLBACKS, Guard, Proble
 from xushi.train.heartbeat import Heartbeat
 from xushi.train.layout import Box, Layout, local
 from xushi.train.optimizer import Optimizer, clip_gradients
+from xushi.train.pipeline import run_pipeline
+from xushi.train.qk_clip import clip_scores, watch_scores
 
 
-def chosen_dtype(dtype: str) -> str:
-    """"bf16" or "fp32": `dtype` itself, or for "auto" what this machine multiplies fastest."""
-    return best_training_dtype()[0] if dtype == "auto" else dtype
+def chosen_dtype(dtype: str, device: str = "cpu") -> str:
+    """"bf16" or "fp32": `dtype` itself, or for "auto" what the device multiplies fastest."""
+    if dtype != "auto":
+        return dtype
+    return "bf16" if device == "cuda" else best_training_dtype()[0]
 
 
 def set_compute(model: Deepseek, config: OptimizationConfig) -> None:
     """Make the model compute in the dtype that `config` asks for, and keep or recompute activations as it says."""
-    model.compute_dtype = torch.bfloat16 if chosen_dtype(config.dtype) == "bf16" else None
+    model.compute_dtype = torch.bfloat16 if chosen_dtype(config.dtype, model.device.type) == "bf16" else None
     model.recompute = config.activations == "recompute"
 
 
 def new_optimizer(model: Deepseek, config: OptimizationConfig, layout: Layout | None = None) -> Optimizer:
-    """The optimizer that `config` asks for; Newton-Schulz runs in bfloat16 if model and processor multiply it."""
-    dtype = model.compute_dtype if best_training_dtype()[0] == "bf16" else None
+    """The optimizer that `config` asks for; Newton-Schulz runs in bfloat16 if model and device multiply it."""
+    dtype = model.compute_dtype if chosen_dtype("auto", model.device.type) == "bf16" else None
     return Optimizer(model, config.optimizer, (config.beta1, config.beta2), config.weight_decay, dtype, layout,
                      form=config.newton_schulz, per_head=config.muon_per_head)
 
@@ -74,6 +78,15 @@ class TrainingState:
                 "optimizer": self.optimizer.state}
 
     @property
+    def saved(self) -> dict[str, dict[str, Tensor]]:
+        """Those of them that this process is to save: parts, and of what several have whole one of them."""
+        layout, boxes = self.layout, self.boxes
+        twice = "model.embed_tokens.weight" if layout.shared is not None and layout.stage else ""
+        return {group: {name: tensor for name, tensor in tensors.items()
+                        if (name in boxes or layout.rank == 0) and not (twice and name.endswith(twice))}
+                for group, tensors in self.tensors.items()}
+
+    @property
     def boxes(self) -> dict[str, Box]:
         """Of which part of which whole these are, where not of all."""
         if self.layout.data == 1:
@@ -82,8 +95,8 @@ class TrainingState:
         return boxes | {name: boxes[name.partition(".")[2]] for name in self.optimizer.state}
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """The state after `step` steps; its tensors are this state's own."""
-        return Checkpoint(step, self.tensors, {"optimizer_steps": self.optimizer.steps, "cursor": self.cursor,
+        """The state after `step` steps, what this process saves of it; its tensors are this state's own."""
+        return Checkpoint(step, self.saved, {"optimizer_steps": self.optimizer.steps, "cursor": self.cursor,
                                                "guard": self.guard.state}, self.boxes)
 
     @torch.no_grad()
@@ -94,9 +107,10 @@ class TrainingState:
         """
         if checkpoint is None:
             return 0
-        boxes = self.boxes
+        boxes, layout = self.boxes, self.layout
         for group, tensors in self.tensors.items():
-            if different := set(checkpoint.names(group)) ^ set(tensors):
+            everywhere = set[str]().union(*layout.team.everyones(set(tensors))) if layout.pipeline > 1 else set(tensors)
+            if different := set(checkpoint.names(group)) ^ everywhere:
                 raise XushiError(f"checkpoint {checkpoint.path} is of another model or optimizer: "
                                  f"{min(different)} is in one of them only", "choose another run directory", 1)
             for name, tensor in tensors.items():
@@ -119,16 +133,18 @@ def optimizer_step(state: TrainingState, config: OptimizationConfig, step: int, 
 
 
 def guarded_update(state: TrainingState, config: OptimizationConfig, step: int, loss: float, value: float,
-                   total: Tensor, loads: dict[str, Tensor], move_biases: bool = True
+                   total: Tensor | None, loads: dict[str, Tensor], move_biases: bool = True
                    ) -> tuple[dict[str, float], Problem | None]:
     """Differentiate `total` and step, unless the guard withholds it: what to track, and what was wrong if anything.
 
-    `loss` is what the guard compares with earlier steps. `value` is that of `total` over all processes.
+    `loss` is what the guard compares with earlier steps. `value` is that of `total` over all processes. None for
+    `total` says that the gradients are there.
     """
     guard, figures = state.guard, dict[str, float]()
     problem = guard.judge(loss, value)
     if not guard.withholds(problem):
-        total.backward()  # type: ignore[no-untyped-call]
+        if total is not None:
+            total.backward()  # type: ignore[no-untyped-call]
         norm = clip_gradients(state.model.parameters(), config.gradient_clip, state.layout)
         problem = guard.judge_gradient(norm) or problem
         if not guard.withholds(problem):
@@ -144,20 +160,34 @@ def training_step(state: TrainingState, config: ObjectiveConfig, step: int, batc
     wrong if anything.
     """
     layout, model = state.layout, state.model
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     warmup = config.indexer_warmup_steps if isinstance(config, PretrainConfig) else 0
     warming = step < warmup
     if warmup and step == warmup:
         state.optimizer.restart()
     counts = LossCounts.of(batch, model.config.num_nextn_predict_layers)
     counts = LossCounts(*layout.total(torch.stack([counts.targets, counts.fed])))
-    parts = pretraining_loss(model, batch, mtp_weight=config.mtp_weight_at(step),
-                             balance_weight=config.balance_weight, indexer_weight=config.indexer_weight,
-                             indexer_warmup=warming, counts=counts)
-    sums = layout.total(torch.stack([parts.total.detach(), parts.next_token, parts.mtp, parts.balance, parts.indexer]))
+
+    def loss_of(rows: dict[str, Tensor], residual: Tensor | None = None) -> LossParts:
+        return pretraining_loss(model, rows, mtp_weight=config.mtp_weight_at(step),
+                                balance_weight=config.balance_weight, indexer_weight=config.indexer_weight,
+                                indexer_warmup=warming, counts=counts, residual=residual)
+
+    piped = layout.pipeline > 1
+    if config.qk_clip is not None:
+        watch_scores(model)
+    parts = run_pipeline(model, batch, layout, loss_of, not warming) if piped else loss_of(batch)
+    sums = layout.grand_total(torch.stack([parts.total.detach(), parts.next_token, parts.mtp, parts.balance,
+                                           parts.indexer]))
     value, loss, mtp, balance, indexer = sums.tolist()
     loads = dict(zip(parts.loads, layout.total(torch.stack(list(parts.loads.values()))), strict=True)
                  ) if parts.loads else {}
-    figures, problem = guarded_update(state, config, step, loss, value, parts.total, loads, move_biases=not warming)
+    figures, problem = guarded_update(state, config, step, loss, value, None if piped else parts.total, loads,
+                                      move_biases=not warming)
+    if config.qk_clip is not None and not state.guard.withholds(problem):
+        figures |= clip_scores(model, config.qk_clip, layout)
+    if piped:  # each stage knows its own routers
+        figures = {name: number for part in layout.team.everyones(figures) for name, number in part.items()}
     return {"loss": loss, "mtp_loss": mtp, "balance_loss": balance, "indexer_loss": indexer,
             "target_tokens": float(counts.targets[0]), **figures}, problem
 
@@ -172,7 +202,8 @@ def report_problem(stage: str, step: int, state: TrainingState, problem: Problem
     if state.guard.in_a_row >= LIMIT_IN_A_ROW:
         part = "" if layout.data == 1 else f"-rows-of-process-{layout.rank}"
         file = directory.parent / f"refused-{stage}-step-{step:09d}{part}.safetensors"
-        write_atomic(file, safetensors.torch.save({name: tensor.contiguous() for name, tensor in batch.items()}))
+        if layout.stage == 0:  # the others of its column have the same rows
+            write_atomic(file, safetensors.torch.save({name: tensor.contiguous() for name, tensor in batch.items()}))
         raise XushiError(f"{stage} step {step}: {problem.text}, the {LIMIT_IN_A_ROW}rd step in a row without an update",
                          f"{file} is the batch, {directory} has the checkpoints from before; with a lower "
                          "learning_rate or more warmup_steps, and --update, the stage starts over and removes them", 1)
@@ -194,7 +225,7 @@ class Data:
         if self.piecewise and pieces % layout.data == 0:
             each = pieces // layout.data
             rows = self.batches(cursor + layout.rank * each, each)
-            return rows, row_hashes(rows)
+            return rows, row_hashes(rows) if layout.stage == 0 else []
         whole = self.batches(cursor, pieces)
         return layout.rows(whole), row_hashes(whole) if layout.is_first else []
 

@@ -191,9 +191,15 @@ def _stacked(tensor: Tensor) -> Tensor:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, layout: Layout | None = None) -> float:
     """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
-    gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(gradients)).norm()
-    if layout is not None and layout.data > 1:
-        norm = layout.total(norm.square()).sqrt()
+    layout = layout or Layout()
+    layout.add_shared_gradients()
+    found = [p for p in parameters if p.grad is not None]
+    gradients: list[Tensor] = [local(p.grad) for p in found]  # type: ignore[arg-type]
+    norms = torch._foreach_norm(gradients)
+    # What the first and the last stage share counts once.
+    counted = [norm for p, norm in zip(found, norms, strict=True) if p is not layout.shared or layout.stage == 0]
+    norm = torch.stack(counted).norm()
+    if layout.data * layout.pipeline > 1:
+        norm = layout.grand_total(norm.square()).sqrt()
     torch._foreach_mul_(gradients, float((limit / (norm + 1e-6)).clamp(max=1.0)))
     return float(norm)
