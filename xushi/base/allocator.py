@@ -20,4 +20,4 @@ def keep_freed_memory() -> bool:
     except AttributeError:
         return False  # not glibc
     return all(mallopt(parameter, value) == 1 for parameter, value in (
-        (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20)))
+        (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20)))

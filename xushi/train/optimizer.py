@@ -201,5 +201,6 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, layout: Lay
     norm = torch.stack(counted).norm()
     if layout.data * layout.pipeline > 1:
         norm = layout.grand_total(norm.square()).sqrt()
-    torch._foreach_mul_(gradients, float((limit / (norm + 1e-6)).clamp(max=1.0)))
+    if not (scale := float(limit / (norm + 1e-6))) >= 1.0:  # else there is nothing to do to gigabytes
+        torch._foreach_mul_(gradients, scale)
     return float(norm)

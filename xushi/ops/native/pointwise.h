@@ -129,6 +129,8 @@ void xushi_adamw(float* parameter, const float* gradient, float* mean, float* sq
     constexpr Int size = 1 << 16;
     pool().run(blocks(count, size), threads, [&](Int task) {
         const Int begin = task * size, end = std::min(count, begin + size);
+        // Without the promise that these do not overlap GCC makes no vectors of the loop, and it takes three times as long.
+#pragma GCC ivdep
         for (Int i = begin; i < end; i++) {
             const float g = gradient[i];
             mean[i] += (1 - beta1) * (g - mean[i]);

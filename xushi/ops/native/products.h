@@ -6,6 +6,8 @@
 
 namespace {
 
+constexpr Int TOKENS = 256 * PAIR;  // of a weight gradient that are packed at a time
+
 inline Int panels(Int n) { return (n + NR - 1) / NR; }
 inline Int blocks(Int n, Int size) { return (n + size - 1) / size; }
 
@@ -22,8 +24,19 @@ void pack_rows(B row, Int depth, Int n, Word* panel) {
 // The same with element (k, n) at b[n * ld + k].
 template <class T>
 void pack_columns(const T* b, Int ld, Int depth, Int n, Word* panel) {
+    Int k0 = 0;
+#ifdef XUSHI_TRANSPOSES
+    for (; n >= NR && k0 + L * PAIR <= depth; k0 += L * PAIR, panel += L * NR) {
+        for (int i = 0; i < NR; i += L) {
+            Bits square[L];
+            for (int r = 0; r < L; r++) square[r] = pairs(b + (i + r) * ld + k0);
+            transpose(square);
+            for (int r = 0; r < L; r++) store_words(panel + r * NR + i, square[r]);
+        }
+    }
+#endif
     constexpr Int block = 16;  // of k, so that what is written stays in the first-level cache
-    for (Int k0 = 0; k0 < depth; k0 += block, panel += block / PAIR * NR) {
+    for (; k0 < depth; k0 += block, panel += block / PAIR * NR) {
         const Int count = std::min(block, depth - k0);
         for (int i = 0; i < NR; i++) {
             Word buffer[block] = {};
@@ -123,10 +136,10 @@ void pack_block(B b, Int m0, Int depth, Int j0, Int n, Word* packed) {
 // c [n_a, n_b] = sum over m of a(m)[i] * b(m)[j]: a weight's gradient, in one thread.
 template <class A, class B>
 void outer(Int m, Int n_a, Int n_b, A a, B b, float* c) {
-    Word* right = local_b.take<Word>(words(DEPTH) * WIDTH);
+    Word* right = local_b.take<Word>(words(TOKENS) * WIDTH);
     if (m == 0) std::fill(c, c + n_a * n_b, 0.0f);
-    for (Int m0 = 0; m0 < m; m0 += DEPTH) {
-        const Int depth = std::min(DEPTH, m - m0);
+    for (Int m0 = 0; m0 < m; m0 += TOKENS) {
+        const Int depth = std::min(TOKENS, m - m0);
         for (Int j0 = 0; j0 < n_b; j0 += WIDTH) {
             const Int n = std::min(WIDTH, n_b - j0);
             pack_block(b, m0, depth, j0, n, right);
@@ -142,14 +155,14 @@ template <class A>
 void outer_all(Int m, Int n_a, Int n_b, const A* a, const Value* b, float* c, bool add, Int threads) {
     const Int wide = panels(n_b) * NR, few = MR * 8, across = blocks(n_b, WIDTH);
     Word* packed = shared_more.take<Word>(words(m) * wide);
-    pool().run(blocks(m, DEPTH), threads, [&](Int task) {
-        const Int m0 = task * DEPTH;
-        pack_block([&](Int r) { return b + r * n_b; }, m0, std::min(DEPTH, m - m0), 0, n_b, packed + words(m0) * wide);
+    pool().run(blocks(m, TOKENS), threads, [&](Int task) {
+        const Int m0 = task * TOKENS;
+        pack_block([&](Int r) { return b + r * n_b; }, m0, std::min(TOKENS, m - m0), 0, n_b, packed + words(m0) * wide);
     });
     pool().run(blocks(n_a, few) * across, threads, [&](Int task) {
         const Int i0 = task / across * few, j0 = task % across * WIDTH;
-        for (Int m0 = 0; m0 < m; m0 += DEPTH) {
-            const Int depth = std::min(DEPTH, m - m0);
+        for (Int m0 = 0; m0 < m; m0 += TOKENS) {
+            const Int depth = std::min(TOKENS, m - m0);
             multiply_transposed(std::min(few, n_a - i0), std::min(WIDTH, n_b - j0), depth,
                                 [&](Int k) { return a + (m0 + k) * n_a + i0; },
                                 packed + words(m0) * wide + j0 * words(depth), words(depth) * NR, c + i0 * n_b + j0,

@@ -49,9 +49,13 @@ inline Value narrow(float value) {
     return {static_cast<uint16_t>(b >> 16)};
 }
 inline void store(Value* p, Vec v) {
+#ifdef __AVX512BF16__  // the same but for numbers below 1e-38, which it takes for zero, as its products do
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)v);
+#else
     float wide[L];
     store(wide, v);
     const Halves halves = __builtin_convertvector(upper(wide) >> 16, Halves);
+#endif
     std::memcpy(p, &halves, sizeof halves);
 }
 
@@ -67,6 +71,19 @@ inline Bits all_words(const Word& word) {
     return both + Bits{};
 }
 
+// L words of 2 L values that follow each other.
+inline Bits pairs(const Value* p) { return load_words(reinterpret_cast<const Word*>(p)); }
+inline Bits pairs(const float* p) {
+#ifdef __AVX512BF16__
+    return (Bits)_mm512_cvtne2ps_pbh((__m512)load(p + L), (__m512)load(p));
+#else
+    Value values[2 * L];
+    store(values, load(p));
+    store(values + L, load(p + L));
+    return pairs(values);
+#endif
+}
+
 // sum + a's pairs times b's, the upper values first, as the instruction does it.
 inline Vec multiply_add(Bits a, Bits b, Vec sum) {
 #ifdef __AVX512BF16__
@@ -77,20 +94,33 @@ inline Vec multiply_add(Bits a, Bits b, Vec sum) {
 #endif
 }
 
+// L words, each a value of `first` with one of `second` above it, or with 0 where there is no second.
+template <class T>
+inline Bits zipped(const T* first, const T* second) {
+    const Bits low = upper(first) >> 16;
+    return second == nullptr ? low : low | upper(second);
+}
+#ifdef __AVX512BF16__
+template <>
+inline Bits zipped(const float* first, const float* second) {
+    const Vec above = second == nullptr ? Vec{} : load(second);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (Bits)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)above, (__m512)load(first)));
+}
+#endif
+
 // out[i] = first[i] with second[i] above it, or with 0 where there is no second.
 template <class T>
 inline void zip(const T* first, const T* second, Int n, Word* out) {
     Int i = 0;
-    for (; i + L <= n; i += L) {
-        const Bits low = upper(first + i) >> 16;
-        store_words(out + i, second == nullptr ? low : low | upper(second + i));
-    }
+    for (; i + L <= n; i += L) store_words(out + i, zipped(first + i, second == nullptr ? nullptr : second + i));
     if (i < n) {
         T rows[2][L] = {};
         Word tail[L];
         std::memcpy(rows[0], first + i, (n - i) * sizeof(T));
         if (second != nullptr) std::memcpy(rows[1], second + i, (n - i) * sizeof(T));
-        store_words(tail, upper(rows[0]) >> 16 | upper(rows[1]));
+        store_words(tail, zipped(rows[0], rows[1]));
         std::memcpy(out + i, tail, (n - i) * sizeof(Word));
     }
 }
@@ -119,6 +149,8 @@ inline Value narrow(float value) { return value; }
 inline Vec load_words(const Word* p) { return load(p); }
 inline Vec all_words(Word word) { return all(word); }
 inline Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
+inline Bits pairs(const float* p) { return bits(load(p)); }
+inline void store_words(Word* p, Bits b) { store(p, floats(b)); }
 inline void zip(const float* first, const float*, Int n, Word* out) { std::memcpy(out, first, n * sizeof(Word)); }
 inline const Word* row_words(const float* row, Int, Word*) { return row; }
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 typedef int64_t Int;
 
@@ -22,7 +23,6 @@ constexpr int MR = 8, NV = 2;  // 32 registers of 16; more rows would need more 
 constexpr int NR = NV * L;
 constexpr Int ROWS = 96;       // rows of a task: they and a panel of the other factor fit the second-level cache
 constexpr Int WIDTH = 16 * NR; // columns of a task
-constexpr Int DEPTH = 256;     // tokens of a weight gradient that are packed at a time
 constexpr Int QUERIES = 48, KEYS = 64, FORWARD_KEYS = 512;  // tiles of attention, multiples of every NR
 
 typedef float Vec __attribute__((vector_size(L * 4)));
@@ -39,6 +39,25 @@ inline float total(Vec v) {
     for (int i = 0; i < L; i++) sum += v[i];
     return sum;
 }
+
+// L vectors of L words, rows to columns: at each step blocks half as large as before change places across the diagonal.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define XUSHI_TRANSPOSES 1
+template <int half, size_t... lane>
+inline void swap_blocks(Bits& a, Bits& b, std::index_sequence<lane...>) {
+    const Bits first = a, second = b;
+    a = __builtin_shufflevector(first, second, (lane & half ? L + lane - half : lane)...);
+    b = __builtin_shufflevector(first, second, (lane & half ? L + lane : lane + half)...);
+}
+template <int half = L / 2>
+inline void transpose(Bits* rows) {
+    for (int i = 0; i < L; i++)
+        if (!(i & half)) swap_blocks<half>(rows[i], rows[i + half], std::make_index_sequence<L>());
+    if constexpr (half > 1) transpose<half / 2>(rows);
+}
+#endif
+#endif
 
 // e^x for x in [-87, 88], to a few roundings; what lies below gives e^-87, which adds nothing to any sum here.
 inline Vec exponential(Vec x) {
