@@ -76,6 +76,36 @@ def run_command(
     print(f"\nreport: {page}\nnext:   xushi chat {directory}\n        xushi serve {directory}")
 
 
+@app.command()
+def launch(
+    recipe: RecipeArgument = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="write a job file for sbatch")] = False,
+    ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help="start on this Ray cluster (auto: the one here)")]
+    = None,
+    nodes: Annotated[int, typer.Option(help="machines")] = 1,
+    processes: Annotated[int, typer.Option(help="processes on each; with GPUs one for each GPU")] = 1,
+    restarts: Annotated[int, typer.Option(help="how often to start anew when a process or a machine is lost")] = 10,
+    gpus: Annotated[bool, typer.Option("--gpus", help="one GPU for each process")] = False,
+    assignments: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="the run directory, which all machines must see")] = None,
+) -> None:
+    """Run a recipe on many machines; with layout.fewest in it, on those that are left when some are lost."""
+    from xushi.recipe import load_recipe
+    from xushi.run.launch import Launch, launch_on_ray, write_slurm_job
+
+    if slurm == (ray is not None):
+        raise XushiError("a launch is either --slurm or --ray ADDRESS", "give one of them")
+    file = recipe or default_recipe()
+    loaded = load_recipe(file, assignments or [])
+    directory = out or Path("runs") / loaded.name
+    words = (str(file), "--out", str(directory), *(word for each in assignments or [] for word in ("--set", each)))
+    plan = Launch(nodes, processes, restarts, words)
+    if ray is not None:
+        launch_on_ray(loaded, plan, ray, gpus)
+    else:
+        print(f"sbatch {write_slurm_job(loaded, plan, directory, gpus)}")
+
+
 def default_recipe() -> Path:
     """The demo's recipe: the checkout's, or the copy inside an installed package."""
     here = Path("recipes/demo.toml")
@@ -124,6 +154,19 @@ def replay(
 
     result = replay_step(run_directory, step, stage, loss)
     print(json.dumps(result) if as_json else replay_sentences(result))
+
+
+@app.command("export-metrics")
+def export_metrics_command(
+    run_directory: RunArgument,
+    to: Annotated[str, typer.Option(help="tensorboard, wandb (offline) or trackio")] = "tensorboard",
+    out: Annotated[Path | None, typer.Option(help="where its files go; <run>/<name> if left out")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="go on with what a run writes, until Ctrl-C")] = False,
+) -> None:
+    """Write a run's metrics for another program's page."""
+    from xushi.run import export_metrics
+
+    export_metrics(run_directory, to, out, follow)
 
 
 @app.command()

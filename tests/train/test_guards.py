@@ -21,6 +21,7 @@ from xushi.train import Data, ObjectiveConfig, train
 from xushi.train import loop as module
 from xushi.train.checkpoint import latest_checkpoint
 from xushi.train.guards import LIMIT_IN_A_ROW, LIMIT_OF_ROLLBACKS, STEPS_BEFORE_JUDGING, Guard, LossScale
+from xushi.train.optimizer import Norms
 
 SETTINGS = {"steps": 12, "learning_rate": 0.02, "warmup_steps": 2, "decay_fraction": 0.5, "bias_speed": 0.01,
             "checkpoint_every": 4, "dtype": "fp32", "on_spike": "warn"}
@@ -132,7 +133,7 @@ def test_three_in_a_row_stop_with_the_last_checkpoint_and_the_batch(tiny_model, 
 
 def test_a_gradient_that_is_not_finite_is_left_out_too(tiny_model, batches, tracking, tmp_path, monkeypatch) -> None:
     norms = iter([1.0, math.inf, 1.0, 1.0])
-    monkeypatch.setattr(module, "clip_gradients", lambda *_: next(norms))
+    monkeypatch.setattr(module, "clip_gradients", lambda *_: Norms(next(norms), {}))
     model = tiny_model()
     data = Data(lambda cursor, _: batches(cursor))
     train("test", model, ObjectiveConfig(**(SETTINGS | {"steps": 4})), data, tmp_path, tracking)

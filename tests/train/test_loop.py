@@ -15,6 +15,7 @@ from xushi.model import Deepseek, ModelConfig, pretraining_loss
 from xushi.train import Data, ObjectiveConfig, PretrainConfig, train
 from xushi.train.checkpoint import latest_checkpoint, save_checkpoint
 from xushi.train.loop import TrainingState, chosen_dtype, optimizer_step, set_compute, training_step
+from xushi.train.optimizer import Norms
 
 from .conftest import TINY
 
@@ -152,7 +153,7 @@ def test_a_step_moves_biases_against_the_loads(tiny_model, batches) -> None:
     parts = pretraining_loss(model, batches(0), mtp_weight=0.3, balance_weight=1e-4)
     parts.total.backward()
     state = TrainingState.begin(model, config)
-    figures = optimizer_step(state, config, 0, parts.loads, 1.5)
+    figures = optimizer_step(state, config, 0, parts.loads, Norms(1.5, {"experts": 1.2}))
     for name, load in parts.loads.items():
         bias = model.routers()[name].e_score_correction_bias
         if load.max() > load.min():

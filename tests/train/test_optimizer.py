@@ -214,8 +214,9 @@ def test_clipping_is_pytorchs(seed: int, limit: float) -> None:
     ours, theirs = Parts(), Parts()
     for model in (ours, theirs):
         set_gradients(model, seed % 7, but=("gate.weight",))
-    norm = clip_gradients(ours.parameters(), limit)
-    assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.parameters(), limit)))
+    norms = clip_gradients(ours.named_parameters(), limit)
+    assert sum(norm**2 for norm in norms.parts.values()) ** 0.5 == pytest.approx(norms.whole)
+    assert norms.whole == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.parameters(), limit)))
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None)
         if p.grad is not None and q.grad is not None:

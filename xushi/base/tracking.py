@@ -11,7 +11,8 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,6 +116,15 @@ class Tracking:
             "SELECT step, value FROM metrics WHERE id IN "
             "(SELECT MAX(id) FROM metrics WHERE stage=? AND name=? GROUP BY step) ORDER BY step", (stage, name))
         return [(int(step), float("nan") if value is None else float(value)) for step, value in rows]
+
+    def steps_after(self, last: int) -> Iterator[tuple[int, str, int, dict[str, float]]]:
+        """What was written after metric number `last`, in that order: (number, stage, step, values) of each step."""
+        rows = self._connection.execute("SELECT id, stage, step, name, value FROM metrics WHERE id>? ORDER BY id",
+                                        (last,))
+        for (stage, step), group in groupby(rows, lambda row: (row[1], row[2])):
+            found = list(group)
+            yield found[-1][0], stage, step, {name: float("nan") if value is None else value
+                                              for _, _, _, name, value in found}
 
     def names(self, stage: str) -> list[str]:
         """The metrics that a stage has written."""

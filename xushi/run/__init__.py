@@ -1,8 +1,10 @@
 """Floor 7: a recipe's stages in order, each resumable and skipped when its inputs have not changed."""
 
 from xushi.run.benchmark import benchmark_training, named_shape, sentences
+from xushi.run.exporters import export_metrics
+from xushi.run.launch import launch_on_ray, write_slurm_job
 from xushi.run.replay import replay, replay_sentences
 from xushi.run.runner import describe, run
 
-__all__ = ["benchmark_training", "describe", "named_shape", "replay", "replay_sentences", "run",
-           "sentences"]
+__all__ = ["benchmark_training", "describe", "export_metrics", "launch_on_ray", "named_shape", "replay",
+           "replay_sentences", "run", "sentences", "write_slurm_job"]

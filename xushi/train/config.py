@@ -81,11 +81,13 @@ class LayoutConfig(StrictConfig):
     data: int | None = None
     pipeline: int = 1
     expert: int = 1
+    fewest: int | None = None  # with so many processes training may go on where others were lost; None: with all only
 
     @model_validator(mode="after")
     def _sound(self) -> "LayoutConfig":
-        if self.expert < 1 or self.pipeline < 1 or (self.data is not None and self.data < 1):
-            raise ValueError("data, pipeline and expert must be at least 1")
+        for name in ("data", "pipeline", "expert", "fewest"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1")
         return self
 
 

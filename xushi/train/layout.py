@@ -270,6 +270,9 @@ def needs_embedding_twice(model: ModelConfig) -> bool:
 
 def check_layout(config: LayoutConfig, model: ModelConfig, processes: int) -> None:
     """Raise a `XushiError` with the nearest layout that works if this one does not fit processes or model."""
+    if processes < (config.fewest or 1):
+        raise XushiError(f"layout.fewest={config.fewest} and {processes} processes were started",
+                         f"start {config.fewest}, or set layout.fewest={processes}")
     stages, depth = config.pipeline, model.num_hidden_layers
     if stages > depth:
         raise XushiError(f"layout.pipeline={stages} has more stages than the model's {depth} layers",
@@ -307,7 +310,8 @@ def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu") -> Layou
     if device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that products have the same bits each time
         torch.use_deterministic_algorithms(True)
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        # Where a process is shown its own GPU alone, as Ray does it, that is number 0.
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     if processes == 1:
         return Layout(device=device)
     if not dist.is_initialized():

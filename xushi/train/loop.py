@@ -17,18 +17,19 @@ from torch import Tensor
 from xushi.base.errors import XushiError
 from xushi.base.files import write_atomic
 from xushi.base.interrupt import StopRequest, finish_step_first
-from xushi.base.machine import best_training_dtype
+from xushi.base.machine import best_training_dtype, measure_matrix_gflops, peak_memory_bytes
 from xushi.base.progress import StepProgress, say
 from xushi.base.tracking import Tracking
 from xushi.data import joined_hash, row_hashes
 from xushi.model import Deepseek, LossCounts, LossParts, pretraining_loss
+from xushi.plan import train_flops_per_token
 from xushi.train.balance import router_health, update_router_biases
 from xushi.train.checkpoint import Checkpoint, CheckpointWriter, SavedCheckpoint, latest_checkpoint
 from xushi.train.config import ObjectiveConfig, OptimizationConfig, PretrainConfig
 from xushi.train.guards import LIMIT_IN_A_ROW, LIMIT_OF_ROLLBACKS, Guard, Problem
 from xushi.train.heartbeat import Heartbeat
 from xushi.train.layout import Box, Layout, local
-from xushi.train.optimizer import Optimizer, clip_gradients
+from xushi.train.optimizer import Norms, Optimizer, clip_gradients
 from xushi.train.pipeline import run_pipeline
 from xushi.train.qk_clip import clip_scores, watch_scores
 
@@ -121,15 +122,16 @@ class TrainingState:
         return checkpoint.step
 
 
-def optimizer_step(state: TrainingState, config: OptimizationConfig, step: int, loads: dict[str, Tensor], norm: float,
+def optimizer_step(state: TrainingState, config: OptimizationConfig, step: int, loads: dict[str, Tensor], norms: Norms,
                    move_biases: bool = True) -> dict[str, float]:
-    """Step with the clipped gradients, whose norm was `norm`, and move the router biases; returns what to track."""
+    """Step with the clipped gradients and move the router biases; returns what to track."""
     factor = config.rate_at(step)
     rate = config.learning_rate * factor
     state.optimizer.step(rate, (config.adamw_learning_rate or config.learning_rate) * factor)
     if (speed := config.bias_speed_at(step)) and move_biases:
         update_router_biases(state.model, loads, speed)
-    return {"gradient_norm": norm, "learning_rate": rate, **router_health(state.model, loads)}
+    return {"gradient_norm": norms.whole, **{f"gradient_norm.{part}": norm for part, norm in norms.parts.items()},
+            "learning_rate": rate, **router_health(state.model, loads)}
 
 
 def guarded_update(state: TrainingState, config: OptimizationConfig, step: int, loss: float, value: float,
@@ -145,10 +147,10 @@ def guarded_update(state: TrainingState, config: OptimizationConfig, step: int, 
     if not guard.withholds(problem):
         if total is not None:
             total.backward()  # type: ignore[no-untyped-call]
-        norm = clip_gradients(state.model.parameters(), config.gradient_clip, state.layout)
-        problem = guard.judge_gradient(norm) or problem
+        norms = clip_gradients(state.model.named_parameters(), config.gradient_clip, state.layout)
+        problem = guard.judge_gradient(norms.whole) or problem
         if not guard.withholds(problem):
-            figures = optimizer_step(state, config, step, loads, norm, move_biases)
+            figures = optimizer_step(state, config, step, loads, norms, move_biases)
     state.optimizer.zero_grad()
     guard.count(loss, problem)
     return figures | {"withheld_steps": float(guard.withheld)}, problem
@@ -259,7 +261,8 @@ def train(stage: str, model: Deepseek, config: ObjectiveConfig, data: Data, dire
 def _steps(stage: str, state: TrainingState, config: ObjectiveConfig, data: Data, directory: Path, tracking: Tracking,
            evaluate: tuple[int, Callable[[], dict[str, float]]] | None, heart: Heartbeat, stop: StopRequest
            ) -> dict[str, float]:
-    layout, rollbacks = state.layout, Counter[int]()
+    layout, model, rollbacks = state.layout, state.model, Counter[int]()
+    ceiling = sum(layout.team.everyones(_flops_per_second(state)))
     step = first = state.restore(_agreed_checkpoint(directory, layout))
     metrics: dict[str, float] = {}
     began, trained = time.monotonic(), 0.0
@@ -276,12 +279,15 @@ def _steps(stage: str, state: TrainingState, config: ObjectiveConfig, data: Data
             digest = joined_hash([row for part in layout.team.everyones(hashes) for row in part])
             metrics, problem = training_step(state, config, step, batch)
             stops = any(layout.team.everyones(stop.requested))
+            flops = train_flops_per_token(model.config, batch["tokens"].shape[1], bool(config.mtp_weight_at(step)))
             state.cursor += pieces
             step += 1
             tracking.batch(stage, step, cursor, pieces, digest, problem.text if problem else "")
             trained += metrics["target_tokens"]
             metrics["tokens_per_second"] = trained / (time.monotonic() - began)
             metrics["seconds"] = time.monotonic() - step_began
+            metrics["memory_bytes"] = float(_memory_bytes(layout))
+            metrics["mfu"] = metrics["target_tokens"] * flops / metrics["seconds"] / ceiling
             if evaluate is not None and (step % evaluate[0] == 0 or step == config.steps):
                 heart.at(step, "evaluate")
                 metrics |= evaluate[1]()
@@ -300,6 +306,18 @@ def _steps(stage: str, state: TrainingState, config: ObjectiveConfig, data: Data
     if any(layout.team.everyones(stop.requested)):  # asked for while the last step was evaluated and saved
         raise KeyboardInterrupt
     return metrics
+
+
+def _flops_per_second(state: TrainingState) -> float:
+    """What this process's matrix product reaches, while the others' run too: what "mfu" is a share of."""
+    bf16 = state.model.compute_dtype == torch.bfloat16 and chosen_dtype("auto", state.layout.device) == "bf16"
+    size = 8192 if state.layout.device == "cuda" else 512
+    return 1e9 * measure_matrix_gflops("bf16" if bf16 else "fp32", size, device=state.layout.device)
+
+
+def _memory_bytes(layout: Layout) -> int:
+    """The most that this process has held so far, on the GPU if it trains there."""
+    return torch.cuda.max_memory_allocated() if layout.device == "cuda" else peak_memory_bytes()
 
 
 def _agreed_checkpoint(directory: Path, layout: Layout) -> SavedCheckpoint | None:

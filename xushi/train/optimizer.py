@@ -8,7 +8,7 @@ ten steps: eight that blow small singular values up, two that bring all close to
 """
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -189,18 +189,35 @@ def _stacked(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 3 else tensor[None]
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, layout: Layout | None = None) -> float:
-    """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
+PARTS = {"embed_tokens": "embedding", "lm_head": "head", ".indexer.": "indexer", ".self_attn.": "attention",
+         ".experts.": "experts", ".shared_experts.": "shared_experts", ".mlp.gate.": "router", ".mlp.": "dense"}
+
+
+def part_of(name: str) -> str:
+    """Which part of the model a parameter belongs to, for figures: the first key of `PARTS` that is in its name."""
+    return next((part for key, part in PARTS.items() if key in name), "other")
+
+
+class Norms(NamedTuple):
+    """Of the whole gradient, and of each part's."""
+
+    whole: float
+    parts: dict[str, float]
+
+
+def clip_gradients(parameters: Iterable[tuple[str, nn.Parameter]], limit: float, layout: Layout | None = None) -> Norms:
+    """Scale all gradients so that their joint norm is at most `limit`; returns the norms before."""
     layout = layout or Layout()
     layout.add_shared_gradients()
-    found = [p for p in parameters if p.grad is not None]
-    gradients: list[Tensor] = [local(p.grad) for p in found]  # type: ignore[arg-type]
-    norms = torch._foreach_norm(gradients)
-    # What the first and the last stage share counts once.
-    counted = [norm for p, norm in zip(found, norms, strict=True) if p is not layout.shared or layout.stage == 0]
-    norm = torch.stack(counted).norm()
-    if layout.data * layout.pipeline > 1:
-        norm = layout.grand_total(norm.square()).sqrt()
-    if not (scale := float(limit / (norm + 1e-6))) >= 1.0:  # else there is nothing to do to gigabytes
+    found = [(name, p) for name, p in parameters if p.grad is not None]
+    gradients: list[Tensor] = [local(p.grad) for _, p in found]  # type: ignore[arg-type]
+    names = [*dict.fromkeys(PARTS.values()), "other"]
+    squares = torch.zeros(len(names), dtype=torch.float64)
+    for (name, p), norm in zip(found, torch.stack(torch._foreach_norm(gradients)).double().cpu(), strict=True):
+        if p is not layout.shared or layout.stage == 0:  # what the first and the last stage share counts once
+            squares[names.index(part_of(name))] += norm.square()
+    squares = layout.grand_total(squares.to(gradients[0].device)).cpu()
+    whole = float(squares.sum().sqrt())
+    if not (scale := limit / (whole + 1e-6)) >= 1.0:  # else there is nothing to do to gigabytes
         torch._foreach_mul_(gradients, scale)
-    return float(norm)
+    return Norms(whole, {name: float(square.sqrt()) for name, square in zip(names, squares, strict=True) if square})
