@@ -28,6 +28,7 @@ from xushi.recipe import Recipe
 from xushi.train import LayoutConfig, check_layout
 
 PORT = 29400  # torchrun's own for its rendezvous
+SECONDS_TO_PLACE = 120.0  # how long Ray may take to start the actors for which it said there was room
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _attempt(ray: Any, launch: Launch, count: int, resources: dict[str, int]) ->
     actor = ray.remote(max_restarts=0, scheduling_strategy="SPREAD", **resources)(_Process)
     processes = [actor.remote() for _ in range(count)]
     try:
-        places = ray.get([process.place.remote() for process in processes], timeout=600)
+        places = ray.get([process.place.remote() for process in processes], timeout=SECONDS_TO_PLACE)
         nodes = [node for node, _, _ in places]
         # Processes of a machine get neighbouring numbers, as torchrun's do.
         order = sorted(range(count), key=lambda i: (nodes.index(nodes[i]), i))

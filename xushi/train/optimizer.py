@@ -213,11 +213,13 @@ def clip_gradients(parameters: Iterable[tuple[str, nn.Parameter]], limit: float,
     gradients: list[Tensor] = [local(p.grad) for _, p in found]  # type: ignore[arg-type]
     names = [*dict.fromkeys(PARTS.values()), "other"]
     squares = torch.zeros(len(names), dtype=torch.float64)
-    for (name, p), norm in zip(found, torch.stack(torch._foreach_norm(gradients)).double().cpu(), strict=True):
+    # A pipeline's stage may have no gradient at all, where indexers alone are trained and it has none.
+    norms = torch.stack(torch._foreach_norm(gradients)).double().cpu() if gradients else squares[:0]
+    for (name, p), norm in zip(found, norms, strict=True):
         if p is not layout.shared or layout.stage == 0:  # what the first and the last stage share counts once
             squares[names.index(part_of(name))] += norm.square()
-    squares = layout.grand_total(squares.to(gradients[0].device)).cpu()
+    squares = layout.grand_total(squares.to(layout.device)).cpu()
     whole = float(squares.sum().sqrt())
-    if not (scale := limit / (whole + 1e-6)) >= 1.0:  # else there is nothing to do to gigabytes
+    if gradients and not (scale := limit / (whole + 1e-6)) >= 1.0:  # else there is nothing to do to gigabytes
         torch._foreach_mul_(gradients, scale)
     return Norms(whole, {name: float(square.sqrt()) for name, square in zip(names, squares, strict=True) if square})
