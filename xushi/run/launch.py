@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from xushi.train import LayoutConfig, check_layout
 
 PORT = 29400  # torchrun's own for its rendezvous
 SECONDS_TO_PLACE = 120.0  # how long Ray may take to start the actors for which it said there was room
+SECONDS_TO_NOTICE = 20.0  # until Ray knows that a machine is gone; before, it offers its room
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def launch_on_ray(recipe: Recipe, launch: Launch, address: str, gpus: bool) -> N
         say(f"attempt {attempt + 1}: {count} processes on {sum(map(bool, room))} machines")
         if (problem := _attempt(ray, launch, count, {f"num_{resource.lower()}s": each})) is None:
             return
-        say(f"{problem}; what is left goes on from the last checkpoint")
+        say(f"{problem}; what is left goes on from the last checkpoint in {SECONDS_TO_NOTICE:.0f} s")
+        time.sleep(SECONDS_TO_NOTICE)
     raise XushiError(f"the run was started {launch.restarts + 1} times and did not come to its end",
                      "see what its processes said; the same command goes on from the last checkpoint", 1)
 
