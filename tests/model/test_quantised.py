@@ -199,7 +199,7 @@ def test_fp8_checkpoints_as_published(kind: str, block: tuple[int, int] | None, 
     # The scale multiplies: dividing would also look like weights.
     weight, scale = (stored[f"model.layers.0.self_attn.o_proj.{part}"] for part in ("weight", "weight_scale_inv"))
     first = weight[0, 0].float() * scale[0, 0]
-    assert model.model.layers[0].self_attn.o_proj.weight[0, 0] == first.to(dtype)
+    assert model.decoder_layers[0].self_attn.o_proj.weight[0, 0] == first.to(dtype)
     assert "quantization_config" not in (tmp_path / "plain" / "config.json").read_text()
 
 
@@ -246,8 +246,8 @@ def test_v4_checkpoints_as_published(fp4: bool, exact: bool, random_model, tiny_
     assert stored["mtp.1.ffn.experts.3.w2.weight"].shape == ((72, 20) if fp4 else (72, 40))
     assert not fp4 or stored["mtp.1.ffn.experts.3.w2.scale"].shape == (72, 2)
     model = same_as(tmp_path, meant, torch.bfloat16)
-    assert model.model.layers[0].attn_hc.scale.dtype == torch.float32
-    assert torch.equal(model.model.layers[0].attn_hc.scale, meant["layers.0.hc_attn_scale"])
+    assert model.decoder_layers[0].attn_hc.scale.dtype == torch.float32
+    assert torch.equal(model.decoder_layers[0].attn_hc.scale, meant["layers.0.hc_attn_scale"])
 
 
 def edit(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
