@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from xushi.base import machine
+from xushi.base.errors import XushiError
 
 
 def test_facts_agree_with_the_system():
@@ -121,3 +122,17 @@ def test_doctor_names_an_old_torch(monkeypatch):
     monkeypatch.setattr(machine, "OLDEST_TORCH", (99, 0))
     monkeypatch.setattr(machine, "measure_matrix_gflops", lambda name: 1.0)
     assert machine._torch_findings("fp32")[0].verdict == "install torch 99.0 or newer"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_device_is_what_was_asked_or_the_gpu_that_is_there(there: bool, monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert machine.chosen_device("auto") == ("cuda" if there else "cpu") and machine.chosen_device("cpu") == "cpu"
+    if there:
+        assert machine.chosen_device("cuda") == "cuda"
+    else:
+        with pytest.raises(XushiError, match="PyTorch sees no GPU") as error:
+            machine.chosen_device("cuda")
+        assert 'set device = "cpu"' in error.value.remedy

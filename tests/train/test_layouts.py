@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xushi.base.errors import XushiError
-from xushi.train import Layout, LayoutConfig, TrainingState, check_layout, latest_checkpoint
+from xushi.train import Layout, LayoutConfig, TrainingState, check_layout, join, latest_checkpoint
 from xushi.train.checkpoint import SavedCheckpoint
 from xushi.train.layout import Box
 
@@ -223,6 +223,15 @@ def test_a_layout_that_cannot_be_is_refused_with_one_that_can(layout: dict, proc
     with pytest.raises(XushiError) as error:
         check_layout(LayoutConfig(**layout), THIRD, processes)
     assert problem in error.value.problem and remedy in error.value.remedy and error.value.exit_code == 2
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(XushiError, match="which has 1 GPUs"):
+        join(LayoutConfig(), THIRD, "cuda")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path) -> None:

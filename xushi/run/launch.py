@@ -148,10 +148,12 @@ def _attempt(ray: Any, launch: Launch, count: int, resources: dict[str, int]) ->
         order = sorted(range(count), key=lambda i: (nodes.index(nodes[i]), i))
         _, host, port = places[order[0]]
         seen: Counter[str] = Counter()
+        own_gpu = "num_gpus" in resources  # then Ray shows each process its GPU alone, as number 0
         running = []
         for rank, i in enumerate(order):
             environment = {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": host, "MASTER_PORT": port,
-                           "LOCAL_RANK": seen[nodes[i]], "LOCAL_WORLD_SIZE": nodes.count(nodes[i])}
+                           "LOCAL_RANK": 0 if own_gpu else seen[nodes[i]],
+                           "LOCAL_WORLD_SIZE": nodes.count(nodes[i])}
             seen[nodes[i]] += 1
             running.append(processes[i].run.remote({key: str(value) for key, value in environment.items()},
                                                    launch.words, os.getcwd()))

@@ -310,8 +310,11 @@ def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu") -> Layou
     if device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that products have the same bits each time
         torch.use_deterministic_algorithms(True)
-        # Where a process is shown its own GPU alone, as Ray does it, that is number 0.
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= there:
+            raise XushiError(f"process {rank} is number {number} of its machine (from 0), which has {there} GPUs",
+                             'start one process for each GPU, or set device = "cpu"')
+        torch.cuda.set_device(number)
     if processes == 1:
         return Layout(device=device)
     if not dist.is_initialized():
