@@ -35,7 +35,7 @@ lint: $(VENV)/.dev  ## ruff and mypy --strict
 	@$(RUN) -m ruff check .
 	@$(RUN) -m mypy --strict xushi
 
-wheel: $(VENV)/.core  ## build dist/xushi-*.whl
+wheel: $(VENV)/.core  ## build dist/xushi-*.whl; with XUSHI_KERNELS=1 it carries compiled kernels
 	@rm -rf build  # setuptools would pack what an older build left there
 	@$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 	@ls dist/*.whl

@@ -28,16 +28,21 @@ def command(*arguments: str | Path, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
+def built(place: Path, **environment: str) -> Path:
+    """A wheel, from a copy: a build leaves files behind, and stale ones in the checkout would hide a missing file."""
+    source, dist = place / "source", place / "dist"
+    source.mkdir()
+    shutil.copytree(ROOT / "xushi", source / "xushi", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", dist, ".", cwd=source,
+            **environment)
+    return next(dist.glob("xushi-*.whl"))
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # From a copy: a build leaves files behind, and stale ones in the checkout would hide a missing file.
-    source = tmp_path_factory.mktemp("source")
-    shutil.copytree(ROOT / "xushi", source / "xushi", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    dist = tmp_path_factory.mktemp("dist")
-    command("-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", dist, ".", cwd=source)
-    return next(dist.glob("xushi-*.whl"))
+    return built(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.mark.slow
@@ -60,6 +65,23 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path):
     printed = command("-P", "-c", script, cwd=tmp_path, PYTHONPATH=str(target))
     assert Path(printed.strip()).is_relative_to(target)
     assert "run" in command("-P", "-c", HELP, cwd=tmp_path, PYTHONPATH=str(target))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_a_wheel_may_carry_kernels_which_need_no_compiler(tmp_path):
+    """Where it is installed there is no compiler and no place to keep what one would make."""
+    wheel = built(tmp_path, XUSHI_KERNELS="1")
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    target = tmp_path / "installed"
+    command("-m", "pip", "install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
+    script = ("from xushi.ops import native\nfor dtype in ('fp32', 'bf16'): print(native.status(dtype))\n"
+              "import torch, xushi\nprint(xushi.__file__)\nassert native.serves(torch.ones(2, 2))")
+    (tmp_path / "file").write_text("no directory")
+    printed = command("-P", "-c", script, cwd=tmp_path, PYTHONPATH=str(target), PATH="/nowhere",
+                      XUSHI_CACHE=str(tmp_path / "file"), XUSHI_OPS="").splitlines()
+    assert all(line.startswith("C++ with") and line.endswith("as installed") for line in printed[:2]), printed
+    assert Path(printed[2]).is_relative_to(target)
 
 
 def test_help_answers_at_once():

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from xushi.base.progress import say
 from xushi.ops.dispatch import asked_form
 
 SOURCES = Path(__file__).parent
+BUILT = SOURCES / "built"  # what a wheel carries, if it was made to
 COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 # What the processor must report, the name, vector width in floats and flags; the first that fits is taken.
-FORMS = (
+Form = tuple[frozenset[str], str, int, tuple[str, ...]]
+FORMS: tuple[Form, ...] = (
     (frozenset({"avx512_bf16", "avx512f", "avx2", "fma"}), "AVX-512 BF16", 16,
      ("-mavx512bf16", "-mavx512f", "-mavx2", "-mfma")),
     (frozenset({"avx512f", "avx2", "fma"}), "AVX-512", 16, ("-mavx512f", "-mavx2", "-mfma")),
@@ -87,12 +90,14 @@ def build_and_load(dtype: str) -> Loaded:
     form = next((form for form in forms if form[0] <= machine.features), None)
     if form is None:
         return Loaded(None, "this processor has neither AVX2 nor NEON; the PyTorch forms run")
-    _, name, lanes, special = form
-    flags = (*COMMON, *special, f"-DXUSHI_LANES={lanes}", *(("-DXUSHI_BF16=1",) if dtype == "bf16" else ()))
+    _, name, lanes, _ = form
+    file = _file_name(form, dtype)
+    if not isinstance(carried := _open(BUILT / file, lanes), str):
+        return Loaded(carried, f"C++ with {name} for {dtype}, as installed", f"C++ {name}")
     try:
-        path = cache_directory() / f"kernels-{dtype}-{name.lower().replace(' ', '-')}-{source_hash(flags)}.so"
+        path = cache_directory() / file
         if isinstance(library := _open(path, lanes), str):  # not there yet, or damaged
-            if problem := _compile(machine.compilers, flags, path):
+            if problem := _compile(machine.compilers, _flags(form, dtype), path):
                 return Loaded(None, problem)
             library = _open(path, lanes)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
@@ -102,6 +107,29 @@ def build_and_load(dtype: str) -> Loaded:
         return Loaded(None, f"{path} was compiled and cannot be loaded ({library}); set XUSHI_CACHE to another "
                             "directory, or use another compiler; the PyTorch forms run")
     return Loaded(library, f"C++ with {name} for {dtype}", f"C++ {name}")
+
+
+def compile_all(directory: Path) -> list[str]:
+    """Compile every form for this kind of processor into `directory`, for a wheel to carry; their files' names.
+
+    Raises RuntimeError where one cannot be compiled.
+    """
+    arm, names = platform.machine().lower() in ("aarch64", "arm64"), []
+    for dtype in ("fp32", "bf16"):
+        for form in FORMS if dtype == "bf16" else FORMS[1:]:
+            if ("neon" in form[0]) == arm:
+                names.append(_file_name(form, dtype))
+                if problem := _compile(inspect().compilers, _flags(form, dtype), directory / names[-1]):
+                    raise RuntimeError(problem)
+    return names
+
+
+def _flags(form: Form, dtype: str) -> tuple[str, ...]:
+    return (*COMMON, *form[3], f"-DXUSHI_LANES={form[2]}", *(("-DXUSHI_BF16=1",) if dtype == "bf16" else ()))
+
+
+def _file_name(form: Form, dtype: str) -> str:
+    return f"kernels-{dtype}-{form[1].lower().replace(' ', '-')}-{source_hash(_flags(form, dtype))}.so"
 
 
 def _open(path: Path, lanes: int) -> ctypes.CDLL | str:
