@@ -99,8 +99,10 @@ def size(gradient: Tensor, all_of_them: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind, processes, layout", CASES)
 def test_gradients_are_those_of_one_process(kind: str, processes: int, layout: str, spread) -> None:
-    """In float64 to its rounding, so nothing is computed otherwise; in float32 no further from that than one process
-    is, within 2e-6. (One process alone errs by 2.3e-6 for a scale of V4's hyper-connections.)
+    """In float64 to its rounding, so nothing is computed otherwise; in float32 within 2e-6. What V4's streams are read,
+    written and mixed by is the exception: its gradients are sums that nearly cancel (the norm behind the head's takes
+    away what all streams share), and one process alone is up to 3.1e-6 from float64. There two layouts differ by no
+    more than 2e-6 and one process's own error.
     """
     check_gradients([found[f"{kind} {layout}"] for found in spread(kind, processes)], alone(kind))
 
@@ -118,8 +120,9 @@ def check_gradients(parts: list[dict[str, Any]], one: dict[str, Any]) -> None:
     whole = torch.stack([g.norm() for g in one["exact"].values()]).norm()
     for name, exact in one["exact"].items():
         assert (joined(parts, name, "exact") - exact).norm() <= 1e-12 * size(exact, whole), name
-        own = (one["gradients"][name].double() - exact).norm()
-        assert (joined(parts, name, "gradients") - exact).norm() <= own + 2e-6 * size(exact, whole), name
+        found, single = joined(parts, name, "gradients"), one["gradients"][name].double()
+        own = (single - exact).norm() if "hc_" in name or "_hc." in name else 0.0
+        assert (found - single).norm() <= own + 2e-6 * size(exact, whole), name
 
 
 @pytest.mark.parametrize("kind, processes, layout", CASES)
