@@ -28,7 +28,7 @@ demo: $(VENV)/.core  ## raw text to a served reasoning model: train the whole ch
 test: $(VENV)/.dev  ## the quick tests, at most 5 minutes
 	@$(RUN) -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
-test-slow: $(VENV)/.dev  ## the long tests, at most 40 minutes
+test-slow: $(VENV)/.slow  ## the long tests, at most 40 minutes
 	@$(RUN) -m pytest -q -m slow
 
 lint: $(VENV)/.dev  ## ruff and mypy --strict
@@ -57,3 +57,7 @@ $(VENV)/.core: $(VENV)/.made $(VERSIONS)
 $(VENV)/.dev: $(VENV)/.made $(VERSIONS)
 	$(call install,xushi and what its tests need,.[dev])
 	@touch $@ $(VENV)/.core
+
+$(VENV)/.slow: $(VENV)/.dev
+	$(call install,what its long tests need besides,.[test-slow])
+	@touch $@

@@ -162,6 +162,11 @@ class Recipe(StrictConfig):
                 raise ValueError(f"a worked answer to a number of {digits} digits takes {worked} tokens, more than "
                                  f"model.max_position_embeddings={self.model.max_position_embeddings}")
 
+    @property
+    def rows(self) -> int:
+        """Of pretraining's batch, when it is whole."""
+        return self.pretrain.batch_tokens // self.data.sequence_length
+
     def runs(self, stage: str) -> bool:
         """Whether this run trains `stage`."""
         return stage in self.stages and stage != self.without

@@ -1,9 +1,10 @@
-"""Metrics on other programs' pages: read back by those programs, which are there in some environments only."""
+"""Metrics on other programs' pages: read back by those programs; of the larger ones by the slow tests alone."""
 
 import json
 import math
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_steps_come_in_the_order_of_writing_and_from_where_one_was(directory: Pa
 
 
 def test_tensorboard_reads_them(directory: Path) -> None:
-    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    loading = import_module("tensorboard.backend.event_processing.event_accumulator")
     assert export_metrics(directory, "tensorboard") == 9
     found = loading.EventAccumulator(str(directory / "tensorboard" / "some-run-pretrain")).Reload()
     assert [(event.step, event.value) for event in found.Scalars("loss")][:3] == [(1, 4.0), (2, 3.5), (3, 3.25)]
@@ -44,16 +45,16 @@ def test_tensorboard_reads_them(directory: Path) -> None:
     assert [(event.step, event.value) for event in other.Scalars("loss")] == [(1, 1.5)]
 
 
+@pytest.mark.slow
 def test_wandb_writes_them_offline(directory: Path) -> None:
-    pytest.importorskip("wandb")
     assert export_metrics(directory, "wandb") == 9
     files = list((directory / "wandb").rglob("*.wandb"))
     assert len(files) == 1 and b"router.1.dead_experts" in files[0].read_bytes()
 
 
+@pytest.mark.slow
 def test_trackio_reads_them(directory: Path) -> None:
     """In a process of its own: the package looks for its place when it is imported."""
-    pytest.importorskip("trackio")
     read = (f"import sys; from pathlib import Path; from xushi.run import export_metrics; "
             f"export_metrics(Path({str(directory)!r}), 'trackio'); import trackio, json; "
             "run = trackio.Api().runs('xushi'); "

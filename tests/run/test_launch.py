@@ -101,7 +101,6 @@ def children(parent: int) -> list[int]:
 
 @pytest.mark.slow
 def test_a_lost_machine_of_a_ray_cluster(tmp_path: Path, chain) -> None:
-    pytest.importorskip("ray")
     script = f"""
 import threading, time
 from pathlib import Path

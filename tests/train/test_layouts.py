@@ -228,6 +228,17 @@ def test_a_layout_that_cannot_be_is_refused_with_one_that_can(layout: dict, proc
     assert problem in error.value.problem and remedy in error.value.remedy and error.value.exit_code == 2
 
 
+def test_a_batch_that_does_not_divide_is_refused_unless_shares_may_be_unequal() -> None:
+    with pytest.raises(XushiError) as error:
+        check_layout(LayoutConfig(pipeline=2), THIRD, 6, rows=8)
+    assert error.value.problem == "a batch of 8 rows does not divide among layout.data=3 processes"
+    assert error.value.remedy.startswith("start 4 processes, take 9 rows (pretrain.batch_tokens), or set layout.fewest")
+    check_layout(LayoutConfig(pipeline=2), THIRD, 4, rows=8)
+    check_layout(LayoutConfig(fewest=2), THIRD, 4, rows=6)
+    with pytest.raises(XushiError, match="a batch of 2 rows"):  # more processes than rows
+        check_layout(LayoutConfig(), THIRD, 4, rows=2)
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)

@@ -54,7 +54,7 @@ def check_launch(recipe: Recipe, launch: Launch) -> None:
     fewest = launch.fewest_nodes(recipe.layout)
     for nodes in range(launch.nodes, min(fewest, launch.nodes) - 1, -1):
         try:
-            check_layout(recipe.layout, recipe.model, nodes * launch.processes)
+            check_layout(recipe.layout, recipe.model, nodes * launch.processes, recipe.rows)
         except XushiError as error:
             left = "" if nodes == launch.nodes else f", which may be left of {launch.nodes},"
             raise XushiError(f"with {nodes} nodes of {launch.processes} processes{left} {error.problem}",
@@ -131,7 +131,7 @@ def launch_on_ray(recipe: Recipe, launch: Launch, address: str, gpus: bool) -> N
 
 def _fits(recipe: Recipe, processes: int) -> bool:
     try:
-        check_layout(recipe.layout, recipe.model, processes)
+        check_layout(recipe.layout, recipe.model, processes, recipe.rows)
     except XushiError:
         return False
     return True

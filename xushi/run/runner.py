@@ -35,7 +35,7 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
     A directory that another recipe made is refused unless `update`, which runs the stages that changed again. Where
     torchrun started several processes all of them call this, and the first one alone has results.
     """
-    layout, machine = join(recipe.layout, recipe.model, chosen_device(recipe.device)), inspect()
+    layout, machine = join(recipe.layout, recipe.model, chosen_device(recipe.device), recipe.rows), inspect()
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if layout.device == "cuda":  # each process has a GPU of its own
         check_memory(recipe, layout, torch.cuda.get_device_properties(0).total_memory, 1)

@@ -268,8 +268,11 @@ def needs_embedding_twice(model: ModelConfig) -> bool:
     return model.num_nextn_predict_layers > 0 or model.tie_word_embeddings
 
 
-def check_layout(config: LayoutConfig, model: ModelConfig, processes: int) -> None:
-    """Raise a `XushiError` with the nearest layout that works if this one does not fit processes or model."""
+def check_layout(config: LayoutConfig, model: ModelConfig, processes: int, rows: int = 0) -> None:
+    """Raise a `XushiError` with the nearest layout that works if this one does not fit processes, model or batch.
+
+    `rows` of a whole batch must divide, or some processes would wait for others at each step; `fewest` allows that.
+    """
     if processes < (config.fewest or 1):
         raise XushiError(f"layout.fewest={config.fewest} and {processes} processes were started",
                          f"start {config.fewest}, or set layout.fewest={processes}")
@@ -287,6 +290,11 @@ def check_layout(config: LayoutConfig, model: ModelConfig, processes: int) -> No
         raise XushiError(f"layout.data={data} times layout.pipeline={stages} is {data * stages}, and {processes} "
                          "processes were started", f"start {data * stages} (torchrun --nproc-per-node {data * stages})"
                          f", or set layout.data={processes // stages}")
+    if rows % data and config.fewest is None:
+        divisor = min((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: (abs(n - data), n))
+        raise XushiError(f"a batch of {rows} rows does not divide among layout.data={data} processes",
+                         f"start {divisor * stages} processes, take {-(-rows // data) * data} rows "
+                         "(pretrain.batch_tokens), or set layout.fewest, which allows unequal shares")
     experts = model.n_routed_experts if any(map(model.is_moe, range(model.num_hidden_layers))) else 1
     fitting = [n for n in range(1, data + 1)
                if data % n == 0 and experts % n == 0 and _divides(model, experts // n, data // n)]
@@ -303,10 +311,13 @@ def _divides(model: ModelConfig, here: int, replica: int) -> bool:
     return here % replica == 0 or not (2 * model.moe_intermediate_size % replica or model.hidden_size % replica)
 
 
-def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu") -> Layout:
-    """The layout of the processes that were started, this one among them; alone where there is but one."""
+def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu", rows: int = 0) -> Layout:
+    """The layout of the processes that were started, this one among them; alone where there is but one.
+
+    Raises `XushiError` as `check_layout` does, and for more processes than GPUs.
+    """
     rank, processes = started_processes()
-    check_layout(config, model, processes)
+    check_layout(config, model, processes, rows)
     if device == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that products have the same bits each time
         torch.use_deterministic_algorithms(True)
@@ -325,10 +336,10 @@ def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu") -> Layou
     stages, forever = config.pipeline, timedelta(seconds=SECONDS_TO_WAIT)
     data = processes // stages
     stage, place = divmod(rank, data)
-    rows = init_device_mesh(device, (stages, data), mesh_dim_names=("stage", "data"))
+    trunk = init_device_mesh(device, (stages, data), mesh_dim_names=("stage", "data"))
     experts = init_device_mesh(device, (stages, data // config.expert, config.expert),
                                mesh_dim_names=("stage", "replica", "expert"))
-    meshes = {"data": rows["data"], "replica": experts["replica"], "expert": experts["expert"]}
+    meshes = {"data": trunk["data"], "replica": experts["replica"], "expert": experts["expert"]}
     # Objects travel by gloo on any device, and the writing threads must not meet the training's own calls.
     talk, write = (Team(rank, processes, dist.new_group(backend="gloo", timeout=forever)) for _ in range(2))
     layout = Layout(data, stages, config.expert, place, stage, device, meshes, team=talk, writers=write)
