@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from xushi.base.machine import inspect
 from xushi.ops import cross_entropy, linear, native, rms_norm, routed_experts, swiglu, swiglu_reference
 from xushi.ops.attention import causal_attention
 from xushi.ops.linear import FEWEST_ROWS
@@ -235,6 +236,7 @@ def test_a_build_is_kept_and_a_damaged_one_is_made_again(tmp_path: Path, monkeyp
     assert not list(tmp_path.glob("tmp*"))
 
 
+AVX2 = frozenset({"avx2", "fma"})
 BROKEN = {
     "no compiler": ("there is no C++ compiler", ()),
     "one that fails": ("cannot compile them (sorry, error: no)", ("#!/bin/sh\necho 'sorry, error: no' >&2\nexit 1\n",)),
@@ -249,7 +251,7 @@ def test_a_broken_compiler_means_slower_and_a_plain_line(name: str, tmp_path: Pa
     for number, script in enumerate(scripts):
         (tmp_path / f"c{number}").write_text(script)
         (tmp_path / f"c{number}").chmod(0o755)
-    features = build.FORMS[2][0]
+    features = AVX2
     monkeypatch.setattr(build, "inspect", lambda: Machine(features, tuple(
         str(tmp_path / f"c{number}") for number in range(len(scripts)))))
     monkeypatch.setenv("XUSHI_CACHE", str(tmp_path / "cache"))
@@ -268,7 +270,7 @@ class Machine:
 
 def test_a_cache_that_cannot_be_written_means_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(build, "inspect", lambda: Machine(build.FORMS[2][0], ("c++",)))
+    monkeypatch.setattr(build, "inspect", lambda: Machine(AVX2, ("c++",)))
     monkeypatch.setenv("XUSHI_CACHE", str(tmp_path / "file"))
     loaded = build.build_and_load("fp32")
     assert loaded.library is None and "set XUSHI_CACHE" in loaded.line
@@ -281,6 +283,7 @@ def test_an_unknown_processor_is_never_given_instructions_that_it_lacks(monkeypa
 
 
 @pytest.mark.parametrize("features, fp32, bf16", [
+    ({"amx_bf16", "avx512_bf16", "avx512f", "avx2", "fma"}, "avx-512-", "amx-"),
     ({"avx512_bf16", "avx512f", "avx2", "fma"}, "avx-512-", "avx-512-bf16-"),
     ({"avx512f", "avx2", "fma"}, "avx-512-", "avx-512-"), ({"avx2", "fma"}, "avx2-", "avx2-"),
     ({"neon"}, "neon-", "neon-"),
@@ -298,11 +301,38 @@ def test_each_processor_is_given_its_own_form(features: set[str], fp32: str, bf1
     monkeypatch.setattr(build, "inspect", lambda: Machine(frozenset(features), ("c++",)))
     monkeypatch.setenv("XUSHI_CACHE", str(tmp_path))
     for dtype, form in (("fp32", fp32), ("bf16", bf16)):
-        assert build.build_and_load(dtype).line == "not now"
-        flags, name = asked.pop()
-        assert name.startswith(f"kernels-{dtype}-{form}") and ("-DXUSHI_BF16=1" in flags) == (dtype == "bf16")
-        instructions = {flag[2:].replace("avx512bf16", "avx512_bf16") for flag in flags if flag.startswith("-m")}
-        assert instructions <= features and ("avx512_bf16" in instructions) == (form == "avx-512-bf16-")
+        asked.clear()
+        assert build.build_and_load(dtype).line == "not now; the PyTorch forms run"
+        assert asked[0][1].startswith(f"kernels-{dtype}-{form}")  # and then what it has besides
+        for flags, name in asked:
+            assert ("-DXUSHI_BF16=1" in flags) == (dtype == "bf16")
+            instructions = {flag[2:] for flag in flags if flag.startswith("-m")} - {"amx-tile"}
+            instructions = {flag.replace("avx512bf16", "avx512_bf16").replace("-", "_") for flag in instructions}
+            assert instructions <= features
+            assert ("amx_bf16" in instructions) == ("-amx-" in name) == ("-DXUSHI_TILES=1" in flags)
+            assert ("avx512_bf16" in instructions) == ("avx-512-bf16" in name or "-amx-" in name)
+
+
+@pytest.mark.skipif(not {"avx512_bf16", "avx512f", "avx2", "fma"} <= inspect().features, reason="needs AVX-512 BF16")
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("flag, problem", [("-mno-such-thing", "cannot compile them"),
+                                           ("-DXUSHI_TILES=1", "the system keeps the registers of AMX")])
+def test_where_the_best_form_cannot_be_had_the_next_is_taken(flag: str, problem: str, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    form, plain_open = next(form for form in build.FORMS if form[1] == "AVX-512 BF16"), build._open
+
+    def open_(path: Path, lanes: int):
+        library = plain_open(path, lanes)
+        if "-amx-" in path.name and not isinstance(library, str):
+            library.xushi_granted = lambda: 0
+        return library
+
+    monkeypatch.setattr(build, "FORMS", ((form[0], "AMX", 16, (*form[3], flag)), form))
+    monkeypatch.setattr(build, "_open", open_)
+    monkeypatch.setenv("XUSHI_CACHE", str(tmp_path))
+    loaded = build.build_and_load("bf16")
+    assert loaded.library is not None and loaded.name == "C++ AVX-512 BF16"
+    assert loaded.line.startswith("C++ with AVX-512 BF16 for bf16, not with AMX: ") and problem in loaded.line
 
 
 @compiled

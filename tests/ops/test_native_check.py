@@ -23,7 +23,7 @@ MACHINE = inspect()
 RELEASE = tuple(flag for flag in build.COMMON if flag not in ("-fPIC", "-shared"))
 SANITIZED = ("-std=c++17", "-pthread", "-O1", "-g1", "-fno-sanitize-recover=all")
 AVX2 = ("-mavx2", "-mfma")
-BF16 = "-DXUSHI_BF16=1"
+BF16, TILES = "-DXUSHI_BF16=1", "-DXUSHI_TILES=1"
 ARM_COMPILER = "aarch64-linux-gnu-g++"
 
 
@@ -71,6 +71,7 @@ def run_check(*command: str | Path) -> None:
     pytest.param(16, "address", AVX2, id="16 lanes for AVX2"),
     pytest.param(8, "address,undefined", (*AVX2, BF16), id="8 lanes for AVX2 in bf16"),
     pytest.param(16, "address", (*AVX2, BF16), id="16 lanes for AVX2 in bf16"),
+    pytest.param(16, "address,undefined", (*AVX2, BF16, TILES), id="tiles as loops, in bf16"),
 ])
 def test_memory_is_not_overrun(lanes: int, sanitizers: str, special: tuple[str, ...], tmp_path: Path) -> None:
     need(*(flag.removeprefix("-m") for flag in special if flag.startswith("-m")))
@@ -99,6 +100,12 @@ def test_avx512_bf16_as_released(tmp_path: Path) -> None:
     need("avx512_bf16", "avx512f", "avx2", "fma")
     flags = (*RELEASE, "-mavx512bf16", "-mavx512f", *AVX2, "-DXUSHI_LANES=16", BF16)
     run_check(compile_check(native_compiler(), flags, tmp_path))
+
+
+def test_amx_as_released(tmp_path: Path) -> None:
+    need("amx_bf16", "avx512_bf16", "avx512f", "avx2", "fma")
+    form = build.FORMS[0]
+    run_check(compile_check(native_compiler(), (*RELEASE, *form[3], f"-DXUSHI_LANES={form[2]}", BF16), tmp_path))
 
 
 @pytest.mark.parametrize("dtype", [(), (BF16,)], ids=["fp32", "bf16"])

@@ -24,6 +24,8 @@ COMMON = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC",
 # What the processor must report, the name, vector width in floats and flags; the first that fits is taken.
 Form = tuple[frozenset[str], str, int, tuple[str, ...]]
 FORMS: tuple[Form, ...] = (
+    (frozenset({"amx_bf16", "avx512_bf16", "avx512f", "avx2", "fma"}), "AMX", 16,
+     ("-mamx-bf16", "-mamx-tile", "-mavx512bf16", "-mavx512f", "-mavx2", "-mfma", "-DXUSHI_TILES=1")),
     (frozenset({"avx512_bf16", "avx512f", "avx2", "fma"}), "AVX-512 BF16", 16,
      ("-mavx512bf16", "-mavx512f", "-mavx2", "-mfma")),
     (frozenset({"avx512f", "avx2", "fma"}), "AVX-512", 16, ("-mavx512f", "-mavx2", "-mfma")),
@@ -84,29 +86,43 @@ def _loaded(dtype: str) -> Loaded:
 
 
 def build_and_load(dtype: str) -> Loaded:
-    """Find or compile the library for this processor and tensors of "fp32" or "bf16", and load it."""
-    machine = inspect()
-    forms = FORMS if dtype == "bf16" else FORMS[1:]  # where no instruction multiplies bf16, pairs are taken apart
-    form = next((form for form in forms if form[0] <= machine.features), None)
-    if form is None:
-        return Loaded(None, "this processor has neither AVX2 nor NEON; the PyTorch forms run")
-    _, name, lanes, _ = form
-    file = _file_name(form, dtype)
-    if not isinstance(carried := _open(BUILT / file, lanes), str):
-        return Loaded(carried, f"C++ with {name} for {dtype}, as installed", f"C++ {name}")
-    try:
-        path = cache_directory() / file
-        if isinstance(library := _open(path, lanes), str):  # not there yet, or damaged
-            if problem := _compile(machine.compilers, _flags(form, dtype), path):
-                return Loaded(None, problem)
-            library = _open(path, lanes)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-        return Loaded(None, f"compiled kernels cannot be kept ({error}); set XUSHI_CACHE to a directory that can be "
-                            "written; the PyTorch forms run")
-    if isinstance(library, str):
-        return Loaded(None, f"{path} was compiled and cannot be loaded ({library}); set XUSHI_CACHE to another "
-                            "directory, or use another compiler; the PyTorch forms run")
-    return Loaded(library, f"C++ with {name} for {dtype}", f"C++ {name}")
+    """Find or compile the library for this processor and tensors of "fp32" or "bf16", and load it.
+
+    Where a form cannot be had, because the compiler is too old for it or the system keeps its registers, the next is
+    taken.
+    """
+    machine, problem = inspect(), "this processor has neither AVX2 nor NEON"
+    fitting = [form for form in _forms(dtype) if form[0] <= machine.features]
+    for form in fitting:
+        library, said = _library(form, dtype, machine.compilers)
+        if library is not None:
+            instead = "" if form is fitting[0] else f", not with {fitting[0][1]}: {problem}"
+            return Loaded(library, f"C++ with {form[1]} for {dtype}{said}{instead}", f"C++ {form[1]}")
+        if form is fitting[0]:
+            problem = said
+    return Loaded(None, f"{problem}; the PyTorch forms run")
+
+
+def _library(form: Form, dtype: str, compilers: tuple[str, ...]) -> tuple[ctypes.CDLL | None, str]:
+    """As a wheel carries it, or as it was compiled before or is now; None with the reason where it cannot be had."""
+    file, lanes, said = _file_name(form, dtype), form[2], ", as installed"
+    if isinstance(library := _open(BUILT / file, lanes), str):
+        said = ""
+        try:
+            path = cache_directory() / file
+            if isinstance(library := _open(path, lanes), str):  # not there yet, or damaged
+                if problem := _compile(compilers, _flags(form, dtype), path):
+                    return None, problem
+                library = _open(path, lanes)
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+            return None, (f"compiled kernels cannot be kept ({error}); set XUSHI_CACHE to a directory that can be "
+                          "written")
+        if isinstance(library, str):
+            return None, (f"{path} was compiled and cannot be loaded ({library}); set XUSHI_CACHE to another "
+                          "directory, or use another compiler")
+    if not library.xushi_granted():
+        return None, f"the system keeps the registers of {form[1]} from this process"
+    return library, said
 
 
 def compile_all(directory: Path) -> list[str]:
@@ -116,12 +132,17 @@ def compile_all(directory: Path) -> list[str]:
     """
     arm, names = platform.machine().lower() in ("aarch64", "arm64"), []
     for dtype in ("fp32", "bf16"):
-        for form in FORMS if dtype == "bf16" else FORMS[1:]:
+        for form in _forms(dtype):
             if ("neon" in form[0]) == arm:
                 names.append(_file_name(form, dtype))
                 if problem := _compile(inspect().compilers, _flags(form, dtype), directory / names[-1]):
                     raise RuntimeError(problem)
     return names
+
+
+def _forms(dtype: str) -> list[Form]:
+    """Those for tensors of "fp32" or "bf16"; instructions that multiply bf16 are of use to that alone."""
+    return [form for form in FORMS if dtype == "bf16" or not any("bf16" in feature for feature in form[0])]
 
 
 def _flags(form: Form, dtype: str) -> tuple[str, ...]:
@@ -151,7 +172,7 @@ def _seal(path: Path) -> Path:
 def _compile(compilers: tuple[str, ...], flags: tuple[str, ...], path: Path) -> str:
     """Compile aside and rename into place; what is wrong, or nothing."""
     if not compilers:
-        return "there is no C++ compiler (on Debian and Ubuntu: apt install g++); the PyTorch forms run"
+        return "there is no C++ compiler (on Debian and Ubuntu: apt install g++)"
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
@@ -161,12 +182,11 @@ def _compile(compilers: tuple[str, ...], flags: tuple[str, ...], path: Path) -> 
                               capture_output=True, timeout=COMPILE_SECONDS, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
-            return (f"{compilers[0]} cannot compile them ({lines[0].strip()}); install a newer g++ or clang++; "
-                    "the PyTorch forms run")
+            return (f"{compilers[0]} cannot compile them ({lines[0].strip()}); install a newer g++ or clang++")
         os.replace(aside, path)
         _seal(path).write_text(sha256_file(path), encoding="utf-8")
     except subprocess.TimeoutExpired:
-        return f"{compilers[0]} took more than {COMPILE_SECONDS} seconds; the PyTorch forms run"
+        return f"{compilers[0]} took more than {COMPILE_SECONDS} seconds"
     finally:
         Path(aside).unlink(missing_ok=True)
     return ""

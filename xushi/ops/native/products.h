@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "threads.h"
+#include "tiles.h"
 
 namespace {
 
@@ -75,6 +75,9 @@ inline void tile(Int depth, const Word* const* a, Int step, const Word* panel, C
 template <class C>
 void multiply_words(Int m, Int n, Int depth, const Word* const* a, Int step, const Word* packed, Int stride, C* c,
                     Int ldc, bool add) {
+#if XUSHI_TILES
+    return multiply_tiled(m, n, depth, a, step, packed, stride, c, ldc, add);
+#endif
     for (Int j = 0; j < n; j += NR, packed += stride) {
         const Int wide = std::min<Int>(NR, n - j);
         for (Int i = 0; i < m; i += MR) {

@@ -23,7 +23,12 @@ constexpr int MR = 8, NV = 2;  // 32 registers of 16; more rows would need more 
 constexpr int NR = NV * L;
 constexpr Int ROWS = 96;       // rows of a task: they and a panel of the other factor fit the second-level cache
 constexpr Int WIDTH = 16 * NR; // columns of a task
-constexpr Int QUERIES = 48, KEYS = 64, FORWARD_KEYS = 512;  // tiles of attention, multiples of every NR
+#if XUSHI_TILES
+constexpr Int QUERIES = 64;  // of attention, pairs of 16 rows
+#else
+constexpr Int QUERIES = 48;
+#endif
+constexpr Int KEYS = 64, FORWARD_KEYS = 512;  // multiples of every NR
 
 typedef float Vec __attribute__((vector_size(L * 4)));
 typedef float Loose __attribute__((vector_size(L * 4), aligned(4), may_alias));
@@ -57,6 +62,16 @@ inline void transpose(Bits* rows) {
     if constexpr (half > 1) transpose<half / 2>(rows);
 }
 #endif
+#endif
+#ifndef XUSHI_TRANSPOSES
+inline void transpose(Bits* rows) {
+    for (int i = 0; i < L; i++)
+        for (int j = 0; j < i; j++) {
+            const uint32_t value = rows[i][j];
+            rows[i][j] = rows[j][i];
+            rows[j][i] = value;
+        }
+}
 #endif
 
 // e^x for x in [-87, 88], to a few roundings; what lies below gives e^-87, which adds nothing to any sum here.
