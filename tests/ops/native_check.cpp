@@ -433,7 +433,7 @@ void cross_entropy(Int N, Int D, Int V, float reach) {
 
 void adamw(Int count) {
     name("adamw count", count);
-    const float rate = 0.1f, beta1 = 0.9f, beta2 = 0.99f, correction2 = 0.3f, eps = 1e-8f, decay = 0.01f;
+    const float rate = 0.1f, beta1 = 0.9f, beta2 = 0.99f, correction2 = 0.3f, eps = 1e-3f, decay = 0.01f;
     const Floats parameter = made(count), gradient = made(count), mean = made(count), square = made(count, 0, 1);
     const Results got = with_threads([&](Int threads) {
         Results out{parameter, mean, square};

@@ -1,5 +1,7 @@
 """The router against a loop over tokens, groups and experts, with biases that are negative."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -166,6 +168,20 @@ def test_pinned_choices_are_taken_as_they_are() -> None:
     with pytest.raises(RuntimeError):  # an expert that is not there
         sigmoid_router(x, weight, torch.zeros(6), top_k=2, groups=1, top_groups=1, normalise=False, scale=1.0,
                        pinned_Nk=torch.tensor([[6, 0]] * 5))
+
+
+def test_rows_of_minus_one_choose_for_themselves() -> None:
+    g = torch.Generator().manual_seed(13)
+    x, weight = torch.randn(5, 3, generator=g), torch.randn(6, 3, generator=g)
+    for router in (partial(sigmoid_router, bias_E=torch.zeros(6), groups=3, top_groups=2, normalise=True, scale=2.0),
+                   partial(softmax_router, groups=3, top_groups=2, scale=2.0),
+                   partial(sqrt_softplus_router, bias_E=None, scale=2.0)):
+        free = router(x, weight, top_k=2)
+        pinned = torch.tensor([[5, 0], [-1, -1], [1, 2], [-1, -1], [0, 5]])
+        choice = router(x, weight, top_k=2, pinned_Nk=pinned)
+        assert torch.equal(choice.indices_Nk[[0, 2, 4]], pinned[[0, 2, 4]])
+        assert torch.equal(choice.indices_Nk[[1, 3]], free.indices_Nk[[1, 3]])
+        assert torch.equal(choice.weights_Nk[[1, 3]], free.weights_Nk[[1, 3]])
 
 
 @given(seed=st.integers(0, 2**31), experts=st.integers(1, 6), tokens=st.integers(1, 5), biased=st.booleans())

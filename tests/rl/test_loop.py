@@ -1,6 +1,7 @@
 """Learning from rewards: the loss on a rollout against answers scored one by one, and that the reward rises."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from xushi.base.tracking import Tracking
 from xushi.engine import Request
 from xushi.envs import Score
 from xushi.model import Deepseek
+from xushi.ops import RouterChoice
 from xushi.rl import RLConfig, grpo_loss, reinforce
 from xushi.rl import loop as module
 from xushi.rl.loop import Rollout, policy_loss, sample_rollout
+from xushi.train import PackedExamples, pack_examples
 
 CONFIG = RLConfig(steps=10, learning_rate=0.003, optimizer="adamw", weight_decay=0.0, prompts=6, samples=8,
                   max_tokens=4, sequence_length=32, dtype="fp32", checkpoint_every=4)
@@ -104,6 +107,34 @@ def test_the_packed_loss_is_that_of_the_answers_one_by_one(off_policy, fine_tune
     assert figures["loss"] == float(loss.detach()) == pytest.approx(float(want.detach()), abs=1e-5)
     got, expected = gradients(model, loss), gradients(model, want)
     assert expected.norm() > 1e-3 and (got - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_the_update_goes_through_the_experts_that_sampled(fine_tuned, tokenizer, rollout) -> None:
+    """A router that has moved since, as rounding moves one that is near a tie: the choice stays, the gates follow."""
+    model = fine_tuned()
+    chosen = [choice.indices_Nk for choice in policy_choice(model, tokenizer, rollout)]
+    for router in model.routers().values():
+        torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(3))
+    moved = [choice.indices_Nk for choice in policy_choice(model, tokenizer, rollout)]
+    assert all(torch.equal(a, b) for a, b in zip(chosen, moved, strict=True))
+    batch = pack(rollout, tokenizer).batch
+    free = model.hidden(batch["tokens"], batch["positions"], batch["segments"]).routing
+    assert not torch.equal(free[0].indices_Nk[(batch["segments"] >= 0).flatten()], moved[0])
+
+
+def pack(rollout: Rollout, tokenizer) -> PackedExamples:
+    return pack_examples([([*a.prompt_ids, *a.token_ids], [False] * len(a.prompt_ids) + [True] * len(a.token_ids))
+                          for a in rollout.answers], CONFIG.sequence_length, tokenizer.pad_id)
+
+
+def policy_choice(model: Deepseek, tokenizer, rollout: Rollout) -> list[RouterChoice]:
+    """What the routers did at the places of answers in the loss's forward pass."""
+    seen, hidden = [], model.hidden
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "hidden", lambda *inputs: seen.append(hidden(*inputs)) or seen[-1])
+        policy_loss(model, tokenizer, CONFIG, rollout)
+    inside = (pack(rollout, tokenizer).batch["segments"] >= 0).flatten()
+    return [replace(choice, indices_Nk=choice.indices_Nk[inside]) for choice in seen[0].routing]
 
 
 def test_at_another_temperature_the_update_is_on_policy(fine_tuned, tokenizer, rollout) -> None:

@@ -25,7 +25,8 @@ def test_a_mixture_without_balancing_is_refused_unless_asked_for() -> None:
 @pytest.mark.parametrize("changes", [
     {"steps": 0}, {"checkpoint_every": 0}, {"learning_rate": 0.0}, {"learning_rate": math.nan}, {"gradient_clip": 0.0},
     {"warmup_steps": -1}, {"weight_decay": -0.1}, {"mtp_weight": -1.0}, {"balance_weight": -1.0}, {"bias_speed": -1.0},
-    {"beta1": 1.0}, {"beta2": -0.1}, {"decay_fraction": 1.1}, {"optimizer": "sgd"}, {"dtype": "fp16"}, {"step": 10},
+    {"beta1": 1.0}, {"epsilon": 0.0}, {"beta2": -0.1}, {"decay_fraction": 1.1}, {"optimizer": "sgd"},
+    {"dtype": "fp16"}, {"step": 10},
 ])
 def test_unsound_values(changes: dict) -> None:
     with pytest.raises(ValidationError, match=next(iter(changes))):

@@ -43,14 +43,14 @@ def set_gradients(model: nn.Module, step: int, but: tuple[str, ...] = ()) -> dic
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("decay", [0.0, DECAY])
-def test_adamw_is_pytorchs(decay: float) -> None:
+@pytest.mark.parametrize("decay, epsilon", [(0.0, 1e-8), (DECAY, 1e-8), (DECAY, 0.01)])
+def test_adamw_is_pytorchs(decay: float, epsilon: float) -> None:
     """Weight decay on what has two axes or more, none on norms and biases; several steps at changing rates."""
     ours, theirs = Parts(), Parts()
-    optimizer = Optimizer(ours, "adamw", BETAS, decay)
+    optimizer = Optimizer(ours, "adamw", BETAS, decay, epsilon=epsilon)
     groups = [{"params": [p for p in theirs.parameters() if (p.dim() >= 2) == matrix], "weight_decay": wanted}
               for matrix, wanted in ((True, decay), (False, 0.0))]
-    reference = torch.optim.AdamW(groups, betas=BETAS, eps=1e-8)
+    reference = torch.optim.AdamW(groups, betas=BETAS, eps=epsilon)
     for step in range(7):
         rate = LR / (step + 1)
         set_gradients(ours, step), set_gradients(theirs, step)

@@ -45,12 +45,11 @@ class _Prompt:
     sequence: int | None = None
     fed: int = 0
     logits_V: Tensor | None = None  # of its last token, once all of it is fed and until all have joined
-    experts: Tensor | None = None
+    routed_experts: list[Tensor] = field(default_factory=list)  # of what is fed, where a request wants them
 
     def forget_logits(self) -> None:
         """Let go of the matrix of all rows of that call; keep this row for those that still wait."""
         self.logits_V = self.logits_V.clone() if self.logits_V is not None and self.unjoined else None
-        self.experts = self.experts.clone() if self.experts is not None and self.unjoined else None
 
 
 @dataclass(eq=False, slots=True)
@@ -58,8 +57,8 @@ class Request:
     """One continuation of one prompt; read it between steps, never write it.
 
     `token_ids` ends with eos where eos was sampled. Per token: `logprobs` under the model (temperature 1, whole
-    vocabulary), `sampling_logprobs` under the distribution it was drawn from, and on request `routed_experts`, int64
-    [MoE layers, k]: where the place went whose logits gave the token (for the first token, the prompt's last place).
+    vocabulary), and `sampling_logprobs` under the distribution it was drawn from. On request `routed_experts`, int64
+    [MoE layers, k] for each place that was computed: the prompt's, and each token's but the last one's.
     """
 
     prompt_ids: list[int]
@@ -153,7 +152,7 @@ class Engine:
         """One call of the model for everything that runs; the requests that got a token."""
         self._admit()
         decoding = [request for request in self._running if request._sequence is not None]
-        logits_MV, experts = self._decode(decoding)
+        logits_MV, routed = self._decode(decoding)
         joining = [r for r in self._running if r._sequence is None and r._prompt and r._prompt.logits_V is not None]
         prompts = [prompt for r in joining if (prompt := r._prompt) is not None]
         for request, prompt in zip(joining, prompts, strict=True):
@@ -172,7 +171,8 @@ class Engine:
             request.logprobs.append(sampled.logprobs[row])
             request.sampling_logprobs.append(sampled.sampling_logprobs[row])
             if request.routed_experts is not None:
-                request.routed_experts.append(_experts_of(row, len(decoding), experts, prompts))
+                request.routed_experts += ([routed[row]] if row < len(decoding)
+                                           else prompts[row - len(decoding)].routed_experts)
         for prompt in prompts:
             prompt.forget_logits()
         self._retire(progressed)
@@ -199,10 +199,11 @@ class Engine:
                 prompt.sequence = self._cache.allocate()
                 self._prefilling.append(prompt)
 
-    def _decode(self, decoding: list[Request]) -> tuple[Tensor, Tensor | None]:
+    def _decode(self, decoding: list[Request]) -> tuple[Tensor, list[Tensor]]:
         """Feed each decoding request's last token and each unfed prompt's next chunk.
 
-        Returns logits [decoding, V] and experts [MoE layers, decoding, k]; a prompt's last row is kept with it.
+        Returns logits [decoding, V] and, where a request wants them, each one's experts [MoE layers, k]; what is a
+        prompt's is kept with it.
         """
         prefilling = self._prefilling
         additions: list[tuple[int, list[int]]] = []
@@ -215,16 +216,23 @@ class Engine:
             additions.append((prompt.sequence, prompt.ids[prompt.fed:prompt.fed + chunk]))
             prompt.fed += len(additions[-1][1])
         if not additions:
-            return torch.empty(0, 0), None
+            return torch.empty(0, 0), []
         wants_routing = any(request.routed_experts is not None for request in self._running)
         decoded = self.model.decode(self._cache.extend(additions), self._cache, wants_routing)
-        logits_MV, experts = decoded.logits_MV, decoded.routed_experts
+        logits_MV, routed = decoded.logits_MV, list[Tensor]()
+        if wants_routing:
+            fed = sum(len(tokens) for _, tokens in additions)
+            experts = decoded.routed_experts  # none of a dense model
+            routed = [torch.empty(0, 0, dtype=torch.int64)] * fed if experts is None else [*experts.cpu().unbind(1)]
+        place = len(decoding)
         for row, prompt in enumerate(prefilling, start=len(decoding)):
+            chunk_end = place + len(additions[row][1])
+            prompt.routed_experts += routed[place:chunk_end]
+            place = chunk_end
             if prompt.fed == len(prompt.ids):
                 prompt.logits_V = logits_MV[row]
-                prompt.experts = None if experts is None else experts[:, row]
         self._prefilling = [prompt for prompt in prefilling if prompt.fed < len(prompt.ids)]
-        return logits_MV[:len(decoding)], experts
+        return logits_MV[:len(decoding)], routed
 
     def _chunk(self, decoding: list[Request]) -> int:
         """How many tokens of each prompt go into this call."""
@@ -276,8 +284,3 @@ class Engine:
             self._reserved -= len(prompt.ids)
         self._prefilling = [other for other in self._prefilling if other is not prompt]
 
-
-def _experts_of(row: int, decoding: int, experts: Tensor | None, prompts: list[_Prompt]) -> Tensor:
-    """The experts [MoE layers, k] behind the row'th logits of a step; none at all for a dense model."""
-    found = (None if experts is None else experts[:, row]) if row < decoding else prompts[row - decoding].experts
-    return torch.empty(0, 0, dtype=torch.int64) if found is None else found.cpu().clone()

@@ -55,7 +55,7 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Logits [M, V] of the wanted tokens, float32, and on request the experts [MoE layers, M, k] they went to."""
+    """Logits [M, V] of the wanted tokens, float32, and on request the experts [MoE layers, N, k] of all tokens."""
 
     logits_MV: Tensor
     routed_experts: Tensor | None
@@ -204,8 +204,8 @@ class Deepseek(nn.Module):
                residual: Tensor | None = None) -> Hidden:
         """Run the trunk. Without positions and segments each row is one document from position 0.
 
-        `pinned` holds one [B*T, k] choice per MoE layer and replaces the routers' own; `dense` and `index_loss` as in
-        `Sequences`. `residual` is what the layers before left, where these are another stage's.
+        `pinned` holds one [B*T, k] choice per MoE layer and replaces the routers' own but in rows of -1; `dense` and
+        `index_loss` as in `Sequences`. `residual` is what the layers before left, where these are another stage's.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
@@ -246,7 +246,7 @@ class Deepseek(nn.Module):
         for layer, entries in zip(self.decoder_layers, cache.layers, strict=True):
             x, choice = layer.decode(x, decoding, entries)
             if routing and choice is not None:
-                experts.append(choice.indices_Nk.index_select(0, flat.wanted_M))
+                experts.append(choice.indices_Nk)
         x_MD = self.finish(x.index_select(0, flat.wanted_M)).to(dtype)
         logits_MV = F.linear(x_MD, self.head_VD.to(dtype)).float()
         return Decoded(logits_MV, torch.stack(experts) if experts else None)

@@ -33,11 +33,13 @@ class Router(nn.Module):
         self.register_buffer("tid2eid", table)
 
     def forward(self, x_ND: Tensor, tokens_N: Tensor | None, pinned_Nk: Tensor | None = None) -> RouterChoice:
-        """Scores, choice and gate values; `pinned_Nk` replaces the choice, `tokens_N` are for hashed layers."""
+        """Scores, choice and gate values; `pinned_Nk` replaces the choice but in rows of -1, `tokens_N` are for hashed
+        layers."""
         config = self.config
-        if self.tid2eid is not None and pinned_Nk is None:
+        if self.tid2eid is not None:
             assert tokens_N is not None
-            pinned_Nk = self.tid2eid.index_select(0, tokens_N)
+            by_id_Nk = self.tid2eid.index_select(0, tokens_N)
+            pinned_Nk = by_id_Nk if pinned_Nk is None else torch.where(pinned_Nk < 0, by_id_Nk, pinned_Nk)
         if config.is_v4:
             return sqrt_softplus_router(x_ND, self.weight, self.e_score_correction_bias,
                                         top_k=config.num_experts_per_tok, scale=config.routed_scaling_factor,

@@ -4,6 +4,7 @@ V4's square root of softplus, without groups.
 Axes: N tokens, D hidden, E experts, k experts per token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,17 +29,16 @@ def sigmoid_router(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor, *, top_k: in
 
     A group's score is the sum of its two best biased scores; experts outside the best groups cannot be chosen; the
     bias never enters the gate values. The product and the scores are float32 at least whatever x's dtype. With
-    `pinned_Nk` the choice is given and only the gate values are computed (comparison of forms, routing replay).
+    `pinned_Nk` the choice is given and only the gate values are computed (comparison of forms, routing replay), but in
+    rows of -1.
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     scores_NE = linear(x_ND.to(wide), weight_ED.to(wide)).sigmoid()
-    if pinned_Nk is None:
-        with torch.no_grad():
-            pinned_Nk = _best_of_groups(scores_NE + bias_E, top_k, groups, top_groups, members=2)
-    weights_Nk = scores_NE.gather(1, pinned_Nk)
+    indices_Nk = _choice(pinned_Nk, lambda: _best_of_groups(scores_NE + bias_E, top_k, groups, top_groups, members=2))
+    weights_Nk = scores_NE.gather(1, indices_Nk)
     if normalise:
         weights_Nk = weights_Nk / (weights_Nk.sum(-1, keepdim=True) + 1e-20)
-    return RouterChoice(scores_NE, pinned_Nk, weights_Nk * scale)
+    return RouterChoice(scores_NE, indices_Nk, weights_Nk * scale)
 
 
 def softmax_router(x_ND: Tensor, weight_ED: Tensor, *, top_k: int, groups: int, top_groups: int, scale: float,
@@ -50,10 +50,8 @@ def softmax_router(x_ND: Tensor, weight_ED: Tensor, *, top_k: int, groups: int, 
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     scores_NE = linear(x_ND.to(wide), weight_ED.to(wide)).softmax(-1)
-    if pinned_Nk is None:
-        with torch.no_grad():
-            pinned_Nk = _best_of_groups(scores_NE, top_k, groups, top_groups, members=1)
-    return RouterChoice(scores_NE, pinned_Nk, scores_NE.gather(1, pinned_Nk) * scale)
+    indices_Nk = _choice(pinned_Nk, lambda: _best_of_groups(scores_NE, top_k, groups, top_groups, members=1))
+    return RouterChoice(scores_NE, indices_Nk, scores_NE.gather(1, indices_Nk) * scale)
 
 
 def sqrt_softplus_router(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None, *, top_k: int, scale: float,
@@ -67,12 +65,19 @@ def sqrt_softplus_router(x_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None,
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     # Far below zero softplus is exactly 0, where the square root's slope is infinite and the gradient 0 * inf.
     scores_NE = F.softplus(linear(x_ND.to(wide), weight_ED.to(wide))).clamp(min=torch.finfo(wide).tiny).sqrt()
-    if pinned_Nk is None:
-        with torch.no_grad():
-            pinned_Nk = (scores_NE if bias_E is None else scores_NE + bias_E).topk(top_k, dim=-1).indices
-    weights_Nk = scores_NE.gather(1, pinned_Nk)
+    biased_NE = scores_NE if bias_E is None else scores_NE + bias_E
+    indices_Nk = _choice(pinned_Nk, lambda: biased_NE.topk(top_k, dim=-1).indices)
+    weights_Nk = scores_NE.gather(1, indices_Nk)
     weights_Nk = weights_Nk / (weights_Nk.sum(-1, keepdim=True) + 1e-20)
-    return RouterChoice(scores_NE, pinned_Nk, weights_Nk * scale)
+    return RouterChoice(scores_NE, indices_Nk, weights_Nk * scale)
+
+
+def _choice(pinned_Nk: Tensor | None, own: Callable[[], Tensor]) -> Tensor:
+    """The given choice [N, k], and the router's own where none is given."""
+    if pinned_Nk is not None and not (free_Nk := pinned_Nk < 0).any():
+        return pinned_Nk
+    with torch.no_grad():
+        return own() if pinned_Nk is None else torch.where(free_Nk, own(), pinned_Nk)
 
 
 def _best_of_groups(scores_NE: Tensor, top_k: int, groups: int, top_groups: int, members: int) -> Tensor:

@@ -6,6 +6,7 @@ Killed anywhere it goes on from its checkpoint with the same tasks and the same 
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from xushi.rl.grpo import group_advantages, grpo_loss
 from xushi.tokenizer import Tokenizer
 from xushi.train import (
     CheckpointWriter,
+    PackedExamples,
     TrainingState,
     guarded_update,
     latest_checkpoint,
@@ -55,7 +57,7 @@ def sample_rollout(model: Deepseek, tokenizer: Tokenizer, environment: Environme
     params = [SamplingParams(max_tokens=config.max_tokens, temperature=config.temperature,
                              seed=derive(seed, "rollout", step, p, s))
               for p in range(config.prompts) for s in range(config.samples)]
-    answers = generate_ids(model, prompts, params, eos_id=tokenizer.eos_id)
+    answers = generate_ids(model, prompts, params, eos_id=tokenizer.eos_id, routing=True)
     verdicts = [score_answer(environment, task, tokenizer, answer.token_ids).verdict
                 for task, answer in zip([t for t in tasks for _ in range(config.samples)], answers, strict=True)]
     shape = (config.prompts, config.samples)
@@ -78,14 +80,31 @@ class PolicyLoss:
     loads: dict[str, Tensor]
 
 
+def sampled_experts(answers: Sequence[Request], packed: PackedExamples) -> list[Tensor]:
+    """The sampler's experts [B*T, k] for each MoE layer, -1 where nothing was sampled (V3.2's Keep Routing, section
+    3.1).
+
+    Where two experts score nearly the same, decoding and whole-sequence form may choose differently, and then a token's
+    two probabilities differ by nats, which the ratio of an update takes for a policy that has moved.
+    """
+    routed = [torch.stack(answer.routed_experts or [], 1) for answer in answers]  # [MoE layers, places, k]
+    shape = routed[0].shape
+    experts = torch.full((shape[0], packed.batch["tokens"].numel(), shape[2]), -1)
+    for answer, places, chosen in zip(answers, packed.places, routed, strict=True):
+        start = places[0] - (len(answer.prompt_ids) - 1)
+        experts[:, start:start + chosen.shape[1]] = chosen
+    return list(experts)
+
+
 def policy_loss(model: Deepseek, tokenizer: Tokenizer, config: RLConfig, rollout: Rollout) -> PolicyLoss:
-    """GRPO's loss on a rollout."""
+    """GRPO's loss on a rollout, by the experts that sampled it."""
     answers = rollout.answers
     packed = pack_examples([([*a.prompt_ids, *a.token_ids], [False] * len(a.prompt_ids) + [True] * len(a.token_ids))
                             for a in answers], config.sequence_length, tokenizer.pad_id)
     device = model.device
     batch = {name: tensor.to(device) for name, tensor in packed.batch.items()}
-    trunk = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
+    experts = sampled_experts(answers, packed)
+    trunk = model.hidden(batch["tokens"], batch["positions"], batch["segments"], [e.to(device) for e in experts])
     places = torch.tensor([place for example in packed.places for place in example], device=device)
     hidden_ND = trunk.hidden_BTD.flatten(0, 1).index_select(0, places)
     log_p_N = token_log_probabilities(hidden_ND.to(model.compute_dtype or hidden_ND.dtype), model.head_VD,

@@ -20,6 +20,7 @@ class OptimizationConfig(StrictConfig):
     muon_per_head: bool = False  # orthogonalise what makes queries, keys and values head by head
     beta1: float = 0.9
     beta2: float = 0.95
+    epsilon: float = 1e-8  # of AdamW: what has gradients far below it hardly moves
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
     warmup_steps: int = 0
@@ -42,7 +43,7 @@ class OptimizationConfig(StrictConfig):
         for name in ("steps", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        for name in ("learning_rate", "adamw_learning_rate", "gradient_clip"):
+        for name in ("learning_rate", "adamw_learning_rate", "epsilon", "gradient_clip"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0")
         for name in ("warmup_steps", "weight_decay", "bias_speed", "bias_speed_late", "keep_every"):

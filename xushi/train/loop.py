@@ -51,7 +51,7 @@ def new_optimizer(model: Deepseek, config: OptimizationConfig, layout: Layout | 
     """The optimizer that `config` asks for; Newton-Schulz runs in bfloat16 if model and device multiply it."""
     dtype = model.compute_dtype if chosen_dtype("auto", model.device.type) == "bf16" else None
     return Optimizer(model, config.optimizer, (config.beta1, config.beta2), config.weight_decay, dtype, layout,
-                     form=config.newton_schulz, per_head=config.muon_per_head)
+                     form=config.newton_schulz, per_head=config.muon_per_head, epsilon=config.epsilon)
 
 
 @dataclass

@@ -20,7 +20,6 @@ from xushi.train.matrix_exchange import MatrixExchange
 
 MUON_MOMENTUM = 0.95
 MUON_SCALE = 0.2
-ADAM_EPS = 1e-8
 # Muon's quintic (Jordan et al. 2024): it inflates small singular values fast and leaves all within about 0.7 to 1.2.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
@@ -88,7 +87,7 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, kind: str, betas: tuple[float, float], weight_decay: float,
                  newton_schulz_dtype: torch.dtype | None = None, layout: Layout | None = None, *,
-                 form: Form = "quintic", per_head: bool = False) -> None:
+                 form: Form = "quintic", per_head: bool = False, epsilon: float = 1e-8) -> None:
         self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         named = [(name, local(p)) for name, p in self._named]
         self.parameters: dict[str, Tensor] = dict(named)
@@ -97,7 +96,7 @@ class Optimizer:
         self._form: Form = form
         config = getattr(model, "config", None)
         self._stacked = {name: stacked_matrices(name, config, per_head) for name, _ in named}
-        self.betas, self.weight_decay = betas, weight_decay
+        self.betas, self.weight_decay, self.epsilon = betas, weight_decay, epsilon
         self.newton_schulz_dtype = newton_schulz_dtype
         self._muon = [name for name, p in named if kind == "muon" and is_matrix(name, p)]
         self._adam = [name for name, _ in named if name not in set(self._muon)]
@@ -144,7 +143,7 @@ class Optimizer:
         squares = [self.state[f"square.{n}"] for n in names]
         if native.serves(*parameters, *gradients) and all(t.is_contiguous() for t in (*parameters, *gradients)):
             for name, p, g, mean, square in zip(names, parameters, gradients, means, squares, strict=True):
-                native.adamw(p, g, mean, square, rate=rate, betas=self.betas, correction2=root, eps=ADAM_EPS,
+                native.adamw(p, g, mean, square, rate=rate, betas=self.betas, correction2=root, eps=self.epsilon,
                              decay=learning_rate * self.weight_decay if _decays(name, p) else 0.0)
             return
         torch._foreach_lerp_(means, gradients, 1 - beta1)
@@ -155,7 +154,7 @@ class Optimizer:
             torch._foreach_mul_(decayed, 1 - learning_rate * self.weight_decay)
         denominators = torch._foreach_sqrt(squares)
         torch._foreach_div_(denominators, root)
-        torch._foreach_add_(denominators, ADAM_EPS)
+        torch._foreach_add_(denominators, self.epsilon)
         torch._foreach_addcdiv_(parameters, means, denominators, -rate)
 
     def _step_muon(self, gradient_of: dict[str, Tensor], learning_rate: float) -> None:
