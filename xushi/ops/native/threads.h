@@ -119,6 +119,7 @@ struct Scratch {
     }
 };
 
-thread_local Scratch shared_packed, shared_rows, shared_more, local_a, local_b, local_c, local_sums, local_words, local_tiles;
+thread_local Scratch shared_packed, shared_rows, shared_more, local_a, local_b, local_c, local_sums, local_words,
+    local_tiles;
 
 }  // namespace

@@ -1,5 +1,6 @@
-// Products by tiles (XUSHI_TILES, AMX): registers of 16 rows of 16 words. One instruction multiplies two of them, for which
-// vectors take 256. Where the processor has none, loops stand for them, so that all around them can be checked anywhere.
+// Products by tiles (XUSHI_TILES, AMX): registers of 16 rows of 16 words. One instruction multiplies two of them, for
+// which vectors take 256. Where the processor has none, loops stand for them, so that all around them can be checked
+// anywhere.
 
 #pragma once
 
@@ -126,7 +127,8 @@ void into_tiles(Int m, Int depth, const Word* const* a, Int step, Word* out) {
 
 // c [16 R, NR] (+)= a, tiles of R blocks of rows that lie `across` apart, times a panel whose last block is `last`.
 template <int R>
-inline void block(Int steps, const Word* a, Int across, const Word* panel, const Word* last, float* c, Int ldc, bool add) {
+inline void block(Int steps, const Word* a, Int across, const Word* panel, const Word* last, float* c, Int ldc,
+                  bool add) {
     if (add) {
         load_tile<0>(c, ldc);
         load_tile<1>(c + SIDE, ldc);
@@ -140,7 +142,7 @@ inline void block(Int steps, const Word* a, Int across, const Word* panel, const
     }
     for (Int s = 0; s < steps; s++, a += SQUARE, panel += SIDE * NR) {
         const Word* b = s + 1 < steps ? panel : last;
-        for (Int k = 0; k < SIDE; k++) {
+        for (Int k = 0; k < SIDE; k++) {  // the next block
             __builtin_prefetch(panel + (SIDE + k) * NR);
             __builtin_prefetch(panel + (SIDE + k) * NR + SIDE);
         }
