@@ -31,7 +31,8 @@ test: $(VENV)/.dev  ## the quick tests, at most 5 minutes
 test-slow: $(VENV)/.slow  ## the long tests, at most 40 minutes
 	@$(RUN) -m pytest -q -m slow
 
-lint: $(VENV)/.dev  ## ruff and mypy --strict
+lint: $(VENV)/.dev  ## ruff (format and rules) and mypy --strict
+	@$(RUN) -m ruff format --check --quiet . || { $(RUN) -m ruff format --diff . 2>&1 | head -n 40; exit 1; }
 	@$(RUN) -m ruff check .
 	@$(RUN) -m mypy --strict xushi
 

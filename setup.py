@@ -1,4 +1,6 @@
-"""What pyproject.toml cannot say: a wheel made with XUSHI_KERNELS=1 carries compiled kernels, for its platform."""
+"""What pyproject.toml cannot say: a wheel made with XUSHI_KERNELS=1 carries compiled kernels, for
+its platform.
+"""
 
 import os
 from pathlib import Path
@@ -14,7 +16,9 @@ class BuildWithKernels(build_py):
     def run(self) -> None:
         super().run()
         if CARRIES and not self.editable_mode:
-            from xushi.ops.native.build import compile_all  # needs what xushi needs: pip's --no-build-isolation
+            from xushi.ops.native.build import (
+                compile_all,
+            )  # needs what xushi needs: pip's --no-build-isolation
 
             compile_all(Path(self.build_lib) / "xushi" / "ops" / "native" / "built")
 

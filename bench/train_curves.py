@@ -1,9 +1,11 @@
-"""What a training step costs on this CPU against width, depth, experts, length and batch, and what limits it.
+"""What a training step costs on this CPU against width, depth, experts, length and batch, and what
+limits it.
 
     python bench/train_curves.py [--fp32 | --bf16] [--rounds N] [--draw FILE.svg]
 
-One thing at a time is changed from a model like S (`xushi bench train`), 2,048 tokens in sequences of 512 unless they
-are what is changed. Medians of the rounds. Prints a table, draws it if asked to, and prints the points as JSON last.
+One thing at a time is changed from a model like S (`xushi bench train`), 2,048 tokens in sequences
+of 512 unless they are what is changed. Medians of the rounds. Prints a table, draws it if asked to,
+and prints the points as JSON last.
 """
 
 import json
@@ -21,7 +23,15 @@ from xushi.model import ModelConfig
 from xushi.report.numbers import escape
 from xushi.run.benchmark import PARTS, Shape, benchmark_training, named_shape
 
-COLOURS = ("#0067a5", "#b84a00", "#00704f", "#94477e", "#866000", "#6db9f0", "#8a867d")  # of PARTS and the rest
+COLOURS = (
+    "#0067a5",
+    "#b84a00",
+    "#00704f",
+    "#94477e",
+    "#866000",
+    "#6db9f0",
+    "#8a867d",
+)  # of PARTS and the rest
 
 
 def shapes() -> Iterator[tuple[str, int, Shape]]:
@@ -29,13 +39,29 @@ def shapes() -> Iterator[tuple[str, int, Shape]]:
     base = named_shape("S")
 
     def changed(sequences: int = 4, length: int = 512, **fields: Any) -> Shape:
-        config = ModelConfig.model_validate({**base.config.model_dump(), "max_position_embeddings": length, **fields})
-        return Shape("curve", config, base.settings.model_copy(update={"batch_tokens": sequences * length}), length)
+        config = ModelConfig.model_validate(
+            {**base.config.model_dump(), "max_position_embeddings": length, **fields}
+        )
+        return Shape(
+            "curve",
+            config,
+            base.settings.model_copy(update={"batch_tokens": sequences * length}),
+            length,
+        )
 
     for width in (128, 256, 512, 768, 1024):
-        yield "width", width, changed(
-            hidden_size=width, num_attention_heads=width // 32, intermediate_size=3 * width,
-            moe_intermediate_size=width // 2, kv_lora_rank=width // 4, q_lora_rank=width // 2)
+        yield (
+            "width",
+            width,
+            changed(
+                hidden_size=width,
+                num_attention_heads=width // 32,
+                intermediate_size=3 * width,
+                moe_intermediate_size=width // 2,
+                kv_lora_rank=width // 4,
+                q_lora_rank=width // 2,
+            ),
+        )
     for layers in (2, 4, 6, 12, 24):
         yield "layers", layers, changed(num_hidden_layers=layers)
     for experts in (8, 16, 32, 64, 128, 256):
@@ -47,7 +73,9 @@ def shapes() -> Iterator[tuple[str, int, Shape]]:
 
 
 def draw(points: list[dict[str, Any]], title: str) -> str:
-    """A panel for each axis, a bar for each value: shares of time, with speed and share of the ceiling above."""
+    """A panel for each axis, a bar for each value: shares of time, with speed and share of the
+    ceiling above.
+    """
     axes = list(dict.fromkeys(point["axis"] for point in points))
     names, wide, high, gap = (*PARTS, "other"), 44, 150, 96
     out, y = [], 64
@@ -55,22 +83,38 @@ def draw(points: list[dict[str, Any]], title: str) -> str:
         out.append(f'<text x="20" y="{y - 34}" font-weight="600">{escape(axis)}</text>')
         for place, point in enumerate(p for p in points if p["axis"] == axis):
             x, top = 20 + place * (wide + 62), y
-            out.append(f'<text x="{x}" y="{y - 8}" class="s">{point["tokens_per_second"]:,.0f} tok/s</text>')
+            out.append(
+                f'<text x="{x}" y="{y - 8}" class="s">{point["tokens_per_second"]:,.0f} '
+                "tok/s</text>"
+            )
             for name, colour in zip(names, COLOURS, strict=True):
                 height = point["time"][name] * high
-                out.append(f'<rect x="{x}" y="{top:.1f}" width="{wide}" height="{height:.1f}" fill="{colour}"/>')
+                out.append(
+                    f'<rect x="{x}" y="{top:.1f}" width="{wide}" height="{height:.1f}" '
+                    f'fill="{colour}"/>'
+                )
                 top += height
             out.append(f'<text x="{x}" y="{y + high + 16}">{point["value"]:,}</text>')
-            out.append(f'<text x="{x + wide + 4}" y="{y + high}" class="s">{point["share_of_ceiling"]:.0%}</text>')
+            out.append(
+                f'<text x="{x + wide + 4}" y="{y + high}" '
+                f'class="s">{point["share_of_ceiling"]:.0%}</text>'
+            )
         y += high + gap
     for place, (name, colour) in enumerate(zip(names, COLOURS, strict=True)):
         x = 20 + place * 96
-        out.append(f'<rect x="{x}" y="{y - 52}" width="11" height="11" fill="{colour}"/>'
-                   f'<text x="{x + 15}" y="{y - 42}" class="s">{escape(name)}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{y - 20}" viewBox="0 0 700 {y - 20}" '
-            f'role="img" aria-label="{escape(title)}"><style>text{{font:13px system-ui,sans-serif;fill:#1d1c1a}}'
-            '.s{font-size:11px;fill:#5f5b53}</style><rect width="100%" height="100%" fill="#fbfaf7"/>'
-            + "".join(out) + f'<text x="20" y="{y - 26}" class="s">{escape(title)}</text></svg>\n')
+        out.append(
+            f'<rect x="{x}" y="{y - 52}" width="11" height="11" fill="{colour}"/>'
+            f'<text x="{x + 15}" y="{y - 42}" class="s">{escape(name)}</text>'
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{y - 20}" viewBox="0 0 700 '
+        f'{y - 20}" '
+        'role="img" '
+        f'aria-label="{escape(title)}"><style>text{{font:13px system-ui,sans-serif;fill:#1d1c1a}}'
+        '.s{font-size:11px;fill:#5f5b53}</style><rect width="100%" height="100%" fill="#fbfaf7"/>'
+        + "".join(out)
+        + f'<text x="20" y="{y - 26}" class="s">{escape(title)}</text></svg>\n'
+    )
 
 
 def main() -> None:
@@ -82,15 +126,28 @@ def main() -> None:
     for axis, value, shape in shapes():
         found = benchmark_training(shape.but(dtype=dtype), rounds)
         time = {part: found[f"bench.time_{part.lower()}"] for part in (*PARTS, "other")}
-        points.append({"axis": axis, "value": value, "tokens_per_second": found["bench.tokens_per_second"],
-                       "share_of_ceiling": found["bench.share_of_ceiling"], "time": time})
+        points.append(
+            {
+                "axis": axis,
+                "value": value,
+                "tokens_per_second": found["bench.tokens_per_second"],
+                "share_of_ceiling": found["bench.share_of_ceiling"],
+                "time": time,
+            }
+        )
         first, second = sorted(time, key=time.__getitem__, reverse=True)[:2]
-        print(f"{axis:<22}{value:>7,} {found['bench.tokens_per_second']:>9,.0f} tok/s "
-              f"{found['bench.share_of_ceiling']:>5.0%} of {found['bench.ceiling_gflops']:.0f} GFLOP/s   "
-              f"{first} {time[first]:.0%}, {second} {time[second]:.0%}", flush=True)
+        print(
+            f"{axis:<22}{value:>7,} {found['bench.tokens_per_second']:>9,.0f} tok/s "
+            f"{found['bench.share_of_ceiling']:>5.0%} of {found['bench.ceiling_gflops']:.0f} "
+            "GFLOP/s   "
+            f"{first} {time[first]:.0%}, {second} {time[second]:.0%}",
+            flush=True,
+        )
     if "--draw" in words:
-        title = (f"Share of time by part; beside a bar the share of PyTorch's matrix product. "
-                 f"{found['bench.dtype']}, {found['bench.op_forms']}, {found['bench.threads']} threads")
+        title = (
+            f"Share of time by part; beside a bar the share of PyTorch's matrix product. "
+            f"{found['bench.dtype']}, {found['bench.op_forms']}, {found['bench.threads']} threads"
+        )
         Path(words[words.index("--draw") + 1]).write_text(draw(points, title), encoding="utf-8")
     print(json.dumps({"dtype": found["bench.dtype"], "points": points}))
 

@@ -1,4 +1,6 @@
-"""What every test shares: no network, few threads, and property tests that draw the same examples each time."""
+"""What every test shares: no network, few threads, and property tests that draw the same examples
+each time.
+"""
 
 import os
 from pathlib import Path
@@ -17,8 +19,12 @@ settings.load_profile("xushi")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With two processes, tests of a file stay together, and so do those that look at the one chain in miniature."""
+    """With two processes, tests of a file stay together, and so do those that look at the one chain
+    in miniature.
+    """
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             place = Path(item.path)
-            item.add_marker(pytest.mark.xdist_group("run" if place.parent.name == "run" else place.name))
+            item.add_marker(
+                pytest.mark.xdist_group("run" if place.parent.name == "run" else place.name)
+            )

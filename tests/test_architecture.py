@@ -1,4 +1,6 @@
-"""The floors of the house, checked on the real imports: a room may import only from floors below its own."""
+"""The floors of the house, checked on the real imports: a room may import only from floors below
+its own.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -19,8 +21,8 @@ FLOORS = {
     "run": 7, "report": 7,
     "cli": 8,
 }  # fmt: skip
-# A recipe composes the configs of all rooms below and is what run and report read, so it lies between floors 6 and 7;
-# `__main__` opens the door.
+# A recipe composes the configs of all rooms below and is what run and report read, so it lies
+# between floors 6 and 7; `__main__` opens the door.
 FLOORS_OF_FILES = {"recipe": 6.5, "__main__": 9}
 
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -48,7 +50,11 @@ def imported(path: Path, package: Path) -> Iterator[tuple[int, str]]:
             origin = ".".join([*start, *([node.module] if node.module else [])])
             yield from ((node.lineno, f"{origin}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Call) and node.args:
-            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            called = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else getattr(node.func, "id", "")
+            )
             first = node.args[0]
             if called in ("import_module", "__import__") and isinstance(first, ast.Constant):
                 yield node.lineno, str(first.value)
@@ -72,19 +78,29 @@ def floor_faults(package: Path) -> list[str]:
             if own is None:
                 faults.append(f"{path}:{line}: the package's root imports {room}")
             elif floor(room) >= floor(own):
-                faults.append(f"{path}:{line}: {own} (floor {floor(own):g}) imports {room} (floor {floor(room):g})")
+                faults.append(
+                    f"{path}:{line}: {own} (floor {floor(own):g}) imports {room} (floor "
+                    f"{floor(room):g})"
+                )
     return faults
 
 
 def pickle_faults(package: Path) -> list[str]:
     faults = []
     for path in sorted(package.rglob("*.py")):
-        faults += [f"{path}:{line}: imports {name}" for line, name in imported(path, package)
-                   if name.split(".")[0] in PICKLES]
-        faults += [f"{path}:{node.lineno}: torch.{node.attr} pickles"
-                   for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-                   if isinstance(node, ast.Attribute) and node.attr in ("save", "load")
-                   and isinstance(node.value, ast.Name) and node.value.id == "torch"]
+        faults += [
+            f"{path}:{line}: imports {name}"
+            for line, name in imported(path, package)
+            if name.split(".")[0] in PICKLES
+        ]
+        faults += [
+            f"{path}:{node.lineno}: torch.{node.attr} pickles"
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Attribute)
+            and node.attr in ("save", "load")
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "torch"
+        ]
     return faults
 
 
@@ -95,7 +111,9 @@ def form_faults(package: Path) -> list[str]:
         if not (ast.get_docstring(ast.parse(text)) or "").strip():
             faults.append(f"{path}: opens with no docstring")
         if len(text.splitlines()) > LONGEST_FILE:
-            faults.append(f"{path}: {len(text.splitlines())} lines, and {LONGEST_FILE} is the limit")
+            faults.append(
+                f"{path}: {len(text.splitlines())} lines, and {LONGEST_FILE} is the limit"
+            )
     return faults
 
 
@@ -122,8 +140,10 @@ def build(root: Path, files: dict[str, str]) -> Path:
     ("base/files.py", "from ..model.config import ModelConfig\n"),
     ("base/files.py", "import importlib\nimportlib.import_module('xushi.model')\n"),
     ("model/blocks.py", "def late():\n    from xushi.train import loop\n"),
-    ("model/blocks.py", "class Late:\n    def method(self):\n        if self:\n            import xushi.cli\n"),
-    ("model/blocks.py", "try:\n    from xushi.tokenizer import encode\nexcept ImportError:\n    pass\n"),
+    ("model/blocks.py", "class Late:\n    def method(self):\n        if self:\n            import "
+    "xushi.cli\n"),
+    ("model/blocks.py", "try:\n    from xushi.tokenizer import encode\nexcept ImportError:\n    "
+    "pass\n"),
     ("data/batch.py", "from xushi.envs import digit_sum\n"),
     ("report/page.py", "from xushi.run import stages\n"),
     ("train/loop.py", "from xushi.recipe import Recipe\n"),
@@ -137,17 +157,21 @@ def test_floor_check_finds(tmp_path, name, text):
 
 def test_floor_check_allows(tmp_path):
     package = build(tmp_path, {
-        "base/files.py": "from xushi import __version__\nfrom xushi.base import errors\nfrom . import config\n",
-        "train/loop.py": "import torch\nfrom xushi.model.config import ModelConfig\nfrom ..data import batch\n",
+        "base/files.py": "from xushi import __version__\nfrom xushi.base import errors\nfrom . "
+        "import config\n",
+        "train/loop.py": "import torch\nfrom xushi.model.config import ModelConfig\nfrom ..data "
+        "import batch\n",
         "run/stages.py": "from xushi.recipe import Recipe\nfrom xushi.rl import grpo\n",
         "recipe.py": "from xushi.train import loop\n",
-        "cli.py": "def run():\n    from xushi.run import stages\n    from xushi.report import page\n",
+        "cli.py": "def run():\n    from xushi.run import stages\n    from xushi.report import "
+        "page\n",
     })  # fmt: skip
     assert floor_faults(package) == []
 
 
 @pytest.mark.parametrize("text", [
-    "import pickle\n", "def f():\n    from pickle import loads\n", "import torch\ntorch.save(1, 'x')\n",
+    "import pickle\n", "def f():\n    from pickle import loads\n", "import torch\ntorch.save(1, "
+    "'x')\n",
     "import torch\ndef f(): return torch.load('x')\n",
 ])  # fmt: skip
 def test_pickle_check_finds(tmp_path, text):
@@ -155,6 +179,15 @@ def test_pickle_check_finds(tmp_path, text):
 
 
 def test_form_check_finds(tmp_path):
-    package = build(tmp_path, {"base/bare.py": "x = 1\n", "base/long.py": '"""Long."""\n' + "x = 1\n" * 400,
-                               "base/fits.py": '"""Fits."""\n' + "x = 1\n" * 399})
-    assert [fault.split(": ")[0].split("/")[-1] for fault in form_faults(package)] == ["bare.py", "long.py"]
+    package = build(
+        tmp_path,
+        {
+            "base/bare.py": "x = 1\n",
+            "base/long.py": '"""Long."""\n' + "x = 1\n" * 400,
+            "base/fits.py": '"""Fits."""\n' + "x = 1\n" * 399,
+        },
+    )
+    assert [fault.split(": ")[0].split("/")[-1] for fault in form_faults(package)] == [
+        "bare.py",
+        "long.py",
+    ]

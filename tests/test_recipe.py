@@ -1,4 +1,6 @@
-"""A recipe is read, overridden, fitted to a text, written down and read again, and is the same all the way."""
+"""A recipe is read, overridden, fitted to a text, written down and read again, and is the same all
+the way.
+"""
 
 import subprocess
 import sys
@@ -59,25 +61,39 @@ ASSIGNMENTS = st.fixed_dictionaries({}, optional={
 
 
 @given(ASSIGNMENTS)
-def test_any_recipe_written_down_reads_the_same(tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, object]
-                                                ) -> None:
+def test_any_recipe_written_down_reads_the_same(
+    tmp_path_factory: pytest.TempPathFactory, chosen: dict[str, object]
+) -> None:
     recipe = load_recipe(MINIATURE, [f"{key}={value}" for key, value in chosen.items()])
     again = read_again(recipe, tmp_path_factory.getbasetemp())
     assert again == recipe and again.hash == recipe.hash
 
 
-@pytest.mark.parametrize(("assignment", "read"), [
-    ("seed=7", lambda recipe: recipe.seed == 7),
-    ("name=other", lambda recipe: recipe.name == "other"),  # no quotes: a text nevertheless
-    ("pretrain.learning_rate=1", lambda recipe: recipe.pretrain.learning_rate == 1.0),
-    ("rl.clip_high=0.5", lambda recipe: recipe.rl is not None and recipe.rl.clip_high == 0.5),
-    ("stages=['data', 'tokenizer', 'pretrain']", lambda recipe: recipe.stages == TEXT_STAGES),
-    ("data.sources=[{name = 'a', kind = 'jsonl', glob = '*.jsonl', field = 'body', exclude = ['x']}]",
-     lambda recipe: [(s.name, s.field, s.exclude) for s in recipe.data.sources] == [("a", "body", ["x"])]),
-    ("model.rope_scaling={factor = 2, original_max_position_embeddings = 32}",
-     lambda recipe: recipe.model.rope_scaling is not None and recipe.model.rope_scaling.factor == 2.0),
-    ("model.q_lora_rank=0", lambda recipe: recipe.model.q_lora_rank is None),
-])
+@pytest.mark.parametrize(
+    ("assignment", "read"),
+    [
+        ("seed=7", lambda recipe: recipe.seed == 7),
+        ("name=other", lambda recipe: recipe.name == "other"),  # no quotes: a text nevertheless
+        ("pretrain.learning_rate=1", lambda recipe: recipe.pretrain.learning_rate == 1.0),
+        ("rl.clip_high=0.5", lambda recipe: recipe.rl is not None and recipe.rl.clip_high == 0.5),
+        ("stages=['data', 'tokenizer', 'pretrain']", lambda recipe: recipe.stages == TEXT_STAGES),
+        (
+            "data.sources=[{name = 'a', kind = 'jsonl', glob = '*.jsonl', field = 'body', exclude "
+            "= ['x']}]",
+            lambda recipe: (
+                [(s.name, s.field, s.exclude) for s in recipe.data.sources]
+                == [("a", "body", ["x"])]
+            ),
+        ),
+        (
+            "model.rope_scaling={factor = 2, original_max_position_embeddings = 32}",
+            lambda recipe: (
+                recipe.model.rope_scaling is not None and recipe.model.rope_scaling.factor == 2.0
+            ),
+        ),
+        ("model.q_lora_rank=0", lambda recipe: recipe.model.q_lora_rank is None),
+    ],
+)
 def test_set_overrides_any_key(assignment: str, read) -> None:
     before, after = load_recipe(MINIATURE, []), load_recipe(MINIATURE, [assignment])
     assert not read(before) and read(after)
@@ -105,27 +121,35 @@ def test_the_hash_is_of_what_the_recipe_says_and_not_of_how_it_is_written(tmp_pa
         "from pathlib import Path; from xushi.recipe import load_recipe; "
         f"print(load_recipe(Path({str(MINIATURE)!r}), []).hash)"
     )
-    printed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    printed = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert printed.stdout.strip() == expected
 
 
-@pytest.mark.parametrize(("assignment", "said"), [
-    ("pretrain.stepz=3", "unknown key pretrain.stepz"),
-    ("data.sources=[{name = 'a', kind = 'text', globb = 'x'}]", "unknown key data.sources.0.globb"),
-    ("pretrain=3", "pretrain: must be a table (got 3)"),
-    ("pretrain.steps=2.5", "pretrain.steps: must be a whole number (got 2.5)"),
-    ("pretrain.steps=true", "pretrain.steps: must be a whole number (got True)"),
-    ("pretrain.allow_unbalanced=1", "pretrain.allow_unbalanced: must be true or false (got 1)"),
-    ("data.sources='notes'", "data.sources: must be a list"),
-    ("model.vocab_size=4096", "it follows from the tokenizer"),
-    ("model.eos_token_id=1", "it follows from the tokenizer"),
-    ("name='a/b'", "cannot name a directory"),
-    ("name='..'", "cannot name a directory"),
-    ("name=''", "cannot name a directory"),
-    ("threads=0", "must be at least 1"),
-    ("environment.max_digits=40", "a worked answer to a number of 40 digits takes 87 tokens"),
-    ("stages=['data', 'tokenizer', 'pretrain', 'rl']", "needs stage sft"),
-])
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("pretrain.stepz=3", "unknown key pretrain.stepz"),
+        (
+            "data.sources=[{name = 'a', kind = 'text', globb = 'x'}]",
+            "unknown key data.sources.0.globb",
+        ),
+        ("pretrain=3", "pretrain: must be a table (got 3)"),
+        ("pretrain.steps=2.5", "pretrain.steps: must be a whole number (got 2.5)"),
+        ("pretrain.steps=true", "pretrain.steps: must be a whole number (got True)"),
+        ("pretrain.allow_unbalanced=1", "pretrain.allow_unbalanced: must be true or false (got 1)"),
+        ("data.sources='notes'", "data.sources: must be a list"),
+        ("model.vocab_size=4096", "it follows from the tokenizer"),
+        ("model.eos_token_id=1", "it follows from the tokenizer"),
+        ("name='a/b'", "cannot name a directory"),
+        ("name='..'", "cannot name a directory"),
+        ("name=''", "cannot name a directory"),
+        ("threads=0", "must be at least 1"),
+        ("environment.max_digits=40", "a worked answer to a number of 40 digits takes 87 tokens"),
+        ("stages=['data', 'tokenizer', 'pretrain', 'rl']", "needs stage sft"),
+    ],
+)
 def test_what_a_recipe_may_not_say(assignment: str, said: str) -> None:
     with pytest.raises(XushiError) as caught:
         load_recipe(MINIATURE, [assignment])
@@ -164,25 +188,37 @@ def test_a_small_text_gets_a_vocabulary_and_steps_that_fit_it(
     assert [(source.name, source.kind) for source in recipe.data.sources] == [("text", "text")]
     assert recipe.name == "text" and recipe.environment is None
     said = capsys.readouterr().err
-    assert "tokenizer.vocab_size 512 -> 363" in said and f"-> {recipe.pretrain.steps}" in said and "--set" in said
+    assert (
+        "tokenizer.vocab_size 512 -> 363" in said
+        and f"-> {recipe.pretrain.steps}" in said
+        and "--set" in said
+    )
 
 
 @given(st.integers(1, 4_000_000), st.integers(1, 4_000_000))
-def test_more_text_never_fits_less_and_never_more_than_the_recipe_says(tmp_path_factory: pytest.TempPathFactory,
-                                                                      one: int, other: int) -> None:
+def test_more_text_never_fits_less_and_never_more_than_the_recipe_says(
+    tmp_path_factory: pytest.TempPathFactory, one: int, other: int
+) -> None:
     from xushi.recipe import _fit_to_text
 
     asked = load_recipe(MINIATURE, [])
     fitted = []
     for size in sorted((one, other)):
-        tokenizer, pretrain = {"vocab_size": 512}, {"steps": 200, "batch_tokens": 1024, "warmup_steps": 5}
+        tokenizer, pretrain = (
+            {"vocab_size": 512},
+            {"steps": 200, "batch_tokens": 1024, "warmup_steps": 5},
+        )
         _fit_to_text(tokenizer, pretrain, size, True)
         fitted.append((tokenizer["vocab_size"], pretrain["steps"]))
-    assert fitted[0] <= fitted[1] <= (512, asked.pretrain.steps if asked.pretrain.steps > 200 else 200)
+    assert (
+        fitted[0] <= fitted[1] <= (512, asked.pretrain.steps if asked.pretrain.steps > 200 else 200)
+    )
     assert fitted[0][0] >= 263 and fitted[0][1] >= 1
 
 
-def test_a_large_text_changes_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_large_text_changes_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = load_recipe(MINIATURE, [], text_of(tmp_path / "book", 1_000_000), TEXT_STAGES)
     asked = load_recipe(MINIATURE, [])
     assert (recipe.tokenizer, recipe.pretrain) == (asked.tokenizer, asked.pretrain)
@@ -190,20 +226,31 @@ def test_a_large_text_changes_nothing_else(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_set_has_the_last_word_on_a_text(tmp_path: Path) -> None:
-    recipe = load_recipe(MINIATURE, ["pretrain.steps=77", "tokenizer.vocab_size=300", "name=mine"],
-                         text_of(tmp_path / "notes", 10_000), TEXT_STAGES)
+    recipe = load_recipe(
+        MINIATURE,
+        ["pretrain.steps=77", "tokenizer.vocab_size=300", "name=mine"],
+        text_of(tmp_path / "notes", 10_000),
+        TEXT_STAGES,
+    )
     assert (recipe.pretrain.steps, recipe.tokenizer.vocab_size, recipe.name) == (77, 300, "mine")
 
 
 def test_a_text_before_reasoning_keeps_the_environment_and_its_steps(tmp_path: Path) -> None:
-    recipe, asked = load_recipe(MINIATURE, [], text_of(tmp_path / "notes", 10_000)), load_recipe(MINIATURE, [])
+    recipe, asked = (
+        load_recipe(MINIATURE, [], text_of(tmp_path / "notes", 10_000)),
+        load_recipe(MINIATURE, []),
+    )
     assert recipe.environment == asked.environment and recipe.pretrain == asked.pretrain
     assert recipe.stages == list(TRAINING_STAGES)
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "--text is empty"), ("nowhere/*.md", "no file matches"),
-                                            ("nothing", "holds no text")])
-def test_a_text_that_is_none(text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "--text is empty"), ("nowhere/*.md", "no file matches"), ("nothing", "holds no text")],
+)
+def test_a_text_that_is_none(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "nothing").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(XushiError, match=said):

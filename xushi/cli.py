@@ -1,4 +1,6 @@
-"""The door: one verb per job, each a thin call into the rooms below. Nothing heavy is imported before it is needed."""
+"""The door: one verb per job, each a thin call into the rooms below. Nothing heavy is imported
+before it is needed.
+"""
 
 import json
 import os
@@ -7,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-# Set before torch is imported anywhere. Waiting threads must not burn a shared machine, but to sleep at once costs a
-# wake-up at each of the thousands of small products of a step: a spin of some microseconds is 1.6 times as fast as
-# none and as the default's long one (docs/lab-log.md).
+# Set before torch is imported anywhere. Waiting threads must not burn a shared machine, but to
+# sleep at once costs a wake-up at each of the thousands of small products of a step: a spin of some
+# microseconds is 1.6 times as fast as none and as the default's long one (docs/lab-log.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-# oneDNN keeps a compiled kernel per matrix shape, and sampling meets new shapes at every step: its default of 1,024
-# holds up to a gigabyte, and this is as fast.
+# oneDNN keeps a compiled kernel per matrix shape, and sampling meets new shapes at every step: its
+# default of 1,024 holds up to a gigabyte, and this is as fast.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -21,14 +23,24 @@ import typer
 
 from xushi.base.errors import XushiError
 
-app = typer.Typer(name="xushi", add_completion=False, pretty_exceptions_enable=False,
-                  rich_markup_mode=None, help="Raw text in, a served DeepSeek-style reasoning model out.")
+app = typer.Typer(
+    name="xushi",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Raw text in, a served DeepSeek-style reasoning model out.",
+)
 
 bench_app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-RecipeArgument = Annotated[Path | None, typer.Argument(help="the recipe; recipes/demo.toml if left out")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe")]
+RecipeArgument = Annotated[
+    Path | None, typer.Argument(help="the recipe; recipes/demo.toml if left out")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a key of the recipe"),
+]
 RunArgument = Annotated[Path, typer.Argument(help="a run directory, such as runs/demo")]
 
 
@@ -36,22 +48,43 @@ RunArgument = Annotated[Path, typer.Argument(help="a run directory, such as runs
 def run_command(
     recipe: RecipeArgument = None,
     assignments: SetOption = None,
-    out: Annotated[Path | None, typer.Option(help="the run directory; runs/<name> if left out")] = None,
-    text: Annotated[str | None, typer.Option(help="train on these files instead of the recipe's sources")] = None,
-    stages: Annotated[str | None, typer.Option(help="comma-separated: data,tokenizer,pretrain[,sft[,rl]]")] = None,
-    without: Annotated[str | None, typer.Option(metavar="STAGE", help="leave this stage out, as a control")] = None,
-    update: Annotated[bool, typer.Option(help="use a directory of another recipe; changed stages run again")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would cost, and start nothing")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="the run directory; runs/<name> if left out")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="train on these files instead of the recipe's sources")
+    ] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="comma-separated: data,tokenizer,pretrain[,sft[,rl]]")
+    ] = None,
+    without: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="leave this stage out, as a control")
+    ] = None,
+    update: Annotated[
+        bool, typer.Option(help="use a directory of another recipe; changed stages run again")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what it would cost, and start nothing")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
 ) -> None:
-    """Run a recipe: every stage from raw text to a served model; the same command goes on after an interruption."""
+    """Run a recipe: every stage from raw text to a served model; the same command goes on after an
+    interruption.
+    """
     from xushi.recipe import load_recipe
     from xushi.report import write_report
     from xushi.run import describe, run
 
-    loaded = load_recipe(recipe or default_recipe(), assignments or [], text,
-                         [part.strip() for part in stages.split(",")] if stages is not None else None, without)
-    directory = out or Path("runs") / (loaded.name + (f"-without-{loaded.without}" if loaded.without else ""))
+    loaded = load_recipe(
+        recipe or default_recipe(),
+        assignments or [],
+        text,
+        [part.strip() for part in stages.split(",")] if stages is not None else None,
+        without,
+    )
+    directory = out or Path("runs") / (
+        loaded.name + (f"-without-{loaded.without}" if loaded.without else "")
+    )
     if dry_run:
         plan = describe(loaded)
         if as_json:
@@ -66,8 +99,11 @@ def run_command(
             return  # the first process speaks for all
         page = write_report(directory)
     except KeyboardInterrupt:
-        print(f"\nstopped; everything done so far is in {directory}\n"
-              "run the same command again and it goes on from there", file=sys.stderr)
+        print(
+            f"\nstopped; everything done so far is in {directory}\n"
+            "run the same command again and it goes on from there",
+            file=sys.stderr,
+        )
         raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(results))
@@ -80,16 +116,26 @@ def run_command(
 def launch(
     recipe: RecipeArgument = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="write a job file for sbatch")] = False,
-    ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help="start on this Ray cluster (auto: the one here)")]
-    = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="start on this Ray cluster (auto: the one here)"),
+    ] = None,
     nodes: Annotated[int, typer.Option(help="machines")] = 1,
-    processes: Annotated[int, typer.Option(help="processes on each; with GPUs one for each GPU")] = 1,
-    restarts: Annotated[int, typer.Option(help="how often to start anew when a process or a machine is lost")] = 10,
+    processes: Annotated[
+        int, typer.Option(help="processes on each; with GPUs one for each GPU")
+    ] = 1,
+    restarts: Annotated[
+        int, typer.Option(help="how often to start anew when a process or a machine is lost")
+    ] = 10,
     gpus: Annotated[bool, typer.Option("--gpus", help="one GPU for each process")] = False,
     assignments: SetOption = None,
-    out: Annotated[Path | None, typer.Option(help="the run directory, which all machines must see")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the run directory, which all machines must see")
+    ] = None,
 ) -> None:
-    """Run a recipe on many machines; with layout.fewest in it, on those that are left when some are lost."""
+    """Run a recipe on many machines; with layout.fewest in it, on those that are left when some are
+    lost.
+    """
     from xushi.recipe import load_recipe
     from xushi.run.launch import Launch, launch_on_ray, write_slurm_job
 
@@ -98,7 +144,12 @@ def launch(
     file = recipe or default_recipe()
     loaded = load_recipe(file, assignments or [])
     directory = out or Path("runs") / loaded.name
-    words = (str(file), "--out", str(directory), *(word for each in assignments or [] for word in ("--set", each)))
+    words = (
+        str(file),
+        "--out",
+        str(directory),
+        *(word for each in assignments or [] for word in ("--set", each)),
+    )
     plan = Launch(nodes, processes, restarts, words)
     if ray is not None:
         launch_on_ray(loaded, plan, ray, gpus)
@@ -145,7 +196,9 @@ def replay(
     run_directory: RunArgument,
     step: Annotated[int, typer.Option(help="the step, from 1")],
     stage: Annotated[str, typer.Option(help="pretrain or sft")] = "pretrain",
-    loss: Annotated[bool, typer.Option(help="compute its loss again, from the last checkpoint before it")] = True,
+    loss: Annotated[
+        bool, typer.Option(help="compute its loss again, from the last checkpoint before it")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
 ) -> None:
     """Show which bytes a training step saw, and compute its loss again."""
@@ -159,9 +212,15 @@ def replay(
 @app.command("export-metrics")
 def export_metrics_command(
     run_directory: RunArgument,
-    to: Annotated[str, typer.Option(help="tensorboard, wandb (offline) or trackio")] = "tensorboard",
-    out: Annotated[Path | None, typer.Option(help="where its files go; <run>/<name> if left out")] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="go on with what a run writes, until Ctrl-C")] = False,
+    to: Annotated[
+        str, typer.Option(help="tensorboard, wandb (offline) or trackio")
+    ] = "tensorboard",
+    out: Annotated[
+        Path | None, typer.Option(help="where its files go; <run>/<name> if left out")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="go on with what a run writes, until Ctrl-C")
+    ] = False,
 ) -> None:
     """Write a run's metrics for another program's page."""
     from xushi.run import export_metrics
@@ -170,12 +229,15 @@ def export_metrics_command(
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="print findings as JSON")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="print findings as JSON")] = False,
+) -> None:
     """Say what this machine can do, and what to do where it cannot."""
     from xushi.base.machine import best_training_dtype, doctor_report
 
     try:
         from xushi.ops import native
+
         forms = native.status(best_training_dtype()[0])
     except (ImportError, OSError):  # the report says so of torch
         forms = "none, since torch cannot be imported"
@@ -189,13 +251,22 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print findings 
 
 @bench_app.command("train")
 def bench_train(
-    name: Annotated[str, typer.Argument(metavar="[S|M|RECIPE]", help="a model of 20 (S) or 307 (M) million parameters, "
-                                        "or a recipe's file for its own")] = "S",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: what training takes here")] = "auto",
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="[S|M|RECIPE]",
+            help="a model of 20 (S) or 307 (M) million parameters, or a recipe's file for its own",
+        ),
+    ] = "S",
+    dtype: Annotated[
+        str, typer.Option(help="fp32, bf16, or auto: what training takes here")
+    ] = "auto",
     rounds: Annotated[int, typer.Option(help="steps that are timed")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
 ) -> None:
-    """Time whole training steps: tokens per second, share of the machine's limit, where the time goes."""
+    """Time whole training steps: tokens per second, share of the machine's limit, where the time
+    goes.
+    """
     from xushi.base.allocator import keep_freed_memory
     from xushi.run import benchmark_training, named_shape, sentences
 
@@ -214,7 +285,9 @@ def bench_train(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="a model's directory, or a preset such as deepseek-v3")],
+    model: Annotated[
+        str, typer.Argument(help="a model's directory, or a preset such as deepseek-v3")
+    ],
     context: Annotated[int, typer.Option(help="tokens of context for cache and FLOPs")] = 4096,
     mtp: Annotated[bool, typer.Option(help="count multi-token prediction in training")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
@@ -225,26 +298,41 @@ def inspect(
 
     if context < 1:
         raise XushiError(f"--context {context} is not a length", "give at least 1")
-    counted = inspect_model(read_config(model) if Path(model).is_dir() else preset(model), context, mtp)
+    counted = inspect_model(
+        read_config(model) if Path(model).is_dir() else preset(model), context, mtp
+    )
     if as_json:
         print(json.dumps(counted))
         return
     layers = counted.pop("layers")
     _table(counted)
-    columns = [name for name in ("attention", "feed_forward", "hyper_connections", "active")
-               if any(layer[name] for layer in layers)]
+    columns = [
+        name
+        for name in ("attention", "feed_forward", "hyper_connections", "active")
+        if any(layer[name] for layer in layers)
+    ]
     groups = group_layers(layers)
     width = max(12, *(len(span) + 2 for span, _ in groups))
-    print(f"\n{'layers':<{width}}{'':<26}" + "".join(f"{name.replace('_', '-'):>18}" for name in columns))
+    print(
+        f"\n{'layers':<{width}}{'':<26}"
+        + "".join(f"{name.replace('_', '-'):>18}" for name in columns)
+    )
     for span, layer in groups:
-        print(f"{span:<{width}}{layer['kind']:<26}" + "".join(f"{layer[name]:>18,}" for name in columns))
+        print(
+            f"{span:<{width}}{layer['kind']:<26}"
+            + "".join(f"{layer[name]:>18,}" for name in columns)
+        )
 
 
 @app.command()
 def export(
-    directory: Annotated[Path, typer.Argument(help="a model's directory, such as runs/demo/export/reasoning")],
+    directory: Annotated[
+        Path, typer.Argument(help="a model's directory, such as runs/demo/export/reasoning")
+    ],
     out: Annotated[Path, typer.Argument(help="the file to write, such as demo.gguf")],
-    kind: Annotated[str, typer.Option("--type", help="how matrices are stored: bf16 or q8_0")] = "bf16",
+    kind: Annotated[
+        str, typer.Option("--type", help="how matrices are stored: bf16 or q8_0")
+    ] = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="print figures as JSON")] = False,
 ) -> None:
     """Write a model as a GGUF file, which llama.cpp and what is built on it load."""
@@ -267,8 +355,16 @@ def _table(values: dict[str, Any]) -> None:
 
 def _headline(results: dict[str, Any]) -> None:
     """The few numbers that say whether it worked."""
-    for key in ("evaluate.bits_per_byte", "evaluate.bits_per_byte_xz", "evaluate.bits_per_byte_xz_primed",
-                "rl.greedy_before", "rl.greedy_after", "rl.forced_before", "rl.sft_equal_time", "seconds.total"):
+    for key in (
+        "evaluate.bits_per_byte",
+        "evaluate.bits_per_byte_xz",
+        "evaluate.bits_per_byte_xz_primed",
+        "rl.greedy_before",
+        "rl.greedy_after",
+        "rl.forced_before",
+        "rl.sft_equal_time",
+        "seconds.total",
+    ):
         if key in results:
             print(f"{key:<36} {results[key]:.3f}")
 
@@ -279,14 +375,20 @@ def guarded(action: Callable[[], Any]) -> int:
         action()
     except XushiError as error:
         rank = os.environ.get("RANK", "0")  # torchrun's: what all of them meet is said once in full
-        said = f"error: {error.problem}\n{error.remedy}" if rank == "0" else f"process {rank}: {error.problem}"
+        said = (
+            f"error: {error.problem}\n{error.remedy}"
+            if rank == "0"
+            else f"process {rank}: {error.problem}"
+        )
         print(said, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as with | head
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader went away, as with | head
         return 0
     return 0
 

@@ -28,7 +28,11 @@ def fault(table, model=Outer) -> XushiError:
 
 
 def test_a_whole_recipe():
-    recipe = parse(Outer, {"name": "a", "train": {"steps": 3, "rate": 1}, "choices": [{"steps": 1}]}, "recipe.toml")
+    recipe = parse(
+        Outer,
+        {"name": "a", "train": {"steps": 3, "rate": 1}, "choices": [{"steps": 1}]},
+        "recipe.toml",
+    )
     assert recipe.train == Inner(steps=3, rate=1.0) and recipe.choices[0].rate == 0.5
 
 
@@ -75,15 +79,22 @@ def test_bad_overrides(assignment):
         override({"name": "x"}, assignment)
 
 
-@given(st.integers(-10**9, 10**9))
+@given(st.integers(-(10**9), 10**9))
 def test_override_reads_integers(value):
     table = {}
     override(table, f"a={value}")
     assert table == {"a": value}
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "does not exist"), (b"a = ", "not valid TOML"),
-                                                (b"a = '\xff'", "cannot be read"), (b"a = 1\na = 2", "not valid TOML")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "does not exist"),
+        (b"a = ", "not valid TOML"),
+        (b"a = '\xff'", "cannot be read"),
+        (b"a = 1\na = 2", "not valid TOML"),
+    ],
+)
 def test_unreadable_recipes(tmp_path, content, words):
     path = tmp_path / "recipe.toml"
     if content is not None:

@@ -34,8 +34,15 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path, monkey
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "no space"), (errno.EDQUOT, "no space"),
-                                               (errno.EROFS, "cannot be written"), (errno.EACCES, "cannot be written")])
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "no space"),
+        (errno.EDQUOT, "no space"),
+        (errno.EROFS, "cannot be written"),
+        (errno.EACCES, "cannot be written"),
+    ],
+)
 def test_disk_errors_are_told(tmp_path, number, words):
     with pytest.raises(XushiError, match=words), files.disk_errors(tmp_path):
         raise OSError(number, os.strerror(number))
@@ -64,13 +71,17 @@ def test_a_failed_directory_leaves_the_old_one(tmp_path):
     with pytest.raises(ZeroDivisionError), files.directory_in_place(place) as aside:
         (aside / "new").touch()
         raise ZeroDivisionError
-    assert [p.name for p in place.iterdir()] == ["old"] and [p.name for p in tmp_path.iterdir()] == ["made"]
+    assert [p.name for p in place.iterdir()] == ["old"] and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["made"]
 
 
 def test_a_killed_writer_leaves_one_of_its_contents(tmp_path):
     path = tmp_path / "a.txt"
-    script = ("import sys, pathlib; from xushi.base.files import write_atomic\n"
-              "for i in range(10**6): write_atomic(pathlib.Path(sys.argv[1]), str(i % 10) * 100_000)\n")
+    script = (
+        "import sys, pathlib; from xushi.base.files import write_atomic\n"
+        "for i in range(10**6): write_atomic(pathlib.Path(sys.argv[1]), str(i % 10) * 100_000)\n"
+    )
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", script, str(path)])
         deadline = time.monotonic() + 30

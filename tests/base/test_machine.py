@@ -12,7 +12,13 @@ from xushi.base.errors import XushiError
 
 def test_facts_agree_with_the_system():
     facts = machine.inspect()
-    assert 1 <= facts.usable_cores <= facts.physical_cores <= facts.logical_cores <= (os.cpu_count() or 1)
+    assert (
+        1
+        <= facts.usable_cores
+        <= facts.physical_cores
+        <= facts.logical_cores
+        <= (os.cpu_count() or 1)
+    )
     if sys.platform == "linux":
         assert facts.logical_cores == len(os.sched_getaffinity(0))
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -29,8 +35,11 @@ def test_features_agree_with_torch():
 
 
 def test_reading_facts_does_not_import_torch():
-    script = ("import sys; from xushi.base import machine; machine.inspect(); machine.best_training_dtype(); "
-              "machine.peak_memory_bytes(); assert 'torch' not in sys.modules")
+    script = (
+        "import sys; from xushi.base import machine; machine.inspect(); "
+        "machine.best_training_dtype(); "
+        "machine.peak_memory_bytes(); assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
 
 
@@ -65,7 +74,8 @@ def test_version_2_control_group_limits(monkeypatch):
         "/proc/self/cgroup": "0::/user/shell\n",
         "/sys/fs/cgroup/user/shell/cpu.max": "max 100000\n",
         "/sys/fs/cgroup/user/cpu.max": "150000 100000\n",
-        "/proc/meminfo": "MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable: 6000 kB\nHugePages_Total: 0\n",
+        "/proc/meminfo": "MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable: 6000 "
+        "kB\nHugePages_Total: 0\n",
         "/sys/fs/cgroup/user/memory.max": "4096000\n",
         "/sys/fs/cgroup/user/memory.current": "3072000\n",
         "/sys/fs/cgroup/user/memory.stat": "anon 5\ninactive_file 1024000\n",
@@ -101,10 +111,16 @@ def test_a_system_that_says_nothing(monkeypatch):
 
 
 def test_peak_memory_is_this_process_and_grows():
-    script = ("from xushi.base.machine import peak_memory_bytes as peak; before = peak(); "
-              "block = bytearray(80 * 2**20); after = peak(); print(before, after)")
-    block = bytearray(b"\1") * (200 * 2**20)  # what a child forked from here must not be charged with
-    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, timeout=60).stdout
+    script = (
+        "from xushi.base.machine import peak_memory_bytes as peak; before = peak(); "
+        "block = bytearray(80 * 2**20); after = peak(); print(before, after)"
+    )
+    block = bytearray(b"\1") * (
+        200 * 2**20
+    )  # what a child forked from here must not be charged with
+    printed = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, timeout=60
+    ).stdout
     before, after = map(int, printed.split())
     assert len(block) > before and 79 * 2**20 <= after - before <= 90 * 2**20
     assert machine.children_peak_memory_bytes() >= after
@@ -129,7 +145,10 @@ def test_the_device_is_what_was_asked_or_the_gpu_that_is_there(there: bool, monk
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert machine.chosen_device("auto") == ("cuda" if there else "cpu") and machine.chosen_device("cpu") == "cpu"
+    assert (
+        machine.chosen_device("auto") == ("cuda" if there else "cpu")
+        and machine.chosen_device("cpu") == "cpu"
+    )
     if there:
         assert machine.chosen_device("cuda") == "cuda"
     else:

@@ -1,4 +1,6 @@
-"""The tracking store: what is read is what was last written, decisions are taken once, damage is told."""
+"""The tracking store: what is read is what was last written, decisions are taken once, damage is
+told.
+"""
 
 import json
 import math
@@ -28,7 +30,9 @@ def test_metrics_come_back_in_step_order_and_the_last_writing_counts(tracking):
 
 def test_values_that_are_not_finite_survive(tracking):
     tracking.metrics("train", 0, {"nan": math.nan, "inf": math.inf})
-    assert math.isnan(tracking.series("train", "nan")[0][1]) and tracking.series("train", "inf") == [(0, math.inf)]
+    assert math.isnan(tracking.series("train", "nan")[0][1]) and tracking.series(
+        "train", "inf"
+    ) == [(0, math.inf)]
 
 
 def test_decisions_are_taken_once(tracking):
@@ -42,7 +46,10 @@ def test_events_keep_their_order_and_details(tracking):
     tracking.event("train", "begun")
     tracking.event("data", "done", seconds=1.5)
     assert [(e["stage"], e["name"]) for e in tracking.events()] == [
-        ("data", "begun"), ("train", "begun"), ("data", "done")]
+        ("data", "begun"),
+        ("train", "begun"),
+        ("data", "done"),
+    ]
     assert tracking.events("data", "begun")[0]["details"] == {"text": "虚实", "count": 3}
     assert [e["stage"] for e in tracking.events(name="begun")] == ["data", "train"]
 
@@ -53,7 +60,9 @@ def test_everything_survives_the_process_that_wrote_it(tmp_path):
     first.metrics("train", 0, {"loss": 1.0})
     first.decide("train", "threads", 2)
     second = Tracking(path)  # while the first is open, as a report beside a run
-    assert second.series("train", "loss") == [(0, 1.0)] and second.decide("train", "threads", 8) == 2
+    assert (
+        second.series("train", "loss") == [(0, 1.0)] and second.decide("train", "threads", 8) == 2
+    )
     first.close()
     second.close()
 
@@ -99,9 +108,16 @@ def test_metrics_stand_in_lines_too(tmp_path) -> None:
         file.write('{"stage": "pretr')  # a kill
     Tracking(tmp_path / "tracking.sqlite").metrics("pretrain", 2, {"loss": 2.0})
     first, torn, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(first)["loss"] == 2.5 and json.loads(first)["bad"] is None and torn == '{"stage": "pretr'
+    assert (
+        json.loads(first)["loss"] == 2.5
+        and json.loads(first)["bad"] is None
+        and torn == '{"stage": "pretr'
+    )
     assert {key: value for key, value in json.loads(second).items() if key != "time"} == {
-        "stage": "pretrain", "step": 2, "loss": 2.0}
+        "stage": "pretrain",
+        "step": 2,
+        "loss": 2.0,
+    }
 
 
 def test_without_a_place_nothing_is_kept() -> None:

@@ -26,13 +26,19 @@ from xushi.tokenizer import Tokenizer
 T = 16
 
 
-def write_corpus(directory: Path, texts: list[str], tokenizer: Tokenizer, transcripts: int = 0) -> None:
+def write_corpus(
+    directory: Path, texts: list[str], tokenizer: Tokenizer, transcripts: int = 0
+) -> None:
     (directory / "in").mkdir()
     for i, text in enumerate(texts):
         (directory / "in" / f"{i:03}.txt").write_bytes(text.encode())
-    config = DataConfig(sources=[SourceConfig(name="notes", kind="text", glob=str(directory / "in"))],
-                        sequence_length=T)
-    extra = [make_document("digits", f"{i}+1=天{i + 1}", {"path": str(i)}) for i in range(transcripts)]
+    config = DataConfig(
+        sources=[SourceConfig(name="notes", kind="text", glob=str(directory / "in"))],
+        sequence_length=T,
+    )
+    extra = [
+        make_document("digits", f"{i}+1=天{i + 1}", {"path": str(i)}) for i in range(transcripts)
+    ]
     build_corpus(config, {"digits": ExtraSource(extra, 2.0)} if extra else {}, directory / "corpus")
     tokenize_corpus(directory / "corpus", tokenizer, directory / "tokens", T)
 
@@ -40,27 +46,45 @@ def write_corpus(directory: Path, texts: list[str], tokenizer: Tokenizer, transc
 @pytest.fixture(scope="module")
 def built(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("built")
-    write_corpus(directory, [f"the tree {i} then 天地\n" * (i % 7 + 1) for i in range(40)], tokenizer, transcripts=30)
+    write_corpus(
+        directory,
+        [f"the tree {i} then 天地\n" * (i % 7 + 1) for i in range(40)],
+        tokenizer,
+        transcripts=30,
+    )
     return directory
 
 
 @settings(max_examples=10, deadline=None)
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), max_size=8),
-       seed=st.integers(0, 9))
-def test_lineage_leads_back_to_bytes(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, texts: list[str],
-                                     seed: int) -> None:
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), max_size=8),
+    seed=st.integers(0, 9),
+)
+def test_lineage_leads_back_to_bytes(
+    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, texts: list[str], seed: int
+) -> None:
     directory = tmp_path_factory.mktemp("lineage")
-    write_corpus(directory, [*texts, *(f"the tree {i} 天地then\n" * 9 for i in range(9))], tokenizer, transcripts=3)
+    write_corpus(
+        directory,
+        [*texts, *(f"the tree {i} 天地then\n" * 9 for i in range(9))],
+        tokenizer,
+        transcripts=3,
+    )
     documents = {d.uid: d.text.encode() for d in read_documents(directory / "corpus", "train")}
     dataset = TokenDataset.open(directory / "tokens", seed)
     for cursor in range(12):
         batch = dataset.batch(cursor, 1)
         spans, byte_spans = dataset.spans(cursor), dataset.byte_spans(cursor)
         assert len(spans) == len(byte_spans) == int(batch.segments.max()) + 1
-        for segment, ((uid, start, end), (same, first, last)) in enumerate(zip(spans, byte_spans, strict=True)):
+        for segment, ((uid, start, end), (same, first, last)) in enumerate(
+            zip(spans, byte_spans, strict=True)
+        ):
             tokens = batch.tokens[0][batch.segments[0] == segment].tolist()
             assert same == uid and len(tokens) == end - start
-            assert b"".join(tokenizer.token_bytes(token) for token in tokens) == documents[uid][first:last]
+            assert (
+                b"".join(tokenizer.token_bytes(token) for token in tokens)
+                == documents[uid][first:last]
+            )
 
 
 def test_shapes_and_types(built: Path) -> None:
@@ -73,14 +97,24 @@ def test_shapes_and_types(built: Path) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(cursor=st.integers(0, 20_000), groups=st.lists(st.integers(1, 4), min_size=1, max_size=4),
-       seed=st.integers(0, 3))
-def test_grouping_into_batches_changes_nothing(built: Path, cursor: int, groups: list[int], seed: int) -> None:
+@given(
+    cursor=st.integers(0, 20_000),
+    groups=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    seed=st.integers(0, 3),
+)
+def test_grouping_into_batches_changes_nothing(
+    built: Path, cursor: int, groups: list[int], seed: int
+) -> None:
     dataset = TokenDataset.open(built / "tokens", seed)
     whole = dataset.batch(cursor, sum(groups))
-    parts = [TokenDataset.open(built / "tokens", seed).batch(cursor + sum(groups[:i]), n) for i, n in enumerate(groups)]
+    parts = [
+        TokenDataset.open(built / "tokens", seed).batch(cursor + sum(groups[:i]), n)
+        for i, n in enumerate(groups)
+    ]
     for name in ("tokens", "targets", "positions", "segments", "loss_mask"):
-        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts])), name
+        assert torch.equal(
+            getattr(whole, name), torch.cat([getattr(part, name) for part in parts])
+        ), name
     again = dataset.batch(cursor, sum(groups))
     assert batch_hash(vars(again)) == batch_hash(vars(whole))
 
@@ -101,14 +135,25 @@ def test_hash_sees_every_array(built: Path) -> None:
 def test_one_source_is_covered_once_per_epoch(tokenizer: Tokenizer, tmp_path: Path) -> None:
     write_corpus(tmp_path, [f"tree {i} 天\n" * (i % 5 + 1) for i in range(50)], tokenizer)
     dataset = TokenDataset.open(tmp_path / "tokens", 4)
-    documents = {d.uid: tokenizer.encode(d.text) for d in read_documents(tmp_path / "corpus", "train")}
-    expected = sorted((uid, place) for uid, ids in documents.items() for place in range(1, len(ids) + 2))
+    documents = {
+        d.uid: tokenizer.encode(d.text) for d in read_documents(tmp_path / "corpus", "train")
+    }
+    expected = sorted(
+        (uid, place) for uid, ids in documents.items() for place in range(1, len(ids) + 2)
+    )
     assert dataset.tokens_per_epoch == len(expected)
     sequences = -(-len(expected) // T)
     orders = []
     for epoch in range(2):
-        spans = [span for c in range(epoch * sequences, (epoch + 1) * sequences) for span in dataset.spans(c)]
-        assert sorted((uid, place + 1) for uid, start, end in spans for place in range(start, end)) == expected
+        spans = [
+            span
+            for c in range(epoch * sequences, (epoch + 1) * sequences)
+            for span in dataset.spans(c)
+        ]
+        assert (
+            sorted((uid, place + 1) for uid, start, end in spans for place in range(start, end))
+            == expected
+        )
         orders.append(spans)
     assert orders[0] != orders[1]
 
@@ -127,6 +172,10 @@ def test_weight_counts_in_the_epoch(built: Path) -> None:
 def test_heldout_is_the_heldout_stream(built: Path, tokenizer: Tokenizer, size: int) -> None:
     batches = list(heldout_batches(built / "tokens", size))
     targets = np.concatenate([batch.targets[batch.loss_mask].numpy() for batch in batches])
-    assert b"".join(tokenizer.token_bytes(token) for token in targets) == heldout_bytes(built / "corpus")
-    assert (targets == tokenizer.eos_id).sum() == len(list(read_documents(built / "corpus", "heldout")))
+    assert b"".join(tokenizer.token_bytes(token) for token in targets) == heldout_bytes(
+        built / "corpus"
+    )
+    assert (targets == tokenizer.eos_id).sum() == len(
+        list(read_documents(built / "corpus", "heldout"))
+    )
     assert all(batch.tokens.shape == (size, T) for batch in batches[:-1])

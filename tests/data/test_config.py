@@ -14,34 +14,47 @@ NOTES = {"name": "notes", "kind": "text", "glob": "~/notes"}
 def test_defaults() -> None:
     config = parse(DataConfig, {"sources": [NOTES], "sequence_length": 128}, "recipe")
     assert config.heldout == 0.065 and config.salt == "xushi"
-    assert config.sources[0].weight == 1.0 and config.sources[0].field == "text" and config.sources[0].exclude == []
+    assert (
+        config.sources[0].weight == 1.0
+        and config.sources[0].field == "text"
+        and config.sources[0].exclude == []
+    )
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"kind": "text", "packages": ["a"]}, "needs glob"),
-    ({"glob": None}, "needs glob"),
-    ({"kind": "packages"}, "needs packages"),
-    ({"kind": "packages", "glob": None}, "needs packages"),
-    ({"kind": "packages", "glob": None, "packages": ["A_b", "a-B"]}, "names a distribution twice"),
-    ({"weight": 0.0}, "weight must be above 0"),
-    ({"weight": -1.0}, "weight must be above 0"),
-    ({"weight": float("inf")}, "weight must be above 0"),
-    ({"name": "a/b"}, "a source's name is made of"),
-    ({"kind": "csv"}, "kind"),
-    ({"globs": "x"}, "unknown key globs"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "text", "packages": ["a"]}, "needs glob"),
+        ({"glob": None}, "needs glob"),
+        ({"kind": "packages"}, "needs packages"),
+        ({"kind": "packages", "glob": None}, "needs packages"),
+        (
+            {"kind": "packages", "glob": None, "packages": ["A_b", "a-B"]},
+            "names a distribution twice",
+        ),
+        ({"weight": 0.0}, "weight must be above 0"),
+        ({"weight": -1.0}, "weight must be above 0"),
+        ({"weight": float("inf")}, "weight must be above 0"),
+        ({"name": "a/b"}, "a source's name is made of"),
+        ({"kind": "csv"}, "kind"),
+        ({"globs": "x"}, "unknown key globs"),
+    ],
+)
 def test_bad_source(change: dict[str, Any], message: str) -> None:
     with pytest.raises(XushiError, match=message):
         parse(SourceConfig, {**NOTES, **change}, "recipe")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"sources": []}, "data.sources is empty"),
-    ({"sources": [NOTES, NOTES]}, "two sources are called 'notes'"),
-    ({"sequence_length": 1}, "sequence_length must be at least 2"),
-    ({"heldout": 0.04}, r"heldout must lie between 0\.05 and 0\.08"),
-    ({"heldout": 0.09}, r"heldout must lie between 0\.05 and 0\.08"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sources": []}, "data.sources is empty"),
+        ({"sources": [NOTES, NOTES]}, "two sources are called 'notes'"),
+        ({"sequence_length": 1}, "sequence_length must be at least 2"),
+        ({"heldout": 0.04}, r"heldout must lie between 0\.05 and 0\.08"),
+        ({"heldout": 0.09}, r"heldout must lie between 0\.05 and 0\.08"),
+    ],
+)
 def test_bad_data(change: dict[str, Any], message: str) -> None:
     with pytest.raises(XushiError, match=message):
         parse(DataConfig, {"sources": [NOTES], "sequence_length": 8, **change}, "recipe")

@@ -1,4 +1,6 @@
-"""A corpus as it is written: verdicts, hashes, the held-out stream, and nothing half after a failure."""
+"""A corpus as it is written: verdicts, hashes, the held-out stream, and nothing half after a
+failure.
+"""
 
 import hashlib
 import random
@@ -27,7 +29,9 @@ def write(directory: Path, count: int = 60) -> None:
     for i in range(count):
         path = directory / f"{i % 3}" / f"{i:03}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"file {i}\n" + "some words 天地\n" * generator.randint(1, 20), encoding="utf-8")
+        path.write_text(
+            f"file {i}\n" + "some words 天地\n" * generator.randint(1, 20), encoding="utf-8"
+        )
 
 
 def config(directory: Path, **keys: Any) -> DataConfig:
@@ -38,12 +42,16 @@ def config(directory: Path, **keys: Any) -> DataConfig:
 def test_what_is_written(tmp_path: Path) -> None:
     write(tmp_path / "in")
     (tmp_path / "in" / "empty.txt").touch()
-    (tmp_path / "in" / "1" / "twin.txt").write_bytes((tmp_path / "in" / "0" / "000.txt").read_bytes())
+    (tmp_path / "in" / "1" / "twin.txt").write_bytes(
+        (tmp_path / "in" / "0" / "000.txt").read_bytes()
+    )
     summary = build_corpus(config(tmp_path / "in"), {}, tmp_path / "corpus")
     assert summary == load_summary(tmp_path / "corpus")
     assert (summary.files, summary.documents, summary.rule) == (62, 60, "groups")
     assert (summary.sources[0].empty, summary.sources[0].duplicates) == (1, 1)
-    train, heldout = (list(read_documents(tmp_path / "corpus", name)) for name in ("train", "heldout"))
+    train, heldout = (
+        list(read_documents(tmp_path / "corpus", name)) for name in ("train", "heldout")
+    )
     assert len(train) + len(heldout) == 60 and len(heldout) == summary.heldout_documents
     assert [d.text for d in train] == list(training_texts(tmp_path / "corpus"))
     assert heldout_bytes(tmp_path / "corpus") == "".join(d.text for d in heldout).encode()
@@ -66,8 +74,10 @@ def test_what_is_written(tmp_path: Path) -> None:
 def test_duplicates_are_found_across_sources(tmp_path: Path) -> None:
     write(tmp_path / "a")
     write(tmp_path / "b", 70)
-    both = DataConfig(sources=[SourceConfig(name=n, kind="text", glob=str(tmp_path / n)) for n in "ab"],
-                      sequence_length=16)
+    both = DataConfig(
+        sources=[SourceConfig(name=n, kind="text", glob=str(tmp_path / n)) for n in "ab"],
+        sequence_length=16,
+    )
     summary = build_corpus(both, {}, tmp_path / "corpus")
     assert [(s.documents, s.duplicates) for s in summary.sources] == [(60, 0), (10, 60)]
 
@@ -77,9 +87,17 @@ def test_same_input_same_bytes_wherever_it_lies(tmp_path: Path) -> None:
         write(tmp_path / place)
         build_corpus(config(tmp_path / place), {}, tmp_path / f"corpus-{place}")
     names = sorted(path.name for path in (tmp_path / "corpus-one").iterdir())
-    assert names == ["decisions.parquet", "heldout-00000.parquet", "heldout.bin", "summary.json", "train-00000.parquet"]
+    assert names == [
+        "decisions.parquet",
+        "heldout-00000.parquet",
+        "heldout.bin",
+        "summary.json",
+        "train-00000.parquet",
+    ]
     for name in set(names) - {"summary.json"}:
-        assert (tmp_path / "corpus-one" / name).read_bytes() == (tmp_path / "corpus-two" / name).read_bytes(), name
+        assert (tmp_path / "corpus-one" / name).read_bytes() == (
+            tmp_path / "corpus-two" / name
+        ).read_bytes(), name
     one, two = (load_summary(tmp_path / f"corpus-{place}") for place in ("one", "two"))
     assert one.sha256 == two.sha256
 
@@ -94,7 +112,10 @@ def test_hash_sees_paths_and_contents(tmp_path: Path) -> None:
     hashes.append(build_corpus(config(tmp_path / "in"), {}, tmp_path / "corpus").sha256)
     assert len(set(hashes)) == 3
     # Neither the salt nor the fraction is part of what the text is.
-    assert build_corpus(config(tmp_path / "in", salt="other"), {}, tmp_path / "corpus").sha256 == hashes[-1]
+    assert (
+        build_corpus(config(tmp_path / "in", salt="other"), {}, tmp_path / "corpus").sha256
+        == hashes[-1]
+    )
 
 
 def test_hash_is_what_the_documentation_says(tmp_path: Path) -> None:
@@ -103,22 +124,38 @@ def test_hash_is_what_the_documentation_says(tmp_path: Path) -> None:
     digest = hashlib.sha256()
     for part in (b"a.txt", b"line\n" * 300):
         digest.update(len(part).to_bytes(8, "little") + part)
-    assert build_corpus(config(tmp_path / "in"), {}, tmp_path / "corpus").sha256 == digest.hexdigest()
+    assert (
+        build_corpus(config(tmp_path / "in"), {}, tmp_path / "corpus").sha256 == digest.hexdigest()
+    )
 
 
 def test_extra_documents_are_trained_on_and_never_held_out(tmp_path: Path) -> None:
     write(tmp_path / "in")
     alone = build_corpus(config(tmp_path / "in"), {}, tmp_path / "alone")
-    transcripts = [make_document("digits", "1 + 1 = 2\n" * 50, {"path": f"train/{i}"}) for i in range(90)]
-    summary = build_corpus(config(tmp_path / "in"), {"digits": ExtraSource(transcripts, 0.5)}, tmp_path / "corpus")
-    assert (summary.bytes, summary.heldout_bytes, summary.sha256) == (alone.bytes, alone.heldout_bytes, alone.sha256)
+    transcripts = [
+        make_document("digits", "1 + 1 = 2\n" * 50, {"path": f"train/{i}"}) for i in range(90)
+    ]
+    summary = build_corpus(
+        config(tmp_path / "in"), {"digits": ExtraSource(transcripts, 0.5)}, tmp_path / "corpus"
+    )
+    assert (summary.bytes, summary.heldout_bytes, summary.sha256) == (
+        alone.bytes,
+        alone.heldout_bytes,
+        alone.sha256,
+    )
     assert summary.sources[1].documents == 90 and summary.sources[1].weight == 0.5
     assert list(read_documents(tmp_path / "corpus", "train"))[-90:] == transcripts
-    with pytest.raises(XushiError, match="source notes has the name of an environment's transcripts"):
-        build_corpus(config(tmp_path / "in"), {"notes": ExtraSource(transcripts)}, tmp_path / "corpus")
+    with pytest.raises(
+        XushiError, match="source notes has the name of an environment's transcripts"
+    ):
+        build_corpus(
+            config(tmp_path / "in"), {"notes": ExtraSource(transcripts)}, tmp_path / "corpus"
+        )
 
 
-def test_failure_leaves_the_old_corpus_and_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_leaves_the_old_corpus_and_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "in")
     build_corpus(config(tmp_path / "in"), {}, tmp_path / "out" / "corpus")
     before = (tmp_path / "out" / "corpus" / "summary.json").read_bytes()

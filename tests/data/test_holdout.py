@@ -1,4 +1,6 @@
-"""The hold-out keeps to 5-8 % whatever the corpus looks like, splits no group, and depends on nothing but its input."""
+"""The hold-out keeps to 5-8 % whatever the corpus looks like, splits no group, and depends on
+nothing but its input.
+"""
 
 from collections.abc import Sequence
 
@@ -23,30 +25,45 @@ def text_of(length: int, line: str) -> str:
 
 @st.composite
 def corpora(draw: st.DrawFn) -> list[Document]:
-    """Many shapes: single books, few large groups, many small ones, both together; in packages or not."""
-    lengths = draw(st.lists(st.one_of(st.integers(1, 60), st.integers(1, 3000), st.integers(20_000, 60_000)),
-                            min_size=1, max_size=16))
+    """Many shapes: single books, few large groups, many small ones, both together; in packages or
+    not.
+    """
+    lengths = draw(
+        st.lists(
+            st.one_of(st.integers(1, 60), st.integers(1, 3000), st.integers(20_000, 60_000)),
+            min_size=1,
+            max_size=16,
+        )
+    )
     packages = draw(st.integers(0, 6))
     documents = []
     for i, length in enumerate(lengths):
         meta = {"path": f"{i}", "package": f"p{i % packages}"} if packages else {"path": f"{i}"}
         documents.append(make_document("s", text_of(length, draw(st.sampled_from(LINES))), meta))
     if size(documents) < 4000:
-        documents.append(make_document("s", text_of(4000, draw(st.sampled_from(LINES))), {"path": "long"}))
+        documents.append(
+            make_document("s", text_of(4000, draw(st.sampled_from(LINES))), {"path": "long"})
+        )
     return documents
 
 
 def check(documents: list[Document], divided: Holdout) -> None:
     assert 0.05 <= size(divided.heldout) / size(documents) <= 0.08
     if divided.rule == "groups":
-        assert sorted(d.uid for d in divided.train + divided.heldout) == sorted(d.uid for d in documents)
+        assert sorted(d.uid for d in divided.train + divided.heldout) == sorted(
+            d.uid for d in documents
+        )
         held = {group_of(d) for d in divided.heldout}
         assert held == set(divided.groups) and not held & {group_of(d) for d in divided.train}
         assert divided.heldout == [d for d in documents if group_of(d) in held]  # in path order
     else:
         assert divided.groups == []
-        parts = {d.meta["path"]: [p for p in divided.train + divided.heldout if p.meta["path"] == d.meta["path"]]
-                 for d in documents}
+        parts = {
+            d.meta["path"]: [
+                p for p in divided.train + divided.heldout if p.meta["path"] == d.meta["path"]
+            ]
+            for d in documents
+        }
         for document in documents:
             pieces = sorted(parts[document.meta["path"]], key=lambda piece: piece.meta["bytes"])
             assert "".join(piece.text for piece in pieces) == document.text
@@ -63,7 +80,9 @@ def test_fraction_and_sides(documents: list[Document], salt: str, fraction: floa
 
 @settings(max_examples=30, deadline=None)
 @given(documents=corpora(), data=st.data())
-def test_order_of_enumeration_does_not_matter(documents: list[Document], data: st.DataObject) -> None:
+def test_order_of_enumeration_does_not_matter(
+    documents: list[Document], data: st.DataObject
+) -> None:
     shuffled = data.draw(st.permutations(documents))
     one, other = hold_out(documents, 0.065, "s"), hold_out(shuffled, 0.065, "s")
     assert one.rule == other.rule and one.groups == other.groups
@@ -99,11 +118,14 @@ def test_salt_changes_the_choice() -> None:
 
 
 def test_same_name_in_another_source_is_another_group() -> None:
-    documents = [make_document(s, f"{s}{i} " * 30, {"path": str(i)}) for s in "ab" for i in range(50)]
+    documents = [
+        make_document(s, f"{s}{i} " * 30, {"path": str(i)}) for s in "ab" for i in range(50)
+    ]
     divided = hold_out(documents, 0.065, "salt")
     check(documents, divided)
-    assert {path for source, path in divided.groups if source == "a"} != \
-        {path for source, path in divided.groups if source == "b"}
+    assert {path for source, path in divided.groups if source == "a"} != {
+        path for source, path in divided.groups if source == "b"
+    }
 
 
 def test_single_book_is_cut_at_a_line() -> None:
@@ -116,12 +138,21 @@ def test_single_book_is_cut_at_a_line() -> None:
 
 def test_book_without_lines_is_cut_at_a_character() -> None:
     divided = hold_out([make_document("s", "天" * 2000, {"path": "book.txt"})], 0.065, "salt")
-    assert divided.rule == "tails" and divided.train[0].text + divided.heldout[0].text == "天" * 2000
+    assert (
+        divided.rule == "tails" and divided.train[0].text + divided.heldout[0].text == "天" * 2000
+    )
 
 
 def test_too_little_text() -> None:
     with pytest.raises(XushiError, match="hold 5 bytes of text, too little"):
         hold_out([make_document("s", "hello", {"path": "a"})], 0.065, "salt")
     with pytest.raises(XushiError, match="too short to hold out a part of each"):
-        hold_out([make_document("s", chr(0x4E00 + i), {"path": str(i), "package": "p"}) for i in range(2)]
-                 + [make_document("s", "x", {"path": f"x{i}", "package": "p"}) for i in range(2000)], 0.065, "salt")
+        hold_out(
+            [
+                make_document("s", chr(0x4E00 + i), {"path": str(i), "package": "p"})
+                for i in range(2)
+            ]
+            + [make_document("s", "x", {"path": f"x{i}", "package": "p"}) for i in range(2000)],
+            0.065,
+            "salt",
+        )

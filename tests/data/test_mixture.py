@@ -53,7 +53,10 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 def test_order_of_sources_in_the_recipe_does_not_matter() -> None:
-    one, other = Mixture(["a", "b"], [30, 50], [1.0, 2.0], 3), Mixture(["b", "a"], [50, 30], [2.0, 1.0], 3)
+    one, other = (
+        Mixture(["a", "b"], [30, 50], [1.0, 2.0], 3),
+        Mixture(["b", "a"], [50, 30], [2.0, 1.0], 3),
+    )
     for cursor in range(300):
         source, epoch, index = one.draw(cursor)
         assert other.draw(cursor) == (1 - source, epoch, index)

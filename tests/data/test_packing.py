@@ -1,4 +1,6 @@
-"""Packing against the plain definition written out with lists; spans and byte spans against the text itself."""
+"""Packing against the plain definition written out with lists; spans and byte spans against the
+text itself.
+"""
 
 from itertools import chain
 
@@ -22,12 +24,15 @@ def pack(documents: list[list[int]], length: int) -> PackedSource:
 @settings(max_examples=120, deadline=None)
 @given(documents=DOCUMENTS, length=st.integers(2, 9))
 def test_sequences_are_the_stream_cut_every_t(documents: list[list[int]], length: int) -> None:
-    stream = [(d, token, target) for d, document in enumerate(documents)
-              for token, target in zip([BOS, *document], [*document, EOS], strict=True)]
+    stream = [
+        (d, token, target)
+        for d, document in enumerate(documents)
+        for token, target in zip([BOS, *document], [*document, EOS], strict=True)
+    ]
     packed = pack(documents, length)
     assert packed.targets == len(stream) and packed.sequences == -(-len(stream) // length)
     for index in range(packed.sequences):
-        piece = stream[index * length:(index + 1) * length]
+        piece = stream[index * length : (index + 1) * length]
         fill = length - len(piece)
         sequence = packed.sequence(index)
         assert sequence.tokens_T.tolist() == [token for _, token, _ in piece] + [PAD] * fill
@@ -35,12 +40,17 @@ def test_sequences_are_the_stream_cut_every_t(documents: list[list[int]], length
         assert sequence.loss_mask_T.tolist() == [True] * len(piece) + [False] * fill
         assert sequence.segments_T.tolist() == [d - piece[0][0] for d, _, _ in piece] + [-1] * fill
         of = [d for d, _, _ in piece]
-        assert sequence.positions_T.tolist() == [of[:i].count(d) for i, d in enumerate(of)] + [0] * fill
+        assert (
+            sequence.positions_T.tolist()
+            == [of[:i].count(d) for i, d in enumerate(of)] + [0] * fill
+        )
 
 
 @settings(max_examples=120, deadline=None)
 @given(documents=DOCUMENTS, length=st.integers(2, 9))
-def test_spans_name_every_segment_and_every_target_once(documents: list[list[int]], length: int) -> None:
+def test_spans_name_every_segment_and_every_target_once(
+    documents: list[list[int]], length: int
+) -> None:
     packed = pack(documents, length)
     targets = []
     for index in range(packed.sequences):
@@ -49,11 +59,12 @@ def test_spans_name_every_segment_and_every_target_once(documents: list[list[int
         for segment, span in enumerate(spans):
             document = [BOS, *documents[span.uid[0]], EOS]
             mine = sequence.segments_T == segment
-            assert sequence.tokens_T[mine].tolist() == document[span.start:span.end]
-            assert sequence.targets_T[mine].tolist() == document[span.start + 1:span.end + 1]
+            assert sequence.tokens_T[mine].tolist() == document[span.start : span.end]
+            assert sequence.targets_T[mine].tolist() == document[span.start + 1 : span.end + 1]
             targets += [(span.uid[0], place) for place in range(span.start + 1, span.end + 1)]
-    assert sorted(targets) == [(d, place) for d, document in enumerate(documents)
-                               for place in range(1, len(document) + 2)]
+    assert sorted(targets) == [
+        (d, place) for d, document in enumerate(documents) for place in range(1, len(document) + 2)
+    ]
 
 
 def test_document_that_fills_a_sequence_leaves_no_empty_span() -> None:

@@ -34,21 +34,41 @@ def install(site: Path, name: str, files: dict[str, str | bytes], version: str =
     write(site, files)
     info = f"{name.replace('-', '_')}-{version}.dist-info"
     record = [*reversed(files), f"{info}/METADATA", f"{info}/RECORD", "../bin/tool.py"]
-    write(site, {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-                 f"{info}/RECORD": "".join(f"{path},,\n" for path in record)})
+    write(
+        site,
+        {
+            f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+            f"{info}/RECORD": "".join(f"{path},,\n" for path in record),
+        },
+    )
 
 
 def test_directory_takes_text_files_and_counts_the_rest(tmp_path: Path) -> None:
-    write(tmp_path, {"b.md": "b", "a/z.txt": "z\r\n", "a.unknown": "text", "code.py": "x", ".hidden": "h",
-                     ".git/config": "c", "a/.x": "h", "image.png": b"\x89PNG\0\0", "latin.bin": b"caf\xe9 au lait",
-                     "long.log": "a" + "é" * 40000})
+    write(
+        tmp_path,
+        {
+            "b.md": "b",
+            "a/z.txt": "z\r\n",
+            "a.unknown": "text",
+            "code.py": "x",
+            ".hidden": "h",
+            ".git/config": "c",
+            "a/.x": "h",
+            "image.png": b"\x89PNG\0\0",
+            "latin.bin": b"caf\xe9 au lait",
+            "long.log": "a" + "é" * 40000,
+        },
+    )
     os.symlink(tmp_path / "nowhere", tmp_path / "broken.txt")
     found = read(glob=str(tmp_path))
     assert paths(found) == ["a.unknown", "a/z.txt", "b.md", "code.py", "long.log"]
     assert found.documents[1].text == "z\r\n"
     assert found.files == 5 and found.root == str(tmp_path)
-    assert found.notes == ["3 hidden files and folders skipped", "1 broken links and special files skipped",
-                           "2 files skipped that are not text"]
+    assert found.notes == [
+        "3 hidden files and folders skipped",
+        "1 broken links and special files skipped",
+        "2 files skipped that are not text",
+    ]
 
 
 def test_globs_and_home_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +106,9 @@ def test_glob_that_matches_nothing(tmp_path: Path) -> None:
 
 def test_source_without_text(tmp_path: Path) -> None:
     write(tmp_path, {"image.png": b"\x89PNG\0"})
-    with pytest.raises(XushiError, match=r"source s holds no text \(1 files skipped that are not text\)"):
+    with pytest.raises(
+        XushiError, match=r"source s holds no text \(1 files skipped that are not text\)"
+    ):
         read(glob=str(tmp_path))
 
 
@@ -97,7 +119,9 @@ def test_not_utf8_names_file_and_line(tmp_path: Path) -> None:
             read(glob=str(glob))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a file that cannot be read even by root")
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs a file that cannot be read even by root"
+)
 def test_unreadable_file(tmp_path: Path) -> None:
     os.symlink("/proc/self/mem", tmp_path / "a.txt")
     with pytest.raises(XushiError, match=r"a\.txt cannot be read"):
@@ -105,19 +129,31 @@ def test_unreadable_file(tmp_path: Path) -> None:
 
 
 def test_jsonl(tmp_path: Path) -> None:
-    lines = [json.dumps({"body": "one\u2028two"}, ensure_ascii=False), "", json.dumps({"body": "", "id": 3})]
+    lines = [
+        json.dumps({"body": "one\u2028two"}, ensure_ascii=False),
+        "",
+        json.dumps({"body": "", "id": 3}),
+    ]
     write(tmp_path, {"a.jsonl": "\r\n".join(lines), "b.txt": "no"})
     found = read("jsonl", glob=str(tmp_path), field="body")
     assert [(d.text, d.meta) for d in found.documents] == [
-        ("one\u2028two", {"path": "a.jsonl", "line": 1}), ("", {"path": "a.jsonl", "line": 3})]
+        ("one\u2028two", {"path": "a.jsonl", "line": 1}),
+        ("", {"path": "a.jsonl", "line": 3}),
+    ]
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ('{"text": "a"', r"a\.jsonl, line 2 is not JSON"), ("[" * 100_000, "line 2 is not JSON"),
-    ("1" * 5000, "line 2 is not JSON"), ('{"txt": "a"}', "line 2 has no text under 'text'"),
-    ('{"text": 3}', "line 2 has no text under 'text'"), ('["text"]', "line 2 has no text under 'text'"),
-    ('{"text": "\\ud800"}', "line 2 holds a lone surrogate"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', r"a\.jsonl, line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
+        ("1" * 5000, "line 2 is not JSON"),
+        ('{"txt": "a"}', "line 2 has no text under 'text'"),
+        ('{"text": 3}', "line 2 has no text under 'text'"),
+        ('["text"]', "line 2 has no text under 'text'"),
+        ('{"text": "\\ud800"}', "line 2 holds a lone surrogate"),
+    ],
+)
 def test_bad_jsonl(tmp_path: Path, line: str, message: str) -> None:
     write(tmp_path, {"a.jsonl": '{"text": "fine"}\n' + line + "\n"})
     with pytest.raises(XushiError, match=message):
@@ -133,7 +169,10 @@ def test_jsonl_that_is_not_utf8(tmp_path: Path) -> None:
 def test_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [1, 2], "body": ["天地", "b"]}), tmp_path / "a.parquet")
     found = read("parquet", glob=str(tmp_path / "*.parquet"), field="body")
-    assert [(d.text, d.meta["row"], d.lang) for d in found.documents] == [("天地", 1, "zh"), ("b", 2, "und")]
+    assert [(d.text, d.meta["row"], d.lang) for d in found.documents] == [
+        ("天地", 1, "zh"),
+        ("b", 2, "und"),
+    ]
     with pytest.raises(XushiError, match=r"a\.parquet has no column 'text' \(it has id, body\)"):
         read("parquet", glob=str(tmp_path))
     with pytest.raises(XushiError, match="row 1 of column 'id' is no text"):
@@ -150,17 +189,26 @@ def test_bad_parquet(tmp_path: Path) -> None:
 
 
 def test_packages(site: Path) -> None:
-    install(site, "Two-Words", {"words/__init__.py": "w = 1", "words/tests/test_w.py": "t", "words/data.json": "{}"})
+    install(
+        site,
+        "Two-Words",
+        {"words/__init__.py": "w = 1", "words/tests/test_w.py": "t", "words/data.json": "{}"},
+    )
     install(site, "alpha", {"zebra/z.py": "z = 1", "alpha.py": "天 = 1"})
     found = read("packages", packages=["two_words", "alpha"], exclude=["*/tests/*"])
     assert [(d.meta["path"], d.meta["package"]) for d in found.documents] == [
-        ("alpha.py", "alpha"), ("words/__init__.py", "two-words"), ("zebra/z.py", "alpha")]
+        ("alpha.py", "alpha"),
+        ("words/__init__.py", "two-words"),
+        ("zebra/z.py", "alpha"),
+    ]
     assert {d.lang for d in found.documents} == {"python"}
     assert found.files == 3 and found.notes == ["1 files excluded by pattern"]
 
 
 def test_bad_packages(site: Path) -> None:
-    with pytest.raises(XushiError, match="'no-such-package' is not installed\npip install no-such-package"):
+    with pytest.raises(
+        XushiError, match="'no-such-package' is not installed\npip install no-such-package"
+    ):
         read("packages", packages=["no-such-package"])
     install(site, "only-data", {"only/data.json": "{}"})
     with pytest.raises(XushiError, match="'only-data' has no Python source"):

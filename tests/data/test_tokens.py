@@ -24,16 +24,21 @@ from xushi.tokenizer import Tokenizer
 def corpus(tmp_path: Path) -> Path:
     (tmp_path / "in").mkdir()
     for i in range(40):
-        (tmp_path / "in" / f"{i:02}.txt").write_text(f"the tree {i} <think>天地\n" * (i + 1), encoding="utf-8")
-    config = DataConfig(sources=[SourceConfig(name="notes", kind="text", glob=str(tmp_path / "in"), weight=2.0)],
-                        sequence_length=16)
+        (tmp_path / "in" / f"{i:02}.txt").write_text(
+            f"the tree {i} <think>天地\n" * (i + 1), encoding="utf-8"
+        )
+    config = DataConfig(
+        sources=[SourceConfig(name="notes", kind="text", glob=str(tmp_path / "in"), weight=2.0)],
+        sequence_length=16,
+    )
     build_corpus(config, {}, tmp_path / "corpus")
     return tmp_path / "corpus"
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
-def test_files_hold_every_document(corpus: Path, tokenizer: Tokenizer, tmp_path: Path, chunk: int,
-                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_hold_every_document(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_CHUNK_CHARACTERS", chunk)
     manifest = tokenize_corpus(corpus, tokenizer, tmp_path / "tokens", 16)
     assert manifest == load_manifest(tmp_path / "tokens")
@@ -44,17 +49,25 @@ def test_files_hold_every_document(corpus: Path, tokenizer: Tokenizer, tmp_path:
         documents = list(read_documents(corpus, side))
         assert packed.uids == [document.uid for document in documents]
         for i, document in enumerate(documents):
-            assert packed.document(i).tolist() == [tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id]
+            assert packed.document(i).tolist() == [
+                tokenizer.bos_id,
+                *tokenizer.encode(document.text),
+                tokenizer.eos_id,
+            ]
 
 
-def test_large_vocabularies_take_four_bytes(corpus: Path, tokenizer: Tokenizer, tmp_path: Path,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_vocabularies_take_four_bytes(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = tokenize_corpus(corpus, tokenizer, tmp_path / "small", 16)
     monkeypatch.setattr(tokenizer, "vocab_size", 70_000)
     monkeypatch.setattr(tokenizer, "byte_lengths", np.ones(70_000, dtype=np.int64))
     large = tokenize_corpus(corpus, tokenizer, tmp_path / "large", 16)
     assert large.dtype == "uint32" and small.train == large.train
-    one, other = (open_source(tmp_path / d / "train", m, m.train[0]) for d, m in (("small", small), ("large", large)))
+    one, other = (
+        open_source(tmp_path / d / "train", m, m.train[0])
+        for d, m in (("small", small), ("large", large))
+    )
     assert np.array_equal(one.tokens, other.tokens)
 
 
@@ -62,10 +75,12 @@ def test_missing_and_damaged_files(corpus: Path, tokenizer: Tokenizer, tmp_path:
     with pytest.raises(XushiError, match=r"manifest\.json does not exist"):
         TokenDataset.open(tmp_path, 0)
     directory = tmp_path / "tokens"
-    for name, message in (("train/notes.bin", r"notes\.bin does not have the size"),
-                          ("train/notes.parquet", "tokens of notes in .* cannot be read"),
-                          ("byte_lengths.npy", r"byte_lengths\.npy cannot be read"),
-                          ("manifest.json", r"manifest\.json is damaged")):
+    for name, message in (
+        ("train/notes.bin", r"notes\.bin does not have the size"),
+        ("train/notes.parquet", "tokens of notes in .* cannot be read"),
+        ("byte_lengths.npy", r"byte_lengths\.npy cannot be read"),
+        ("manifest.json", r"manifest\.json is damaged"),
+    ):
         tokenize_corpus(corpus, tokenizer, directory, 16)
         path = directory / name
         path.write_bytes(path.read_bytes()[:-3])

@@ -25,7 +25,7 @@ def plain(model, prompt, p, eos=EOS):
             logprobs += got.logprobs
             if got.tokens[0] == eos and not p.ignore_eos:
                 break
-    return ids[len(prompt):], logprobs
+    return ids[len(prompt) :], logprobs
 
 
 def run(engine):
@@ -35,13 +35,19 @@ def run(engine):
 
 def prompts_of(count, seed=0, longest=20):
     generator = np.random.default_rng(seed)
-    return [generator.integers(2, 272, generator.integers(1, longest)).tolist() for _ in range(count)]
+    return [
+        generator.integers(2, 272, generator.integers(1, longest)).tolist() for _ in range(count)
+    ]
 
 
 def test_equals_plain_decoding_with_other_requests_beside_it(model):
     prompts = prompts_of(7)
-    params = [SamplingParams(max_tokens=3 + 2 * i, temperature=[0.0, 1.0, 0.8][i % 3], seed=i, top_p=[1, 0.9][i % 2])
-              for i in range(7)]
+    params = [
+        SamplingParams(
+            max_tokens=3 + 2 * i, temperature=[0.0, 1.0, 0.8][i % 3], seed=i, top_p=[1, 0.9][i % 2]
+        )
+        for i in range(7)
+    ]
     engine = Engine(model, EOS, slots=70)  # too few for all at once
     requests = [engine.add(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
     run(engine)
@@ -92,16 +98,23 @@ def test_a_group_equals_separate_requests(model, slots):
     assert [r.token_ids for r in group] == [r.token_ids for r in singles]
     assert len({tuple(r.token_ids) for r in group}) > 1
     for one, other in zip(group, singles, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one.routed_experts, other.routed_experts, strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(one.routed_experts, other.routed_experts, strict=True)
+        )
     assert together.idle_slots == alone.idle_slots == slots
 
 
 def test_a_prompt_is_computed_once_for_its_group(model, monkeypatch):
     fed = []
     decode = model.decode
-    monkeypatch.setattr(model, "decode", lambda flat, *rest: fed.append(len(flat.tokens_N)) or decode(flat, *rest))
+    monkeypatch.setattr(
+        model, "decode", lambda flat, *rest: fed.append(len(flat.tokens_N)) or decode(flat, *rest)
+    )
     engine = Engine(model, EOS, slots=100)
-    engine.add_group(list(range(2, 12)), [SamplingParams(max_tokens=3, seed=s, ignore_eos=True) for s in range(4)])
+    engine.add_group(
+        list(range(2, 12)),
+        [SamplingParams(max_tokens=3, seed=s, ignore_eos=True) for s in range(4)],
+    )
     run(engine)
     assert fed == [10, 4, 4]
 
@@ -139,16 +152,25 @@ def test_abort_frees_and_disturbs_nobody(model):
 
 
 @settings(max_examples=40)
-@given(st.lists(st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 12), st.integers(1, 8), st.integers(1, 3)),
-    st.tuples(st.just("step"), st.just(0), st.just(0), st.just(0)),
-    st.tuples(st.just("abort"), st.integers(0, 30), st.just(0), st.just(0))), max_size=25), st.integers(20, 40))
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("add"), st.integers(1, 12), st.integers(1, 8), st.integers(1, 3)),
+            st.tuples(st.just("step"), st.just(0), st.just(0), st.just(0)),
+            st.tuples(st.just("abort"), st.integers(0, 30), st.just(0), st.just(0)),
+        ),
+        max_size=25,
+    ),
+    st.integers(20, 40),
+)
 def test_any_order_of_adding_stepping_and_aborting_ends_clean(model, actions, slots):
     engine = Engine(model, EOS, slots)
     requests = []
     for action, first, tokens, members in actions:
         if action == "add":
-            requests += engine.add_group([2 + first] * first, [SamplingParams(tokens, seed=s) for s in range(members)])
+            requests += engine.add_group(
+                [2 + first] * first, [SamplingParams(tokens, seed=s) for s in range(members)]
+            )
         elif action == "step":
             engine.step()
         elif first < len(requests):
@@ -161,7 +183,10 @@ def test_any_order_of_adding_stepping_and_aborting_ends_clean(model, actions, sl
     assert engine.idle_slots == slots
     assert engine._reserved == 0
     for request in requests:
-        assert request.finish_reason == "abort" or 1 <= len(request.token_ids) <= request.params.max_tokens
+        assert (
+            request.finish_reason == "abort"
+            or 1 <= len(request.token_ids) <= request.params.max_tokens
+        )
 
 
 def test_context(model):

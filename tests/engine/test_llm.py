@@ -39,7 +39,7 @@ def test_stop_strings_end_the_request_early(llm):
     whole = llm.generate("数", p)[0].text
     stop = whole[10:12]
     [cut] = llm.generate("数", SamplingParams(max_tokens=40, seed=1, ignore_eos=True, stop=(stop,)))
-    assert cut.text == whole[:whole.index(stop)]
+    assert cut.text == whole[: whole.index(stop)]
     assert cut.finish_reason == "stop"
     assert len(cut.token_ids) < 40
 

@@ -14,8 +14,10 @@ def split(stream, ids):
     return parts
 
 
-@given(st.lists(st.text("ab<", min_size=1, max_size=3), max_size=12),
-       st.lists(st.text("ab<", min_size=1, max_size=4), max_size=3))
+@given(
+    st.lists(st.text("ab<", min_size=1, max_size=3), max_size=12),
+    st.lists(st.text("ab<", min_size=1, max_size=4), max_size=3),
+)
 def test_stop_strings_across_any_borders(pieces, stop):
     finder = StopFinder(stop)
     out = []
@@ -25,24 +27,34 @@ def test_stop_strings_across_any_borders(pieces, stop):
             break
     text = "".join(out) + finder.flush()
     whole = "".join(pieces)
-    # The first stop string to be complete in the text as it arrives, character by character, ends it.
+    # The first stop string to be complete in the text as it arrives, character by character, ends
+    # it.
     assert not any(s in text for s in stop)
     assert whole.startswith(text)
     assert finder.found == any(s in whole for s in stop)
     if not finder.found:
         assert text == whole
     else:
-        assert any(whole[len(text):].startswith(s) for s in stop)
+        assert any(whole[len(text) :].startswith(s) for s in stop)
 
 
 def test_only_a_possible_beginning_is_held_back():
     finder = StopFinder(["\n\n", "END"])
-    assert [finder.push(piece) for piece in ("a\n", "b E", "N", "x", "\n", "\nc")] == ["a", "\nb ", "", "ENx", "", ""]
+    assert [finder.push(piece) for piece in ("a\n", "b E", "N", "x", "\n", "\nc")] == [
+        "a",
+        "\nb ",
+        "",
+        "ENx",
+        "",
+        "",
+    ]
     assert finder.found
     assert finder.flush() == ""
 
 
-@given(st.lists(st.one_of(st.integers(0, 271), st.sampled_from([1, 5, 6, 228, 237, 258])), max_size=30))
+@given(
+    st.lists(st.one_of(st.integers(0, 271), st.sampled_from([1, 5, 6, 228, 237, 258])), max_size=30)
+)
 def test_chat_agrees_with_parse_assistant(tokenizer, ids):
     ids = [token for token in ids if token != tokenizer.eos_id]
     stream = TextStream(tokenizer, chat=True)
@@ -54,13 +66,24 @@ def test_chat_agrees_with_parse_assistant(tokenizer, ids):
 
 @given(st.text(max_size=20))
 def test_completion_gives_all_text_and_no_special_tokens(tokenizer, text):
-    ids = [tokenizer.bos_id, tokenizer.think_id, *tokenizer.encode(text), tokenizer.end_think_id, tokenizer.eos_id]
+    ids = [
+        tokenizer.bos_id,
+        tokenizer.think_id,
+        *tokenizer.encode(text),
+        tokenizer.end_think_id,
+        tokenizer.eos_id,
+    ]
     assert split(TextStream(tokenizer), ids) == {"reasoning": "", "content": text}
 
 
 def test_stop_is_sought_in_the_answer_only(tokenizer):
     stream = TextStream(tokenizer, stop=["9"], chat=True)
-    ids = [tokenizer.think_id, *tokenizer.encode("7 9"), tokenizer.end_think_id, *tokenizer.encode("8 9 1")]
+    ids = [
+        tokenizer.think_id,
+        *tokenizer.encode("7 9"),
+        tokenizer.end_think_id,
+        *tokenizer.encode("8 9 1"),
+    ]
     assert split(stream, ids) == {"reasoning": "7 9", "content": "8 "}
     assert stream.stopped
     assert stream.reasoning_tokens == 5

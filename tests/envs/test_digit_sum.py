@@ -1,4 +1,6 @@
-"""Digit sums: the answer by another way, splits that cannot overlap, a verifier that cannot be talked round."""
+"""Digit sums: the answer by another way, splits that cannot overlap, a verifier that cannot be
+talked round.
+"""
 
 import subprocess
 import sys
@@ -19,13 +21,19 @@ tasks = st.builds(ENVIRONMENT.task, st.sampled_from(SPLITS), st.integers(0, 10**
 
 
 def answered(task, content, reasoning=None):
-    return ENVIRONMENT.score(task, [Message("user", task.prompt), Message("assistant", content, reasoning)]).verdict
+    return ENVIRONMENT.score(
+        task, [Message("user", task.prompt), Message("assistant", content, reasoning)]
+    ).verdict
 
 
 @given(tasks)
 def test_the_answer_is_the_digit_sum(task):
     assert task.answer == str(sum(int(digit) for digit in task.prompt) % 10)
-    assert task.prompt.isascii() and task.prompt.isdigit() and task.details == {"digits": len(task.prompt)}
+    assert (
+        task.prompt.isascii()
+        and task.prompt.isdigit()
+        and task.details == {"digits": len(task.prompt)}
+    )
     assert 4 <= len(task.prompt) <= 10
 
 
@@ -35,17 +43,28 @@ def test_the_example_of_the_documentation():
 
 @given(st.text("0123456789", min_size=2))
 def test_running_sums_are_prefix_sums(digits):
-    assert running_sums(digits) == "".join(str(sum(map(int, digits[:end + 1])) % 10) for end in range(len(digits)))
+    assert running_sums(digits) == "".join(
+        str(sum(map(int, digits[: end + 1])) % 10) for end in range(len(digits))
+    )
 
 
 @given(tasks)
 def test_the_reference_solution_is_right_and_every_exploit_is_not(task):
     assert ENVIRONMENT.score(task, ENVIRONMENT.solve(task)).verdict == "right"
-    verdicts = [(ENVIRONMENT.score(task, transcript).verdict, transcript) for transcript in ENVIRONMENT.exploits(task)]
-    assert len(verdicts) > 40 and not [transcript for verdict, transcript in verdicts if verdict == "right"]
+    verdicts = [
+        (ENVIRONMENT.score(task, transcript).verdict, transcript)
+        for transcript in ENVIRONMENT.exploits(task)
+    ]
+    assert len(verdicts) > 40 and not [
+        transcript for verdict, transcript in verdicts if verdict == "right"
+    ]
 
 
-@given(tasks, st.text(max_size=4) | st.text("0123456789 \n.９", max_size=3), st.none() | st.text(max_size=12))
+@given(
+    tasks,
+    st.text(max_size=4) | st.text("0123456789 \n.９", max_size=3),
+    st.none() | st.text(max_size=12),
+)
 def test_nothing_but_the_digit_is_right(task, content, reasoning):
     assert (answered(task, content, reasoning) == "right") == (content == task.answer)
 
@@ -62,11 +81,23 @@ def test_a_record_of_another_task_is_an_error(task, other):
     assert verdict == ("right" if task.prompt == other.prompt else "error")
 
 
-@pytest.mark.parametrize("roles", [[], ["user"], ["assistant"], ["user", "user"], ["assistant", "user"],
-                                   ["user", "tool"], ["user", "assistant", "user"]])
+@pytest.mark.parametrize(
+    "roles",
+    [
+        [],
+        ["user"],
+        ["assistant"],
+        ["user", "user"],
+        ["assistant", "user"],
+        ["user", "tool"],
+        ["user", "assistant", "user"],
+    ],
+)
 def test_malformed_records_are_errors(roles):
     task = ENVIRONMENT.task("test", 0)
-    score = ENVIRONMENT.score(task, [Message(role, task.prompt if role == "user" else task.answer) for role in roles])
+    score = ENVIRONMENT.score(
+        task, [Message(role, task.prompt if role == "user" else task.answer) for role in roles]
+    )
     assert score.verdict == "error" and score.reason
 
 
@@ -84,10 +115,14 @@ def test_an_episode_is_one_turn():
 def test_splits_share_no_instance():
     # Short strings, so that instances repeat: 100,000 draws out of 11,000 instances.
     environment = DigitSum(DigitSumConfig(min_digits=3, max_digits=4))
-    seen = {split: {environment.task(split, index).prompt for index in range(count)}
-            for split, count in zip(SPLITS, (90_000, 5_000, 5_000), strict=True)}
+    seen = {
+        split: {environment.task(split, index).prompt for index in range(count)}
+        for split, count in zip(SPLITS, (90_000, 5_000, 5_000), strict=True)
+    }
     assert sum(map(len, seen.values())) == len(set().union(*seen.values()))
-    assert all(split_of("digit_sum", 1, prompt) == split for split in SPLITS for prompt in seen[split])
+    assert all(
+        split_of("digit_sum", 1, prompt) == split for split in SPLITS for prompt in seen[split]
+    )
     assert len(seen["validation"]) > 900 and len(seen["test"]) > 900 and len(seen["train"]) > 8000
 
 
@@ -99,35 +134,55 @@ def test_every_length_has_instances_in_every_split(digits):
 
 def test_splits_have_their_shares():
     counts = Counter(split_of("digit_sum", 1, f"{number:06}") for number in range(20_000))
-    assert counts["validation"] == pytest.approx(2000, rel=0.1) and counts["test"] == pytest.approx(2000, rel=0.1)
+    assert counts["validation"] == pytest.approx(2000, rel=0.1) and counts["test"] == pytest.approx(
+        2000, rel=0.1
+    )
 
 
 def test_digits_lengths_and_answers_are_even():
     drawn = [ENVIRONMENT.task("train", index) for index in range(7000)]
     lengths = Counter(len(task.prompt) for task in drawn)
-    assert set(lengths) == set(range(4, 11)) and all(850 < count < 1150 for count in lengths.values())
+    assert set(lengths) == set(range(4, 11)) and all(
+        850 < count < 1150 for count in lengths.values()
+    )
     assert all(600 < count < 800 for count in Counter(task.answer for task in drawn).values())
     assert all(600 < count < 800 for count in Counter(task.prompt[0] for task in drawn).values())
 
 
 def test_tasks_are_the_same_in_another_process():
-    script = ("from xushi.envs import DigitSum, DigitSumConfig\n"
-              "e = DigitSum(DigitSumConfig(min_digits=4, max_digits=10))\n"
-              "print([e.task(s, i).prompt for s in ('train', 'validation', 'test') for i in (9, 0, 4)])\n")
-    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60,
-                             env={"PYTHONHASHSEED": "7", "PATH": ""}).stdout
-    assert printed.strip() == str([ENVIRONMENT.task(split, index).prompt for split in SPLITS for index in (9, 0, 4)])
+    script = (
+        "from xushi.envs import DigitSum, DigitSumConfig\n"
+        "e = DigitSum(DigitSumConfig(min_digits=4, max_digits=10))\n"
+        "print([e.task(s, i).prompt for s in ('train', 'validation', 'test') for i in (9, 0, 4)])\n"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PYTHONHASHSEED": "7", "PATH": ""},
+    ).stdout
+    assert printed.strip() == str(
+        [ENVIRONMENT.task(split, index).prompt for split in SPLITS for index in (9, 0, 4)]
+    )
 
 
 def test_tasks_stay_what_they_are():
     # A change here changes every recorded score: raise DigitSum.version with it.
-    assert [DigitSum().task(split, 0).prompt for split in SPLITS] == ["39690666", "25302652", "67518238"]
+    assert [DigitSum().task(split, 0).prompt for split in SPLITS] == [
+        "39690666",
+        "25302652",
+        "67518238",
+    ]
 
 
 def test_longer_lengths_are_other_tasks_of_the_same_environment():
     longer = DigitSum(DigitSumConfig(min_digits=12, max_digits=16))
     task = longer.task("test", 0)
-    assert 12 <= len(task.prompt) <= 16 and longer.score(task, longer.solve(task)).verdict == "right"
+    assert (
+        12 <= len(task.prompt) <= 16 and longer.score(task, longer.solve(task)).verdict == "right"
+    )
 
 
 def test_demonstrations():
@@ -139,7 +194,9 @@ def test_demonstrations():
         assert ENVIRONMENT.score(task, [question, answer]).verdict == "right"
         assert answer.reasoning in (None, running_sums(task.prompt))
     assert all(ENVIRONMENT.demonstration("train", index, 1.0)[1].reasoning for index in range(50))
-    assert not any(ENVIRONMENT.demonstration("train", index, 0.0)[1].reasoning for index in range(50))
+    assert not any(
+        ENVIRONMENT.demonstration("train", index, 0.0)[1].reasoning for index in range(50)
+    )
 
 
 def test_transcript_text():
@@ -151,14 +208,18 @@ def test_transcript_text():
 def test_transcript_text_keeps_every_digit_a_token():
     from xushi.tokenizer import Tokenizer
 
-    text = "".join(transcript_text(ENVIRONMENT.demonstration("train", index, 0.5)) for index in range(300))
+    text = "".join(
+        transcript_text(ENVIRONMENT.demonstration("train", index, 0.5)) for index in range(300)
+    )
     tokenizer = Tokenizer.train([text + "x = 1\nprint(x)\n" * 50], 270)
     line = transcript_text(ENVIRONMENT.demonstration("test", 0, 1.0))
     assert [tokenizer.token_bytes(token).decode() for token in tokenizer.encode(line)] == list(line)
 
 
-@pytest.mark.parametrize("config", [{"min_digits": 1}, {"min_digits": 9, "max_digits": 8}, {"min_digits": "4"},
-                                    {"digits": 4}])
+@pytest.mark.parametrize(
+    "config",
+    [{"min_digits": 1}, {"min_digits": 9, "max_digits": 8}, {"min_digits": "4"}, {"digits": 4}],
+)
 def test_bad_configs(config):
     with pytest.raises(ValidationError):
         DigitSumConfig(**config)

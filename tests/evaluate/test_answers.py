@@ -1,4 +1,5 @@
-"""Answers to tasks: what is sampled depends on weights, task and seed alone, and forced thinking is part of the answer.
+"""Answers to tasks: what is sampled depends on weights, task and seed alone, and forced thinking is
+part of the answer.
 
 The model is random: it answers nonsense, but the same nonsense.
 """
@@ -35,11 +36,15 @@ def greedy_ids(model, tokenizer, task, forced: list[int], limit: int) -> list[in
 
 @pytest.mark.parametrize("think", [False, True])
 def test_greedy_takes_the_most_probable_token(think: bool, model, tokenizer) -> None:
-    for task, (answer,) in zip(TASKS, ask(model, tokenizer, samples=1, temperature=0.0, think=think), strict=True):
+    for task, (answer,) in zip(
+        TASKS, ask(model, tokenizer, samples=1, temperature=0.0, think=think), strict=True
+    ):
         ids = greedy_ids(model, tokenizer, task, [tokenizer.think_id] if think else [], 12)
         reasoning, content, _ = tokenizer.parse_assistant(ids)
         assert (answer.reasoning, answer.content, answer.tokens) == (reasoning, content, len(ids))
-        assert answer.task is task and answer.score == score_answer(ENVIRONMENT, task, tokenizer, ids)
+        assert answer.task is task and answer.score == score_answer(
+            ENVIRONMENT, task, tokenizer, ids
+        )
 
 
 def test_greedy_answers_to_one_task_are_equal_and_samples_are_not(model, tokenizer) -> None:
@@ -64,7 +69,9 @@ def test_an_answer_depends_on_its_own_task_and_sample_alone(model, tokenizer) ->
 
 
 def test_forced_thinking_begins_the_answer(model, tokenizer, monkeypatch) -> None:
-    """The mark stands at the end of the prompt, is no token to be sampled, and belongs to what is read and counted."""
+    """The mark stands at the end of the prompt, is no token to be sampled, and belongs to what is
+    read and counted.
+    """
     prompts: list[list[int]] = []
     generate = module.generate_ids
 
@@ -72,17 +79,29 @@ def test_forced_thinking_begins_the_answer(model, tokenizer, monkeypatch) -> Non
         prompts.extend(prompts_)
         requests = generate(model_, prompts_, params, eos_id)
         for request in requests:  # a thought, its end, an answer and the end
-            request.token_ids[:] = [*tokenizer.encode("12"), tokenizer.end_think_id, *tokenizer.encode("7"),
-                                    tokenizer.eos_id]
+            request.token_ids[:] = [
+                *tokenizer.encode("12"),
+                tokenizer.end_think_id,
+                *tokenizer.encode("7"),
+                tokenizer.eos_id,
+            ]
         return requests
 
     monkeypatch.setattr(module, "generate_ids", watched)
     for think, reasoning, tokens in ((True, "12", 6), (False, "12", 5)):
         prompts.clear()
         answers = ask(model, tokenizer, think=think)
-        plain = [tokenizer.chat_ids([{"role": "user", "content": task.prompt}]) for task in TASKS for _ in range(3)]
+        plain = [
+            tokenizer.chat_ids([{"role": "user", "content": task.prompt}])
+            for task in TASKS
+            for _ in range(3)
+        ]
         assert prompts == [[*ids, tokenizer.think_id] if think else ids for ids in plain]
-        assert all((a.reasoning, a.content, a.tokens) == (reasoning, "7", tokens) for group in answers for a in group)
+        assert all(
+            (a.reasoning, a.content, a.tokens) == (reasoning, "7", tokens)
+            for group in answers
+            for a in group
+        )
 
 
 def test_scores_are_the_environments(tokenizer) -> None:
@@ -90,7 +109,11 @@ def test_scores_are_the_environments(tokenizer) -> None:
     wrong = str((int(task.answer) + 1) % 10)
 
     def verdict(*parts: int | str) -> str:
-        ids = [token for part in parts for token in (tokenizer.encode(part) if isinstance(part, str) else [part])]
+        ids = [
+            token
+            for part in parts
+            for token in (tokenizer.encode(part) if isinstance(part, str) else [part])
+        ]
         return score_answer(ENVIRONMENT, task, tokenizer, ids).verdict
 
     think, end, eos = tokenizer.think_id, tokenizer.end_think_id, tokenizer.eos_id
@@ -99,14 +122,20 @@ def test_scores_are_the_environments(tokenizer) -> None:
     assert verdict(end, wrong, eos) == "wrong"
     assert verdict(end, task.answer) == "wrong", "an answer that never ended is none"
     assert verdict(task.answer, eos) == "wrong", "what stands before </think> is no answer"
-    assert verdict(think, task.answer, eos) == "wrong" and verdict(eos) == "wrong" and verdict() == "wrong"
+    assert (
+        verdict(think, task.answer, eos) == "wrong"
+        and verdict(eos) == "wrong"
+        and verdict() == "wrong"
+    )
     assert verdict(end, task.answer, eos, wrong) == "right", "nothing counts after the end"
 
 
 def test_right_is_the_verdict_right(model, tokenizer) -> None:
     (answer,) = ask(model, tokenizer, TASKS[:1], samples=1)[0]
     assert answer.right == (answer.score.verdict == "right")
-    said_right = ENVIRONMENT.score(TASKS[0], [Message("user", TASKS[0].prompt), Message("assistant", TASKS[0].answer)])
+    said_right = ENVIRONMENT.score(
+        TASKS[0], [Message("user", TASKS[0].prompt), Message("assistant", TASKS[0].answer)]
+    )
     assert type(answer)(TASKS[0], None, TASKS[0].answer, said_right, 3).right
 
 
@@ -116,4 +145,6 @@ def test_no_tasks_no_answers(model, tokenizer) -> None:
 
 def test_length_is_limited(model, tokenizer) -> None:
     assert all(a.tokens <= 2 for group in ask(model, tokenizer, max_tokens=2) for a in group)
-    assert all(a.tokens <= 3 for group in ask(model, tokenizer, max_tokens=2, think=True) for a in group)
+    assert all(
+        a.tokens <= 3 for group in ask(model, tokenizer, max_tokens=2, think=True) for a in group
+    )

@@ -1,4 +1,6 @@
-"""Bits of a text: minus log2 of the probabilities that the model gives its tokens, however they are batched."""
+"""Bits of a text: minus log2 of the probabilities that the model gives its tokens, however they are
+batched.
+"""
 
 import math
 
@@ -34,11 +36,18 @@ def test_batching_does_not_matter(width: int, size: int, order: list[int], model
     texts = documents(2, [30, 2, 17, 9, 25], model.config.vocab_size)
     whole = total_bits(model, [packed(texts, 64)])
     shuffled = [texts[i] for i in order]
-    parts = [packed(shuffled[i:i + size], width) for i in range(0, 5, size)]
+    parts = [packed(shuffled[i : i + size], width) for i in range(0, 5, size)]
     assert total_bits(model, parts) == pytest.approx(whole, rel=1e-6)
-    rows = {name: torch.cat([p[name] for p in parts if p["tokens"].shape[1] == parts[0]["tokens"].shape[1]])
-            for name in parts[0]}
-    by_row = [{name: tensor[i:i + 1] for name, tensor in rows.items()} for i in range(len(rows["tokens"]))]
+    rows = {
+        name: torch.cat(
+            [p[name] for p in parts if p["tokens"].shape[1] == parts[0]["tokens"].shape[1]]
+        )
+        for name in parts[0]
+    }
+    by_row = [
+        {name: tensor[i : i + 1] for name, tensor in rows.items()}
+        for i in range(len(rows["tokens"]))
+    ]
     assert total_bits(model, by_row) == pytest.approx(total_bits(model, [rows]), rel=1e-6)
 
 
@@ -59,7 +68,9 @@ def test_a_uniform_model_takes_log2_of_the_vocabulary(model) -> None:
     assert flat.lm_head is not None
     flat.lm_head.weight.data.zero_()
     texts = documents(4, [33], model.config.vocab_size)
-    assert total_bits(flat, [packed(texts, 32)]) == pytest.approx(32 * math.log2(model.config.vocab_size), rel=1e-6)
+    assert total_bits(flat, [packed(texts, 32)]) == pytest.approx(
+        32 * math.log2(model.config.vocab_size), rel=1e-6
+    )
 
 
 def test_many_tokens_add_up_without_loss(model) -> None:

@@ -13,24 +13,38 @@ from xushi.evaluate.compressors import Method, bits_per_byte, xz_primed
 
 
 def _source(start: int, size: int) -> bytes:
-    return _ALL[start:start + size]
+    return _ALL[start : start + size]
 
 
 _LIBRARY = Path(lzma.__file__).parent
-_ALL = b"".join((_LIBRARY / f"{name}.py").read_bytes() for name in ("argparse", "typing", "inspect", "datetime", "ast"))
+_ALL = b"".join(
+    (_LIBRARY / f"{name}.py").read_bytes()
+    for name in ("argparse", "typing", "inspect", "datetime", "ast")
+)
 TEXT = _source(0, 250_000)
 
 
-@pytest.mark.parametrize(("method", "command"), [("gzip", ["gzip", "-9nc"]), ("xz", ["xz", "-9c"]),
-                                                 ("zstd", ["zstd", "-19qc", "--single-thread"])])
+@pytest.mark.parametrize(
+    ("method", "command"),
+    [
+        ("gzip", ["gzip", "-9nc"]),
+        ("xz", ["xz", "-9c"]),
+        ("zstd", ["zstd", "-19qc", "--single-thread"]),
+    ],
+)
 def test_sizes_are_the_command_lines(method: Method, command: list[str], tmp_path: Path) -> None:
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
     (tmp_path / "text").write_bytes(TEXT)
-    output = subprocess.run([*command, str(tmp_path / "text")], check=True, capture_output=True).stdout
+    output = subprocess.run(
+        [*command, str(tmp_path / "text")], check=True, capture_output=True
+    ).stdout
     ours = bits_per_byte(TEXT, method) * len(TEXT) / 8
     # The same format, level and container; libraries of other versions find slightly other matches.
-    assert abs(ours - len(output)) <= {"xz": 32, "gzip": 0.002 * len(output), "zstd": 0.01 * len(output)}[method]
+    assert (
+        abs(ours - len(output))
+        <= {"xz": 32, "gzip": 0.002 * len(output), "zstd": 0.01 * len(output)}[method]
+    )
 
 
 def test_headers_count() -> None:
@@ -58,7 +72,9 @@ def test_primed_is_the_difference_of_two_files() -> None:
     assert primed.bits_per_byte < bits_per_byte(heldout, "xz")
 
 
-def test_primed_text_that_was_seen_costs_next_to_nothing_however_far_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_primed_text_that_was_seen_costs_next_to_nothing_however_far_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     heldout = _source(260_000, 4_000)
     monkeypatch.setattr(compressors, "_PIECE", 5_000)  # many pieces, none of them aligned
     primed = xz_primed(heldout + TEXT, heldout)
@@ -72,7 +88,10 @@ def test_primed_says_what_it_had_to_leave_out() -> None:
     assert primed.training_bytes == len(training)
     assert 0 < primed.training_bytes_used < len(training)
     assert primed.encoder_bytes <= memory
-    assert primed.bits_per_byte == xz_primed(training[-primed.training_bytes_used:], heldout).bits_per_byte
+    assert (
+        primed.bits_per_byte
+        == xz_primed(training[-primed.training_bytes_used :], heldout).bits_per_byte
+    )
     # Held-out text longer than all that is allowed leaves no room for training text at all.
     assert xz_primed(TEXT[:1000], TEXT, memory_bytes=memory).training_bytes_used == 0
 

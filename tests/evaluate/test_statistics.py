@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from xushi.evaluate.statistics import Z95, mean_interval, pass_at_k, pass_at_k_interval, wilson
 
 
-@given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
-def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_answer(case: tuple[int, int, int]) -> None:
+@given(
+    st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n)))
+)
+def test_pass_at_k_is_the_share_of_all_subsets_with_a_right_answer(
+    case: tuple[int, int, int],
+) -> None:
     n, c, k = case
     answers = [True] * c + [False] * (n - c)
     subsets = list(itertools.combinations(answers, k))
@@ -33,7 +37,8 @@ def test_wilson_ends_solve_the_score_equation(case: tuple[int, int]) -> None:
     low, high = wilson(successes, n)
     rate = successes / n
     assert 0 <= low <= rate <= high <= 1
-    # Wilson's definition: the proportions p at which the observed rate lies exactly z standard errors of p away.
+    # Wilson's definition: the proportions p at which the observed rate lies exactly z standard
+    # errors of p away.
     for end in {low, high} - {0.0, 1.0}:
         assert (rate - end) ** 2 == pytest.approx(Z95**2 * end * (1 - end) / n, rel=1e-6, abs=1e-12)
 
@@ -73,7 +78,9 @@ def test_mean_interval_covers_the_truth_and_counts_tasks_not_answers() -> None:
         widths.append(high - low)
     assert hits / 400 > 0.92
     narrow = wilson(124, 128)
-    assert np.mean(widths) > 1.2 * (narrow[1] - narrow[0]), "as narrow as if 8 answers to a task were 8 tasks"
+    assert np.mean(widths) > 1.2 * (narrow[1] - narrow[0]), (
+        "as narrow as if 8 answers to a task were 8 tasks"
+    )
 
 
 def test_mean_interval_refuses_what_it_cannot_state() -> None:

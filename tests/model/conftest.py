@@ -28,8 +28,10 @@ def same(first: Deepseek, second: Deepseek) -> bool:
 
 @pytest.fixture(scope="session")
 def random_model() -> Callable[[ModelConfig, int], Deepseek]:
-    """A model of random everything: norms, biases and router biases too, so that no term can hide behind a zero or a
-    one."""
+    """A model of random everything: norms, biases and router biases too, so that no term can hide
+    behind a zero or a one.
+    """
+
     def make(config: ModelConfig, seed: int) -> Deepseek:
         model = Deepseek(config).initialise(seed)
         stream = torch.Generator().manual_seed(seed)
@@ -40,51 +42,105 @@ def random_model() -> Callable[[ModelConfig, int], Deepseek]:
             for router in model.routers().values():
                 if router.e_score_correction_bias is None:
                     continue
-                router.e_score_correction_bias.copy_(torch.randn(config.n_routed_experts, generator=stream) * 0.2)
+                router.e_score_correction_bias.copy_(
+                    torch.randn(config.n_routed_experts, generator=stream) * 0.2
+                )
         return model
+
     return make
 
 
 @pytest.fixture(scope="session")
 def tiny_of() -> Callable[..., ModelConfig]:
     """A small config of a kind, every part of it active; keywords replace fields."""
+
     def make(kind: str, **changes: object) -> ModelConfig:
         fields: dict[str, object] = {
-            "model_type": kind, "vocab_size": 50, "hidden_size": 24, "moe_intermediate_size": 8,
-            "num_hidden_layers": 3, "num_attention_heads": 2, "n_routed_experts": 8, "num_experts_per_tok": 2,
-            "q_lora_rank": 6, "qk_rope_head_dim": 4, "num_nextn_predict_layers": 0, "max_position_embeddings": 64,
-            "initializer_range": 0.2}
+            "model_type": kind,
+            "vocab_size": 50,
+            "hidden_size": 24,
+            "moe_intermediate_size": 8,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "q_lora_rank": 6,
+            "qk_rope_head_dim": 4,
+            "num_nextn_predict_layers": 0,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.2,
+        }
         if kind == "deepseek_v4":
-            fields |= {"head_dim": 12, "o_groups": 2, "o_lora_rank": 5, "sliding_window": 5, "compress_rate_csa": 2,
-                       "compress_rate_hca": 3, "compress_ratios": [0, 2, 3], "index_topk": 2, "index_n_heads": 2,
-                       "index_head_dim": 6, "hc_mult": 3, "hc_sinkhorn_iters": 4, "num_hash_layers": 1,
-                       "swiglu_limit": 0.5,
-                       "rope_scaling": RopeScaling(factor=4.0, original_max_position_embeddings=16)}
+            fields |= {
+                "head_dim": 12,
+                "o_groups": 2,
+                "o_lora_rank": 5,
+                "sliding_window": 5,
+                "compress_rate_csa": 2,
+                "compress_rate_hca": 3,
+                "compress_ratios": [0, 2, 3],
+                "index_topk": 2,
+                "index_n_heads": 2,
+                "index_head_dim": 6,
+                "hc_mult": 3,
+                "hc_sinkhorn_iters": 4,
+                "num_hash_layers": 1,
+                "swiglu_limit": 0.5,
+                "rope_scaling": RopeScaling(factor=4.0, original_max_position_embeddings=16),
+            }
         else:
-            fields |= {"intermediate_size": 32, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
-                       "kv_lora_rank": 8, "qk_nope_head_dim": 4, "v_head_dim": 8}
+            fields |= {
+                "intermediate_size": 32,
+                "n_group": 2,
+                "topk_group": 1,
+                "first_k_dense_replace": 1,
+                "kv_lora_rank": 8,
+                "qk_nope_head_dim": 4,
+                "v_head_dim": 8,
+            }
         if kind == "deepseek_v32":
             fields |= {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 6}
         if kind == "deepseek_v2":
             fields |= {"topk_method": "group_limited_greedy", "norm_topk_prob": False}
         fields |= changes
         if kind == "deepseek_v4" and "compress_ratios" not in changes:
-            fields["compress_ratios"] = [*[0, 2, 3][:fields["num_hidden_layers"]],
-                                         *[2, 0, 3][:fields["num_nextn_predict_layers"]]]
+            fields["compress_ratios"] = [
+                *[0, 2, 3][: fields["num_hidden_layers"]],
+                *[2, 0, 3][: fields["num_nextn_predict_layers"]],
+            ]
         return ModelConfig(**fields)
+
     return make
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., ModelConfig]:
     """A small config with every kind of block; keywords replace fields."""
+
     def make(**changes: object) -> ModelConfig:
-        fields = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 32, "moe_intermediate_size": 8,
-                  "num_hidden_layers": 2, "num_attention_heads": 2, "n_routed_experts": 8, "num_experts_per_tok": 2,
-                  "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": None, "kv_lora_rank": 8,
-                  "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8, "num_nextn_predict_layers": 0,
-                  "max_position_embeddings": 64, "initializer_range": 0.2}
+        fields = {
+            "vocab_size": 50,
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "moe_intermediate_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": None,
+            "kv_lora_rank": 8,
+            "qk_nope_head_dim": 4,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "num_nextn_predict_layers": 0,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.2,
+        }
         return ModelConfig(**(fields | changes))
+
     return make
 
 
@@ -104,9 +160,11 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def directory(random_model, tiny, tokenizer, tmp_path) -> Make:
     """Makes an export directory of a random model with the fields of `tiny` changed."""
+
     def make(**changes: Any) -> Path:
         place = tmp_path / "model"
         save_pretrained(random_model(tiny(**(WIDE | changes)), 3), place)
         tokenizer.save(place)
         return place
+
     return make

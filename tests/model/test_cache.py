@@ -9,14 +9,18 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from xushi.base.errors import XushiError
 from xushi.model import LatentCache, ModelConfig
 
-CONFIG = ModelConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=1, kv_lora_rank=3, qk_rope_head_dim=2)
+CONFIG = ModelConfig(
+    hidden_size=8, num_hidden_layers=2, num_attention_heads=1, kv_lora_rank=3, qk_rope_head_dim=2
+)
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """The truth is `held`: sequence id -> the tokens it holds, and `written`: what stands in which slot.
+    """The truth is `held`: sequence id -> the tokens it holds, and `written`: what stands in which
+    slot.
 
-    A slot's content is written when `extend` hands it out, as the model does. Whatever a sequence holds must be read
-    back through its slots for as long as it lives: a slot given away too early, or shared by mistake, is overwritten.
+    A slot's content is written when `extend` hands it out, as the model does. Whatever a sequence
+    holds must be read back through its slots for as long as it lives: a slot given away too early,
+    or shared by mistake, is overwritten.
     """
 
     sequences = Bundle("sequences")
@@ -44,24 +48,36 @@ class CacheMachine(RuleBasedStateMachine):
         self.held[copy], self.marks[copy] = list(self.held[source]), list(self.marks[source])
         return copy
 
-    @rule(which=st.lists(sequences, min_size=1, max_size=3, unique=True),
-          sizes=st.lists(st.integers(1, 4), min_size=3, max_size=3), wanted=st.sampled_from(["last", "all"]))
+    @rule(
+        which=st.lists(sequences, min_size=1, max_size=3, unique=True),
+        sizes=st.lists(st.integers(1, 4), min_size=3, max_size=3),
+        wanted=st.sampled_from(["last", "all"]),
+    )
     def extend(self, which: list[int], sizes: list[int], wanted: str) -> None:
-        additions = [(s, [100 * s + len(self.held[s]) + i for i in range(n)])
-                     for s, n in zip(which, sizes, strict=False)]
+        additions = [
+            (s, [100 * s + len(self.held[s]) + i for i in range(n)])
+            for s, n in zip(which, sizes, strict=False)
+        ]
         need, free = sum(len(tokens) for _, tokens in additions), self.cache.available
         if need > free:
             with pytest.raises(XushiError) as error:
                 self.cache.extend(additions, wanted)
-            assert error.value.exit_code == 1 and str(free) in error.value.problem and error.value.remedy
+            assert (
+                error.value.exit_code == 1
+                and str(free) in error.value.problem
+                and error.value.remedy
+            )
             return  # and nothing has changed, as the invariants go on to see
         flat = self.cache.extend(additions, wanted)
         assert self.cache.available == free - need
         assert flat.tokens_N.tolist() == [token for _, tokens in additions for token in tokens]
-        assert flat.rows_N.tolist() == [row for row, (_, tokens) in enumerate(additions) for _ in tokens]
+        assert flat.rows_N.tolist() == [
+            row for row, (_, tokens) in enumerate(additions) for _ in tokens
+        ]
         assert flat.columns_N.tolist() == [i for _, tokens in additions for i in range(len(tokens))]
-        assert flat.positions_N.tolist() == [len(self.held[s]) + i for s, tokens in additions
-                                             for i in range(len(tokens))]
+        assert flat.positions_N.tolist() == [
+            len(self.held[s]) + i for s, tokens in additions for i in range(len(tokens))
+        ]
         ends = [n for n in range(need) if n + 1 == need or flat.rows_N[n] != flat.rows_N[n + 1]]
         assert flat.wanted_M.tolist() == (ends if wanted == "last" else list(range(need)))
         slots = flat.slots_N.tolist()
@@ -75,8 +91,8 @@ class CacheMachine(RuleBasedStateMachine):
         for row, (s, tokens) in enumerate(additions):
             self.held[s] += tokens
             table = flat.slot_table_SL[row].tolist()
-            assert [self.written[slot] for slot in table[:len(self.marks[s])]] == self.marks[s]
-            assert not any(table[len(self.marks[s]):])
+            assert [self.written[slot] for slot in table[: len(self.marks[s])]] == self.marks[s]
+            assert not any(table[len(self.marks[s]) :])
 
     @rule(sequence=sequences, data=st.data())
     def truncate(self, sequence: int, data: st.DataObject) -> None:
@@ -102,7 +118,8 @@ class CacheMachine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         assert all(self.cache.length(s) == len(tokens) for s, tokens in self.held.items())
-        # Tokens are shared exactly where one sequence was forked from the other and neither cut them since.
+        # Tokens are shared exactly where one sequence was forked from the other and neither cut
+        # them since.
         in_use = {mark for marks in self.marks.values() for mark in marks}
         assert self.cache.available == self.slots - len(in_use)
 

@@ -11,26 +11,52 @@ from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV4Config, D
 from xushi.base.errors import XushiError
 from xushi.model import ModelConfig, RopeScaling, from_published, preset, to_published
 
-THEIRS = {"deepseek_v2": DeepseekV2Config, "deepseek_v3": DeepseekV3Config, "deepseek_v32": DeepseekV32Config,
-          "deepseek_v4": DeepseekV4Config}
+THEIRS = {
+    "deepseek_v2": DeepseekV2Config,
+    "deepseek_v3": DeepseekV3Config,
+    "deepseek_v32": DeepseekV32Config,
+    "deepseek_v4": DeepseekV4Config,
+}
 V2 = {"model_type": "deepseek_v2", "topk_method": "greedy"}
-V4 = {"model_type": "deepseek_v4", "num_hidden_layers": 2, "compress_ratios": [0, 4, 128], "num_hash_layers": 1}
+V4 = {
+    "model_type": "deepseek_v4",
+    "num_hidden_layers": 2,
+    "compress_ratios": [0, 4, 128],
+    "num_hash_layers": 1,
+}
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> ModelConfig:
     kind = draw(st.sampled_from(list(THEIRS)))
-    groups, size = (1, draw(st.integers(2, 9))) if kind == "deepseek_v4" else (draw(st.integers(1, 4)),
-                                                                               draw(st.integers(2, 5)))
+    groups, size = (
+        (1, draw(st.integers(2, 9)))
+        if kind == "deepseek_v4"
+        else (draw(st.integers(1, 4)), draw(st.integers(2, 5)))
+    )
     top_groups = draw(st.integers(1, groups))
-    scaling = draw(st.none() | st.builds(
-        RopeScaling, factor=st.floats(1, 64), original_max_position_embeddings=st.integers(16, 4096),
-        beta_fast=st.floats(2, 64), beta_slow=st.floats(0.5, 1), **({} if kind == "deepseek_v4" else {
-            "mscale": st.floats(0, 2), "mscale_all_dim": st.floats(0, 2)})))
+    scaling = draw(
+        st.none()
+        | st.builds(
+            RopeScaling,
+            factor=st.floats(1, 64),
+            original_max_position_embeddings=st.integers(16, 4096),
+            beta_fast=st.floats(2, 64),
+            beta_slow=st.floats(0.5, 1),
+            **(
+                {}
+                if kind == "deepseek_v4"
+                else {"mscale": st.floats(0, 2), "mscale_all_dim": st.floats(0, 2)}
+            ),
+        )
+    )
     fields: dict[str, object] = {"num_nextn_predict_layers": draw(st.integers(0, 3))}
     latent = st.integers(1, 99)
     if kind == "deepseek_v2":
-        fields = {"norm_topk_prob": False, "topk_method": draw(st.sampled_from(["greedy", "group_limited_greedy"]))}
+        fields = {
+            "norm_topk_prob": False,
+            "topk_method": draw(st.sampled_from(["greedy", "group_limited_greedy"])),
+        }
     if kind == "deepseek_v3":
         fields |= {"rope_interleave": draw(st.booleans())}
     if kind == "deepseek_v32":
@@ -38,20 +64,36 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     if kind == "deepseek_v4":
         layers, csa = draw(st.integers(1, 9)), draw(st.integers(1, 9))
         hca = draw(st.integers(10, 99))
-        fields |= {"num_hidden_layers": layers, "compress_rate_csa": csa, "compress_rate_hca": hca,
-                   "compress_ratios": draw(st.lists(st.sampled_from([0, csa, hca]), min_size=layers, max_size=layers))
-                   + [0] * fields["num_nextn_predict_layers"],  # transformers' own file does not say MTP's
-                   "num_hash_layers": draw(st.integers(0, layers)), "swiglu_limit": draw(st.floats(0.1, 20)),
-                   "hc_mult": draw(st.integers(1, 5)), "compress_rope_theta": draw(st.floats(10, 1e7))}
+        fields |= {
+            "num_hidden_layers": layers,
+            "compress_rate_csa": csa,
+            "compress_rate_hca": hca,
+            "compress_ratios": draw(
+                st.lists(st.sampled_from([0, csa, hca]), min_size=layers, max_size=layers)
+            )
+            + [0] * fields["num_nextn_predict_layers"],  # transformers' own file does not say MTP's
+            "num_hash_layers": draw(st.integers(0, layers)),
+            "swiglu_limit": draw(st.floats(0.1, 20)),
+            "hc_mult": draw(st.integers(1, 5)),
+            "compress_rope_theta": draw(st.floats(10, 1e7)),
+        }
     elif kind != "deepseek_v32":
         latent = st.none() | latent
     if kind != "deepseek_v4":
         fields |= {"n_group": groups, "topk_group": top_groups}
     return ModelConfig(
-        model_type=kind, **fields, vocab_size=draw(st.integers(1, 10**6)), n_routed_experts=groups * size,
-        num_experts_per_tok=draw(st.integers(1, top_groups * size)), q_lora_rank=draw(latent),
-        rope_scaling=scaling, rope_theta=draw(st.floats(10, 1e7)), tie_word_embeddings=draw(st.booleans()),
-        bos_token_id=draw(st.none() | st.integers(0, 9)), pad_token_id=draw(st.none() | st.integers(0, 9)))
+        model_type=kind,
+        **fields,
+        vocab_size=draw(st.integers(1, 10**6)),
+        n_routed_experts=groups * size,
+        num_experts_per_tok=draw(st.integers(1, top_groups * size)),
+        q_lora_rank=draw(latent),
+        rope_scaling=scaling,
+        rope_theta=draw(st.floats(10, 1e7)),
+        tie_word_embeddings=draw(st.booleans()),
+        bos_token_id=draw(st.none() | st.integers(0, 9)),
+        pad_token_id=draw(st.none() | st.integers(0, 9)),
+    )
 
 
 @given(configs())
@@ -64,8 +106,15 @@ def test_published_and_back(config: ModelConfig) -> None:
 def test_transformers_reads_the_same(config: ModelConfig) -> None:
     """Through its config class and back from what that writes, in transformers 5's own names."""
     theirs = THEIRS[config.model_type](**to_published(config))
-    ours_alone = ("rope_scaling", "rope_theta", "num_nextn_predict_layers", "compress_ratios", "compress_rate_csa",
-                  "compress_rate_hca", "num_hash_layers")
+    ours_alone = (
+        "rope_scaling",
+        "rope_theta",
+        "num_nextn_predict_layers",
+        "compress_ratios",
+        "compress_rate_csa",
+        "compress_rate_hca",
+        "num_hash_layers",
+    )
     for name in config.model_dump():
         if name not in ours_alone:
             assert getattr(theirs, name) == getattr(config, name), name
@@ -74,7 +123,9 @@ def test_transformers_reads_the_same(config: ModelConfig) -> None:
         assert theirs.rope_parameters["main"]["rope_theta"] == config.rope_theta
         assert theirs.rope_parameters["compress"]["rope_theta"] == config.compress_rope_theta
         assert theirs.mlp_layer_types.count("hash_moe") == config.num_hash_layers
-        assert "compress_ratios" not in written  # so that what is read back is transformers' own form
+        assert (
+            "compress_ratios" not in written
+        )  # so that what is read back is transformers' own form
     else:
         assert theirs.rope_parameters["rope_theta"] == config.rope_theta
     if config.model_type == "deepseek_v3":
@@ -87,10 +138,28 @@ def test_transformers_reads_the_same(config: ModelConfig) -> None:
 def test_the_defaults_are_the_published_models() -> None:
     """DeepSeek-V3's config.json, as far as transformers' defaults repeat it."""
     ours, theirs = ModelConfig(), DeepseekV3Config()
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
-                 "num_attention_heads", "n_shared_experts", "n_routed_experts", "num_experts_per_tok", "n_group",
-                 "topk_group", "norm_topk_prob", "routed_scaling_factor", "first_k_dense_replace", "q_lora_rank",
-                 "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rms_norm_eps"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "moe_intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "n_shared_experts",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "n_group",
+        "topk_group",
+        "norm_topk_prob",
+        "routed_scaling_factor",
+        "first_k_dense_replace",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "rms_norm_eps",
+    ):
         assert getattr(ours, name) == getattr(theirs, name), name
 
 
@@ -98,25 +167,46 @@ def test_a_query_latent_of_zero_is_none() -> None:
     assert ModelConfig(q_lora_rank=0).q_lora_rank is None
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"hidden_size": 0}, "hidden_size"), ({"first_k_dense_replace": -1}, "first_k_dense_replace"),
-    ({"qk_rope_head_dim": 3}, "even"), ({"n_group": 7}, "n_group=7"), ({"n_group": 256}, "at least 2"),
-    ({"topk_group": 9}, "topk_group=9"), ({"num_experts_per_tok": 129}, "num_experts_per_tok=129"),
-    ({"topk_method": "greedy"}, "noaux_tc"), ({"model_type": "deepseek_v2"}, "noaux_tc"), (V2, "norm_topk_prob"),
-    (V2 | {"norm_topk_prob": False, "num_nextn_predict_layers": 2}, "num_nextn"),
-    ({"model_type": "deepseek_v5"}, "model_type"), ({"model_type": "deepseek_v4"}, "compress_ratios"),
-    (V2 | {"norm_topk_prob": False, "num_nextn_predict_layers": 0, "rope_interleave": False}, "rope_interleave"),
-    ({"kv_lora_rank": 8} | V4, "no kv_lora_rank"), ({"n_group": 2} | V4, "n_group=1"),
-    ({"index_topk": 8}, "deepseek_v3 has no index_topk"), ({"hc_mult": 2}, "no hc_mult"),
-    (V4 | {"compress_ratios": [0, 4, 64]}, "holds 64"), (V4 | {"compress_ratios": [0, 4]}, "with 3 entries"),
-    (V4 | {"compress_rate_csa": 128}, "differ"), (V4 | {"num_hash_layers": 3}, "num_hash_layers=3"),
-    (V4 | {"o_groups": 7}, "o_groups=7"), (V4 | {"head_dim": 32}, "head_dim=32"),
-    (V4 | {"q_lora_rank": 0}, "needs q_lora"),
-    ({"model_type": "deepseek_v32", "q_lora_rank": 0}, "needs q_lora_rank"),
-    ({"model_type": "deepseek_v32", "index_head_dim": 32}, "index_head_dim=32"),
-    (V4 | {"swiglu_limit": 0.0}, "swiglu_limit"), ({"rope_theta": 0.0}, "rope_theta"),
-    ({"hiden_size": 8}, "hiden_size"), ({"hidden_size": "8"}, "hidden_size"), ({"norm_topk_prob": 1}, "norm_topk_prob"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"first_k_dense_replace": -1}, "first_k_dense_replace"),
+        ({"qk_rope_head_dim": 3}, "even"),
+        ({"n_group": 7}, "n_group=7"),
+        ({"n_group": 256}, "at least 2"),
+        ({"topk_group": 9}, "topk_group=9"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok=129"),
+        ({"topk_method": "greedy"}, "noaux_tc"),
+        ({"model_type": "deepseek_v2"}, "noaux_tc"),
+        (V2, "norm_topk_prob"),
+        (V2 | {"norm_topk_prob": False, "num_nextn_predict_layers": 2}, "num_nextn"),
+        ({"model_type": "deepseek_v5"}, "model_type"),
+        ({"model_type": "deepseek_v4"}, "compress_ratios"),
+        (
+            V2 | {"norm_topk_prob": False, "num_nextn_predict_layers": 0, "rope_interleave": False},
+            "rope_interleave",
+        ),
+        ({"kv_lora_rank": 8} | V4, "no kv_lora_rank"),
+        ({"n_group": 2} | V4, "n_group=1"),
+        ({"index_topk": 8}, "deepseek_v3 has no index_topk"),
+        ({"hc_mult": 2}, "no hc_mult"),
+        (V4 | {"compress_ratios": [0, 4, 64]}, "holds 64"),
+        (V4 | {"compress_ratios": [0, 4]}, "with 3 entries"),
+        (V4 | {"compress_rate_csa": 128}, "differ"),
+        (V4 | {"num_hash_layers": 3}, "num_hash_layers=3"),
+        (V4 | {"o_groups": 7}, "o_groups=7"),
+        (V4 | {"head_dim": 32}, "head_dim=32"),
+        (V4 | {"q_lora_rank": 0}, "needs q_lora"),
+        ({"model_type": "deepseek_v32", "q_lora_rank": 0}, "needs q_lora_rank"),
+        ({"model_type": "deepseek_v32", "index_head_dim": 32}, "index_head_dim=32"),
+        (V4 | {"swiglu_limit": 0.0}, "swiglu_limit"),
+        ({"rope_theta": 0.0}, "rope_theta"),
+        ({"hiden_size": 8}, "hiden_size"),
+        ({"hidden_size": "8"}, "hidden_size"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob"),
+    ],
+)
 def test_what_cannot_be_is_refused(changes: dict, words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         ModelConfig(**changes)
@@ -136,14 +226,22 @@ def test_a_v2_must_say_its_shapes() -> None:
         with pytest.raises(XushiError, match=key):
             from_published({name: value for name, value in table.items() if name != key}, "here")
     # V2-Lite's file says "n_group": 1; others leave the group keys out or null.
-    unsaid = {name: value for name, value in table.items() if name not in ("n_group", "topk_group", "topk_method")}
+    unsaid = {
+        name: value
+        for name, value in table.items()
+        if name not in ("n_group", "topk_group", "topk_method")
+    }
     assert from_published(unsaid | {"n_group": None}, "here").n_group == 1
 
 
 def test_a_v4_must_say_its_schedule() -> None:
-    """Where it is left out transformers takes one that is no released model's: 29 CSA and 32 HCA layers for V4-Pro."""
+    """Where it is left out transformers takes one that is no released model's: 29 CSA and 32 HCA
+    layers for V4-Pro.
+    """
     table = to_published(preset("deepseek-v4-pro"))
-    unsaid = {key: value for key, value in table.items() if key not in ("compress_ratios", "layer_types")}
+    unsaid = {
+        key: value for key, value in table.items() if key not in ("compress_ratios", "layer_types")
+    }
     with pytest.raises(XushiError, match="compress_ratios"):
         from_published(unsaid, "here")
     ratios = from_published(table, "here").compress_ratios
@@ -162,14 +260,18 @@ def test_a_v4s_schedule_may_go_on_behind_its_layers() -> None:
 
 
 def test_v4_scales_frequencies_alone() -> None:
-    """YaRN's temperature would be 1.277 at factor 16; V4 has none, and a file that asks for one is refused."""
+    """YaRN's temperature would be 1.277 at factor 16; V4 has none, and a file that asks for one is
+    refused.
+    """
     model = preset("deepseek-v4-flash")
     table = to_published(model)
     assert "mscale" not in table["rope_scaling"] and "mscale_all_dim" not in table["rope_scaling"]
     theirs = DeepseekV4Config(**table)
     assert theirs.rope_parameters["compress"]["attention_factor"] == 1.0
     with pytest.raises(XushiError, match="attention_factor"):
-        from_published(table | {"rope_scaling": table["rope_scaling"] | {"attention_factor": 1.277}}, "here")
+        from_published(
+            table | {"rope_scaling": table["rope_scaling"] | {"attention_factor": 1.277}}, "here"
+        )
 
 
 def test_what_a_kind_has_not_is_not_written() -> None:
@@ -178,11 +280,22 @@ def test_what_a_kind_has_not_is_not_written() -> None:
     assert not {"kv_lora_rank", "n_group"} & set(preset("deepseek-v4-flash").model_dump())
 
 
-@pytest.mark.parametrize("changes", [
-    {"num_nextn_predict_layers": 10**12}, {"compress_rates": [4, 128]}, {"compress_ratios": None, "layer_types": [[0]]},
-    {"qk_rope_head_dim": None}, {"head_dim": None}, {"partial_rotary_factor": float("nan")}, {"compress_ratios": "0"},
-    {"num_hidden_layers": None}, {"rope_parameters": {"main": {}, "compress": {}}}, {"mlp_layer_types": [1]},
-    {"rope_scaling": {"type": "yarn", "factor": "16"}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_nextn_predict_layers": 10**12},
+        {"compress_rates": [4, 128]},
+        {"compress_ratios": None, "layer_types": [[0]]},
+        {"qk_rope_head_dim": None},
+        {"head_dim": None},
+        {"partial_rotary_factor": float("nan")},
+        {"compress_ratios": "0"},
+        {"num_hidden_layers": None},
+        {"rope_parameters": {"main": {}, "compress": {}}},
+        {"mlp_layer_types": [1]},
+        {"rope_scaling": {"type": "yarn", "factor": "16"}},
+    ],
+)
 def test_a_damaged_v4_config_is_said(changes: dict) -> None:
     table = to_published(preset("deepseek-v4-flash")) | changes
     if "partial_rotary_factor" in changes:

@@ -1,4 +1,6 @@
-"""Decoding against the cache, and packed documents, against the whole forward of one document: all four kinds."""
+"""Decoding against the cache, and packed documents, against the whole forward of one document: all
+four kinds.
+"""
 
 import pytest
 import torch
@@ -13,8 +15,12 @@ from .drawing import KINDS, TOLERANCE, configs, random_tokens
 
 @settings(max_examples=15, deadline=None)
 @given(config=st.sampled_from(KINDS).flatmap(configs), seed=st.integers(0, 2**31), data=st.data())
-def test_decoding_equals_the_full_forward(config: ModelConfig, seed: int, data: st.DataObject, random_model) -> None:
-    """Chunks of any sizes, several sequences in one call, forks and truncation: the logits of the whole forward."""
+def test_decoding_equals_the_full_forward(
+    config: ModelConfig, seed: int, data: st.DataObject, random_model
+) -> None:
+    """Chunks of any sizes, several sequences in one call, forks and truncation: the logits of the
+    whole forward.
+    """
     model = random_model(config, seed)
     tokens = random_tokens(config, seed, 3, 19)
     tokens[2, :8] = tokens[0, :8]  # the third goes another way after a common beginning
@@ -27,10 +33,13 @@ def test_decoding_equals_the_full_forward(config: ModelConfig, seed: int, data: 
 
     def step(additions: list[tuple[int, int]]) -> None:
         wanted = data.draw(st.sampled_from(["all", "last"]))
-        flat = cache.extend([(s, tokens[row[s], done[s]:done[s] + n].tolist()) for s, n in additions], wanted=wanted)
+        flat = cache.extend(
+            [(s, tokens[row[s], done[s] : done[s] + n].tolist()) for s, n in additions],
+            wanted=wanted,
+        )
         logits = model.decode(flat, cache).logits_MV
         begin = 0 if wanted == "all" else -1
-        want = torch.cat([expected[row[s], done[s]:done[s] + n][begin:] for s, n in additions])
+        want = torch.cat([expected[row[s], done[s] : done[s] + n][begin:] for s, n in additions])
         assert (logits - want).abs().max() <= TOLERANCE * expected.abs().max()
         for s, n in additions:
             done[s] += n
@@ -69,9 +78,13 @@ def test_decoding_says_where_tokens_went(random_model, tiny) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lengths", [(11, 9), (1, 2, 3, 14), (5, 15)])
-def test_packed_documents_equal_documents_run_alone(kind: str, lengths: tuple[int, ...], random_model, tiny_of) -> None:
+def test_packed_documents_equal_documents_run_alone(
+    kind: str, lengths: tuple[int, ...], random_model, tiny_of
+) -> None:
     """Attention, windows, compressors and MTP restart with every document."""
-    model = random_model(tiny_of(kind, num_nextn_predict_layers=0 if kind == "deepseek_v2" else 1), 5)
+    model = random_model(
+        tiny_of(kind, num_nextn_predict_layers=0 if kind == "deepseek_v2" else 1), 5
+    )
     documents = [random_tokens(model.config, 50 + n, 1, length) for n, length in enumerate(lengths)]
     packed = torch.cat(documents, 1)
     segments = torch.cat([torch.full((length,), n) for n, length in enumerate(lengths)])[None]
@@ -86,7 +99,9 @@ def test_packed_documents_equal_documents_run_alone(kind: str, lengths: tuple[in
             states.append(layer.predict(hidden.carried, embedded, shared).hidden_BTD)
         return states
 
-    alone = [everything(document, torch.arange(document.shape[1])[None], None) for document in documents]
+    alone = [
+        everything(document, torch.arange(document.shape[1])[None], None) for document in documents
+    ]
     for got, *parts in zip(everything(packed, positions, segments), *alone, strict=True):
         want = torch.cat(parts, 1)
         assert (got - want).abs().max() <= TOLERANCE * want.abs().max()

@@ -1,7 +1,8 @@
-"""The indexers' loss and their place among the rest: V3.2's over tokens, V4's over compressed entries.
+"""The indexers' loss and their place among the rest: V3.2's over tokens, V4's over compressed
+entries.
 
-The expected values are computed here from the published tensors in float64 by plain loops; nothing of the package's
-arithmetic is used but what leads to a layer's input.
+The expected values are computed here from the published tensors in float64 by plain loops; nothing
+of the package's arithmetic is used but what leads to a layer's input.
 """
 
 import math
@@ -18,10 +19,19 @@ LENGTH = 11
 
 
 def batch_of(model: Deepseek, seed: int, rows: int = 2) -> dict[str, Tensor]:
-    ids = torch.randint(0, model.config.vocab_size, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
-    return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "loss_mask": torch.ones(rows, LENGTH, dtype=torch.bool),
-            "positions": torch.arange(LENGTH).expand(rows, -1),
-            "segments": torch.zeros(rows, LENGTH, dtype=torch.int64)}
+    ids = torch.randint(
+        0,
+        model.config.vocab_size,
+        (rows, LENGTH + 1),
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "loss_mask": torch.ones(rows, LENGTH, dtype=torch.bool),
+        "positions": torch.arange(LENGTH).expand(rows, -1),
+        "segments": torch.zeros(rows, LENGTH, dtype=torch.int64),
+    }
 
 
 def rms(x: Tensor, weight: Tensor | float, eps: float) -> Tensor:
@@ -33,21 +43,34 @@ def pairs(x: Tensor, place: float, frequencies: list[float]) -> Tensor:
     out = []
     for j, frequency in enumerate(frequencies):
         a, b, angle = x[2 * j], x[2 * j + 1], place * frequency
-        out += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
+        out += [
+            a * math.cos(angle) - b * math.sin(angle),
+            a * math.sin(angle) + b * math.cos(angle),
+        ]
     return torch.stack(out)
 
 
 def halves(x: Tensor, place: float, frequencies: list[float]) -> Tensor:
     """(x_i, x_(i + R/2)) each turned: V3.2's indexer alone rotates so."""
     half = len(x) // 2
-    first = [x[j] * math.cos(place * f) - x[half + j] * math.sin(place * f) for j, f in enumerate(frequencies)]
-    second = [x[half + j] * math.cos(place * f) + x[j] * math.sin(place * f) for j, f in enumerate(frequencies)]
+    first = [
+        x[j] * math.cos(place * f) - x[half + j] * math.sin(place * f)
+        for j, f in enumerate(frequencies)
+    ]
+    second = [
+        x[half + j] * math.cos(place * f) + x[j] * math.sin(place * f)
+        for j, f in enumerate(frequencies)
+    ]
     return torch.stack(first + second)
 
 
 def divergence(p: list[float], scores: list[float]) -> float:
     total, normal = sum(p), sum(math.exp(s) for s in scores)
-    return sum(x / total * (math.log(x / total) - s + math.log(normal)) for x, s in zip(p, scores, strict=True) if x)
+    return sum(
+        x / total * (math.log(x / total) - s + math.log(normal))
+        for x, s in zip(p, scores, strict=True)
+        if x
+    )
 
 
 def choose(scores: list[float], count: int | None) -> list[int]:
@@ -57,26 +80,33 @@ def choose(scores: list[float], count: int | None) -> list[int]:
 
 def index_score(q: list[Tensor], key: Tensor, weights: Tensor) -> float:
     width = len(key)
-    return sum(float(weights[j]) * len(q)**-0.5 * max(0.0, float(q[j] @ key)) / width**0.5 for j in range(len(q)))
+    return sum(
+        float(weights[j]) * len(q) ** -0.5 * max(0.0, float(q[j] @ key)) / width**0.5
+        for j in range(len(q))
+    )
 
 
 def expected_v32(w: dict[str, Tensor], c, xs: list[Tensor], count: int | None) -> list[float]:
     """Each query's KL of the softmax of its index scores from the mean over heads of its attention."""
-    frequencies = [c.rope_theta ** (-2 * j / c.qk_rope_head_dim) for j in range(c.qk_rope_head_dim // 2)]
+    frequencies = [
+        c.rope_theta ** (-2 * j / c.qk_rope_head_dim) for j in range(c.qk_rope_head_dim // 2)
+    ]
     nope, rope, heads = c.qk_nope_head_dim, c.qk_rope_head_dim, c.num_attention_heads
     queries, keys, index_q, index_k, index_w = [], [], [], [], []
     for t, x in enumerate(xs):
         latent = rms(w["q_a_proj.weight"] @ x, w["q_a_layernorm.weight"], 1e-6)
         q = (w["q_b_proj.weight"] @ latent).view(heads, nope + rope)
-        queries.append([torch.cat((q[h, :nope], pairs(q[h, nope:], t, frequencies))) for h in range(heads)])
+        queries.append(
+            [torch.cat((q[h, :nope], pairs(q[h, nope:], t, frequencies))) for h in range(heads)]
+        )
         down = w["kv_a_proj_with_mqa.weight"] @ x
-        up = w["kv_b_proj.weight"] @ rms(down[:c.kv_lora_rank], w["kv_a_layernorm.weight"], 1e-6)
-        shared = pairs(down[c.kv_lora_rank:], t, frequencies)
+        up = w["kv_b_proj.weight"] @ rms(down[: c.kv_lora_rank], w["kv_a_layernorm.weight"], 1e-6)
+        shared = pairs(down[c.kv_lora_rank :], t, frequencies)
         keys.append([torch.cat((up.view(heads, -1)[h, :nope], shared)) for h in range(heads)])
         iq = (w["indexer.wq_b.weight"] @ latent).view(c.index_n_heads, -1)
         index_q.append([torch.cat((halves(i[:rope], t, frequencies), i[rope:])) for i in iq])
         raw = w["indexer.wk.weight"] @ x
-        raw = (raw - raw.mean()) / torch.sqrt(((raw - raw.mean())**2).mean() + 1e-6)
+        raw = (raw - raw.mean()) / torch.sqrt(((raw - raw.mean()) ** 2).mean() + 1e-6)
         raw = raw * w["indexer.k_norm.weight"] + w["indexer.k_norm.bias"]
         index_k.append(torch.cat((halves(raw[:rope], t, frequencies), raw[rope:])))
         index_w.append(w["indexer.weights_proj.weight"] @ x)
@@ -93,8 +123,15 @@ def expected_v32(w: dict[str, Tensor], c, xs: list[Tensor], count: int | None) -
 
 
 def expected_v4(w: dict[str, Tensor], c, xs: list[Tensor], count: int | None) -> list[float]:
-    """The same over compressed entries, of an attention whose softmax also has the window's tokens and the sink."""
-    eps, rope, heads, rate = c.rms_norm_eps, c.qk_rope_head_dim, c.num_attention_heads, c.compress_rate_csa
+    """The same over compressed entries, of an attention whose softmax also has the window's tokens
+    and the sink.
+    """
+    eps, rope, heads, rate = (
+        c.rms_norm_eps,
+        c.qk_rope_head_dim,
+        c.num_attention_heads,
+        c.compress_rate_csa,
+    )
     frequencies = [c.compress_rope_theta ** (-2 * j / rope) for j in range(rope // 2)]
 
     def tail(x: Tensor, place: float) -> Tensor:
@@ -109,15 +146,27 @@ def expected_v4(w: dict[str, Tensor], c, xs: list[Tensor], count: int | None) ->
                 if s < 0:
                     continue
                 part = slice(0, width) if first else slice(width, 2 * width)
-                slots.append(((w[f"{name}kv_proj.weight"] @ xs[s])[part],
-                              (w[f"{name}gate_proj.weight"] @ xs[s] + w[f"{name}position_bias"][m % rate])[part]))
+                slots.append(
+                    (
+                        (w[f"{name}kv_proj.weight"] @ xs[s])[part],
+                        (
+                            w[f"{name}gate_proj.weight"] @ xs[s]
+                            + w[f"{name}position_bias"][m % rate]
+                        )[part],
+                    )
+                )
             total = sum(gate.exp() for _, gate in slots)
             pooled = sum(gate.exp() / total * value for value, gate in slots)
             made.append(tail(rms(pooled, w[f"{name}kv_norm.weight"], eps), window * rate))
         return made
 
-    pooled, index_keys = entries("compressor.", c.head_dim), entries("compressor.indexer.", c.index_head_dim)
-    keys = [tail(rms(w["kv_proj.weight"] @ x, w["kv_norm.weight"], eps), t) for t, x in enumerate(xs)]
+    pooled, index_keys = (
+        entries("compressor.", c.head_dim),
+        entries("compressor.indexer.", c.index_head_dim),
+    )
+    keys = [
+        tail(rms(w["kv_proj.weight"] @ x, w["kv_norm.weight"], eps), t) for t, x in enumerate(xs)
+    ]
     result = []
     for t, x in enumerate(xs):
         visible = (t + 1) // rate
@@ -125,19 +174,28 @@ def expected_v4(w: dict[str, Tensor], c, xs: list[Tensor], count: int | None) ->
             result.append(0.0)
             continue
         latent = rms(w["q_a_proj.weight"] @ x, w["q_a_norm.weight"], eps)
-        q = [tail(rms(head, 1.0, eps), t) for head in (w["q_b_proj.weight"] @ latent).view(heads, -1)]
-        iq = [tail(i, t) for i in (w["compressor.indexer.q_b_proj.weight"] @ latent).view(c.index_n_heads, -1)]
+        q = [
+            tail(rms(head, 1.0, eps), t) for head in (w["q_b_proj.weight"] @ latent).view(heads, -1)
+        ]
+        iq = [
+            tail(i, t)
+            for i in (w["compressor.indexer.q_b_proj.weight"] @ latent).view(c.index_n_heads, -1)
+        ]
         weights = w["compressor.indexer.scorer.weights_proj.weight"] @ x
         scores = [index_score(iq, key, weights) for key in index_keys[:visible]]
         seen = choose(scores, count)
         p = [0.0] * len(seen)
         for h in range(heads):
+
             def weigh(key: Tensor, query: Tensor = q[h]) -> float:
                 return math.exp(float(query @ key) * c.head_dim**-0.5)
 
             window = range(max(0, t - c.sliding_window + 1), t + 1)
-            total = math.exp(float(w["sinks"][h])) + sum(weigh(keys[s]) for s in window) + sum(
-                weigh(pooled[s]) for s in seen)
+            total = (
+                math.exp(float(w["sinks"][h]))
+                + sum(weigh(keys[s]) for s in window)
+                + sum(weigh(pooled[s]) for s in seen)
+            )
             p = [a + weigh(pooled[s]) / total for a, s in zip(p, seen, strict=True)]
         result.append(divergence(p, [scores[s] for s in seen]))
     return result
@@ -156,16 +214,21 @@ def one_layer(kind: str, random_model, tiny_of, **changes: object) -> Deepseek:
 def test_the_divergence_is_the_papers(kind: str, dense: bool, random_model, tiny_of) -> None:
     model = one_layer(kind, random_model, tiny_of)
     batch = batch_of(model, 7, rows=1)
-    got = model.hidden(batch["tokens"], batch["positions"], dense=dense, index_loss=True).index_divergence
+    got = model.hidden(
+        batch["tokens"], batch["positions"], dense=dense, index_loss=True
+    ).index_divergence
     assert len(got) == 1 and got[0].shape == (1, LENGTH)
     layer = model.decoder_layers[0]
     residual, _ = layer.attn_hc.read(model.embed(batch["tokens"]))
     inputs = list(layer.input_layernorm(residual)[0].detach())
     weights = {name: p.detach() for name, p in layer.self_attn.named_parameters()}
     want = (expected_v32 if kind == "deepseek_v32" else expected_v4)(
-        weights, model.config, inputs, None if dense else model.config.index_topk)
+        weights, model.config, inputs, None if dense else model.config.index_topk
+    )
     # The model's rotation frequencies are float32, 6e-8 off, times up to eleven places.
-    torch.testing.assert_close(got[0][0].detach(), torch.tensor(want, dtype=torch.float64), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(
+        got[0][0].detach(), torch.tensor(want, dtype=torch.float64), rtol=1e-6, atol=1e-12
+    )
     assert max(want) > 0.01
 
 
@@ -179,10 +242,14 @@ def test_gradients_by_differences(kind: str, warmup: bool, random_model, tiny_of
     assert len(names) >= 5
 
     def loss() -> Tensor:
-        return pretraining_loss(model, batch, mtp_weight=0.0, balance_weight=0.0, indexer_warmup=warmup).indexer
+        return pretraining_loss(
+            model, batch, mtp_weight=0.0, balance_weight=0.0, indexer_warmup=warmup
+        ).indexer
 
     model.zero_grad()
-    pretraining_loss(model, batch, mtp_weight=0.0, balance_weight=0.0, indexer_warmup=warmup).total.backward()
+    pretraining_loss(
+        model, batch, mtp_weight=0.0, balance_weight=0.0, indexer_warmup=warmup
+    ).total.backward()
     step, g = 1e-6, torch.Generator().manual_seed(1)
     for name in names:
         parameter = model.get_parameter(name)
@@ -194,19 +261,26 @@ def test_gradients_by_differences(kind: str, warmup: bool, random_model, tiny_of
                 values.append(float(loss()))
                 parameter.add_(direction, alpha=-sign * step)
         slope = float((parameter.grad * direction).sum())
-        # Central differences: the cube of the step times the third derivative, and rounding over the step.
-        assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-8), name
+        # Central differences: the cube of the step times the third derivative, and rounding over
+        # the step.
+        assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-8), (
+            name
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_do_not_cross(kind: str, random_model, tiny_of) -> None:
-    """The text's loss gives the indexers nothing, theirs gives nothing to the rest, and the sparse stage has both."""
+    """The text's loss gives the indexers nothing, theirs gives nothing to the rest, and the sparse
+    stage has both.
+    """
     model = random_model(tiny_of(kind, num_nextn_predict_layers=1), 42)
     batch = batch_of(model, 9)
 
     def touched(**settings: object) -> set[str]:
         model.zero_grad()
-        pretraining_loss(model, batch, mtp_weight=0.3, balance_weight=0.01, **settings).total.backward()
+        pretraining_loss(
+            model, batch, mtp_weight=0.3, balance_weight=0.01, **settings
+        ).total.backward()
         return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
     indexers = {name for name, _ in model.named_parameters() if ".indexer." in name}
@@ -229,4 +303,6 @@ def test_the_warm_up_attends_to_everything(kind: str, random_model, tiny_of) -> 
 def test_a_warm_up_of_nothing_is_refused(random_model, tiny) -> None:
     model = random_model(tiny(), 44)
     with pytest.raises(XushiError, match="indexer"):
-        pretraining_loss(model, batch_of(model, 11), mtp_weight=0.0, balance_weight=0.0, indexer_warmup=True)
+        pretraining_loss(
+            model, batch_of(model, 11), mtp_weight=0.0, balance_weight=0.0, indexer_warmup=True
+        )

@@ -1,9 +1,11 @@
-"""The training objective against the V3 paper's equations, written out here in float64 with plain loops.
+"""The training objective against the V3 paper's equations, written out here in float64 with plain
+loops.
 
-`Paper` reads the published tensors and the published config of a saved model and runs one document, token by token
-(arXiv:2412.19437: MLA eqs. 1-11, DeepSeekMoE 12-16, balance loss 17-20, multi-token prediction 21-25). It shares no
-code with the package. Two things the equations leave to the published weights and code: the order inside eh_proj
-(embedding first), and that the hidden state handed on is the one after the final norm.
+`Paper` reads the published tensors and the published config of a saved model and runs one document,
+token by token (arXiv:2412.19437: MLA eqs. 1-11, DeepSeekMoE 12-16, balance loss 17-20, multi-token
+prediction 21-25). It shares no code with the package. Two things the equations leave to the
+published weights and code: the order inside eh_proj (embedding first), and that the hidden state
+handed on is the one after the final norm.
 
 Axes in names: as in the paper, t and i are places, k an MTP depth.
 """
@@ -30,15 +32,23 @@ class Paper:
 
     def __init__(self, directory) -> None:
         self.c = json.loads((directory / "config.json").read_text())
-        self.w = {name: tensor.double().requires_grad_()
-                  for name, tensor in load_file(directory / "model.safetensors").items()}
+        self.w = {
+            name: tensor.double().requires_grad_()
+            for name, tensor in load_file(directory / "model.safetensors").items()
+        }
         self.depth = self.c["num_hidden_layers"]
         self.embedding = self.w["model.embed_tokens.weight"]
         self.head = self.embedding if self.c["tie_word_embeddings"] else self.w["lm_head.weight"]
-        self.routed: dict[int, list[tuple[Tensor, list[int]]]] = {}  # layer: (scores, chosen) of each place
+        self.routed: dict[
+            int, list[tuple[Tensor, list[int]]]
+        ] = {}  # layer: (scores, chosen) of each place
 
     def norm(self, x: Tensor, name: str, eps: float | None = None) -> Tensor:
-        return self.w[f"{name}.weight"] * x / torch.sqrt((x * x).mean() + (eps or self.c["rms_norm_eps"]))
+        return (
+            self.w[f"{name}.weight"]
+            * x
+            / torch.sqrt((x * x).mean() + (eps or self.c["rms_norm_eps"]))
+        )
 
     def rotate(self, x: Tensor, t: int) -> Tensor:
         """Pairs (x0, x1), (x2, x3), ... turned by t * theta^(-2j / R)."""
@@ -46,7 +56,10 @@ class Paper:
         for j in range(len(x) // 2):
             angle = t * self.c["rope_theta"] ** (-2 * j / len(x))
             a, b = x[2 * j], x[2 * j + 1]
-            out += [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
+            out += [
+                a * math.cos(angle) - b * math.sin(angle),
+                a * math.sin(angle) + b * math.cos(angle),
+            ]
         return torch.stack(out)
 
     def attention(self, name: str, xs: list[Tensor]) -> list[Tensor]:
@@ -57,21 +70,27 @@ class Paper:
             if c["q_lora_rank"] is None:
                 q = self.w[f"{name}.q_proj.weight"] @ x
             else:
-                latent = self.norm(self.w[f"{name}.q_a_proj.weight"] @ x, f"{name}.q_a_layernorm", 1e-6)
+                latent = self.norm(
+                    self.w[f"{name}.q_a_proj.weight"] @ x, f"{name}.q_a_layernorm", 1e-6
+                )
                 q = self.w[f"{name}.q_b_proj.weight"] @ latent
             down = self.w[f"{name}.kv_a_proj_with_mqa.weight"] @ x
-            latent = self.norm(down[:c["kv_lora_rank"]], f"{name}.kv_a_layernorm", 1e-6)
-            shared_key = self.rotate(down[c["kv_lora_rank"]:], t)
+            latent = self.norm(down[: c["kv_lora_rank"]], f"{name}.kv_a_layernorm", 1e-6)
+            shared_key = self.rotate(down[c["kv_lora_rank"] :], t)
             up = (self.w[f"{name}.kv_b_proj.weight"] @ latent).view(heads, nope + c["v_head_dim"])
             q = q.view(heads, nope + rope)
-            queries.append([torch.cat((q[h, :nope], self.rotate(q[h, nope:], t))) for h in range(heads)])
+            queries.append(
+                [torch.cat((q[h, :nope], self.rotate(q[h, nope:], t))) for h in range(heads)]
+            )
             keys.append([torch.cat((up[h, :nope], shared_key)) for h in range(heads)])
             values.append([up[h, nope:] for h in range(heads)])
         out = []
         for t in range(len(xs)):
             read = []
             for h in range(heads):
-                scores = torch.stack([queries[t][h] @ keys[s][h] for s in range(t + 1)]) / math.sqrt(nope + rope)
+                scores = torch.stack(
+                    [queries[t][h] @ keys[s][h] for s in range(t + 1)]
+                ) / math.sqrt(nope + rope)
                 p = scores.exp() / scores.exp().sum()
                 read.append(sum(p[s] * values[s][h] for s in range(t + 1)))
             out.append(self.w[f"{name}.o_proj.weight"] @ torch.cat(read))
@@ -88,22 +107,30 @@ class Paper:
         size = c["n_routed_experts"] // c["n_group"]
         groups = [range(g * size, (g + 1) * size) for g in range(c["n_group"])]
         groups.sort(key=lambda group: -sum(sorted(biased[e] for e in group)[-2:]))
-        allowed = [e for group in groups[:c["topk_group"]] for e in group]
-        chosen = sorted(allowed, key=lambda e: -biased[e])[:c["num_experts_per_tok"]]
+        allowed = [e for group in groups[: c["topk_group"]] for e in group]
+        chosen = sorted(allowed, key=lambda e: -biased[e])[: c["num_experts_per_tok"]]
         self.routed.setdefault(layer, []).append((scores, chosen))
         total = sum(scores[e] for e in chosen) if c["norm_topk_prob"] else 1.0
-        routed = sum(c["routed_scaling_factor"] * scores[e] / total * self.swiglu(f"{name}.experts.{e}", x)
-                     for e in chosen)
+        routed = sum(
+            c["routed_scaling_factor"] * scores[e] / total * self.swiglu(f"{name}.experts.{e}", x)
+            for e in chosen
+        )
         return routed + self.swiglu(f"{name}.shared_experts", x)
 
     def block(self, layer: int, xs: list[Tensor]) -> list[Tensor]:
         name = f"model.layers.{layer}"
-        mixed = self.attention(f"{name}.self_attn", [self.norm(x, f"{name}.input_layernorm") for x in xs])
+        mixed = self.attention(
+            f"{name}.self_attn", [self.norm(x, f"{name}.input_layernorm") for x in xs]
+        )
         xs = [x + y for x, y in zip(xs, mixed, strict=True)]
         out = []
         for x in xs:
             u = self.norm(x, f"{name}.post_attention_layernorm")
-            y = self.experts(layer, u) if layer >= self.c["first_k_dense_replace"] else self.swiglu(f"{name}.mlp", u)
+            y = (
+                self.experts(layer, u)
+                if layer >= self.c["first_k_dense_replace"]
+                else self.swiglu(f"{name}.mlp", u)
+            )
             out.append(x + y)
         return out
 
@@ -121,17 +148,28 @@ class Paper:
         losses = [self._losses(hidden, ids, learned, 0, length)]
         for k in range(1, self.c["num_nextn_predict_layers"] + 1):
             name = f"model.layers.{self.depth + k - 1}"
-            # Eq. 22 runs over T - k places. One more has its input, t_{T+1}, but nothing to predict: nothing before it
-            # sees it, and its routing counts.
-            inputs = [self.w[f"{name}.eh_proj.weight"] @ torch.cat((
-                self.norm(self.embedding[ids[i + k]], f"{name}.enorm"), self.norm(hidden[i], f"{name}.hnorm")))
-                for i in range(max(length - k + 1, 0))]
-            hidden = [self.norm(x, f"{name}.shared_head.norm") for x in self.block(self.depth + k - 1, inputs)]
+            # Eq. 22 runs over T - k places. One more has its input, t_{T+1}, but nothing to
+            # predict: nothing before it sees it, and its routing counts.
+            inputs = [
+                self.w[f"{name}.eh_proj.weight"]
+                @ torch.cat(
+                    (
+                        self.norm(self.embedding[ids[i + k]], f"{name}.enorm"),
+                        self.norm(hidden[i], f"{name}.hnorm"),
+                    )
+                )
+                for i in range(max(length - k + 1, 0))
+            ]
+            hidden = [
+                self.norm(x, f"{name}.shared_head.norm")
+                for x in self.block(self.depth + k - 1, inputs)
+            ]
             losses.append(self._losses(hidden, ids, learned, k, length))
         return losses
 
-    def _losses(self, hidden: list[Tensor], ids: list[int], learned: list[bool], k: int, length: int
-                ) -> tuple[Tensor, int]:
+    def _losses(
+        self, hidden: list[Tensor], ids: list[int], learned: list[bool], k: int, length: int
+    ) -> tuple[Tensor, int]:
         places = [i for i in range(length - k) if learned[i + k + 1]]
         total = torch.zeros((), dtype=torch.float64)
         for i in places:
@@ -140,8 +178,10 @@ class Paper:
 
 
 def balance(routed: list[tuple[Tensor, list[int]]]) -> Tensor:
-    """Eqs. 17-20 without alpha, over the places of one document. Eq. 18 counts an expert where it is among the top K by
-    s alone; here and in the package it is counted where the router chose it, bias and group limit included."""
+    """Eqs. 17-20 without alpha, over the places of one document. Eq. 18 counts an expert where it
+    is among the top K by s alone; here and in the package it is counted where the router chose it,
+    bias and group limit included.
+    """
     experts, per_token, length = len(routed[0][0]), len(routed[0][1]), len(routed)
     total = torch.zeros((), dtype=torch.float64)
     for e in range(experts):
@@ -151,18 +191,26 @@ def balance(routed: list[tuple[Tensor, list[int]]]) -> Tensor:
     return total
 
 
-def paper_loss(paper: Paper, documents: list[Document], mtp_weight: float, balance_weight: float
-               ) -> tuple[Tensor, dict[str, float], dict[str, list[int]]]:
+def paper_loss(
+    paper: Paper, documents: list[Document], mtp_weight: float, balance_weight: float
+) -> tuple[Tensor, dict[str, float], dict[str, list[int]]]:
     """The whole objective of several documents: (total, its parts, loads per layer).
 
-    Each loss is a mean over its own targets. Eq. 24 divides by T where T - k targets are left, a factor of T / (T - k)
-    per depth that the package does not have: it divides every loss by the number of its target tokens.
+    Each loss is a mean over its own targets. Eq. 24 divides by T where T - k targets are left, a
+    factor of T / (T - k) per depth that the package does not have: it divides every loss by the
+    number of its target tokens.
     """
     layers = paper.depth + paper.c["num_nextn_predict_layers"]
-    sums = [[torch.zeros((), dtype=torch.float64), 0] for _ in range(1 + paper.c["num_nextn_predict_layers"])]
+    sums = [
+        [torch.zeros((), dtype=torch.float64), 0]
+        for _ in range(1 + paper.c["num_nextn_predict_layers"])
+    ]
     balances: dict[int, list[tuple[Tensor, int]]] = {}
-    loads = {str(layer): [0] * paper.c["n_routed_experts"] for layer in range(layers)
-             if layer >= paper.c["first_k_dense_replace"]}
+    loads = {
+        str(layer): [0] * paper.c["n_routed_experts"]
+        for layer in range(layers)
+        if layer >= paper.c["first_k_dense_replace"]
+    }
     for ids, learned in documents:
         paper.routed = {}
         for whole, (total, count) in zip(sums, paper.document(ids, learned), strict=True):
@@ -174,39 +222,66 @@ def paper_loss(paper: Paper, documents: list[Document], mtp_weight: float, balan
                     loads[str(layer)][e] += 1
     means = [total / max(count, 1) for total, count in sums]
     mtp = sum(means[1:]) / len(means[1:]) if means[1:] else torch.zeros((), dtype=torch.float64)
-    balanced = sum(sum(value * n for value, n in each) / sum(n for _, n in each) for each in balances.values())
-    parts = {"next_token": float(means[0].detach()), "mtp": float(mtp.detach()), "balance": float(balanced.detach())}
+    balanced = sum(
+        sum(value * n for value, n in each) / sum(n for _, n in each) for each in balances.values()
+    )
+    parts = {
+        "next_token": float(means[0].detach()),
+        "mtp": float(mtp.detach()),
+        "balance": float(balanced.detach()),
+    }
     return means[0] + mtp_weight * mtp + balance_weight * balanced, parts, loads
 
 
 def pack(rows: list[list[Document]], length: int, pad: int = 0) -> dict[str, Tensor]:
     """The design's batch: documents of a row one after another, what is left padded."""
-    columns: dict[str, list[list[int]]] = {name: [] for name in ("tokens", "targets", "loss_mask", "positions",
-                                                                 "segments")}
+    columns: dict[str, list[list[int]]] = {
+        name: [] for name in ("tokens", "targets", "loss_mask", "positions", "segments")
+    }
     for documents in rows:
         row: dict[str, list[int]] = {name: [] for name in columns}
         for segment, (ids, learned) in enumerate(documents):
             n = len(ids) - 1
-            for name, values in (("tokens", ids[:-1]), ("targets", ids[1:]), ("loss_mask", learned[1:]),
-                                 ("positions", range(n)), ("segments", [segment] * n)):
+            for name, values in (
+                ("tokens", ids[:-1]),
+                ("targets", ids[1:]),
+                ("loss_mask", learned[1:]),
+                ("positions", range(n)),
+                ("segments", [segment] * n),
+            ):
                 row[name] += values
         left = length - len(row["tokens"])
         assert left >= 0
-        for name, filler in (("tokens", pad), ("targets", pad), ("loss_mask", False), ("positions", 0),
-                             ("segments", -1)):
+        for name, filler in (
+            ("tokens", pad),
+            ("targets", pad),
+            ("loss_mask", False),
+            ("positions", 0),
+            ("segments", -1),
+        ):
             columns[name].append(row[name] + [filler] * left)
     return {name: torch.tensor(values) for name, values in columns.items()}
 
 
-def random_documents(seed: int, lengths: list[int], vocabulary: int, masked: bool = False) -> list[Document]:
+def random_documents(
+    seed: int, lengths: list[int], vocabulary: int, masked: bool = False
+) -> list[Document]:
     g = torch.Generator().manual_seed(seed)
-    return [(torch.randint(0, vocabulary, (n + 1,), generator=g).tolist(),
-             (torch.rand(n + 1, generator=g) < 0.6).tolist() if masked else [True] * (n + 1)) for n in lengths]
+    return [
+        (
+            torch.randint(0, vocabulary, (n + 1,), generator=g).tolist(),
+            (torch.rand(n + 1, generator=g) < 0.6).tolist() if masked else [True] * (n + 1),
+        )
+        for n in lengths
+    ]
 
 
 def gradients(model: Deepseek) -> dict[str, Tensor]:
     """What `backward` left, in the parameters' own names; zero where nothing came."""
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+    }
 
 
 def assert_gradients_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -214,17 +289,30 @@ def assert_gradients_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> N
     assert set(got) == set(want)
     whole = torch.stack([g.double().norm() for g in want.values()]).norm()
     for name, gradient in got.items():
-        assert (gradient.double() - want[name]).norm() <= 1e-5 * (want[name].double().norm() + 1e-3 * whole), name
+        assert (gradient.double() - want[name]).norm() <= 1e-5 * (
+            want[name].double().norm() + 1e-3 * whole
+        ), name
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("changes", [
-    {"num_nextn_predict_layers": 1},
-    {"num_nextn_predict_layers": 2, "q_lora_rank": 6, "norm_topk_prob": False},
-    {"num_nextn_predict_layers": 2, "n_group": 1, "num_experts_per_tok": 3, "tie_word_embeddings": True,
-     "routed_scaling_factor": 1.0, "first_k_dense_replace": 0},
-])
-def test_the_whole_objective_is_the_papers(changes: dict, masked: bool, random_model, tiny, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_nextn_predict_layers": 1},
+        {"num_nextn_predict_layers": 2, "q_lora_rank": 6, "norm_topk_prob": False},
+        {
+            "num_nextn_predict_layers": 2,
+            "n_group": 1,
+            "num_experts_per_tok": 3,
+            "tie_word_embeddings": True,
+            "routed_scaling_factor": 1.0,
+            "first_k_dense_replace": 0,
+        },
+    ],
+)
+def test_the_whole_objective_is_the_papers(
+    changes: dict, masked: bool, random_model, tiny, tmp_path
+) -> None:
     model = random_model(tiny(**changes), 31)
     documents = random_documents(31, [7, 2, 4, 1, 6, 3], 50, masked)
     batch = pack([documents[:3], documents[3:]], 14)
@@ -244,30 +332,63 @@ def test_the_whole_objective_is_the_papers(changes: dict, masked: bool, random_m
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     save_pretrained(model, tmp_path / "gradients")  # gradients in the published names
     written = load_file(tmp_path / "gradients" / "model.safetensors")
-    copies = {name for name in written if name.startswith("model.layers.")
-              and name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))}
-    names = [name for name in written if name not in copies and not name.endswith("e_score_correction_bias")]
-    zero = {name: torch.zeros_like(paper.w[name]) if paper.w[name].grad is None else paper.w[name].grad
-            for name in names}
+    copies = {
+        name
+        for name in written
+        if name.startswith("model.layers.")
+        and name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))
+    }
+    names = [
+        name
+        for name in written
+        if name not in copies and not name.endswith("e_score_correction_bias")
+    ]
+    zero = {
+        name: torch.zeros_like(paper.w[name]) if paper.w[name].grad is None else paper.w[name].grad
+        for name in names
+    }
     assert_gradients_close({name: written[name] for name in names}, zero)
 
 
-def parts_and_gradients(model: Deepseek, batch: dict[str, Tensor], mtp_weight: float, balance_weight: float,
-                        indexer_weight: float = 0.0):
+def parts_and_gradients(
+    model: Deepseek,
+    batch: dict[str, Tensor],
+    mtp_weight: float,
+    balance_weight: float,
+    indexer_weight: float = 0.0,
+):
     model.zero_grad()
-    parts = pretraining_loss(model, batch, mtp_weight=mtp_weight, balance_weight=balance_weight,
-                             indexer_weight=indexer_weight)
+    parts = pretraining_loss(
+        model,
+        batch,
+        mtp_weight=mtp_weight,
+        balance_weight=balance_weight,
+        indexer_weight=indexer_weight,
+    )
     parts.total.backward()
     return parts, gradients(model)
 
 
-PARTS = {"next_token": ((0.0, 0.0), lambda n: n), "mtp": ((1.0, 0.0), lambda n: n - 1),
-         "balance": ((0.0, 1.0), lambda n: n), "indexer": ((0.0, 0.0, 1.0), lambda n: n)}
+PARTS = {
+    "next_token": ((0.0, 0.0), lambda n: n),
+    "mtp": ((1.0, 0.0), lambda n: n - 1),
+    "balance": ((0.0, 1.0), lambda n: n),
+    "indexer": ((0.0, 0.0, 1.0), lambda n: n),
+}
 
 
-@pytest.mark.parametrize(("kind", "part"), [(kind, part) for kind in ("deepseek_v3", "deepseek_v32", "deepseek_v4")
-                                            for part in PARTS if (kind, part) != ("deepseek_v3", "indexer")])
-def test_a_packed_batch_is_its_documents_weighted_by_their_tokens(kind, part, random_model, tiny_of) -> None:
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        (kind, part)
+        for kind in ("deepseek_v3", "deepseek_v32", "deepseek_v4")
+        for part in PARTS
+        if (kind, part) != ("deepseek_v3", "indexer")
+    ],
+)
+def test_a_packed_batch_is_its_documents_weighted_by_their_tokens(
+    kind, part, random_model, tiny_of
+) -> None:
     """Value and gradient of each part, documents of unequal lengths."""
     weights, counted = PARTS[part]
     model = random_model(tiny_of(kind, num_nextn_predict_layers=1), 32)
@@ -277,16 +398,25 @@ def test_a_packed_batch_is_its_documents_weighted_by_their_tokens(kind, part, ra
     def of(batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
         parts, whole = parts_and_gradients(model, batch, *weights)
         _, base = parts_and_gradients(model, batch, 0.0, 0.0)
-        return float(getattr(parts, part)), whole if part == "next_token" else {n: whole[n] - base[n] for n in whole}
+        return float(getattr(parts, part)), whole if part == "next_token" else {
+            n: whole[n] - base[n] for n in whole
+        }
 
     value, gradient = of(pack([documents[:3], documents[3:]], 26))
     alone = [of(pack([[document]], len(document[0]) - 1)) for document in documents]
     shares = [counted(len(ids) - 1) for ids, _ in documents]
     shares = [share / sum(shares) for share in shares]
-    assert value == pytest.approx(sum(s * v for s, (v, _) in zip(shares, alone, strict=True)), rel=1e-5)
-    want = {name: sum(s * g[name].double() for s, (_, g) in zip(shares, alone, strict=True)) for name in gradient}
+    assert value == pytest.approx(
+        sum(s * v for s, (v, _) in zip(shares, alone, strict=True)), rel=1e-5
+    )
+    want = {
+        name: sum(s * g[name].double() for s, (_, g) in zip(shares, alone, strict=True))
+        for name in gradient
+    }
     # The part's gradient was had by subtraction, so its rounding is that of the whole.
-    whole = torch.stack([g.double().norm() for g in (without | {n + "'": g for n, g in want.items()}).values()]).norm()
+    whole = torch.stack(
+        [g.double().norm() for g in (without | {n + "'": g for n, g in want.items()}).values()]
+    ).norm()
     for name, g in gradient.items():
         assert (g.double() - want[name]).norm() <= 1e-5 * (want[name].norm() + 0.1 * whole), name
     assert torch.stack([g.norm() for g in want.values()]).norm() > 1e-3 * whole
@@ -296,10 +426,16 @@ def test_two_depths_packed_and_alone(random_model, tiny) -> None:
     """Equal lengths, so that the documents weigh the same at both depths."""
     model = random_model(tiny(num_nextn_predict_layers=2), 33)
     documents = random_documents(33, [6, 6, 6, 6], 50)
-    packed, gradient = parts_and_gradients(model, pack([documents[:2], documents[2:]], 15), 0.3, 0.01)
+    packed, gradient = parts_and_gradients(
+        model, pack([documents[:2], documents[2:]], 15), 0.3, 0.01
+    )
     alone = [parts_and_gradients(model, pack([[document]], 6), 0.3, 0.01) for document in documents]
-    assert float(packed.mtp) == pytest.approx(sum(float(parts.mtp) for parts, _ in alone) / 4, rel=1e-5)
-    assert_gradients_close(gradient, {name: sum(g[name].double() for _, g in alone) / 4 for name in gradient})
+    assert float(packed.mtp) == pytest.approx(
+        sum(float(parts.mtp) for parts, _ in alone) / 4, rel=1e-5
+    )
+    assert_gradients_close(
+        gradient, {name: sum(g[name].double() for _, g in alone) / 4 for name in gradient}
+    )
     for name, load in packed.loads.items():
         assert torch.equal(load, sum(parts.loads[name] for parts, _ in alone))
 
@@ -315,8 +451,14 @@ def test_what_stands_in_the_padding_does_not_matter(random_model, tiny) -> None:
 
 def test_documents_too_short_for_a_depth_give_zero(random_model, tiny) -> None:
     model = random_model(tiny(num_nextn_predict_layers=2), 36)
-    parts, gradient = parts_and_gradients(model, pack([random_documents(36, [1, 1], 50)], 5), 0.3, 0.01)
-    assert parts.mtp == 0 and parts.total.isfinite() and all(g.isfinite().all() for g in gradient.values())
+    parts, gradient = parts_and_gradients(
+        model, pack([random_documents(36, [1, 1], 50)], 5), 0.3, 0.01
+    )
+    assert (
+        parts.mtp == 0
+        and parts.total.isfinite()
+        and all(g.isfinite().all() for g in gradient.values())
+    )
 
 
 def test_parts_that_weigh_nothing_are_left_out(random_model, tiny) -> None:
@@ -328,13 +470,20 @@ def test_parts_that_weigh_nothing_are_left_out(random_model, tiny) -> None:
     assert not any(g.any() for name, g in gradient.items() if name.startswith("model.layers.2."))
 
 
-@given(seed=st.integers(0, 2**31), rows=st.integers(1, 3), length=st.integers(1, 12), experts=st.integers(2, 7),
-       data=st.data())
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 3),
+    length=st.integers(1, 12),
+    experts=st.integers(2, 7),
+    data=st.data(),
+)
 def test_balance_loss_is_equations_17_to_20(seed, rows, length, experts, data) -> None:
     """Documents of any lengths with padding between and after; value and gradient against loops."""
     per_token = data.draw(st.integers(1, experts))
     g = torch.Generator().manual_seed(seed)
-    segments = torch.randint(-1, 3, (rows, length), generator=g).sort(1, descending=bool(seed % 2)).values
+    segments = (
+        torch.randint(-1, 3, (rows, length), generator=g).sort(1, descending=bool(seed % 2)).values
+    )
     scores = torch.rand(rows * length, experts, generator=g, dtype=torch.float64).requires_grad_()
     biased = data.draw(st.booleans())
     by = scores.detach() + torch.randn(experts, generator=g) * biased
@@ -349,7 +498,10 @@ def test_balance_loss_is_equations_17_to_20(seed, rows, length, experts, data) -
             if not places:
                 continue
             if not biased:  # eq. 18 to the letter
-                assert all(set(indices[n].tolist()) == set(plain[n].topk(per_token).indices.tolist()) for n in places)
+                assert all(
+                    set(indices[n].tolist()) == set(plain[n].topk(per_token).indices.tolist())
+                    for n in places
+                )
             total = total + len(places) * balance([(plain[n], indices[n].tolist()) for n in places])
             tokens += len(places)
     want = total / max(tokens, 1)
@@ -361,13 +513,19 @@ def test_balance_loss_is_equations_17_to_20(seed, rows, length, experts, data) -
 
 
 def test_even_routing_has_the_least_balance_loss() -> None:
-    """With all experts equally chosen and equally scored the loss is 1; with one expert for all it is far more."""
+    """With all experts equally chosen and equally scored the loss is 1; with one expert for all it
+    is far more.
+    """
     scores, even = torch.full((8, 4), 0.5), torch.tensor([[0, 1], [2, 3]] * 4)
     one = torch.full((8, 4), 0.1)
     one[:, :2] = 0.9
     segments = torch.zeros(1, 8, dtype=torch.int64)
-    assert sequence_balance_loss(RouterChoice(scores, even, scores[:, :2]), segments) == pytest.approx(1.0)
-    uneven = sequence_balance_loss(RouterChoice(one, torch.tensor([[0, 1]] * 8), one[:, :2]), segments)
+    assert sequence_balance_loss(
+        RouterChoice(scores, even, scores[:, :2]), segments
+    ) == pytest.approx(1.0)
+    uneven = sequence_balance_loss(
+        RouterChoice(one, torch.tensor([[0, 1]] * 8), one[:, :2]), segments
+    )
     assert uneven == pytest.approx(2 * 0.9)
 
 
@@ -380,10 +538,20 @@ def test_recomputed_activations_give_the_same_bits(kind, dtype, random_model, ti
         model = random_model(tiny_of(kind, num_nextn_predict_layers=int(kind == "deepseek_v3")), 5)
         model.compute_dtype, model.recompute = dtype, recompute
         tokens = torch.arange(40).remainder(model.config.vocab_size).view(2, 20)
-        parts = pretraining_loss(model, {"tokens": tokens, "targets": tokens.roll(-1, 1),
-                                         "positions": torch.arange(20).expand(2, 20),
-                                         "segments": torch.zeros_like(tokens), "loss_mask": tokens >= 0},
-                                 mtp_weight=0.3, balance_weight=0.1)
+        parts = pretraining_loss(
+            model,
+            {
+                "tokens": tokens,
+                "targets": tokens.roll(-1, 1),
+                "positions": torch.arange(20).expand(2, 20),
+                "segments": torch.zeros_like(tokens),
+                "loss_mask": tokens >= 0,
+            },
+            mtp_weight=0.3,
+            balance_weight=0.1,
+        )
         parts.total.backward()
-        results.append([parts.total.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        results.append(
+            [parts.total.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        )
     assert len(results[0]) > 20 and all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,4 +1,6 @@
-"""The presets against transformers: names and shapes of the model that it builds from the same config."""
+"""The presets against transformers: names and shapes of the model that it builds from the same
+config.
+"""
 
 import pytest
 import torch
@@ -11,11 +13,19 @@ from xushi.model import PRESETS, Deepseek, from_published, preset, to_published
 @pytest.mark.parametrize("name", PRESETS)
 def test_names_and_shapes_are_transformers(name: str) -> None:
     published = to_published(preset(name))
-    config = AutoConfig.for_model(**{k: v for k, v in published.items() if k not in ("architectures", "torch_dtype")})
+    config = AutoConfig.for_model(
+        **{k: v for k, v in published.items() if k not in ("architectures", "torch_dtype")}
+    )
     with torch.device("meta"):
         theirs, ours = AutoModelForCausalLM.from_config(config), Deepseek(preset(name))
-    extra = tuple(f"model.layers.{preset(name).num_hidden_layers + d}." for d in range(len(ours.mtp_layers)))
-    mine = {n: tuple(t.shape) for n, t in ours.state_dict().items() if not n.startswith(extra or ("no such layer",))}
+    extra = tuple(
+        f"model.layers.{preset(name).num_hidden_layers + d}." for d in range(len(ours.mtp_layers))
+    )
+    mine = {
+        n: tuple(t.shape)
+        for n, t in ours.state_dict().items()
+        if not n.startswith(extra or ("no such layer",))
+    }
     assert mine == {n: tuple(t.shape) for n, t in theirs.state_dict().items()}
 
 

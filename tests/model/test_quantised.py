@@ -31,7 +31,9 @@ def value_of_e4m3(byte: int) -> float:
     sign, exponent, mantissa = -1.0 if byte & 128 else 1.0, byte >> 3 & 15, byte & 7
     if byte & 127 == 127:
         return float("nan")
-    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+    return sign * (
+        mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    )
 
 
 def value_of_e2m1(four_bits: int) -> float:
@@ -49,7 +51,9 @@ def random_bytes(stream: np.random.Generator, *shape: int) -> np.ndarray:
     return np.where(raw & 127 == 127, 0, raw).astype(np.uint8)
 
 
-def random_scales(stream: np.random.Generator, exact: bool, *shape: int) -> tuple[Tensor, np.ndarray]:
+def random_scales(
+    stream: np.random.Generator, exact: bool, *shape: int
+) -> tuple[Tensor, np.ndarray]:
     """Scales as stored, powers of two if `exact`, and what they are worth."""
     if exact:
         exponents = stream.integers(118, 134, shape, dtype=np.uint8)
@@ -63,8 +67,9 @@ def spread(scales: np.ndarray, rows: int, columns: int, block: tuple[int, int]) 
     return scales[np.arange(rows)[:, None] // block[0], np.arange(columns)[None] // block[1]]
 
 
-def make_fp8(stream: np.random.Generator, rows: int, columns: int, block: tuple[int, int], exact: bool
-             ) -> tuple[Tensor, Tensor, Tensor]:
+def make_fp8(
+    stream: np.random.Generator, rows: int, columns: int, block: tuple[int, int], exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """(weight, scale, what they mean in float32)."""
     raw = random_bytes(stream, rows, columns)
     stored, scales = random_scales(stream, exact, -(-rows // block[0]), -(-columns // block[1]))
@@ -79,12 +84,24 @@ def make_fp4(stream: np.random.Generator, rows: int, columns: int) -> tuple[Tens
     values[:, 0::2] = VALUES_OF_E2M1[raw & 15]  # the low four bits come first
     values[:, 1::2] = VALUES_OF_E2M1[raw >> 4]
     values *= spread(scales, rows, columns, (1, 32))
-    return torch.from_numpy(raw).view(torch.int8), stored, torch.from_numpy(values.astype(np.float32))
+    return (
+        torch.from_numpy(raw).view(torch.int8),
+        stored,
+        torch.from_numpy(values.astype(np.float32)),
+    )
 
 
-@given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 2**31), exact=st.booleans(),
-       block=st.tuples(st.integers(1, 17), st.integers(1, 17)), piece=st.sampled_from([1, 100, 10**6]))
-def test_fp8_blocks(rows: int, columns: int, seed: int, exact: bool, block: tuple[int, int], piece: int) -> None:
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    seed=st.integers(0, 2**31),
+    exact=st.booleans(),
+    block=st.tuples(st.integers(1, 17), st.integers(1, 17)),
+    piece=st.sampled_from([1, 100, 10**6]),
+)
+def test_fp8_blocks(
+    rows: int, columns: int, seed: int, exact: bool, block: tuple[int, int], piece: int
+) -> None:
     """Any block, the last ones partial, in one piece or many."""
     weight, scale, expected = make_fp8(np.random.default_rng(seed), rows, columns, block, exact)
     for dtype in (torch.float32, torch.bfloat16):
@@ -95,7 +112,11 @@ def test_fp8_blocks(rows: int, columns: int, seed: int, exact: bool, block: tupl
         assert torch.equal(got, expected.to(dtype))
 
 
-@given(rows=st.integers(1, 9), columns=st.integers(1, 50).map(lambda n: 2 * n), seed=st.integers(0, 2**31))
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 50).map(lambda n: 2 * n),
+    seed=st.integers(0, 2**31),
+)
 def test_fp4_rows(rows: int, columns: int, seed: int) -> None:
     weight, scale, expected = make_fp4(np.random.default_rng(seed), rows, columns)
     for packed in (weight, weight.view(torch.uint8)):
@@ -109,7 +130,10 @@ def test_every_byte_means_what_its_bits_say() -> None:
     pairs = [[value_of_e2m1(byte & 15), value_of_e2m1(byte >> 4)] for byte in range(256)]
     assert torch.equal(unpack_fp4(every[:, None]), torch.tensor(pairs))
     one = torch.ones(1, 1)
-    for dtype, value in ((E4M3, value_of_e4m3), (E8M0, lambda byte: 2.0 ** (byte - 127) if byte < 255 else np.nan)):
+    for dtype, value in (
+        (E4M3, value_of_e4m3),
+        (E8M0, lambda byte: 2.0 ** (byte - 127) if byte < 255 else np.nan),
+    ):
         expected = torch.tensor([[value(byte) for byte in range(256)]], dtype=torch.float64).float()
         got = torch.empty(1, 256)
         if dtype == E4M3:
@@ -133,9 +157,18 @@ def test_transformers_reads_the_same_values() -> None:
 KEPT = ("embed", "norm", "head", "gate.", "weights_proj", "compressor", "hc_", "sink", "eh_proj")
 
 
-def quantise(directory: Path, block: tuple[int, int] | None, *, exact: bool, suffix: str, fp4: bool = False,
-             name_of: Callable[[str], str] = lambda name: name) -> dict[str, Tensor]:
-    """Replace a checkpoint's matrices by random FP8 (and FP4) ones; returns what each name of the file then means."""
+def quantise(
+    directory: Path,
+    block: tuple[int, int] | None,
+    *,
+    exact: bool,
+    suffix: str,
+    fp4: bool = False,
+    name_of: Callable[[str], str] = lambda name: name,
+) -> dict[str, Tensor]:
+    """Replace a checkpoint's matrices by random FP8 (and FP4) ones; returns what each name of the
+    file then means.
+    """
     stream = np.random.default_rng(7)
     meant = tensors_in(directory / "model.safetensors")
     files = {}
@@ -145,12 +178,19 @@ def quantise(directory: Path, block: tuple[int, int] | None, *, exact: bool, suf
             files[name_of(name)] = tensor
         else:
             packed = fp4 and ".experts." in name
-            made = make_fp4(stream, *tensor.shape) if packed else make_fp8(stream, *tensor.shape, block or (128, 128),
-                                                                           exact)
+            made = (
+                make_fp4(stream, *tensor.shape)
+                if packed
+                else make_fp8(stream, *tensor.shape, block or (128, 128), exact)
+            )
             files[stem + ".weight"], files[stem + suffix], meant[name] = made
     save_file(files, directory / "model.safetensors")
     table = json.loads((directory / "config.json").read_text())
-    table["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    table["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+    }
     if block is not None:
         table["quantization_config"]["weight_block_size"] = list(block)
     (directory / "config.json").write_text(json.dumps(table))
@@ -167,7 +207,9 @@ def split(directory: Path) -> None:
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, directory / name)
-    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    weight_map = {
+        tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+    }
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -184,11 +226,16 @@ def same_as(directory: Path, meant: dict[str, Tensor], dtype: torch.dtype) -> De
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("kind", "block"), [("deepseek_v3", (8, 16)), ("deepseek_v32", (128, 128)),
-                                             ("deepseek_v3", None)])
-def test_fp8_checkpoints_as_published(kind: str, block: tuple[int, int] | None, dtype: torch.dtype, random_model,
-                                      tiny_of, tmp_path) -> None:
-    """V3, V3.2: float32 scales called the inverse of what they are; MTP layers too; sizes no multiple of a block."""
+@pytest.mark.parametrize(
+    ("kind", "block"),
+    [("deepseek_v3", (8, 16)), ("deepseek_v32", (128, 128)), ("deepseek_v3", None)],
+)
+def test_fp8_checkpoints_as_published(
+    kind: str, block: tuple[int, int] | None, dtype: torch.dtype, random_model, tiny_of, tmp_path
+) -> None:
+    """V3, V3.2: float32 scales called the inverse of what they are; MTP layers too; sizes no
+    multiple of a block.
+    """
     large = {"hidden_size": 136, "intermediate_size": 260} if block != (8, 16) else {}
     save_pretrained(random_model(tiny_of(kind, num_nextn_predict_layers=1, **large), 1), tmp_path)
     meant = quantise(tmp_path, block, exact=False, suffix=".weight_scale_inv")
@@ -197,18 +244,33 @@ def test_fp8_checkpoints_as_published(kind: str, block: tuple[int, int] | None, 
     split(tmp_path)
     model = same_as(tmp_path, meant, dtype)
     # The scale multiplies: dividing would also look like weights.
-    weight, scale = (stored[f"model.layers.0.self_attn.o_proj.{part}"] for part in ("weight", "weight_scale_inv"))
+    weight, scale = (
+        stored[f"model.layers.0.self_attn.o_proj.{part}"] for part in ("weight", "weight_scale_inv")
+    )
     first = weight[0, 0].float() * scale[0, 0]
     assert model.decoder_layers[0].self_attn.o_proj.weight[0, 0] == first.to(dtype)
     assert "quantization_config" not in (tmp_path / "plain" / "config.json").read_text()
 
 
-# How DeepSeek's own conversion (inference/convert.py of DeepSeek-V3 and V3.2) calls the last module of a name.
+# How DeepSeek's own conversion (inference/convert.py of DeepSeek-V3 and V3.2) calls the last module
+# of a name.
 CONVERTED = {
-    "embed_tokens": "embed", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "q_proj": "wq",
-    "q_a_proj": "wq_a", "q_a_layernorm": "q_norm", "q_b_proj": "wq_b", "kv_a_proj_with_mqa": "wkv_a",
-    "kv_a_layernorm": "kv_norm", "kv_b_proj": "wkv_b", "o_proj": "wo", "gate_proj": "w1", "down_proj": "w2",
-    "up_proj": "w3", "lm_head": "head"}
+    "embed_tokens": "embed",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "q_proj": "wq",
+    "q_a_proj": "wq_a",
+    "q_a_layernorm": "q_norm",
+    "q_b_proj": "wq_b",
+    "kv_a_proj_with_mqa": "wkv_a",
+    "kv_a_layernorm": "kv_norm",
+    "kv_b_proj": "wkv_b",
+    "o_proj": "wo",
+    "gate_proj": "w1",
+    "down_proj": "w2",
+    "up_proj": "w3",
+    "lm_head": "head",
+}
 
 
 def converted(name: str) -> str:
@@ -220,13 +282,23 @@ def converted(name: str) -> str:
 
 @pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "deepseek_v32"])
 def test_fp8_checkpoints_in_deepseeks_names(kind: str, random_model, tiny_of, tmp_path) -> None:
-    """As its own inference code has them: `scale` beside `weight`, one file of another name, MTP left out."""
+    """As its own inference code has them: `scale` beside `weight`, one file of another name, MTP
+    left out.
+    """
     changes = {"attention_bias": True} | ({"q_lora_rank": None} if kind == "deepseek_v2" else {})
     save_pretrained(random_model(tiny_of(kind, **changes), 1), tmp_path)
     meant = quantise(tmp_path, (8, 16), exact=False, suffix=".scale", name_of=converted)
     stored = tensors_in(tmp_path / "model.safetensors")
-    assert {"layers.0.attn.wo.scale", "layers.1.ffn.experts.7.w2.scale", "layers.0.attn_norm.weight", "norm.weight",
-            "layers.0.attn.wkv_a.bias", "layers.1.ffn.gate.weight", "head.weight", "embed.weight"} <= stored.keys()
+    assert {
+        "layers.0.attn.wo.scale",
+        "layers.1.ffn.experts.7.w2.scale",
+        "layers.0.attn_norm.weight",
+        "norm.weight",
+        "layers.0.attn.wkv_a.bias",
+        "layers.1.ffn.gate.weight",
+        "head.weight",
+        "embed.weight",
+    } <= stored.keys()
     assert ("layers.2.ffn.gate.bias" in stored) == (kind != "deepseek_v2")
     assert ("layers.2.attn.indexer.wq_b.scale" in stored) == (kind == "deepseek_v32")
     (tmp_path / "model.safetensors").rename(tmp_path / "model0-mp1.safetensors")
@@ -234,12 +306,17 @@ def test_fp8_checkpoints_in_deepseeks_names(kind: str, random_model, tiny_of, tm
 
 
 @pytest.mark.parametrize(("fp4", "exact"), [(True, True), (False, True), (False, False)])
-def test_v4_checkpoints_as_published(fp4: bool, exact: bool, random_model, tiny_of, tmp_path) -> None:
-    """Instruct models with FP4 experts beside FP8, base models all FP8; `scale` beside `weight` in DeepSeek's names.
+def test_v4_checkpoints_as_published(
+    fp4: bool, exact: bool, random_model, tiny_of, tmp_path
+) -> None:
+    """Instruct models with FP4 experts beside FP8, base models all FP8; `scale` beside `weight` in
+    DeepSeek's names.
 
     The hyper-connections have a parameter called `scale` too.
     """
-    config = tiny_of("deepseek_v4", num_nextn_predict_layers=2, hidden_size=72, moe_intermediate_size=40)
+    config = tiny_of(
+        "deepseek_v4", num_nextn_predict_layers=2, hidden_size=72, moe_intermediate_size=40
+    )
     save_pretrained(random_model(config, 2), tmp_path)
     meant = quantise(tmp_path, (16, 32), exact=exact, suffix=".scale", fp4=fp4)
     stored = tensors_in(tmp_path / "model.safetensors")
@@ -255,6 +332,7 @@ def edit(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None
         tensors = tensors_in(directory / "model.safetensors")
         change(tensors)
         save_file(tensors, directory / "model.safetensors")
+
     return damage
 
 
@@ -267,6 +345,7 @@ def config(**changes: object) -> Callable[[Path], None]:
         table = json.loads((directory / "config.json").read_text())
         table["quantization_config"] |= changes
         (directory / "config.json").write_text(json.dumps(table))
+
     return damage
 
 
@@ -274,8 +353,14 @@ EXPERT, SHARED = "layers.0.ffn.experts.0.w1", "layers.0.ffn.shared_experts.w1"
 FAULTS = {
     "FP8 without its scale": (edit(lambda t: t.pop(f"{SHARED}.scale")), f"{SHARED}.weight"),
     "FP4 without its scale": (edit(lambda t: t.pop(f"{EXPERT}.scale")), f"{EXPERT}.weight"),
-    "a scale without a weight": (edit(lambda t: t.pop(f"{EXPERT}.weight")), "lacks layers.0.ffn.experts.0.w1.weight"),
-    "a scale beside a plain weight": (put(f"{SHARED}.weight", torch.zeros(40, 72)), f"{SHARED}.scale, a scale"),
+    "a scale without a weight": (
+        edit(lambda t: t.pop(f"{EXPERT}.weight")),
+        "lacks layers.0.ffn.experts.0.w1.weight",
+    ),
+    "a scale beside a plain weight": (
+        put(f"{SHARED}.weight", torch.zeros(40, 72)),
+        f"{SHARED}.scale, a scale",
+    ),
     "a scale of nothing": (put("layers.0.attn.wz.scale", torch.ones(1, 1)), "attn.wz.scale"),
     "a scale twice": (put(f"{SHARED}.weight_scale_inv", torch.ones(3, 3)), "another name"),
     # 40 rows and 72 columns: a scale per 16 columns is NVFP4's.
@@ -283,13 +368,19 @@ FAULTS = {
     "FP4 with FP8's blocks": (put(f"{EXPERT}.scale", torch.zeros(1, 1).to(E8M0)), "[40, 3]"),
     "FP4 with float32 scales": (put(f"{EXPERT}.scale", torch.ones(40, 3)), "float32"),
     "FP4 unpacked": (put(f"{EXPERT}.weight", torch.zeros(40, 72, dtype=torch.int8)), "[40, 36]"),
-    "FP4 for what is no expert": (put(f"{SHARED}.weight", torch.zeros(40, 72, dtype=torch.int8)), "int8"),
+    "FP4 for what is no expert": (
+        put(f"{SHARED}.weight", torch.zeros(40, 72, dtype=torch.int8)),
+        "int8",
+    ),
     "a vector in FP8": (put("layers.0.attn_norm.weight", torch.zeros(72).to(E4M3)), "attn_norm"),
     "a scale for each row": (put(f"{SHARED}.scale", torch.ones(40, 1)), "[3, 3]"),
     "a scale for all": (put(f"{SHARED}.scale", torch.tensor(1.0)), "[3, 3]"),
     "bfloat16 scales": (put(f"{SHARED}.scale", torch.ones(3, 3).bfloat16()), "bfloat16"),
     "an activation's scale": (put(f"{SHARED}.activation_scale", torch.ones(1)), "activation_scale"),
-    "other blocks than the files'": (config(weight_block_size=[128, 128]), "blocks of 128x128 make [1, 1]"),
+    "other blocks than the files'": (
+        config(weight_block_size=[128, 128]),
+        "blocks of 128x128 make [1, 1]",
+    ),
     "blocks of none": (config(weight_block_size=[0, 128]), "weight_block_size"),
     "blocks of three": (config(weight_block_size=[16, 32, 1]), "weight_block_size"),
     "blocks in words": (config(weight_block_size="16x32"), "weight_block_size"),
@@ -301,7 +392,13 @@ FAULTS = {
 @pytest.fixture(scope="session")
 def fp4_checkpoint(random_model, tiny_of, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("fp4")
-    config = tiny_of("deepseek_v4", num_hidden_layers=1, hidden_size=72, moe_intermediate_size=40, n_routed_experts=2)
+    config = tiny_of(
+        "deepseek_v4",
+        num_hidden_layers=1,
+        hidden_size=72,
+        moe_intermediate_size=40,
+        n_routed_experts=2,
+    )
     save_pretrained(random_model(config, 2), directory)
     quantise(directory, (16, 32), exact=True, suffix=".scale", fp4=True)
     return directory
@@ -324,14 +421,21 @@ def test_only_v4_has_fp4(random_model, tiny_of, tmp_path) -> None:
     save_pretrained(random_model(tiny_of("deepseek_v3"), 2), tmp_path)
     tensors = tensors_in(tmp_path / "model.safetensors")
     name = "model.layers.1.mlp.experts.0.down_proj"
-    tensors |= {f"{name}.weight": torch.zeros(24, 4, dtype=torch.int8), f"{name}.scale": torch.zeros(24, 1).to(E8M0)}
+    tensors |= {
+        f"{name}.weight": torch.zeros(24, 4, dtype=torch.int8),
+        f"{name}.scale": torch.zeros(24, 1).to(E8M0),
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(XushiError, match="down_proj"):
         load_pretrained(tmp_path)
 
 
 def test_blocks_come_from_the_config() -> None:
-    assert fp8_block({}, "here") == fp8_block({"quantization_config": {"quant_method": "fp8"}}, "here") == (128, 128)
+    assert (
+        fp8_block({}, "here")
+        == fp8_block({"quantization_config": {"quant_method": "fp8"}}, "here")
+        == (128, 128)
+    )
     assert fp8_block({"quantization_config": {"weight_block_size": [32, 64]}}, "here") == (32, 64)
     with pytest.raises(XushiError, match="quantization_config"):
         fp8_block({"quantization_config": [1]}, "here")

@@ -1,4 +1,5 @@
-"""Damaged and hostile checkpoints: a `XushiError` of two lines each time, never another exception, a hang, or memory.
+"""Damaged and hostile checkpoints: a `XushiError` of two lines each time, never another exception,
+a hang, or memory.
 
 What is damaged in a way that no reader could notice, a bit of a weight, may load.
 """
@@ -21,11 +22,25 @@ from xushi.model import load_pretrained, save_pretrained
 KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=8)
-    | st.sampled_from(["F32", "BF16", "F8_E4M3", "dtype", "shape", "../x", "/etc/passwd", "a.safetensors", "yarn"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
-        st.text(max_size=8) | st.sampled_from(["dtype", "shape", "data_offsets", "weight_map", "__metadata__"]), inner,
-        max_size=4), max_leaves=12)
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(
+        ["F32", "BF16", "F8_E4M3", "dtype", "shape", "../x", "/etc/passwd", "a.safetensors", "yarn"]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.text(max_size=8)
+            | st.sampled_from(["dtype", "shape", "data_offsets", "weight_map", "__metadata__"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
 
 
 @pytest.fixture(scope="session")
@@ -34,10 +49,16 @@ def checkpoints(random_model, tiny_of, tmp_path_factory) -> dict[str, dict[str, 
     made = {}
     for kind in KINDS:
         directory = tmp_path_factory.mktemp(kind)
-        config = tiny_of(kind, num_hidden_layers=2, n_routed_experts=4,
-                         num_nextn_predict_layers=0 if kind == "deepseek_v2" else 1)
+        config = tiny_of(
+            kind,
+            num_hidden_layers=2,
+            n_routed_experts=4,
+            num_nextn_predict_layers=0 if kind == "deepseek_v2" else 1,
+        )
         save_pretrained(random_model(config, 3), directory)
-        load_pretrained(directory)  # the first loads parts of PyTorch, which have a size of their own
+        load_pretrained(
+            directory
+        )  # the first loads parts of PyTorch, which have a size of their own
         made[kind] = {path.name: path.read_bytes() for path in directory.iterdir()}
     return made
 
@@ -72,7 +93,7 @@ def loads(place: Path, files: dict[str, bytes]) -> bool:
 
 def header_of(weights: bytes) -> tuple[dict, bytes]:
     length = struct.unpack("<Q", weights[:8])[0]
-    return json.loads(weights[8:8 + length]), weights[8 + length:]
+    return json.loads(weights[8 : 8 + length]), weights[8 + length :]
 
 
 def with_header(header: object, data: bytes) -> bytes:
@@ -84,11 +105,15 @@ KIND = st.sampled_from(KINDS)
 
 
 @settings(max_examples=40)
-@given(kind=KIND, keep=st.floats(0, 1, exclude_max=True), file=st.sampled_from([WEIGHTS, "config.json"]))
+@given(
+    kind=KIND,
+    keep=st.floats(0, 1, exclude_max=True),
+    file=st.sampled_from([WEIGHTS, "config.json"]),
+)
 def test_truncated_files(kind: str, keep: float, file: str, checkpoints, place) -> None:
     files = checkpoints[kind]
     content = files[file].rstrip() if file == "config.json" else files[file]
-    assert not loads(place, files | {file: content[:int(len(content) * keep)]})
+    assert not loads(place, files | {file: content[: int(len(content) * keep)]})
 
 
 @settings(max_examples=80)
@@ -121,34 +146,82 @@ def test_random_headers(kind: str, header: object, checkpoints, place) -> None:
     name = next(iter(own.keys() - {"__metadata__"}))
     assert not loads(place, files | {WEIGHTS: with_header(header, b"")})
     assert not loads(place, files | {WEIGHTS: with_header(own | {name: header}, data)})
-    assert not loads(place, files | {WEIGHTS: with_header(own | {name: own[name] | {"shape": header}}, data)})
+    assert not loads(
+        place, files | {WEIGHTS: with_header(own | {name: own[name] | {"shape": header}}, data)}
+    )
 
 
 @settings(max_examples=60)
-@given(kind=KIND, index=JSON, file=st.sampled_from(
-    ["../x.safetensors", "/etc/passwd", "", ".", "..", "a/b.safetensors", "..\\x", "x\0.safetensors", 7, None, [],
-     {}, True, 1e999, "model.bin", "/dev/zero", "~/x.safetensors", "x" * 5000, "gone.safetensors", "config.json"]))
+@given(
+    kind=KIND,
+    index=JSON,
+    file=st.sampled_from(
+        [
+            "../x.safetensors",
+            "/etc/passwd",
+            "",
+            ".",
+            "..",
+            "a/b.safetensors",
+            "..\\x",
+            "x\0.safetensors",
+            7,
+            None,
+            [],
+            {},
+            True,
+            1e999,
+            "model.bin",
+            "/dev/zero",
+            "~/x.safetensors",
+            "x" * 5000,
+            "gone.safetensors",
+            "config.json",
+        ]
+    ),
+)
 def test_random_indexes(kind: str, index: object, file: object, checkpoints, place) -> None:
     files = checkpoints[kind]
     names = header_of(files[WEIGHTS])[0].keys() - {"__metadata__"}
-    for content in (index, {"weight_map": index}, {"weight_map": dict.fromkeys(names, file)},
-                    {"weight_map": dict.fromkeys(names, WEIGHTS) | {min(names): file}}):
+    for content in (
+        index,
+        {"weight_map": index},
+        {"weight_map": dict.fromkeys(names, file)},
+        {"weight_map": dict.fromkeys(names, WEIGHTS) | {min(names): file}},
+    ):
         assert not loads(place, files | {INDEX: json.dumps(content).encode()})
-    assert loads(place, files | {INDEX: json.dumps({"weight_map": dict.fromkeys(names, WEIGHTS)}).encode()})
+    assert loads(
+        place, files | {INDEX: json.dumps({"weight_map": dict.fromkeys(names, WEIGHTS)}).encode()}
+    )
 
 
-DTYPES = (torch.int64, torch.int32, torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e8m0fnu)
+DTYPES = (
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+    torch.float8_e4m3fn,
+    torch.float8_e8m0fnu,
+)
 
 
 @settings(max_examples=80)
 @given(kind=KIND, data=st.data())
 def test_another_tensor(kind: str, data: st.DataObject, checkpoints, place) -> None:
-    """One tensor too few, too many, of another name, shape or dtype: the file is sound and not this model's."""
+    """One tensor too few, too many, of another name, shape or dtype: the file is sound and not this
+    model's.
+    """
     files = checkpoints[kind]
     tensors = load(files[WEIGHTS])
     optional = (".embed_tokens.weight", ".shared_head.head.weight")
-    name = data.draw(st.sampled_from(sorted(n for n in tensors if not n.endswith(optional) or ".layers." not in n)))
-    way = data.draw(st.sampled_from(["less", "more", "name", "twice", "longer", "shorter", "flat", "dtype"]))
+    name = data.draw(
+        st.sampled_from(
+            sorted(n for n in tensors if not n.endswith(optional) or ".layers." not in n)
+        )
+    )
+    way = data.draw(
+        st.sampled_from(["less", "more", "name", "twice", "longer", "shorter", "flat", "dtype"])
+    )
     tensor = tensors[name]
     if way in ("less", "name"):
         tensors.pop(name)
@@ -157,7 +230,9 @@ def test_another_tensor(kind: str, data: st.DataObject, checkpoints, place) -> N
         others = [f"{name}.x", f"x.{name}", f"{stem}x.{leaf}", "\n", "ö" * 300]
         tensors[data.draw(st.sampled_from(others))] = tensor.clone()
     elif way == "twice":  # by DeepSeek's name as well as transformers'
-        tensors["norm.weight" if "model.norm.weight" in tensors else "model.norm.weight"] = torch.zeros(24)
+        tensors["norm.weight" if "model.norm.weight" in tensors else "model.norm.weight"] = (
+            torch.zeros(24)
+        )
     elif way == "longer":
         tensors[name] = torch.cat([tensor, tensor])
     elif way == "shorter":
@@ -165,8 +240,17 @@ def test_another_tensor(kind: str, data: st.DataObject, checkpoints, place) -> N
     elif way == "flat":
         tensors[name] = tensor.flatten().clone() if tensor.dim() > 1 else tensor[None].clone()
     elif way == "dtype":
-        tensors[name] = tensor.to(data.draw(st.sampled_from([d for d in DTYPES if "tid2eid" not in name or (
-            d not in (torch.int64, torch.int32))])))
+        tensors[name] = tensor.to(
+            data.draw(
+                st.sampled_from(
+                    [
+                        d
+                        for d in DTYPES
+                        if "tid2eid" not in name or (d not in (torch.int64, torch.int32))
+                    ]
+                )
+            )
+        )
     assert not loads(place, files | {WEIGHTS: save(tensors)})
 
 
@@ -176,19 +260,42 @@ def test_another_config(kind: str, value: object, data: st.DataObject, checkpoin
     """Some keys change no weight, so that it may load."""
     files = checkpoints[kind]
     config = json.loads(files["config.json"])
-    key = data.draw(st.sampled_from([*sorted(config), "quantization_config", "compress_rates", "rope_parameters",
-                                     "mlp_layer_types", "num_mtp_layers", "partial_rotary_factor"]))
+    key = data.draw(
+        st.sampled_from(
+            [
+                *sorted(config),
+                "quantization_config",
+                "compress_rates",
+                "rope_parameters",
+                "mlp_layer_types",
+                "num_mtp_layers",
+                "partial_rotary_factor",
+            ]
+        )
+    )
     loads(place, files | {"config.json": json.dumps(config | {key: value}).encode()})
 
 
 @settings(max_examples=40)
 @given(kind=KIND, data=st.data())
-def test_sizes_that_the_files_do_not_have(kind: str, data: st.DataObject, checkpoints, place) -> None:
+def test_sizes_that_the_files_do_not_have(
+    kind: str, data: st.DataObject, checkpoints, place
+) -> None:
     """Larger than life: refused by what the headers say, before there is any memory."""
     files = checkpoints[kind]
     config = json.loads(files["config.json"])
-    key = data.draw(st.sampled_from([
-        "hidden_size", "vocab_size", "num_hidden_layers", "n_routed_experts", "moe_intermediate_size",
-        "num_attention_heads", "q_lora_rank"]))
-    config[key] *= 2**data.draw(st.integers(1, 70))
+    key = data.draw(
+        st.sampled_from(
+            [
+                "hidden_size",
+                "vocab_size",
+                "num_hidden_layers",
+                "n_routed_experts",
+                "moe_intermediate_size",
+                "num_attention_heads",
+                "q_lora_rank",
+            ]
+        )
+    )
+    config[key] *= 2 ** data.draw(st.integers(1, 70))
     assert not loads(place, files | {"config.json": json.dumps(config).encode()})

@@ -1,4 +1,6 @@
-"""Checkpoints on the way out: what transformers makes of them, bits that survive, and kills and full disks."""
+"""Checkpoints on the way out: what transformers makes of them, bits that survive, and kills and
+full disks.
+"""
 
 import errno
 import json
@@ -33,34 +35,58 @@ def test_bfloat16_round_trip(saved: Path, tmp_path) -> None:
     save_pretrained(model, tmp_path / "half")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     tensors = tensors_in(tmp_path / "half" / SINGLE_FILE)
-    assert {str(t.dtype) for name, t in tensors.items() if not name.endswith("correction_bias")} == {"torch.bfloat16"}
-    assert all(t.dtype == torch.float32 for name, t in tensors.items() if name.endswith("correction_bias"))
+    assert {
+        str(t.dtype) for name, t in tensors.items() if not name.endswith("correction_bias")
+    } == {"torch.bfloat16"}
+    assert all(
+        t.dtype == torch.float32 for name, t in tensors.items() if name.endswith("correction_bias")
+    )
     assert same(model, load_pretrained(tmp_path / "half", dtype=torch.bfloat16))
 
 
 def test_published_names_and_shapes(saved: Path) -> None:
-    """One matrix per expert and name, the MTP layer after the decoder's with its four own tensors and two copies."""
+    """One matrix per expert and name, the MTP layer after the decoder's with its four own tensors
+    and two copies.
+    """
     tensors = tensors_in(saved / SINGLE_FILE)
     assert tensors["model.layers.1.mlp.experts.7.gate_proj.weight"].shape == (8, 24)
     assert tensors["model.layers.1.mlp.experts.7.down_proj.weight"].shape == (24, 8)
     assert not any("gate_up" in name for name in tensors)
-    own = {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight", "shared_head.head.weight",
-           "embed_tokens.weight"}
+    own = {
+        "enorm.weight",
+        "hnorm.weight",
+        "eh_proj.weight",
+        "shared_head.norm.weight",
+        "shared_head.head.weight",
+        "embed_tokens.weight",
+    }
     assert own <= {name.removeprefix("model.layers.2.") for name in tensors}
-    assert torch.equal(tensors["model.layers.2.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    assert torch.equal(
+        tensors["model.layers.2.embed_tokens.weight"], tensors["model.embed_tokens.weight"]
+    )
     assert torch.equal(tensors["model.layers.2.shared_head.head.weight"], tensors["lm_head.weight"])
 
 
 @pytest.mark.parametrize("mtp", [True, False])
-@pytest.mark.parametrize(("kind", "names"), [*((kind, "published") for kind in KINDS), ("deepseek_v4", "transformers")])
-def test_transformers_loads_it(kind: str, names: str, mtp: bool, random_model, tiny_of, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "names"), [*((kind, "published") for kind in KINDS), ("deepseek_v4", "transformers")]
+)
+def test_transformers_loads_it(
+    kind: str, names: str, mtp: bool, random_model, tiny_of, tmp_path, monkeypatch
+) -> None:
     """Nothing missing, nothing left over but MTP's layers, and the same logits."""
-    monkeypatch.setattr(DeepseekV4PreTrainedModel, "_keys_to_ignore_on_load_unexpected", None)  # it passes over mtp.*
+    monkeypatch.setattr(
+        DeepseekV4PreTrainedModel, "_keys_to_ignore_on_load_unexpected", None
+    )  # it passes over mtp.*
     model = some_model(random_model, tiny_of, kind)
     save_pretrained(model, tmp_path, mtp=mtp, names=names)
     reference, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
-        output_loading_info=True)
+        tmp_path,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+    )
     assert not report["missing_keys"] and not report["mismatched_keys"]
     prefix = "mtp." if kind == "deepseek_v4" else "model.layers."
     depths = {key.removeprefix(prefix).partition(".")[0] for key in report["unexpected_keys"]}
@@ -79,9 +105,12 @@ def test_transformers_loads_it(kind: str, names: str, mtp: bool, random_model, t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("kind", "names"), [*((kind, "published") for kind in KINDS), ("deepseek_v4", "transformers")])
-def test_save_load_save_is_bit_identical(kind: str, names: str, dtype: torch.dtype, random_model, tiny_of, tmp_path
-                                         ) -> None:
+@pytest.mark.parametrize(
+    ("kind", "names"), [*((kind, "published") for kind in KINDS), ("deepseek_v4", "transformers")]
+)
+def test_save_load_save_is_bit_identical(
+    kind: str, names: str, dtype: torch.dtype, random_model, tiny_of, tmp_path
+) -> None:
     save_pretrained(some_model(random_model, tiny_of, kind), tmp_path / "exact", names=names)
     model = load_pretrained(tmp_path / "exact", dtype=dtype)
     save_pretrained(model, tmp_path / "a", names=names)
@@ -109,7 +138,9 @@ def test_shards_on_the_way_out(random_model, tiny_of, tmp_path) -> None:
         together |= shard_of
     whole = tensors_in(tmp_path / "whole" / SINGLE_FILE)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
-    assert together.keys() == whole.keys() and all(torch.equal(together[name], whole[name]) for name in whole)
+    assert together.keys() == whole.keys() and all(
+        torch.equal(together[name], whole[name]) for name in whole
+    )
     assert not (tmp_path / "parts" / SINGLE_FILE).exists()
 
 
@@ -125,18 +156,22 @@ def test_an_older_checkpoint_is_replaced_whole(random_model, tiny, tmp_path) -> 
     for model, size in ((old, 9000), (new, 2**30), (old, 4000), (new, 20000)):
         save_pretrained(model, tmp_path / "here", shard_bytes=size)
         save_pretrained(model, tmp_path / "fresh" / str(size), shard_bytes=size)
-        assert contents(tmp_path / "here") == contents(tmp_path / "fresh" / str(size)) | {"tokenizer.json": b"{}"}
+        assert contents(tmp_path / "here") == contents(tmp_path / "fresh" / str(size)) | {
+            "tokenizer.json": b"{}"
+        }
         assert same(model, load_pretrained(tmp_path / "here"))
 
 
 def test_every_tensor_is_aligned_to_its_own_width(random_model, tiny_of, tmp_path) -> None:
-    """Readers that map the file want it: int64 tables and float32 norms among bfloat16 matrices of odd sizes."""
+    """Readers that map the file want it: int64 tables and float32 norms among bfloat16 matrices of
+    odd sizes.
+    """
     config = tiny_of("deepseek_v4", hidden_size=25, moe_intermediate_size=7, vocab_size=49)
     save_pretrained(random_model(config, 1), tmp_path / "exact")
     save_pretrained(load_pretrained(tmp_path / "exact", dtype=torch.bfloat16), tmp_path / "half")
     raw = (tmp_path / "half" / SINGLE_FILE).read_bytes()
     length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:8 + length])
+    header = json.loads(raw[8 : 8 + length])
     assert length % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
     assert {entry["dtype"] for entry in header.values()} == {"I64", "F32", "BF16"}
     widths = {"I64": 8, "F32": 4, "BF16": 2}
@@ -148,9 +183,12 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("sizes", [(2**30, 30000), (30000, 2**30), (20000, 30000)])
-def test_a_kill_at_any_step_leaves_the_old_or_the_new_or_none(sizes: tuple, random_model, tiny, tmp_path, monkeypatch
-                                                              ) -> None:
-    """Never a mixture that loads: both have the same shapes, so that nothing but the files could tell."""
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_or_none(
+    sizes: tuple, random_model, tiny, tmp_path, monkeypatch
+) -> None:
+    """Never a mixture that loads: both have the same shapes, so that nothing but the files could
+    tell.
+    """
     old, new = (random_model(tiny(num_nextn_predict_layers=1), seed) for seed in (1, 2))
     steps = {"unlink": Path.unlink, "replace": os.replace}
     seen = set()
@@ -165,6 +203,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_or_none(sizes: tuple, rand
                     raise Killed
                 count += 1
                 return step(*arguments, **named)
+
             return do
 
         with monkeypatch.context() as patch:
@@ -189,12 +228,16 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_or_none(sizes: tuple, rand
 
 
 @pytest.mark.parametrize("place", ["the first shard", "the last", "config.json"])
-def test_a_full_disk_leaves_the_old_checkpoint(place: str, saved: Path, random_model, tiny, monkeypatch) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint(
+    place: str, saved: Path, random_model, tiny, monkeypatch
+) -> None:
     before, write, write_json, shards = contents(saved), module.write_shard, module.write_json, []
 
     def full(file: Path, content: object) -> None:
         shards.append(file)
-        if (place == "config.json") == (file.name == "config.json") and (place != "the last" or len(shards) == 3):
+        if (place == "config.json") == (file.name == "config.json") and (
+            place != "the last" or len(shards) == 3
+        ):
             file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         (write if file.suffix == ".safetensors" else write_json)(file, content)

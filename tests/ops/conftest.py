@@ -1,11 +1,13 @@
 """What the tests of ops share: a bound on float32's rounding, and running on two threads.
 
-The bound is derived, not tuned. A sum of n products in float32, in any order, is off by at most n * 2^-24 times the sum
-of the products' absolute values (Higham 2002, section 3.1, first order). So each test computes the op once more in
-float64 with every term made positive (`magnitude`) and counts, as `roundings`, the lengths of all sums on the longest
-path to a result plus the pointwise operations on it. It holds element by element: where an element's own terms are
-small, so is the error that it may have, which is what shows a leak from one row into another. In bfloat16 the values
-that were rounded to it on that path are counted beside, `halves`, at 2^-8 each; sums are float32's there too.
+The bound is derived, not tuned. A sum of n products in float32, in any order, is off by at most n *
+2^-24 times the sum of the products' absolute values (Higham 2002, section 3.1, first order). So
+each test computes the op once more in float64 with every term made positive (`magnitude`) and
+counts, as `roundings`, the lengths of all sums on the longest path to a result plus the pointwise
+operations on it. It holds element by element: where an element's own terms are small, so is the
+error that it may have, which is what shows a leak from one row into another. In bfloat16 the values
+that were rounded to it on that path are counted beside, `halves`, at 2^-8 each; sums are float32's
+there too.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,19 +25,32 @@ BFLOAT16_ROUNDOFF = 2.0**-8
 @pytest.fixture(scope="session")
 def within() -> Callable[..., None]:
     """Assert |got - exact| <= (roundings * 2^-24 + halves * 2^-8) * magnitude, element by element."""
-    def check(name: str, got: Tensor, exact: Tensor, magnitude: Tensor, roundings: float, halves: float = 0) -> None:
+
+    def check(
+        name: str,
+        got: Tensor,
+        exact: Tensor,
+        magnitude: Tensor,
+        roundings: float,
+        halves: float = 0,
+    ) -> None:
         assert got.shape == exact.shape == magnitude.shape, name
         assert got.isfinite().all(), f"{name} is not finite"
         error = (got.double() - exact).abs()
         bound = (roundings * UNIT_ROUNDOFF + halves * BFLOAT16_ROUNDOFF) * magnitude + 1e-30
         worst = (error / bound).max()
-        assert worst <= 1, f"{name}: {worst:.3g} times the bound of {roundings} roundings and {halves} to bfloat16"
+        assert worst <= 1, (
+            f"{name}: {worst:.3g} times the bound of {roundings} roundings and {halves} to bfloat16"
+        )
+
     return check
 
 
 @pytest.fixture(scope="module", params=["compiled", "pytorch"])
 def form(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Both fast forms one after the other; modules ask for it with `pytestmark = pytest.mark.usefixtures("form")`."""
+    """Both fast forms one after the other; modules ask for it with `pytestmark =
+    pytest.mark.usefixtures("form")`.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "pytorch":
             patch.setenv("XUSHI_OPS", "pytorch")
@@ -63,4 +78,6 @@ def two_threads() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def leaves() -> Callable[..., list[Tensor]]:
     """Copies of tensors in another dtype that gradients can be asked of."""
-    return lambda dtype, *tensors: [tensor.detach().to(dtype).clone().requires_grad_() for tensor in tensors]
+    return lambda dtype, *tensors: [
+        tensor.detach().to(dtype).clone().requires_grad_() for tensor in tensors
+    ]

@@ -1,4 +1,6 @@
-"""Attention in blocks against the reference in float64: widths that differ, segments, lengths over a block."""
+"""Attention in blocks against the reference in float64: widths that differ, segments, lengths over
+a block.
+"""
 
 import pytest
 import torch
@@ -23,7 +25,9 @@ def random_segments(rows: int, length: int, documents: int, g: torch.Generator) 
     """Documents one after another, and padding (-1) at the end of some rows."""
     segments = torch.randint(0, documents, (rows, length), generator=g).sort(1).values
     padding = torch.randint(0, length, (rows, 1), generator=g)
-    return segments.where((torch.arange(length) < padding) | (torch.rand(rows, 1, generator=g) < 0.5), -1)
+    return segments.where(
+        (torch.arange(length) < padding) | (torch.rand(rows, 1, generator=g) < 0.5), -1
+    )
 
 
 def brute_force(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, scale: float) -> Tensor:
@@ -33,13 +37,17 @@ def brute_force(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, scale:
     for b in range(batch):
         for h in range(heads):
             for t in range(length):
-                seen = [s for s in range(t + 1) if segments is None or segments[b, s] == segments[b, t]]
+                seen = [
+                    s for s in range(t + 1) if segments is None or segments[b, s] == segments[b, t]
+                ]
                 out.append((k[b, h, seen] @ q[b, h, t] * scale).softmax(0) @ v[b, h, seen])
     return torch.stack(out).view(batch, heads, length, -1)
 
 
-def check(form, q, k, v, d_out, segments, within, leaves, exact_form, dtype: torch.dtype = torch.float32) -> None:
-    scale = q.shape[-1]**-0.5
+def check(
+    form, q, k, v, d_out, segments, within, leaves, exact_form, dtype: torch.dtype = torch.float32
+) -> None:
+    scale = q.shape[-1] ** -0.5
     q, k, v, d_out = (t.to(dtype) for t in (q, k, v, d_out))
     fast, exact = leaves(dtype, q, k, v), leaves(torch.float64, q, k, v)
     mask = None if segments is None else segment_mask(segments)
@@ -47,7 +55,8 @@ def check(form, q, k, v, d_out, segments, within, leaves, exact_form, dtype: tor
     got, want = form(*fast, mask, scale, starts), exact_form(*exact, mask, scale)
     got.backward(d_out)
     want.backward(d_out.double())
-    # Every term positive. p are the weights, dp what comes back to them, ds what goes on to the scores.
+    # Every term positive. p are the weights, dp what comes back to them, ds what goes on to the
+    # scores.
     visible = torch.ones(q.shape[2], q.shape[2]).tril().bool() if mask is None else mask
     q_, k_, v_, do = (t.detach().double() for t in (q, k, v, d_out))
     p = (q_ @ k_.mT * scale).masked_fill(~visible, float("-inf")).softmax(-1)
@@ -55,22 +64,38 @@ def check(form, q, k, v, d_out, segments, within, leaves, exact_form, dtype: tor
     dp = do.abs() @ v_.abs().mT
     ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * scale
     sizes = (p @ v_.abs(), ds @ k_.abs(), ds.mT @ q_.abs(), p.mT @ do.abs())
-    # A score is off by K roundings of its terms, and a weight by as much relative to itself, twice (its own score and
-    # the sum); sums over T (weights, outputs, both ways) and over V follow.
+    # A score is off by K roundings of its terms, and a weight by as much relative to itself, twice
+    # (its own score and the sum); sums over T (weights, outputs, both ways) and over V follow.
     length, key, value = q.shape[2], q.shape[3], v.shape[3]
     roundings = 2 * key * float(scores.max()) + 4 * length + 2 * value + key + 16
-    # To bfloat16 are rounded: weights and output; on the way back the output (in the mean of dp), ds and the gradient,
-    # or the weights and the gradient.
-    for name, a, b, size, halves in zip(("output", "q", "k", "v"), (got.detach(), *(t.grad for t in fast)),
-                                        (want.detach(), *(t.grad for t in exact)), sizes, (2, 4, 4, 2), strict=True):
+    # To bfloat16 are rounded: weights and output; on the way back the output (in the mean of dp),
+    # ds and the gradient, or the weights and the gradient.
+    for name, a, b, size, halves in zip(
+        ("output", "q", "k", "v"),
+        (got.detach(), *(t.grad for t in fast)),
+        (want.detach(), *(t.grad for t in exact)),
+        sizes,
+        (2, 4, 4, 2),
+        strict=True,
+    ):
         within(name, a, b, size, roundings, halves if dtype == torch.bfloat16 else 0)
 
 
-@given(seed=st.integers(0, 2**31), batch=st.integers(1, 3), heads=st.integers(1, 3), length=st.integers(1, 45),
-       key=st.integers(1, 21), value=st.integers(1, 21), documents=st.integers(1, 4),
-       block=st.sampled_from([1, 7, 16, 128]), masked=st.booleans(), kept=st.sampled_from([0, 20, 256]))
-def test_values_and_gradients(seed, batch, heads, length, key, value, documents, block, masked, kept, within, leaves
-                              ) -> None:
+@given(
+    seed=st.integers(0, 2**31),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    length=st.integers(1, 45),
+    key=st.integers(1, 21),
+    value=st.integers(1, 21),
+    documents=st.integers(1, 4),
+    block=st.sampled_from([1, 7, 16, 128]),
+    masked=st.booleans(),
+    kept=st.sampled_from([0, 20, 256]),
+)
+def test_values_and_gradients(
+    seed, batch, heads, length, key, value, documents, block, masked, kept, within, leaves
+) -> None:
     g = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(batch, heads, length, key, generator=g) for _ in range(2))
     v, d_out = (torch.randn(batch, heads, length, value, generator=g) for _ in range(2))
@@ -78,13 +103,21 @@ def test_values_and_gradients(seed, batch, heads, length, key, value, documents,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "QUERY_BLOCK", block)
         patch.setattr(attention, "KEEP_WEIGHTS", kept)
-        check(causal_attention, q, k, v, d_out, segments, within, leaves, causal_attention_reference)
+        check(
+            causal_attention, q, k, v, d_out, segments, within, leaves, causal_attention_reference
+        )
 
 
-def check_rotated(seed, length, nope, rotated, value, documents, interleaved, within, leaves, dtype) -> None:
+def check_rotated(
+    seed, length, nope, rotated, value, documents, interleaved, within, leaves, dtype
+) -> None:
     """Against attention by the reference on heads that PyTorch puts together, in float64."""
     g = torch.Generator().manual_seed(seed)
-    shapes = (2, nope + rotated), (2, nope + value), (rotated + 3,)  # the shared key is a view in a wider tensor
+    shapes = (
+        (2, nope + rotated),
+        (2, nope + value),
+        (rotated + 3,),
+    )  # the shared key is a view in a wider tensor
     inputs = [torch.randn(2, length, *shape, generator=g) for shape in shapes]
     d_out = torch.randn(2, length, 2, value, generator=g).to(dtype)
     inputs = [t.to(dtype) for t in inputs]
@@ -92,10 +125,14 @@ def check_rotated(seed, length, nope, rotated, value, documents, interleaved, wi
     cos, sin = angles.cos().float(), angles.sin().float()
     segments = random_segments(2, length, documents, g)
     mask, starts = segment_mask(segments), segment_starts(segments)
-    scale = (nope + rotated)**-0.5
+    scale = (nope + rotated) ** -0.5
     fast, exact = leaves(dtype, *inputs), leaves(torch.float64, *inputs)
-    got = rotated_attention(fast[0], fast[1], fast[2][..., 3:], (cos, sin), interleaved, mask, scale, starts)
-    heads = expand_heads(exact[0], exact[1], exact[2][..., 3:], (cos.double(), sin.double()), interleaved)
+    got = rotated_attention(
+        fast[0], fast[1], fast[2][..., 3:], (cos, sin), interleaved, mask, scale, starts
+    )
+    heads = expand_heads(
+        exact[0], exact[1], exact[2][..., 3:], (cos.double(), sin.double()), interleaved
+    )
     want = causal_attention_reference(*heads, mask, scale).transpose(1, 2)
     got.backward(d_out)
     want.backward(d_out.double())
@@ -103,7 +140,9 @@ def check_rotated(seed, length, nope, rotated, value, documents, interleaved, wi
     q, k, v = (t.detach() for t in heads)
     do = d_out.double().transpose(1, 2)
     p = (q @ k.mT * scale).masked_fill(~visible, float("-inf")).softmax(-1)
-    # A pair that is turned has terms of both its values; sizes are taken as if each were as large as the pair.
+
+    # A pair that is turned has terms of both its values; sizes are taken as if each were as large
+    # as the pair.
     def pair(x):
         turned = x[..., nope:].abs()
         both = turned + turned.roll(rotated // 2, -1)
@@ -113,60 +152,141 @@ def check_rotated(seed, length, nope, rotated, value, documents, interleaved, wi
     dp = do.abs() @ v.abs().mT
     ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * scale
     dq, dk, dv = ds @ pair(k), ds.mT @ pair(q), p.mT @ do.abs()
-    roundings = (2 * (nope + rotated) + 16) * float(scores.max()) + 4 * length + 2 * value + nope + rotated + 32
-    # To bfloat16 also queries and keys, which moves a score by 2^-8 of its terms each and weights by that, twice; and
-    # the gradients of the turned values.
+    roundings = (
+        (2 * (nope + rotated) + 16) * float(scores.max())
+        + 4 * length
+        + 2 * value
+        + nope
+        + rotated
+        + 32
+    )
+    # To bfloat16 also queries and keys, which moves a score by 2^-8 of its terms each and weights
+    # by that, twice; and the gradients of the turned values.
     half = dtype == torch.bfloat16
     moved = 4 * float(scores.max())
-    within("output", got.detach(), want.detach(), (p @ v.abs()).transpose(1, 2), roundings, (2 + moved) * half)
+    within(
+        "output",
+        got.detach(),
+        want.detach(),
+        (p @ v.abs()).transpose(1, 2),
+        roundings,
+        (2 + moved) * half,
+    )
     worst = [x.abs().amax((1, 3), keepdim=True).transpose(1, 2) for x in (pair(dq), pair(dk))]
-    within("q", fast[0].grad, exact[0].grad, worst[0].expand_as(exact[0].grad).contiguous(), roundings,
-           (6 + moved) * half)
-    within("k", fast[1].grad[..., :nope], exact[1].grad[..., :nope],
-           worst[1].expand_as(exact[1].grad[..., :nope]).contiguous(), roundings, (6 + moved) * half)
-    within("v", fast[1].grad[..., nope:], exact[1].grad[..., nope:], dv.transpose(1, 2), roundings, (3 + moved) * half)
-    within("rotated k", fast[2].grad, exact[2].grad,
-           worst[1].sum(2).expand_as(exact[2].grad).contiguous(), roundings, (6 + moved) * half)
+    within(
+        "q",
+        fast[0].grad,
+        exact[0].grad,
+        worst[0].expand_as(exact[0].grad).contiguous(),
+        roundings,
+        (6 + moved) * half,
+    )
+    within(
+        "k",
+        fast[1].grad[..., :nope],
+        exact[1].grad[..., :nope],
+        worst[1].expand_as(exact[1].grad[..., :nope]).contiguous(),
+        roundings,
+        (6 + moved) * half,
+    )
+    within(
+        "v",
+        fast[1].grad[..., nope:],
+        exact[1].grad[..., nope:],
+        dv.transpose(1, 2),
+        roundings,
+        (3 + moved) * half,
+    )
+    within(
+        "rotated k",
+        fast[2].grad,
+        exact[2].grad,
+        worst[1].sum(2).expand_as(exact[2].grad).contiguous(),
+        roundings,
+        (6 + moved) * half,
+    )
 
 
-@given(seed=st.integers(0, 2**31), length=st.integers(1, 60), nope=st.integers(1, 20), pairs=st.integers(1, 9),
-       value=st.integers(1, 21), documents=st.integers(1, 3), interleaved=st.booleans())
-def test_heads_are_rotated(seed, length, nope, pairs, value, documents, interleaved, within, leaves) -> None:
-    check_rotated(seed, length, nope, 2 * pairs, value, documents, interleaved, within, leaves, torch.float32)
+@given(
+    seed=st.integers(0, 2**31),
+    length=st.integers(1, 60),
+    nope=st.integers(1, 20),
+    pairs=st.integers(1, 9),
+    value=st.integers(1, 21),
+    documents=st.integers(1, 3),
+    interleaved=st.booleans(),
+)
+def test_heads_are_rotated(
+    seed, length, nope, pairs, value, documents, interleaved, within, leaves
+) -> None:
+    check_rotated(
+        seed, length, nope, 2 * pairs, value, documents, interleaved, within, leaves, torch.float32
+    )
 
 
 @pytest.mark.usefixtures("compiled_bfloat16")
-@given(seed=st.integers(0, 2**31), length=st.integers(1, 60), nope=st.integers(1, 20), pairs=st.integers(1, 9),
-       value=st.integers(1, 21), documents=st.integers(1, 3), interleaved=st.booleans())
-def test_heads_are_rotated_in_compiled_bfloat16(seed, length, nope, pairs, value, documents, interleaved, within, leaves
-                                                ) -> None:
-    check_rotated(seed, length, nope, 2 * pairs, value, documents, interleaved, within, leaves, torch.bfloat16)
+@given(
+    seed=st.integers(0, 2**31),
+    length=st.integers(1, 60),
+    nope=st.integers(1, 20),
+    pairs=st.integers(1, 9),
+    value=st.integers(1, 21),
+    documents=st.integers(1, 3),
+    interleaved=st.booleans(),
+)
+def test_heads_are_rotated_in_compiled_bfloat16(
+    seed, length, nope, pairs, value, documents, interleaved, within, leaves
+) -> None:
+    check_rotated(
+        seed, length, nope, 2 * pairs, value, documents, interleaved, within, leaves, torch.bfloat16
+    )
 
 
 @pytest.mark.usefixtures("compiled_bfloat16")
-@given(seed=st.integers(0, 2**31), length=st.integers(1, 200), key=st.integers(1, 70), value=st.integers(1, 70),
-       documents=st.integers(1, 4))
+@given(
+    seed=st.integers(0, 2**31),
+    length=st.integers(1, 200),
+    key=st.integers(1, 70),
+    value=st.integers(1, 70),
+    documents=st.integers(1, 4),
+)
 def test_compiled_bfloat16(seed, length, key, value, documents, within, leaves) -> None:
     g = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(2, 2, length, key, generator=g) for _ in range(2))
     v, d_out = (torch.randn(2, 2, length, value, generator=g) for _ in range(2))
-    check(causal_attention, q, k, v, d_out, random_segments(2, length, documents, g), within, leaves,
-          causal_attention_reference, torch.bfloat16)
+    check(
+        causal_attention,
+        q,
+        k,
+        v,
+        d_out,
+        random_segments(2, length, documents, g),
+        within,
+        leaves,
+        causal_attention_reference,
+        torch.bfloat16,
+    )
 
 
 @pytest.mark.parametrize("key, value", [(24, 16), (16, 24), (16, 16)])
-@pytest.mark.parametrize("length", [70, 600, attention.QUERY_BLOCK, 2 * attention.QUERY_BLOCK + 41,
-                                    attention.KEEP_WEIGHTS + 1])
+@pytest.mark.parametrize(
+    "length",
+    [70, 600, attention.QUERY_BLOCK, 2 * attention.QUERY_BLOCK + 41, attention.KEEP_WEIGHTS + 1],
+)
 def test_more_than_one_block(key: int, value: int, length: int, within, leaves) -> None:
     g = torch.Generator().manual_seed(length + key)
     q, k = (torch.randn(2, 2, length, key, generator=g) for _ in range(2))
     v, d_out = (torch.randn(2, 2, length, value, generator=g) for _ in range(2))
     for segments in (None, random_segments(2, length, 3, g)):
-        check(causal_attention, q, k, v, d_out, segments, within, leaves, causal_attention_reference)
+        check(
+            causal_attention, q, k, v, d_out, segments, within, leaves, causal_attention_reference
+        )
 
 
 @given(seed=st.integers(0, 2**31), length=st.integers(1, 9), documents=st.integers(1, 4))
-def test_the_reference_is_attention_over_what_may_be_seen(seed: int, length: int, documents: int) -> None:
+def test_the_reference_is_attention_over_what_may_be_seen(
+    seed: int, length: int, documents: int
+) -> None:
     g = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(2, 1, length, 3, generator=g, dtype=torch.float64) for _ in range(3))
     segments = random_segments(2, length, documents, g)
@@ -180,8 +300,12 @@ def test_the_reference_is_attention_over_what_may_be_seen(seed: int, length: int
 def test_segment_mask(seed: int, length: int, documents: int) -> None:
     segments = random_segments(3, length, documents, torch.Generator().manual_seed(seed))
     mask = segment_mask(segments)
-    expected = torch.tensor([[[s <= t and row[s] == row[t] for s in range(length)] for t in range(length)]
-                             for row in segments.tolist()])
+    expected = torch.tensor(
+        [
+            [[s <= t and row[s] == row[t] for s in range(length)] for t in range(length)]
+            for row in segments.tolist()
+        ]
+    )
     if mask is None:
         assert (expected == torch.ones(length, length).tril().bool()).all()
     else:
@@ -191,7 +315,9 @@ def test_segment_mask(seed: int, length: int, documents: int) -> None:
 
 @given(rows=st.lists(st.lists(st.integers(-1, 2), min_size=6, max_size=6), min_size=1, max_size=3))
 def test_segment_starts(rows: list[list[int]]) -> None:
-    """The first position of each token's document; nothing where a document comes back after another one."""
+    """The first position of each token's document; nothing where a document comes back after
+    another one.
+    """
     pieces = [[b for a, b in zip([None, *row], row, strict=False) if a != b] for row in rows]
     got = segment_starts(torch.tensor(rows))
     if any(len(set(piece)) != len(piece) for piece in pieces):
@@ -214,8 +340,18 @@ def test_bfloat16_is_no_further_than_the_plain_form(leaves) -> None:
         inputs = leaves(torch.bfloat16, q, k, v)
         got = form(*inputs, mask, 0.2)
         got.backward(d_out)
-        errors.append(torch.stack([(a.double() - b).norm() for a, b in zip(
-            (got.detach(), *(t.grad for t in inputs)), (want.detach(), *(t.grad for t in exact)), strict=True)]))
+        errors.append(
+            torch.stack(
+                [
+                    (a.double() - b).norm()
+                    for a, b in zip(
+                        (got.detach(), *(t.grad for t in inputs)),
+                        (want.detach(), *(t.grad for t in exact)),
+                        strict=True,
+                    )
+                ]
+            )
+        )
     assert (errors[0] <= 1.1 * errors[1]).all(), (errors[0] / errors[1]).tolist()
 
 
@@ -235,19 +371,32 @@ def test_ten_runs_on_two_threads_give_the_same_bits(two_threads, leaves) -> None
 
 
 def test_attention_on_latents_is_attention_on_what_they_expand_to() -> None:
-    """Keys W_k c and values W_v c of every cached latent, against the expansion absorbed into query and output."""
+    """Keys W_k c and values W_v c of every cached latent, against the expansion absorbed into query
+    and output.
+    """
     g = torch.Generator().manual_seed(21)
     heads, nope, rope, latent, value, length = 2, 3, 4, 5, 6, 7
-    w_key, w_value = (torch.randn(heads, n, latent, generator=g, dtype=torch.float64) for n in (nope, value))
+    w_key, w_value = (
+        torch.randn(heads, n, latent, generator=g, dtype=torch.float64) for n in (nope, value)
+    )
     q = torch.randn(3, 2, heads, nope + rope, generator=g, dtype=torch.float64)
     context = torch.randn(3, length, latent + rope, generator=g, dtype=torch.float64)
     allowed = torch.rand(3, 2, length, generator=g) < 0.6
     allowed[..., 0] = True
     absorbed = torch.cat((torch.einsum("sqhk,hkc->sqhc", q[..., :nope], w_key), q[..., nope:]), -1)
-    got = torch.einsum("sqhc,hvc->sqhv", latent_attention(absorbed, context, allowed, 0.3, latent), w_value)
-    keys = torch.cat((torch.einsum("slc,hkc->slhk", context[..., :latent], w_key),
-                      context[..., None, latent:].expand(3, length, heads, rope)), -1)
+    got = torch.einsum(
+        "sqhc,hvc->sqhv", latent_attention(absorbed, context, allowed, 0.3, latent), w_value
+    )
+    keys = torch.cat(
+        (
+            torch.einsum("slc,hkc->slhk", context[..., :latent], w_key),
+            context[..., None, latent:].expand(3, length, heads, rope),
+        ),
+        -1,
+    )
     values = torch.einsum("slc,hvc->slhv", context[..., :latent], w_value)
     scores = torch.einsum("sqhk,slhk->sqhl", q, keys) * 0.3
     shares = scores.masked_fill(~allowed[:, :, None], float("-inf")).softmax(-1)
-    torch.testing.assert_close(got, torch.einsum("sqhl,slhv->sqhv", shares, values), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        got, torch.einsum("sqhl,slhv->sqhv", shares, values), rtol=1e-12, atol=1e-12
+    )

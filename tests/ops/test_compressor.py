@@ -7,10 +7,17 @@ from hypothesis import strategies as st
 from xushi.ops import compress_windows
 
 
-@given(seed=st.integers(0, 2**31), slots=st.integers(1, 5), width=st.integers(1, 4), windows=st.integers(0, 3))
+@given(
+    seed=st.integers(0, 2**31),
+    slots=st.integers(1, 5),
+    width=st.integers(1, 4),
+    windows=st.integers(0, 3),
+)
 def test_against_loops(seed: int, slots: int, width: int, windows: int) -> None:
     g = torch.Generator().manual_seed(seed)
-    values, gates = (torch.randn(2, windows, slots, width, generator=g, dtype=torch.float64) for _ in range(2))
+    values, gates = (
+        torch.randn(2, windows, slots, width, generator=g, dtype=torch.float64) for _ in range(2)
+    )
     valid = torch.rand(2, windows, slots, generator=g) < 0.6
     valid[..., -1] = True
     got = compress_windows(values, gates, valid)
@@ -34,7 +41,9 @@ def test_a_slot_that_does_not_exist_gives_and_gets_nothing() -> None:
 
 
 def test_bfloat16_gates_are_weighed_in_float32() -> None:
-    """Two gates that bfloat16 tells apart by one step: their softmax is computed wide, and only then rounded."""
+    """Two gates that bfloat16 tells apart by one step: their softmax is computed wide, and only
+    then rounded.
+    """
     gates = torch.tensor([[8.0], [8.0625]]).bfloat16()
     got = compress_windows(torch.tensor([[1.0], [0.0]]).bfloat16(), gates)
     assert got.item() == torch.tensor([8.0, 8.0625]).softmax(0)[0].bfloat16().item()

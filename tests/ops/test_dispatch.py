@@ -11,14 +11,24 @@ from xushi.ops import attention, experts, loss, use_reference
 G = torch.Generator().manual_seed(0)
 X, HEAD, TARGETS = torch.randn(6, 4, generator=G), torch.randn(9, 4, generator=G), torch.arange(6)
 HEADS = torch.randn(3, 1, 2, 6, 4, generator=G)
-EXPERTS = (X, torch.tensor([[0, 1]] * 6), torch.rand(6, 2, generator=G), torch.randn(3, 8, 4, generator=G),
-           torch.randn(3, 4, 4, generator=G))
+EXPERTS = (
+    X,
+    torch.tensor([[0, 1]] * 6),
+    torch.rand(6, 2, generator=G),
+    torch.randn(3, 8, 4, generator=G),
+    torch.randn(3, 4, 4, generator=G),
+)
 
 # op, its reference's name in its module, its fast form's name, the arguments
 OPS = [
     (experts, "routed_experts", "_RoutedExperts", EXPERTS),
     (loss, "token_log_probabilities", "_TokenLogProbabilities", (X, HEAD, TARGETS)),
-    (loss, "cross_entropy", "_CrossEntropy", (X.clone().requires_grad_(), HEAD, TARGETS, torch.ones(6))),
+    (
+        loss,
+        "cross_entropy",
+        "_CrossEntropy",
+        (X.clone().requires_grad_(), HEAD, TARGETS, torch.ones(6)),
+    ),
     (attention, "causal_attention", "_CausalAttention", (*HEADS, None, 0.5)),
 ]
 
@@ -35,7 +45,9 @@ class Refuse:
 
 
 @pytest.mark.parametrize("module, name, fast, arguments", OPS, ids=[name for _, name, _, _ in OPS])
-def test_references_are_forced(module, name, fast, arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_references_are_forced(
+    module, name, fast, arguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
     op, reference = getattr(module, name), getattr(module, f"{name}_reference")
     expected = reference(*arguments)
     monkeypatch.setenv("XUSHI_OPS", "pytorch")
@@ -47,7 +59,9 @@ def test_references_are_forced(module, name, fast, arguments, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("value", [None, "", "fast"])
-def test_only_the_word_reference_asks_for_them(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_word_reference_asks_for_them(
+    value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("XUSHI_OPS", raising=False)
     if value is not None:
         monkeypatch.setenv("XUSHI_OPS", value)

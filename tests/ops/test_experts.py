@@ -1,4 +1,6 @@
-"""The sorted form of the routed experts against the reference in float64, and that padding rows leave no trace."""
+"""The sorted form of the routed experts against the reference in float64, and that padding rows
+leave no trace.
+"""
 
 import pytest
 import torch
@@ -13,22 +15,32 @@ pytestmark = pytest.mark.usefixtures("form")
 
 @st.composite
 def cases(draw: st.DrawFn, tokens: int = 70) -> tuple[Tensor, ...]:
-    """x [N, D], distinct experts [N, k], gate values [N, k], weights, and the gradient of the result [N, D]."""
+    """x [N, D], distinct experts [N, k], gate values [N, k], weights, and the gradient of the
+    result [N, D].
+    """
     n, experts_ = draw(st.integers(1, tokens)), draw(st.integers(1, 7))
     k = draw(st.integers(1, min(4, experts_)))
     d, f = draw(st.integers(1, 41)), draw(st.integers(1, 33))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    used = draw(st.integers(k, experts_))  # the other experts are chosen by nobody; with used == k all tokens agree
+    used = draw(
+        st.integers(k, experts_)
+    )  # the other experts are chosen by nobody; with used == k all tokens agree
     names = torch.randperm(experts_, generator=g)[:used]
     choice = names[torch.rand(n, used, generator=g).argsort(1)[:, :k]]
-    return (torch.randn(n, d, generator=g), choice, torch.rand(n, k, generator=g) * 2,
-            torch.randn(experts_, 2 * f, d, generator=g) / d**0.5, torch.randn(experts_, d, f, generator=g) / f**0.5,
-            torch.randn(n, d, generator=g))
+    return (
+        torch.randn(n, d, generator=g),
+        choice,
+        torch.rand(n, k, generator=g) * 2,
+        torch.randn(experts_, 2 * f, d, generator=g) / d**0.5,
+        torch.randn(experts_, d, f, generator=g) / f**0.5,
+        torch.randn(n, d, generator=g),
+    )
 
 
 def magnitude(x: Tensor, choice: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The reference with every term positive, and a polynomial for silu whose value and slope bound how silu and its
-    own slope pass on an error: |silu(g)| <= |g|, |silu'| <= 1.1, |silu''| <= 1/2."""
+    """The reference with every term positive, and a polynomial for silu whose value and slope bound
+    how silu and its own slope pass on an error: |silu(g)| <= |g|, |silu'| <= 1.1, |silu''| <= 1/2.
+    """
     out = torch.zeros_like(x)
     for expert in range(gate_up.shape[0]):
         token, place = torch.where(choice == expert)
@@ -38,27 +50,35 @@ def magnitude(x: Tensor, choice: Tensor, weights: Tensor, gate_up: Tensor, down:
     return out
 
 
-def check_against_float64(case: tuple[Tensor, ...], within, leaves, dtype: torch.dtype = torch.float32) -> None:
+def check_against_float64(
+    case: tuple[Tensor, ...], within, leaves, dtype: torch.dtype = torch.float32
+) -> None:
     x, choice, weights, gate_up, down, d_out = case
     x, d_out = x.to(dtype), d_out.to(dtype)
     fast = leaves(dtype, x) + leaves(torch.float32, weights, gate_up, down)
     exact = leaves(torch.float64, x, weights, gate_up, down)
     sizes = leaves(torch.float64, *(t.abs() for t in (x, weights, gate_up, down)))
     results = []
-    for form, (x_, w_, gu_, dn_), direction in ((routed_experts, fast, d_out),
-                                                (routed_experts_reference, exact, d_out.double()),
-                                                (magnitude, sizes, d_out.double().abs())):
+    for form, (x_, w_, gu_, dn_), direction in (
+        (routed_experts, fast, d_out),
+        (routed_experts_reference, exact, d_out.double()),
+        (magnitude, sizes, d_out.double().abs()),
+    ):
         y = form(x_, choice, w_, gu_, dn_)
         y.backward(direction)
         results.append(y.detach())
-    # Sums over D into the gate and up products, over F into y (or over D again on the way back, and over the rows of
-    # an expert into its weights), over k into a token; silu and its slope are a dozen operations.
+    # Sums over D into the gate and up products, over F into y (or over D again on the way back, and
+    # over the rows of an expert into its weights), over k into a token; silu and its slope are a
+    # dozen operations.
     roundings = 3 * x.shape[1] + down.shape[2] + x.shape[0] + choice.shape[1] + 16
-    # To bfloat16 are rounded, on the longest paths: gate_up, h, the activation, down and the output; on the way back
-    # gate_up and h once for each of silu, its slope and the other factor, then down, dh, gate_up and the gradient.
+    # To bfloat16 are rounded, on the longest paths: gate_up, h, the activation, down and the
+    # output; on the way back gate_up and h once for each of silu, its slope and the other factor,
+    # then down, dh, gate_up and the gradient.
     halves = (5, 10) if dtype == torch.bfloat16 else (0, 0)
     within("output", *results, roundings, halves[0])
-    for name, got, want, size in zip(("x", "weights", "gate_up", "down"), fast, exact, sizes, strict=True):
+    for name, got, want, size in zip(
+        ("x", "weights", "gate_up", "down"), fast, exact, sizes, strict=True
+    ):
         within(f"gradient of {name}", got.grad, want.grad, size.grad, roundings, halves[1])
 
 
@@ -75,8 +95,10 @@ def test_compiled_bfloat16(case, within, leaves) -> None:
 
 @given(case=cases(), large=st.sampled_from([1e3, 1e6]))
 def test_padding_rows_leave_no_trace(case, large: float, within, leaves) -> None:
-    """Padding repeats token 0. Where that one is huge, whatever it left in another token's output, or in the gradient
-    of an expert that it did not choose, would stand far above what those rows' own terms allow."""
+    """Padding repeats token 0. Where that one is huge, whatever it left in another token's output,
+    or in the gradient of an expert that it did not choose, would stand far above what those rows'
+    own terms allow.
+    """
     x, *rest, d_out = case
     x, d_out = x.clone(), d_out.clone()
     x[0] *= large
@@ -87,21 +109,38 @@ def test_padding_rows_leave_no_trace(case, large: float, within, leaves) -> None
 def test_many_rows_at_once(within, leaves) -> None:
     g = torch.Generator().manual_seed(0)
     choice = torch.rand(700, 6, generator=g).argsort(1)[:, :2]
-    check_against_float64((torch.randn(700, 24, generator=g), choice, torch.rand(700, 2, generator=g),
-                           torch.randn(6, 26, 24, generator=g) / 5, torch.randn(6, 24, 13, generator=g) / 4,
-                           torch.randn(700, 24, generator=g)), within, leaves)
+    check_against_float64(
+        (
+            torch.randn(700, 24, generator=g),
+            choice,
+            torch.rand(700, 2, generator=g),
+            torch.randn(6, 26, 24, generator=g) / 5,
+            torch.randn(6, 24, 13, generator=g) / 4,
+            torch.randn(700, 24, generator=g),
+        ),
+        within,
+        leaves,
+    )
 
 
 def test_an_expert_that_nobody_chose_has_a_zero_gradient(leaves) -> None:
     g = torch.Generator().manual_seed(1)
-    x, w, gate_up, down = leaves(torch.float32, torch.randn(9, 5, generator=g), torch.rand(9, 2, generator=g),
-                                 torch.randn(4, 6, 5, generator=g), torch.randn(4, 5, 3, generator=g))
+    x, w, gate_up, down = leaves(
+        torch.float32,
+        torch.randn(9, 5, generator=g),
+        torch.rand(9, 2, generator=g),
+        torch.randn(4, 6, 5, generator=g),
+        torch.randn(4, 5, 3, generator=g),
+    )
     routed_experts(x, torch.tensor([[0, 3]] * 9), w, gate_up, down).sum().backward()
     for parameter in (gate_up, down):
         assert not parameter.grad[[1, 2]].any() and parameter.grad[[0, 3]].abs().amax((1, 2)).all()
 
 
-@given(choice=st.lists(st.integers(0, 5), min_size=1, max_size=100), multiple=st.sampled_from([1, 4, 32]))
+@given(
+    choice=st.lists(st.integers(0, 5), min_size=1, max_size=100),
+    multiple=st.sampled_from([1, 4, 32]),
+)
 def test_sorting_places_every_row_once(choice: list[int], multiple: int) -> None:
     indices = torch.tensor(choice)[:, None]
     with pytest.MonkeyPatch.context() as patch:
@@ -116,7 +155,9 @@ def test_sorting_places_every_row_once(choice: list[int], multiple: int) -> None
         assert rows[part][real[part]].tolist() == [n for n, e in enumerate(choice) if e == expert]
 
 
-def errors(form, dtype: torch.dtype, case: tuple[Tensor, ...], exact: list[Tensor], leaves) -> Tensor:
+def errors(
+    form, dtype: torch.dtype, case: tuple[Tensor, ...], exact: list[Tensor], leaves
+) -> Tensor:
     """|form in dtype - exact| in float64's norm, for the result and each gradient."""
     x, choice, weights, gate_up, down, d_out = case
     parameters = leaves(torch.float32, weights, gate_up, down)
@@ -128,13 +169,20 @@ def errors(form, dtype: torch.dtype, case: tuple[Tensor, ...], exact: list[Tenso
 
 
 def test_bfloat16_is_as_near_as_the_plain_form(leaves) -> None:
-    """Both round the same products to bfloat16 and differ in where; over some thousand elements their errors' norms
-    agree within a few per cent, so 1.1 times leaves room for chance and none for another rounding on the way."""
+    """Both round the same products to bfloat16 and differ in where; over some thousand elements
+    their errors' norms agree within a few per cent, so 1.1 times leaves room for chance and none
+    for another rounding on the way.
+    """
     g = torch.Generator().manual_seed(2)
     choice = torch.rand(300, 8, generator=g).argsort(1)[:, :2]
-    case = (torch.randn(300, 48, generator=g).bfloat16(), choice, torch.rand(300, 2, generator=g),
-            torch.randn(8, 40, 48, generator=g) / 7, torch.randn(8, 48, 20, generator=g) / 4,
-            torch.randn(300, 48, generator=g).bfloat16())
+    case = (
+        torch.randn(300, 48, generator=g).bfloat16(),
+        choice,
+        torch.rand(300, 2, generator=g),
+        torch.randn(8, 40, 48, generator=g) / 7,
+        torch.randn(8, 48, 20, generator=g) / 4,
+        torch.randn(300, 48, generator=g).bfloat16(),
+    )
     x, _, weights, gate_up, down, d_out = case
     exact = leaves(torch.float64, x, weights, gate_up, down)
     y = routed_experts_reference(exact[0], choice, *exact[1:])
@@ -147,10 +195,15 @@ def test_bfloat16_is_as_near_as_the_plain_form(leaves) -> None:
 
 def test_ten_runs_on_two_threads_give_the_same_bits(two_threads, leaves) -> None:
     g = torch.Generator().manual_seed(3)
-    # Two terms have one sum in either order: it takes three experts per token for the order to show.
+    # Two terms have one sum in either order: it takes three experts per token for the order to
+    # show.
     choice = torch.rand(3000, 8, generator=g).argsort(1)[:, :6]
-    inputs = (torch.randn(3000, 64, generator=g), torch.rand(3000, 6, generator=g),
-              torch.randn(8, 64, 64, generator=g), torch.randn(8, 64, 32, generator=g))
+    inputs = (
+        torch.randn(3000, 64, generator=g),
+        torch.rand(3000, 6, generator=g),
+        torch.randn(8, 64, 64, generator=g),
+        torch.randn(8, 64, 32, generator=g),
+    )
     first: list[Tensor] = []
     for _ in range(10):
         x, w, gate_up, down = leaves(torch.float32, *inputs)

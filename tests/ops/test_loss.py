@@ -17,19 +17,29 @@ from xushi.ops import (
 pytestmark = pytest.mark.usefixtures("form")
 
 
-def case(seed: int, tokens: int, width: int, vocabulary: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x [N, D], head [V, D], targets [N] and weights [N], a third of them zero as masked tokens are."""
+def case(
+    seed: int, tokens: int, width: int, vocabulary: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [N, D], head [V, D], targets [N] and weights [N], a third of them zero as masked tokens
+    are.
+    """
     g = torch.Generator().manual_seed(seed)
     weights = torch.rand(tokens, generator=g) * (torch.rand(tokens, generator=g) > 0.3)
-    return (torch.randn(tokens, width, generator=g) * scale, torch.randn(vocabulary, width, generator=g),
-            torch.randint(0, vocabulary, (tokens,), generator=g), weights)
+    return (
+        torch.randn(tokens, width, generator=g) * scale,
+        torch.randn(vocabulary, width, generator=g),
+        torch.randint(0, vocabulary, (tokens,), generator=g),
+        weights,
+    )
 
 
-def magnitudes(x: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+def magnitudes(
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor, float]:
     """Sizes of log p [N], of d x and of d head, and the roundings that they are off by.
 
-    A logit is off by D roundings of its terms, at most `logit`; log p by twice that, by the sum over V, and by its own
-    rounding. p, as exp of it, is off by as much relative to itself.
+    A logit is off by D roundings of its terms, at most `logit`; log p by twice that, by the sum
+    over V, and by its own rounding. p, as exp of it, is off by as much relative to itself.
     """
     x, head, weights = x.double(), head.double(), weights.double().abs()
     logit = float((x.abs() @ head.abs().T).max())
@@ -45,28 +55,45 @@ def check(tensors: tuple[Tensor, Tensor, Tensor, Tensor], within, leaves) -> Non
     x, head, targets, weights = tensors
     size, dx, d_head, absolute = magnitudes(*tensors)
     tokens, vocabulary = x.shape[0], head.shape[0]
-    for form, reference, scalar in ((cross_entropy, cross_entropy_reference, True),
-                                    (token_log_probabilities, token_log_probabilities_reference, False)):
+    for form, reference, scalar in (
+        (cross_entropy, cross_entropy_reference, True),
+        (token_log_probabilities, token_log_probabilities_reference, False),
+    ):
         fast, exact = leaves(torch.float32, x, head), leaves(torch.float64, x, head)
         if scalar:
             got, want = form(*fast, targets, weights), reference(*exact, targets, weights.double())
             (3 * got).backward()
             (3 * want).backward()
-            within("loss", got.detach(), want.detach(), (size * weights.double()).sum(), absolute + tokens)
+            within(
+                "loss",
+                got.detach(),
+                want.detach(),
+                (size * weights.double()).sum(),
+                absolute + tokens,
+            )
         else:
             got, want = form(*fast, targets), reference(*exact, targets)
             got.backward(3 * weights)
             want.backward(3 * weights.double())
             within("log p", got.detach(), want.detach(), size, absolute)
         within("gradient of x", fast[0].grad, exact[0].grad, 3 * dx, absolute + vocabulary + 4)
-        within("gradient of the head", fast[1].grad, exact[1].grad, 3 * d_head, absolute + tokens + 4)
+        within(
+            "gradient of the head", fast[1].grad, exact[1].grad, 3 * d_head, absolute + tokens + 4
+        )
 
 
 @pytest.mark.usefixtures("compiled_bfloat16")
-@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 130), width=st.integers(1, 23),
-       vocabulary=st.integers(1, 147), scale=st.sampled_from([0.1, 1.0]))
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(1, 130),
+    width=st.integers(1, 23),
+    vocabulary=st.integers(1, 147),
+    scale=st.sampled_from([0.1, 1.0]),
+)
 def test_compiled_bfloat16(seed, tokens, width, vocabulary, scale, within, leaves) -> None:
-    """The head is rounded: a logit moves by 2^-8 of its terms and p by as much, twice; then p, and x's gradient."""
+    """The head is rounded: a logit moves by 2^-8 of its terms and p by as much, twice; then p, and
+    x's gradient.
+    """
     x, head, targets, weights = case(seed, tokens, width, vocabulary, scale)
     x = x.bfloat16()
     size, dx, d_head, absolute = magnitudes(x, head, targets, weights)
@@ -74,20 +101,45 @@ def test_compiled_bfloat16(seed, tokens, width, vocabulary, scale, within, leave
     exact = leaves(torch.float64, x, head)
     log_p = token_log_probabilities_reference(*exact, targets)
     (-log_p * weights.double()).sum().backward()
-    for form in (lambda *tensors: cross_entropy(*tensors, targets, weights),
-                 lambda *tensors: (-token_log_probabilities(*tensors, targets) * weights).sum()):
+    for form in (
+        lambda *tensors: cross_entropy(*tensors, targets, weights),
+        lambda *tensors: (-token_log_probabilities(*tensors, targets) * weights).sum(),
+    ):
         fast = leaves(torch.bfloat16, x) + leaves(torch.float32, head)
         loss_ = form(*fast)
         loss_.backward()
-        within("loss", loss_.detach(), (-log_p.detach() * weights).sum(), (size * weights.double()).sum(),
-               absolute + tokens, logit)
-        within("gradient of x", fast[0].grad, exact[0].grad, dx, absolute + vocabulary + 4, 3 + logit)
-        within("gradient of the head", fast[1].grad, exact[1].grad, d_head, absolute + tokens + 4, 1 + logit)
+        within(
+            "loss",
+            loss_.detach(),
+            (-log_p.detach() * weights).sum(),
+            (size * weights.double()).sum(),
+            absolute + tokens,
+            logit,
+        )
+        within(
+            "gradient of x", fast[0].grad, exact[0].grad, dx, absolute + vocabulary + 4, 3 + logit
+        )
+        within(
+            "gradient of the head",
+            fast[1].grad,
+            exact[1].grad,
+            d_head,
+            absolute + tokens + 4,
+            1 + logit,
+        )
 
 
-@given(seed=st.integers(0, 2**31), tokens=st.integers(1, 60), width=st.integers(1, 23), vocabulary=st.integers(1, 47),
-       chunk=st.sampled_from([1, 7, 16, 512]), scale=st.sampled_from([0.1, 1.0, 5.0]))
-def test_values_and_gradients(seed, tokens, width, vocabulary, chunk, scale, within, leaves) -> None:
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(1, 60),
+    width=st.integers(1, 23),
+    vocabulary=st.integers(1, 47),
+    chunk=st.sampled_from([1, 7, 16, 512]),
+    scale=st.sampled_from([0.1, 1.0, 5.0]),
+)
+def test_values_and_gradients(
+    seed, tokens, width, vocabulary, chunk, scale, within, leaves
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "CHUNK", chunk)
         check(case(seed, tokens, width, vocabulary, scale), within, leaves)
@@ -98,10 +150,16 @@ def test_more_than_one_chunk(within, leaves) -> None:
 
 
 def test_the_references_are_log_softmax() -> None:
-    x, head, targets, weights = (t.double() if t.is_floating_point() else t for t in case(7, 30, 6, 11, 1.0))
-    chosen = torch.stack([(head @ row).log_softmax(0)[target] for row, target in zip(x, targets, strict=True)])
+    x, head, targets, weights = (
+        t.double() if t.is_floating_point() else t for t in case(7, 30, 6, 11, 1.0)
+    )
+    chosen = torch.stack(
+        [(head @ row).log_softmax(0)[target] for row, target in zip(x, targets, strict=True)]
+    )
     torch.testing.assert_close(token_log_probabilities_reference(x, head, targets), chosen)
-    torch.testing.assert_close(cross_entropy_reference(x, head, targets, weights), -(chosen * weights).sum())
+    torch.testing.assert_close(
+        cross_entropy_reference(x, head, targets, weights), -(chosen * weights).sum()
+    )
 
 
 def test_without_gradients_the_loss_is_the_same(within) -> None:
@@ -114,9 +172,13 @@ def test_without_gradients_the_loss_is_the_same(within) -> None:
 
 
 @pytest.mark.parametrize("chunk", [64, 1024])
-def test_bfloat16_is_no_further_than_the_plain_form(chunk: int, leaves, monkeypatch: pytest.MonkeyPatch) -> None:
-    """x in bfloat16, the head kept in float32 as training keeps it. Chunks add their parts of the head's gradient in
-    float32 and round each to bfloat16 as the plain form rounds the whole; 1.1 is for chance."""
+def test_bfloat16_is_no_further_than_the_plain_form(
+    chunk: int, leaves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x in bfloat16, the head kept in float32 as training keeps it. Chunks add their parts of the
+    head's gradient in float32 and round each to bfloat16 as the plain form rounds the whole; 1.1 is
+    for chance.
+    """
     monkeypatch.setattr(loss, "CHUNK", chunk)
     x, head, targets, weights = case(9, 300, 40, 90, 0.5)
     x = x.bfloat16()
@@ -125,16 +187,28 @@ def test_bfloat16_is_no_further_than_the_plain_form(chunk: int, leaves, monkeypa
     want.backward()
     want_p = token_log_probabilities_reference(*(t.detach() for t in exact), targets)
     errors = []
-    for form, per_token in ((cross_entropy, token_log_probabilities),
-                            (cross_entropy_reference, token_log_probabilities_reference)):
+    for form, per_token in (
+        (cross_entropy, token_log_probabilities),
+        (cross_entropy_reference, token_log_probabilities_reference),
+    ):
         (x_,), (head_,) = leaves(torch.bfloat16, x), leaves(torch.float32, head)
         form(x_, head_, targets, weights).backward()
         first = [x_.grad, head_.grad]
         (x_,), (head_,) = leaves(torch.bfloat16, x), leaves(torch.float32, head)
         log_p = per_token(x_, head_, targets)
         log_p.backward(-weights)
-        errors.append(torch.stack([(got.double() - truth).norm() for got, truth in zip(
-            (log_p.detach(), *first, x_.grad, head_.grad), (want_p, *(t.grad for t in exact * 2)), strict=True)]))
+        errors.append(
+            torch.stack(
+                [
+                    (got.double() - truth).norm()
+                    for got, truth in zip(
+                        (log_p.detach(), *first, x_.grad, head_.grad),
+                        (want_p, *(t.grad for t in exact * 2)),
+                        strict=True,
+                    )
+                ]
+            )
+        )
     assert (errors[0] <= 1.1 * errors[1]).all(), (errors[0] / errors[1]).tolist()
 
 

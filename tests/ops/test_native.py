@@ -1,4 +1,5 @@
-"""The compiled kernels: those that other test files do not reach, the same bits for any threads, and builds that fail.
+"""The compiled kernels: those that other test files do not reach, the same bits for any threads,
+and builds that fail.
 
 Attention, experts, loss and norm are tested beside their references, once in each form.
 """
@@ -16,7 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xushi.base.machine import inspect
-from xushi.ops import cross_entropy, linear, native, rms_norm, routed_experts, swiglu, swiglu_reference
+from xushi.ops import (
+    cross_entropy,
+    linear,
+    native,
+    rms_norm,
+    routed_experts,
+    swiglu,
+    swiglu_reference,
+)
 from xushi.ops.attention import causal_attention
 from xushi.ops.linear import FEWEST_ROWS
 from xushi.ops.native import build
@@ -32,51 +41,94 @@ def nothing_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @compiled
-@given(rows=st.integers(1, 700), outputs=st.integers(1, 300), inputs=st.integers(1, 300), bias=st.booleans(),
-       dtype=dtypes)
-def test_linear(rows: int, outputs: int, inputs: int, bias: bool, dtype: torch.dtype, within, leaves) -> None:
+@given(
+    rows=st.integers(1, 700),
+    outputs=st.integers(1, 300),
+    inputs=st.integers(1, 300),
+    bias=st.booleans(),
+    dtype=dtypes,
+)
+def test_linear(
+    rows: int, outputs: int, inputs: int, bias: bool, dtype: torch.dtype, within, leaves
+) -> None:
     g, half = torch.Generator().manual_seed(rows), int(dtype == torch.bfloat16)
-    tensors = [torch.randn(rows, inputs, generator=g).to(dtype), torch.randn(outputs, inputs, generator=g)]
+    tensors = [
+        torch.randn(rows, inputs, generator=g).to(dtype),
+        torch.randn(outputs, inputs, generator=g),
+    ]
     if bias:
         tensors.append(torch.randn(outputs, generator=g))
     d_out = torch.randn(rows, outputs, generator=g).to(dtype)
-    fast, exact = leaves(dtype, tensors[0]) + leaves(torch.float32, *tensors[1:]), leaves(torch.float64, *tensors)
+    fast, exact = (
+        leaves(dtype, tensors[0]) + leaves(torch.float32, *tensors[1:]),
+        leaves(torch.float64, *tensors),
+    )
     sizes = leaves(torch.float64, *(t.abs() for t in tensors))
     results = []
-    for form, inputs_, direction in ((linear, fast, d_out), (F.linear, exact, d_out.double()),
-                                     (F.linear, sizes, d_out.double().abs())):
+    for form, inputs_, direction in (
+        (linear, fast, d_out),
+        (F.linear, exact, d_out.double()),
+        (F.linear, sizes, d_out.double().abs()),
+    ):
         y = form(*inputs_)
         y.backward(direction)
         results.append(y.detach())
-    # Rounded to bfloat16 are weight, bias, the product and its sum with the bias; nothing in a weight's gradient.
+    # Rounded to bfloat16 are weight, bias, the product and its sum with the bias; nothing in a
+    # weight's gradient.
     few = rows < FEWEST_ROWS  # PyTorch's form, which rounds weights' gradients too
     within("output", *results, inputs + 2, 4 * half)
-    for name, a, b, size, halves in zip(("x", "weight", "bias"), fast, exact, sizes, (2, int(few), rows), strict=False):
+    for name, a, b, size, halves in zip(
+        ("x", "weight", "bias"), fast, exact, sizes, (2, int(few), rows), strict=False
+    ):
         within(f"gradient of {name}", a.grad, b.grad, size.grad, rows + outputs + 2, halves * half)
 
 
 @compiled
-@given(seed=st.integers(0, 2**31), rows=st.integers(1, 70), width=st.integers(1, 40),
-       limit=st.sampled_from([None, 0.5, 7.0]), scale=st.sampled_from([0.1, 3.0, 60.0]), dtype=dtypes)
-def test_swiglu(seed: int, rows: int, width: int, limit: float | None, scale: float, dtype: torch.dtype, within, leaves
-                ) -> None:
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 70),
+    width=st.integers(1, 40),
+    limit=st.sampled_from([None, 0.5, 7.0]),
+    scale=st.sampled_from([0.1, 3.0, 60.0]),
+    dtype=dtypes,
+)
+def test_swiglu(
+    seed: int,
+    rows: int,
+    width: int,
+    limit: float | None,
+    scale: float,
+    dtype: torch.dtype,
+    within,
+    leaves,
+) -> None:
     g, half = torch.Generator().manual_seed(seed), int(dtype == torch.bfloat16)
-    gate, up, d_out = ((torch.randn(rows, width, generator=g) * s).to(dtype) for s in (scale, scale, 1.0))
+    gate, up, d_out = (
+        (torch.randn(rows, width, generator=g) * s).to(dtype) for s in (scale, scale, 1.0)
+    )
     fast, exact = leaves(dtype, gate, up), leaves(torch.float64, gate, up)
     got, want = swiglu(*fast, limit), swiglu_reference(*exact, limit)
     got.backward(d_out)
     want.backward(d_out.double())
     gate64, up64, d64 = gate.double().abs(), up.double().abs(), d_out.double().abs()
-    # silu(g) is g sigmoid(g), its slope at most 1.1, and sigmoid is off by a few roundings of 1 + e^-g.
+    # silu(g) is g sigmoid(g), its slope at most 1.1, and sigmoid is off by a few roundings of 1 +
+    # e^-g.
     within("output", got.detach(), want.detach(), gate64 * up64, 12, half)
     within("gradient of gate", fast[0].grad, exact[0].grad, d64 * up64 * (1 + gate64), 24, half)
     within("gradient of up", fast[1].grad, exact[1].grad, d64 * gate64, 16, half)
 
 
 @compiled
-@given(seed=st.integers(0, 2**31), count=st.integers(0, 3), rows=st.integers(1, 40), more=st.integers(0, 40))
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(0, 3),
+    rows=st.integers(1, 40),
+    more=st.integers(0, 40),
+)
 def test_newton_schulz(seed: int, count: int, rows: int, more: int) -> None:
-    """A step passes an error on at most 3.45 times (the quintic's slope at 0) and adds its own sums' roundings."""
+    """A step passes an error on at most 3.45 times (the quintic's slope at 0) and adds its own
+    sums' roundings.
+    """
     x = torch.randn(count, rows, rows + more, generator=torch.Generator().manual_seed(seed))
     got, want = orthogonalise(x), orthogonalise(x.double())
     largest = rows**0.5 * 1.3  # Frobenius norm of what comes out: singular values up to about 1.2
@@ -92,20 +144,43 @@ def run_everything(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor
         return torch.randn(*shape, generator=g).to(dtype).requires_grad_()
 
     x, weight, norm, head = made(333, 70, dtype=dtype), made(130, 70), made(70), made(301, 70)
-    gate_up, down, gates = made(5, 34, 70), made(5, 70, 17), torch.rand(333, 2, generator=g).requires_grad_()
+    gate_up, down, gates = (
+        made(5, 34, 70),
+        made(5, 70, 17),
+        torch.rand(333, 2, generator=g).requires_grad_(),
+    )
     q, k, v = (made(2, 3, 190, width, dtype=dtype) for width in (11, 11, 9))
     chosen = torch.stack([torch.randperm(5, generator=g)[:2] for _ in range(333)])
     starts = torch.zeros(2, 190, dtype=torch.int32)
     starts[0, 100:] = 100
-    outputs = [linear(x, weight), rms_norm(x, norm, 1e-6), routed_experts(x, chosen, gates, gate_up, down),
-               swiglu(x, x * 2), cross_entropy(x, head, torch.arange(333) % 301, torch.ones(333)),
-               causal_attention(q, k, v, torch.zeros(1), 0.3, starts)]
+    outputs = [
+        linear(x, weight),
+        rms_norm(x, norm, 1e-6),
+        routed_experts(x, chosen, gates, gate_up, down),
+        swiglu(x, x * 2),
+        cross_entropy(x, head, torch.arange(333) % 301, torch.ones(333)),
+        causal_attention(q, k, v, torch.zeros(1), 0.3, starts),
+    ]
     torch.stack([out.float().square().sum() for out in outputs]).sum().backward()
     mean, square, parameter = torch.zeros(70), torch.zeros(70), norm.detach().clone()
-    native.adamw(parameter, norm.grad, mean, square, rate=0.1, betas=(0.9, 0.99), correction2=0.1, eps=1e-8, decay=0.01)
+    native.adamw(
+        parameter,
+        norm.grad,
+        mean,
+        square,
+        rate=0.1,
+        betas=(0.9, 0.99),
+        correction2=0.1,
+        eps=1e-8,
+        decay=0.01,
+    )
     directions = [orthogonalise(torch.randn(n, 9, 30, generator=g)) for n in (1, 4)]
     leaves = (x, weight, norm, head, gate_up, down, gates, q, k, v)
-    return [t.detach() for t in outputs] + [t.grad for t in leaves] + [parameter, mean, square, *directions]
+    return (
+        [t.detach() for t in outputs]
+        + [t.grad for t in leaves]
+        + [parameter, mean, square, *directions]
+    )
 
 
 def equal(left: list[Tensor], right: list[Tensor]) -> bool:
@@ -162,32 +237,52 @@ def test_what_is_not_finite_comes_out_so(poison: float) -> None:
 
     x, q, v = made(40, 9), made(1, 1, 40, 9), made(1, 1, 40, 9)
     chosen, gates = torch.zeros(40, 1, dtype=torch.int64), torch.ones(40, 1)
-    clean = [torch.randn(*shape, generator=g) for shape in ((7, 9), (9,), (11, 9), (1, 8, 9), (1, 9, 4))]
+    clean = [
+        torch.randn(*shape, generator=g) for shape in ((7, 9), (9,), (11, 9), (1, 8, 9), (1, 9, 4))
+    ]
     weight, norm, head, gate_up, down = (t.requires_grad_() for t in clean)
-    for out, leaf in ((linear(x, weight), weight), (rms_norm(x, norm, 1e-6), norm), (swiglu(x, x), x),
-                      (routed_experts(x, chosen, gates, gate_up, down), down),
-                      (cross_entropy(x, head, torch.arange(40) % 11, torch.ones(40)), head),
-                      (causal_attention(q, q, v, None, 0.3), v)):
+    for out, leaf in (
+        (linear(x, weight), weight),
+        (rms_norm(x, norm, 1e-6), norm),
+        (swiglu(x, x), x),
+        (routed_experts(x, chosen, gates, gate_up, down), down),
+        (cross_entropy(x, head, torch.arange(40) % 11, torch.ones(40)), head),
+        (causal_attention(q, q, v, None, 0.3), v),
+    ):
         assert not out.isfinite().all()
         leaf.grad = None
         out.sum().backward()
         assert not leaf.grad.isfinite().all()
     direction = torch.randn(2, 3, 5, generator=g)
     direction[0, 1, 1] = poison
-    assert not orthogonalise(direction)[0].isfinite().any() and orthogonalise(direction)[1].isfinite().all()
+    assert (
+        not orthogonalise(direction)[0].isfinite().any()
+        and orthogonalise(direction)[1].isfinite().all()
+    )
 
 
 @compiled
 def test_shapes_that_do_not_belong_together_are_refused() -> None:
     x = torch.randn(40, 8)
-    for call in (lambda: linear(x, torch.randn(3, 7)), lambda: swiglu(x, torch.randn(40, 7)),
-                 lambda: rms_norm(x, torch.randn(7), 1e-6),
-                 lambda: cross_entropy(x.requires_grad_(), torch.randn(9, 7), torch.zeros(40).long(), torch.ones(40)),
-                 lambda: cross_entropy(x, torch.randn(9, 8), torch.zeros(39).long(), torch.ones(40)),
-                 lambda: causal_attention(torch.randn(1, 1, 4, 3), torch.randn(1, 1, 4, 2), torch.randn(1, 1, 4, 3),
-                                          None, 1.0),
-                 lambda: routed_experts(x, torch.zeros(40, 1).long(), torch.ones(40, 1), torch.randn(3, 4, 7),
-                                        torch.randn(3, 8, 2))):
+    for call in (
+        lambda: linear(x, torch.randn(3, 7)),
+        lambda: swiglu(x, torch.randn(40, 7)),
+        lambda: rms_norm(x, torch.randn(7), 1e-6),
+        lambda: cross_entropy(
+            x.requires_grad_(), torch.randn(9, 7), torch.zeros(40).long(), torch.ones(40)
+        ),
+        lambda: cross_entropy(x, torch.randn(9, 8), torch.zeros(39).long(), torch.ones(40)),
+        lambda: causal_attention(
+            torch.randn(1, 1, 4, 3), torch.randn(1, 1, 4, 2), torch.randn(1, 1, 4, 3), None, 1.0
+        ),
+        lambda: routed_experts(
+            x,
+            torch.zeros(40, 1).long(),
+            torch.ones(40, 1),
+            torch.randn(3, 4, 7),
+            torch.randn(3, 8, 2),
+        ),
+    ):
         with pytest.raises(ValueError, match="do not belong together"):
             call()
 
@@ -195,9 +290,12 @@ def test_shapes_that_do_not_belong_together_are_refused() -> None:
 @compiled
 def test_nothing_gives_nothing() -> None:
     x = torch.randn(0, 8)
-    assert linear(x, torch.randn(3, 8)).shape == (0, 3) and rms_norm(x, torch.ones(8), 1e-6).shape == (0, 8)
-    assert routed_experts(x, torch.zeros(0, 1).long(), torch.ones(0, 1), torch.randn(3, 4, 8),
-                          torch.randn(3, 8, 2)).shape == (0, 8)
+    assert linear(x, torch.randn(3, 8)).shape == (0, 3) and rms_norm(
+        x, torch.ones(8), 1e-6
+    ).shape == (0, 8)
+    assert routed_experts(
+        x, torch.zeros(0, 1).long(), torch.ones(0, 1), torch.randn(3, 4, 8), torch.randn(3, 8, 2)
+    ).shape == (0, 8)
 
 
 @compiled
@@ -206,7 +304,13 @@ def test_what_does_not_exist_is_refused() -> None:
     with pytest.raises(IndexError, match="vocabulary of 9"):
         cross_entropy(x, head, torch.full((40,), 9), torch.ones(40))
     with pytest.raises(IndexError, match="an expert of 3"):
-        routed_experts(x, torch.full((40, 1), -1), torch.ones(40, 1), torch.randn(3, 4, 8), torch.randn(3, 8, 2))
+        routed_experts(
+            x,
+            torch.full((40, 1), -1),
+            torch.ones(40, 1),
+            torch.randn(3, 4, 8),
+            torch.randn(3, 8, 2),
+        )
 
 
 @compiled
@@ -218,45 +322,67 @@ def test_other_dtypes_take_another_form() -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile without optimisation: a third of the time, and it is not run."""
-    monkeypatch.setattr(build, "COMMON", tuple("-O0" if flag == "-O3" else flag for flag in build.COMMON))
+    monkeypatch.setattr(
+        build, "COMMON", tuple("-O0" if flag == "-O3" else flag for flag in build.COMMON)
+    )
 
 
 @compiled
 @pytest.mark.usefixtures("quick")
-def test_a_build_is_kept_and_a_damaged_one_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_is_kept_and_a_damaged_one_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XUSHI_CACHE", str(tmp_path / "deep" / "cache"))
     assert build.build_and_load("fp32").library is not None
     (library,) = (tmp_path / "deep" / "cache").glob("*.so")
     written = library.stat().st_mtime_ns
-    assert build.build_and_load("fp32").library is not None and library.stat().st_mtime_ns == written
-    monkeypatch.setenv("XUSHI_CACHE", str(tmp_path))  # elsewhere: a path that is open is not opened again
+    assert (
+        build.build_and_load("fp32").library is not None and library.stat().st_mtime_ns == written
+    )
+    monkeypatch.setenv(
+        "XUSHI_CACHE", str(tmp_path)
+    )  # elsewhere: a path that is open is not opened again
     (damaged := tmp_path / library.name).write_bytes(library.read_bytes()[:5000])
     damaged.with_suffix(".sha256").write_text(library.with_suffix(".sha256").read_text())
-    assert build.build_and_load("fp32").library is not None and damaged.stat().st_size == library.stat().st_size
+    assert (
+        build.build_and_load("fp32").library is not None
+        and damaged.stat().st_size == library.stat().st_size
+    )
     assert not list(tmp_path.glob("tmp*"))
 
 
 AVX2 = frozenset({"avx2", "fma"})
 BROKEN = {
     "no compiler": ("there is no C++ compiler", ()),
-    "one that fails": ("cannot compile them (sorry, error: no)", ("#!/bin/sh\necho 'sorry, error: no' >&2\nexit 1\n",)),
+    "one that fails": (
+        "cannot compile them (sorry, error: no)",
+        ("#!/bin/sh\necho 'sorry, error: no' >&2\nexit 1\n",),
+    ),
     "one that writes nothing": ("was compiled and cannot be loaded", ("#!/bin/sh\nexit 0\n",)),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_compiler_means_slower_and_a_plain_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                                        ) -> None:
+def test_a_broken_compiler_means_slower_and_a_plain_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     message, scripts = BROKEN[name]
     for number, script in enumerate(scripts):
         (tmp_path / f"c{number}").write_text(script)
         (tmp_path / f"c{number}").chmod(0o755)
     features = AVX2
-    monkeypatch.setattr(build, "inspect", lambda: Machine(features, tuple(
-        str(tmp_path / f"c{number}") for number in range(len(scripts)))))
+    monkeypatch.setattr(
+        build,
+        "inspect",
+        lambda: Machine(
+            features, tuple(str(tmp_path / f"c{number}") for number in range(len(scripts)))
+        ),
+    )
     monkeypatch.setenv("XUSHI_CACHE", str(tmp_path / "cache"))
     loaded = build.build_and_load("fp32")
-    assert loaded.library is None and message in loaded.line and "the PyTorch forms run" in loaded.line
+    assert (
+        loaded.library is None and message in loaded.line and "the PyTorch forms run" in loaded.line
+    )
     assert "\n" not in loaded.line
     assert name == "one that writes nothing" or not list((tmp_path / "cache").glob("*"))
 
@@ -268,7 +394,9 @@ class Machine:
         self.features, self.compilers = features, compilers
 
 
-def test_a_cache_that_cannot_be_written_means_slower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_written_means_slower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(build, "inspect", lambda: Machine(AVX2, ("c++",)))
     monkeypatch.setenv("XUSHI_CACHE", str(tmp_path / "file"))
@@ -276,20 +404,27 @@ def test_a_cache_that_cannot_be_written_means_slower(tmp_path: Path, monkeypatch
     assert loaded.library is None and "set XUSHI_CACHE" in loaded.line
 
 
-def test_an_unknown_processor_is_never_given_instructions_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_processor_is_never_given_instructions_that_it_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for features in (frozenset[str](), frozenset({"avx2"}), frozenset({"avx512f"})):
         monkeypatch.setattr(build, "inspect", lambda features=features: Machine(features, ("c++",)))
         assert build.build_and_load("fp32").library is None
 
 
-@pytest.mark.parametrize("features, fp32, bf16", [
-    ({"amx_bf16", "avx512_bf16", "avx512f", "avx2", "fma"}, "avx-512-", "amx-"),
-    ({"avx512_bf16", "avx512f", "avx2", "fma"}, "avx-512-", "avx-512-bf16-"),
-    ({"avx512f", "avx2", "fma"}, "avx-512-", "avx-512-"), ({"avx2", "fma"}, "avx2-", "avx2-"),
-    ({"neon"}, "neon-", "neon-"),
-])
-def test_each_processor_is_given_its_own_form(features: set[str], fp32: str, bf16: str, tmp_path: Path,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "features, fp32, bf16",
+    [
+        ({"amx_bf16", "avx512_bf16", "avx512f", "avx2", "fma"}, "avx-512-", "amx-"),
+        ({"avx512_bf16", "avx512f", "avx2", "fma"}, "avx-512-", "avx-512-bf16-"),
+        ({"avx512f", "avx2", "fma"}, "avx-512-", "avx-512-"),
+        ({"avx2", "fma"}, "avx2-", "avx2-"),
+        ({"neon"}, "neon-", "neon-"),
+    ],
+)
+def test_each_processor_is_given_its_own_form(
+    features: set[str], fp32: str, bf16: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Never an instruction that it does not report."""
     asked: list[tuple[tuple[str, ...], str]] = []
 
@@ -307,18 +442,28 @@ def test_each_processor_is_given_its_own_form(features: set[str], fp32: str, bf1
         for flags, name in asked:
             assert ("-DXUSHI_BF16=1" in flags) == (dtype == "bf16")
             instructions = {flag[2:] for flag in flags if flag.startswith("-m")} - {"amx-tile"}
-            instructions = {flag.replace("avx512bf16", "avx512_bf16").replace("-", "_") for flag in instructions}
+            instructions = {
+                flag.replace("avx512bf16", "avx512_bf16").replace("-", "_") for flag in instructions
+            }
             assert instructions <= features
             assert ("amx_bf16" in instructions) == ("-amx-" in name) == ("-DXUSHI_TILES=1" in flags)
             assert ("avx512_bf16" in instructions) == ("avx-512-bf16" in name or "-amx-" in name)
 
 
-@pytest.mark.skipif(not {"avx512_bf16", "avx512f", "avx2", "fma"} <= inspect().features, reason="needs AVX-512 BF16")
+@pytest.mark.skipif(
+    not {"avx512_bf16", "avx512f", "avx2", "fma"} <= inspect().features, reason="needs AVX-512 BF16"
+)
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("flag, problem", [("-mno-such-thing", "cannot compile them"),
-                                           ("-DXUSHI_TILES=1", "the system keeps the registers of AMX")])
-def test_where_the_best_form_cannot_be_had_the_next_is_taken(flag: str, problem: str, tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "flag, problem",
+    [
+        ("-mno-such-thing", "cannot compile them"),
+        ("-DXUSHI_TILES=1", "the system keeps the registers of AMX"),
+    ],
+)
+def test_where_the_best_form_cannot_be_had_the_next_is_taken(
+    flag: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     form, plain_open = next(form for form in build.FORMS if form[1] == "AVX-512 BF16"), build._open
 
     def open_(path: Path, lanes: int):
@@ -332,12 +477,17 @@ def test_where_the_best_form_cannot_be_had_the_next_is_taken(flag: str, problem:
     monkeypatch.setenv("XUSHI_CACHE", str(tmp_path))
     loaded = build.build_and_load("bf16")
     assert loaded.library is not None and loaded.name == "C++ AVX-512 BF16"
-    assert loaded.line.startswith("C++ with AVX-512 BF16 for bf16, not with AMX: ") and problem in loaded.line
+    assert (
+        loaded.line.startswith("C++ with AVX-512 BF16 for bf16, not with AMX: ")
+        and problem in loaded.line
+    )
 
 
 @compiled
 @pytest.mark.usefixtures("quick")
-def test_a_library_of_another_width_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_of_another_width_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As if the cache had come from another machine under this one's name: it is compiled again."""
     monkeypatch.setenv("XUSHI_CACHE", str(tmp_path))
     assert build.build_and_load("fp32").library is not None

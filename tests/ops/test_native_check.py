@@ -1,7 +1,8 @@
-"""native_check.cpp, every kernel against plain loops in double, compiled for each vector width and sanitizer.
+"""native_check.cpp, every kernel against plain loops in double, compiled for each vector width and
+sanitizer.
 
-A width that this processor lacks is compiled for what it has: the compiler splits or joins the vectors, and the logic
-of that form, its tiles and its remainders, is tested all the same.
+A width that this processor lacks is compiled for what it has: the compiler splits or joins the
+vectors, and the logic of that form, its tiles and its remainders, is tested all the same.
 """
 
 import os
@@ -41,39 +42,63 @@ def need(*features: str) -> None:
 def need_runtime(flags: tuple[str, ...], directory: Path) -> None:
     """Skip where the compiler comes without the sanitizer's library."""
     (directory / "empty.cpp").write_text("int main() {}\n")
-    done = subprocess.run([native_compiler(), *flags, "empty.cpp", "-o", "empty"], cwd=directory, capture_output=True,
-                          text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [native_compiler(), *flags, "empty.cpp", "-o", "empty"],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     if done.returncode:
         pytest.skip(f"{native_compiler()} cannot link {flags[-1]}")
 
 
 def compile_check(compiler: str, flags: tuple[str, ...], directory: Path) -> Path:
     program = directory / "native_check"
-    done = subprocess.run([compiler, *flags, "-Wno-psabi", "-I", str(build.SOURCES), str(SOURCE), "-o", str(program)],
-                          capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [compiler, *flags, "-Wno-psabi", "-I", str(build.SOURCES), str(SOURCE), "-o", str(program)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return program
 
 
 def run_check(*command: str | Path) -> None:
-    # The pool and its sleeping workers are never freed, so a search for leaks would only find those.
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+    # The pool and its sleeping workers are never freed, so a search for leaks would only find
+    # those.
+    environment = {
+        **os.environ,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1",
+    }
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=240, check=False, env=environment
+    )
     if "FATAL: ThreadSanitizer: unexpected memory mapping" in done.stderr:
         pytest.skip("ThreadSanitizer cannot lay out its memory on this kernel")
     assert done.returncode == 0 and done.stdout.startswith("ok "), done.stdout + done.stderr[:10000]
 
 
-# Undefined behaviour is looked for once a dtype: it hardly depends on the width, and takes as long again to compile.
-@pytest.mark.parametrize("lanes, sanitizers, special", [
-    pytest.param(4, "address", (), id="4 lanes for any processor"),
-    pytest.param(8, "address,undefined", AVX2, id="8 lanes for AVX2"),
-    pytest.param(16, "address", AVX2, id="16 lanes for AVX2"),
-    pytest.param(8, "address,undefined", (*AVX2, BF16), id="8 lanes for AVX2 in bf16"),
-    pytest.param(16, "address", (*AVX2, BF16), id="16 lanes for AVX2 in bf16"),
-    pytest.param(16, "address,undefined", (*AVX2, BF16, TILES), id="tiles as loops, in bf16"),
-])
-def test_memory_is_not_overrun(lanes: int, sanitizers: str, special: tuple[str, ...], tmp_path: Path) -> None:
+# Undefined behaviour is looked for once a dtype: it hardly depends on the width, and takes as long
+# again to compile.
+@pytest.mark.parametrize(
+    "lanes, sanitizers, special",
+    [
+        pytest.param(4, "address", (), id="4 lanes for any processor"),
+        pytest.param(8, "address,undefined", AVX2, id="8 lanes for AVX2"),
+        pytest.param(16, "address", AVX2, id="16 lanes for AVX2"),
+        pytest.param(8, "address,undefined", (*AVX2, BF16), id="8 lanes for AVX2 in bf16"),
+        pytest.param(16, "address", (*AVX2, BF16), id="16 lanes for AVX2 in bf16"),
+        pytest.param(16, "address,undefined", (*AVX2, BF16, TILES), id="tiles as loops, in bf16"),
+    ],
+)
+def test_memory_is_not_overrun(
+    lanes: int, sanitizers: str, special: tuple[str, ...], tmp_path: Path
+) -> None:
     need(*(flag.removeprefix("-m") for flag in special if flag.startswith("-m")))
     flags = (*SANITIZED, *special, f"-fsanitize={sanitizers}")
     need_runtime(flags, tmp_path)
@@ -85,15 +110,23 @@ def test_threads_do_not_race(tmp_path: Path) -> None:
     flags = (*SANITIZED, *AVX2, "-fsanitize=thread")
     need_runtime(flags, tmp_path)
     program = compile_check(native_compiler(), (*flags, "-DXUSHI_LANES=8"), tmp_path)
-    # Some kernels place a program's memory where the sanitizer wants its own, unless told not to choose at random.
+    # Some kernels place a program's memory where the sanitizer wants its own, unless told not to
+    # choose at random.
     plain = (shutil.which("setarch"), platform.machine(), "-R")
-    fixed = plain[0] and subprocess.run([*plain, "true"], capture_output=True, check=False).returncode == 0
+    fixed = (
+        plain[0]
+        and subprocess.run([*plain, "true"], capture_output=True, check=False).returncode == 0
+    )
     run_check(*(plain if fixed else ()), program)
 
 
 def test_avx512_as_released(tmp_path: Path) -> None:
     need("avx512f", "avx2", "fma")
-    run_check(compile_check(native_compiler(), (*RELEASE, "-mavx512f", *AVX2, "-DXUSHI_LANES=16"), tmp_path))
+    run_check(
+        compile_check(
+            native_compiler(), (*RELEASE, "-mavx512f", *AVX2, "-DXUSHI_LANES=16"), tmp_path
+        )
+    )
 
 
 def test_avx512_bf16_as_released(tmp_path: Path) -> None:
@@ -105,13 +138,19 @@ def test_avx512_bf16_as_released(tmp_path: Path) -> None:
 def test_amx_as_released(tmp_path: Path) -> None:
     need("amx_bf16", "avx512_bf16", "avx512f", "avx2", "fma")
     form = build.FORMS[0]
-    run_check(compile_check(native_compiler(), (*RELEASE, *form[3], f"-DXUSHI_LANES={form[2]}", BF16), tmp_path))
+    run_check(
+        compile_check(
+            native_compiler(), (*RELEASE, *form[3], f"-DXUSHI_LANES={form[2]}", BF16), tmp_path
+        )
+    )
 
 
 @pytest.mark.parametrize("dtype", [(), (BF16,)], ids=["fp32", "bf16"])
 def test_avx2_as_released(dtype: tuple[str, ...], tmp_path: Path) -> None:
     need("avx2", "fma")
-    run_check(compile_check(native_compiler(), (*RELEASE, *AVX2, "-DXUSHI_LANES=8", *dtype), tmp_path))
+    run_check(
+        compile_check(native_compiler(), (*RELEASE, *AVX2, "-DXUSHI_LANES=8", *dtype), tmp_path)
+    )
 
 
 @pytest.mark.parametrize("dtype", [(), (BF16,)], ids=["fp32", "bf16"])
@@ -123,6 +162,9 @@ def test_neon_as_released(dtype: tuple[str, ...], tmp_path: Path) -> None:
         return
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if not emulator or not shutil.which(ARM_COMPILER):
-        pytest.skip(f"{ARM_COMPILER} and qemu-aarch64 are not both installed (on Debian: g++-aarch64-linux-gnu, "
-                    "qemu-user)")
+        pytest.skip(
+            f"{ARM_COMPILER} and qemu-aarch64 are not both installed (on Debian: "
+            "g++-aarch64-linux-gnu, "
+            "qemu-user)"
+        )
     run_check(emulator, compile_check(ARM_COMPILER, (*flags, "-static"), tmp_path))

@@ -1,5 +1,5 @@
-"""Layers of any shape with the compiled forms against the same with PyTorch's: widths up to 2,048 that are multiples
-of nothing, up to 256 experts and 32 heads, sequences of up to 8,192 tokens.
+"""Layers of any shape with the compiled forms against the same with PyTorch's: widths up to 2,048
+that are multiples of nothing, up to 256 experts and 32 heads, sequences of up to 8,192 tokens.
 """
 
 import pytest
@@ -15,29 +15,58 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(native.load() is None, reason
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[ModelConfig, int, int]:
-    """A model of a dense and a routed layer, a sequence's length, and the seed. Products are kept to some seconds."""
+    """A model of a dense and a routed layer, a sequence's length, and the seed. Products are kept
+    to some seconds.
+    """
     hidden, heads = draw(st.integers(128, 2048)), draw(st.integers(2, 32))
     experts = draw(st.integers(4, 256))
-    length = min(draw(st.sampled_from([17, 63, 257, 1000, 4097, 8192])), 2**21 // hidden, 2**17 // heads)
+    length = min(
+        draw(st.sampled_from([17, 63, 257, 1000, 4097, 8192])), 2**21 // hidden, 2**17 // heads
+    )
     config = ModelConfig(
-        vocab_size=draw(st.integers(50, 3000)), hidden_size=hidden, intermediate_size=draw(st.integers(1, 500)),
-        moe_intermediate_size=draw(st.integers(1, 70)), num_hidden_layers=2, num_attention_heads=heads,
-        n_routed_experts=experts, num_experts_per_tok=draw(st.integers(1, min(8, experts))), n_group=1, topk_group=1,
-        first_k_dense_replace=1, q_lora_rank=draw(st.sampled_from([None, 40, 97])),
-        kv_lora_rank=draw(st.integers(1, 100)), qk_nope_head_dim=draw(st.integers(1, 70)),
-        qk_rope_head_dim=2 * draw(st.integers(1, 16)), v_head_dim=draw(st.integers(1, 70)),
-        num_nextn_predict_layers=0, max_position_embeddings=8192, initializer_range=0.05)
+        vocab_size=draw(st.integers(50, 3000)),
+        hidden_size=hidden,
+        intermediate_size=draw(st.integers(1, 500)),
+        moe_intermediate_size=draw(st.integers(1, 70)),
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        n_routed_experts=experts,
+        num_experts_per_tok=draw(st.integers(1, min(8, experts))),
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=draw(st.sampled_from([None, 40, 97])),
+        kv_lora_rank=draw(st.integers(1, 100)),
+        qk_nope_head_dim=draw(st.integers(1, 70)),
+        qk_rope_head_dim=2 * draw(st.integers(1, 16)),
+        v_head_dim=draw(st.integers(1, 70)),
+        num_nextn_predict_layers=0,
+        max_position_embeddings=8192,
+        initializer_range=0.05,
+    )
     return config, length, draw(st.integers(0, 2**31))
 
 
-def loss_and_gradients(config: ModelConfig, length: int, seed: int, dtype: torch.dtype | None,
-                       pinned: list[torch.Tensor]) -> list[torch.Tensor]:
+def loss_and_gradients(
+    config: ModelConfig,
+    length: int,
+    seed: int,
+    dtype: torch.dtype | None,
+    pinned: list[torch.Tensor],
+) -> list[torch.Tensor]:
     """In one form and one dtype; the first call chooses the experts for the others."""
     model = Deepseek(config).initialise(seed)
     model.compute_dtype = dtype
-    tokens = torch.randint(0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed))
-    batch = {"tokens": tokens, "targets": tokens.roll(-1, 1), "positions": torch.arange(length)[None],
-             "segments": (torch.arange(length) * 3 // length)[None], "loss_mask": torch.ones_like(tokens) > 0}
+    tokens = torch.randint(
+        0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed)
+    )
+    batch = {
+        "tokens": tokens,
+        "targets": tokens.roll(-1, 1),
+        "positions": torch.arange(length)[None],
+        "segments": (torch.arange(length) * 3 // length)[None],
+        "loss_mask": torch.ones_like(tokens) > 0,
+    }
     hidden = model.hidden
 
     def with_choice(*arguments, **keywords):
@@ -54,7 +83,9 @@ def loss_and_gradients(config: ModelConfig, length: int, seed: int, dtype: torch
 @settings(max_examples=20)
 @given(case=cases())
 def test_any_shape(case: tuple[ModelConfig, int, int]) -> None:
-    """Norm by norm: 2^13 roundings to float32, as many as a sum has terms; a dozen to bfloat16 on the way."""
+    """Norm by norm: 2^13 roundings to float32, as many as a sum has terms; a dozen to bfloat16 on
+    the way.
+    """
     config, length, seed = case
     pinned: list[torch.Tensor] = []
     with pytest.MonkeyPatch.context() as patch:

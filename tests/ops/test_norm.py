@@ -11,9 +11,15 @@ from xushi.ops import rms_norm, rms_norm_reference
 pytestmark = pytest.mark.usefixtures("form")
 
 
-@given(seed=st.integers(0, 2**31), rows=st.integers(1, 9), width=st.integers(1, 70),
-       scale=st.sampled_from([1e-4, 1.0, 1e4]))
-def test_values_and_gradients(seed: int, rows: int, width: int, scale: float, within, leaves) -> None:
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 9),
+    width=st.integers(1, 70),
+    scale=st.sampled_from([1e-4, 1.0, 1e4]),
+)
+def test_values_and_gradients(
+    seed: int, rows: int, width: int, scale: float, within, leaves
+) -> None:
     check(seed, rows, width, scale, within, leaves, torch.float32)
 
 
@@ -23,22 +29,40 @@ def test_compiled_bfloat16(seed: int, rows: int, width: int, within, leaves) -> 
     check(seed, rows, width, 1.0, within, leaves, torch.bfloat16)
 
 
-def check(seed: int, rows: int, width: int, scale: float, within, leaves, dtype: torch.dtype) -> None:
+def check(
+    seed: int, rows: int, width: int, scale: float, within, leaves, dtype: torch.dtype
+) -> None:
     g = torch.Generator().manual_seed(seed)
     inputs = torch.randn(rows, width, generator=g) * scale, torch.randn(width, generator=g)
     d_out, halves = torch.randn(rows, width, generator=g).to(dtype), int(dtype == torch.bfloat16)
     (x,), (weight,) = leaves(dtype, inputs[0]), leaves(torch.float32, inputs[1])
     x64, weight64 = leaves(torch.float64, x, weight)
-    got, want = rms_norm(x, weight, 1e-6), weight64 * x64 / (x64.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    got, want = (
+        rms_norm(x, weight, 1e-6),
+        weight64 * x64 / (x64.square().mean(-1, keepdim=True) + 1e-6).sqrt(),
+    )
     got.backward(d_out)
     want.backward(d_out.double())
     root = (x64.detach().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     normal, back = x64.detach().abs() / root, (d_out.double() * weight64.detach()).abs()
-    within("output", got.detach(), want.detach(), weight64.detach().abs() * normal, width + 8, halves)
-    within("gradient of x", x.grad, x64.grad, (back + normal * (back * normal).mean(-1, keepdim=True)) / root,
-           2 * width + 16, halves)
-    within("gradient of the weight", weight.grad, weight64.grad, (d_out.double().abs() * normal).sum(0),
-           rows + width + 8)
+    within(
+        "output", got.detach(), want.detach(), weight64.detach().abs() * normal, width + 8, halves
+    )
+    within(
+        "gradient of x",
+        x.grad,
+        x64.grad,
+        (back + normal * (back * normal).mean(-1, keepdim=True)) / root,
+        2 * width + 16,
+        halves,
+    )
+    within(
+        "gradient of the weight",
+        weight.grad,
+        weight64.grad,
+        (d_out.double().abs() * normal).sum(0),
+        rows + width + 8,
+    )
 
 
 @given(seed=st.integers(0, 2**31), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
@@ -51,8 +75,9 @@ def test_it_is_transformers_own_bit_by_bit(seed: int, dtype: torch.dtype) -> Non
 
 
 def test_v4_multiplies_the_weight_before_it_rounds(form: str) -> None:
-    """And V3 after: in bfloat16 the two differ by a rounding, and each is its reference's own; the compiled form rounds
-    once for both."""
+    """And V3 after: in bfloat16 the two differ by a rounding, and each is its reference's own; the
+    compiled form rounds once for both.
+    """
     x, weight = torch.randn(40, 16).bfloat16(), torch.randn(16)
     wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
     norm = rms_norm if form == "pytorch" else rms_norm_reference

@@ -1,4 +1,6 @@
-"""Attention on keys that are values, with sinks and windows: against loops, and the fast form against the reference."""
+"""Attention on keys that are values, with sinks and windows: against loops, and the fast form
+against the reference.
+"""
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ from xushi.ops import (
 
 def test_against_loops() -> None:
     g = torch.Generator().manual_seed(1)
-    q, keys = torch.randn(1, 3, 2, 4, generator=g, dtype=torch.float64), torch.randn(1, 5, 4, generator=g,
-                                                                                     dtype=torch.float64)
+    q, keys = (
+        torch.randn(1, 3, 2, 4, generator=g, dtype=torch.float64),
+        torch.randn(1, 5, 4, generator=g, dtype=torch.float64),
+    )
     allowed = torch.tensor([[[True] * 5, [False, True, False, True, False], [False] * 5]])
     sinks = torch.tensor([0.7, -2.0], dtype=torch.float64)
     got = shared_attention(q, keys, allowed, sinks, 0.5)
@@ -26,15 +30,21 @@ def test_against_loops() -> None:
             seen = [s for s in range(5) if allowed[0, t, s]]
             weights = {s: float((q[0, t, h] @ keys[0, s] * 0.5).exp()) for s in seen}
             total = sum(weights.values()) + float(sinks[h].exp())
-            want = sum((weights[s] / total * keys[0, s] for s in seen), torch.zeros(4, dtype=torch.float64))
+            want = sum(
+                (weights[s] / total * keys[0, s] for s in seen), torch.zeros(4, dtype=torch.float64)
+            )
             torch.testing.assert_close(got[0, t, h], want, rtol=1e-12, atol=1e-14)
     assert not got[0, 2].any()  # all of it went to the sink
 
 
-def inputs_of(seed: int, length: int, heads: int, window: int, entries: int) -> tuple[list[Tensor], Tensor, Tensor]:
+def inputs_of(
+    seed: int, length: int, heads: int, window: int, entries: int
+) -> tuple[list[Tensor], Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    leaves = [torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
-              for shape in ((2, length, heads, 3), (2, length, 3), (2, entries, 3), (heads,))]
+    leaves = [
+        torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+        for shape in ((2, length, heads, 3), (2, length, 3), (2, entries, 3), (heads,))
+    ]
     place = torch.arange(length)
     near = (place <= place[:, None]) & (place > place[:, None] - window)
     window_BTT = near & (torch.rand(2, length, length, generator=g) < 0.8)
@@ -42,9 +52,16 @@ def inputs_of(seed: int, length: int, heads: int, window: int, entries: int) -> 
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**31), length=st.sampled_from([1, 7, 130, 260]), heads=st.integers(1, 2),
-       window=st.sampled_from([1, 5, 127, 128, 129, 1000]), entries=st.sampled_from([0, 3]))
-def test_blocks_are_the_whole(seed: int, length: int, heads: int, window: int, entries: int) -> None:
+@given(
+    seed=st.integers(0, 2**31),
+    length=st.sampled_from([1, 7, 130, 260]),
+    heads=st.integers(1, 2),
+    window=st.sampled_from([1, 5, 127, 128, 129, 1000]),
+    entries=st.sampled_from([0, 3]),
+)
+def test_blocks_are_the_whole(
+    seed: int, length: int, heads: int, window: int, entries: int
+) -> None:
     """Values and gradients; the window's borders are where a block could lose a key."""
     fast, window_BTT, chosen = inputs_of(seed, length, heads, window, entries)
     plain = [x.detach().clone().requires_grad_() for x in fast]
@@ -64,7 +81,11 @@ def test_blocks_are_the_whole(seed: int, length: int, heads: int, window: int, e
 def test_gradients() -> None:
     leaves, window_BTT, chosen = inputs_of(4, 4, 2, 2, 3)
     assert torch.autograd.gradcheck(
-        lambda q, kv, pooled, sinks: windowed_attention(q, kv, window_BTT, pooled, chosen, sinks, 0.4, 2), leaves)
+        lambda q, kv, pooled, sinks: windowed_attention(
+            q, kv, window_BTT, pooled, chosen, sinks, 0.4, 2
+        ),
+        leaves,
+    )
 
 
 @pytest.mark.parametrize("length", [5, 140])
@@ -78,7 +99,9 @@ def test_shares_of_entries(length: int) -> None:
     whole = torch.cat((scores, sinks.view(1, 2, 1, 1).expand(2, 2, length, 1)), -1).softmax(-1)
     on_entries = whole[..., length:-1].sum(1)
     some = chosen.any(-1)
-    torch.testing.assert_close(got[some], (on_entries / on_entries.sum(-1, keepdim=True))[some], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        got[some], (on_entries / on_entries.sum(-1, keepdim=True))[some], rtol=1e-12, atol=1e-14
+    )
     assert not got[~some].any()
 
 
@@ -89,7 +112,9 @@ def test_ten_times_on_two_threads(two_threads) -> None:
     seen = []
     for _ in range(10):
         leaves = [x.detach().float().requires_grad_() for x in (q, kv, pooled, sinks)]
-        out = windowed_attention(leaves[0], leaves[1], window_BTT, leaves[2], chosen, leaves[3], 0.4, 50)
+        out = windowed_attention(
+            leaves[0], leaves[1], window_BTT, leaves[2], chosen, leaves[3], 0.4, 50
+        )
         out.backward(d_out)
         seen.append([out.detach(), *(leaf.grad for leaf in leaves)])
     assert all(torch.equal(a, b) for later in seen[1:] for a, b in zip(seen[0], later, strict=True))

@@ -15,18 +15,27 @@ ANY = st.floats(allow_nan=True, allow_infinity=True, width=32)
 
 
 def _line(points: list[tuple[float, float]], **options: object) -> str:
-    return line_chart([Series("loss", points)], title="t", x_label="step", y_label="nats", **options)  # type: ignore[arg-type]
+    return line_chart(
+        [Series("loss", points)], title="t", x_label="step", y_label="nats", **options
+    )  # type: ignore[arg-type]
 
 
 def _coordinates(chart: str) -> list[tuple[float, float]]:
     paths = re.findall(r'<path class="line[^>]* d="([^"]*)"', chart)
-    return [(float(x), float(y)) for path in paths for x, y in re.findall(r"(-?[\d.]+),(-?[\d.]+)", path)]
+    return [
+        (float(x), float(y))
+        for path in paths
+        for x, y in re.findall(r"(-?[\d.]+),(-?[\d.]+)", path)
+    ]
 
 
 @given(st.lists(ANY, max_size=40), st.booleans())
 def test_any_series_gives_a_well_formed_chart_or_none(values: list[float], log_x: bool) -> None:
-    chart = _line([(float(i), y) for i, y in enumerate(values)], log_x=log_x,
-                  references=[Reference("xz <-9>", 1.5), Reference("none", math.nan)])
+    chart = _line(
+        [(float(i), y) for i, y in enumerate(values)],
+        log_x=log_x,
+        references=[Reference("xz <-9>", 1.5), Reference("none", math.nan)],
+    )
     drawable = [y for i, y in enumerate(values) if math.isfinite(y) and (i > 0 or not log_x)]
     assert bool(chart) == bool(drawable)
     if chart:
@@ -62,9 +71,15 @@ def test_a_limit_cuts_the_axis_and_not_the_data_below_it() -> None:
 
 
 def test_names_beside_lines_do_not_overlap() -> None:
-    chart = line_chart([Series(f"layer {i}", [(0, 1.0), (1, 0.1 + i / 1e4)], i) for i in range(6)], title="t",
-                       x_label="x", y_label="y")
-    places = sorted(float(y) for y in re.findall(r'class="name t\d" x="100%" dx="10" y="([\d.-]+)"', chart))
+    chart = line_chart(
+        [Series(f"layer {i}", [(0, 1.0), (1, 0.1 + i / 1e4)], i) for i in range(6)],
+        title="t",
+        x_label="x",
+        y_label="y",
+    )
+    places = sorted(
+        float(y) for y in re.findall(r'class="name t\d" x="100%" dx="10" y="([\d.-]+)"', chart)
+    )
     assert len(places) == 6
     assert all(b - a >= 14.9 for a, b in itertools.pairwise(places))
 
@@ -72,9 +87,17 @@ def test_names_beside_lines_do_not_overlap() -> None:
 def test_band_and_bars_with_intervals() -> None:
     chart = _line([(0, 1.0), (1, 2.0)], band=[(0, 0.5, 1.5), (1, 1.0, math.nan), (1, 1.5, 2.5)])
     assert chart.count('class="band"') == 1
-    bars = bar_chart([Bar("before", 0.1, 0.05, 0.2, group="greedy"), Bar("after", 0.99, 0.97, 1.0, group="greedy"),
-                      Bar("lost", math.nan), Bar("no interval", 0.4, None, 0.6)], title="t", write=percent,
-                     maximum=1.0)
+    bars = bar_chart(
+        [
+            Bar("before", 0.1, 0.05, 0.2, group="greedy"),
+            Bar("after", 0.99, 0.97, 1.0, group="greedy"),
+            Bar("lost", math.nan),
+            Bar("no interval", 0.4, None, 0.6),
+        ],
+        title="t",
+        write=percent,
+        maximum=1.0,
+    )
     ElementTree.fromstring(bars)
     assert bars.count('class="bar ') == 3
     assert bars.count('class="whisker"') == 2 * 3
@@ -85,14 +108,19 @@ def test_band_and_bars_with_intervals() -> None:
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=5))
 def test_no_bar_leaves_its_track(values: list[float]) -> None:
-    widths = re.findall(r'class="bar t0"[^>]* width="([\d.]+)%"', bar_chart([Bar("a", v, 0.0, v * 3) for v in values],
-                                                                          title="t"))
+    widths = re.findall(
+        r'class="bar t0"[^>]* width="([\d.]+)%"',
+        bar_chart([Bar("a", v, 0.0, v * 3) for v in values], title="t"),
+    )
     assert len(widths) == len(values) and all(0 <= float(width) <= 100 for width in widths)
 
 
 def _cells(chart: str, level: int) -> float:
-    return sum(float(width) for path in re.findall(rf'<path class="h{level}" d="([^"]*)"', chart)
-               for width in re.findall(r"h([\d.]+)v1", path))
+    return sum(
+        float(width)
+        for path in re.findall(rf'<path class="h{level}" d="([^"]*)"', chart)
+        for width in re.findall(r"h([\d.]+)v1", path)
+    )
 
 
 def test_heat_map_counts_every_cell_once_and_leaves_gaps_empty() -> None:
@@ -105,5 +133,10 @@ def test_heat_map_counts_every_cell_once_and_leaves_gaps_empty() -> None:
 
 
 def test_heat_map_of_a_long_run_stays_small_and_ragged_rows_are_fine() -> None:
-    rows = [[(step * (expert + 3)) % 11 / 3 for step in range(5000 - expert)] for expert in range(64)]
-    assert len(heat_map(rows, title="t", edges=(0.5, 1.0, 2.0), label="l", x_ends=("0", "5 M"))) < 90_000
+    rows = [
+        [(step * (expert + 3)) % 11 / 3 for step in range(5000 - expert)] for expert in range(64)
+    ]
+    assert (
+        len(heat_map(rows, title="t", edges=(0.5, 1.0, 2.0), label="l", x_ends=("0", "5 M")))
+        < 90_000
+    )

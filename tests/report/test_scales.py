@@ -60,7 +60,9 @@ def test_a_long_gap_stays_a_gap() -> None:
 def test_smoothing_keeps_places_and_gaps(values: list[float], share: float) -> None:
     points = [(float(i), y) for i, y in enumerate(values)]
     smoothed = smooth(points, share)
-    assert [[x for x, _ in run] for run in runs(smoothed)] == [[x for x, _ in run] for run in runs(points)]
+    assert [[x for x, _ in run] for run in runs(smoothed)] == [
+        [x for x, _ in run] for run in runs(points)
+    ]
 
 
 def test_smoothing_does_not_move_a_straight_line() -> None:
@@ -69,9 +71,21 @@ def test_smoothing_does_not_move_a_straight_line() -> None:
     assert [y for _, y in middle] == pytest.approx([3 * x for x, _ in middle])
 
 
-@pytest.mark.parametrize(("value", "step", "text"), [
-    (0.25, 0.25, "0.25"), (1.0, 0.5, "1.0"), (2.5, 2.5, "2.5"), (20_000, 5_000, "20\u202fk"), (0.0, 1e6, "0"),
-    (1.5e6, 5e5, "1.5\u202fM"), (5_000, 5_000, "5000"), (7.5e-9, 2.5e-9, "7.5e−9"), (-0.05, 0.05, "−0.05"),
-    (0.003, 0.001, "0.003"), (3e9, 1e9, "3\u202fG")])
+@pytest.mark.parametrize(
+    ("value", "step", "text"),
+    [
+        (0.25, 0.25, "0.25"),
+        (1.0, 0.5, "1.0"),
+        (2.5, 2.5, "2.5"),
+        (20_000, 5_000, "20\u202fk"),
+        (0.0, 1e6, "0"),
+        (1.5e6, 5e5, "1.5\u202fM"),
+        (5_000, 5_000, "5000"),
+        (7.5e-9, 2.5e-9, "7.5e−9"),
+        (-0.05, 0.05, "−0.05"),
+        (0.003, 0.001, "0.003"),
+        (3e9, 1e9, "3\u202fG"),
+    ],
+)
 def test_tick_text(value: float, step: float, text: str) -> None:
     assert tick_text(value, step) == text

@@ -13,10 +13,26 @@ from xushi.tokenizer.config import SMALLEST_VOCABULARY
 from xushi.train import Data, ObjectiveConfig, pack_examples, train
 
 TINY = ModelConfig(
-    vocab_size=SMALLEST_VOCABULARY, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-    num_attention_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
-    q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, max_position_embeddings=32,
-    num_nextn_predict_layers=1, initializer_range=0.05)
+    vocab_size=SMALLEST_VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    q_lora_rank=None,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    max_position_embeddings=32,
+    num_nextn_predict_layers=1,
+    initializer_range=0.05,
+)
 
 
 class EvenDigit(Environment):
@@ -62,22 +78,39 @@ def environment() -> Environment:
 
 @pytest.fixture(scope="session")
 def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepseek]:
-    """A fresh copy of a model that answers each question with some digit and ends: about four in ten are right."""
+    """A fresh copy of a model that answers each question with some digit and ends: about four in
+    ten are right.
+    """
+
     def batch(cursor: int, count: int) -> dict[str, torch.Tensor]:
         examples = []
         for index in range(cursor, cursor + count):
             question, answer = environment.demonstration("train", index, 0.0)
-            examples.append(tokenizer.chat_example([{"role": "user", "content": question.content},
-                                                    {"role": "assistant", "content": answer.content}]))
+            examples.append(
+                tokenizer.chat_example(
+                    [
+                        {"role": "user", "content": question.content},
+                        {"role": "assistant", "content": answer.content},
+                    ]
+                )
+            )
         return pack_examples(examples, 32, tokenizer.pad_id).batch
 
     place = tmp_path_factory.mktemp("sft")
     model = Deepseek(TINY).initialise(1)
     config = ObjectiveConfig(steps=50, learning_rate=0.02, decay_fraction=0.5, dtype="fp32")
-    train("sft", model, config, Data(batch, lambda _: 40), place / "checkpoints", Tracking(place / "tracking.sqlite"))
+    train(
+        "sft",
+        model,
+        config,
+        Data(batch, lambda _: 40),
+        place / "checkpoints",
+        Tracking(place / "tracking.sqlite"),
+    )
 
     def copy() -> Deepseek:
         other = Deepseek(TINY)
         other.load_state_dict(model.state_dict())
         return other
+
     return copy

@@ -1,4 +1,6 @@
-"""The miniature recipe through the real command line, once for all tests that look at what it leaves behind."""
+"""The miniature recipe through the real command line, once for all tests that look at what it
+leaves behind.
+"""
 
 import json
 import os
@@ -24,8 +26,14 @@ class Chain:
 
 def xushi(*arguments: str | Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, from a directory that is not the checkout's business."""
-    return subprocess.run([*XUSHI, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-                          env={**os.environ, "COLUMNS": "200"})
+    return subprocess.run(
+        [*XUSHI, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "COLUMNS": "200"},
+    )
 
 
 def read_results(directory: Path) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""What bad input gets: a line that says what and where, a line that says what to do, and nothing half-written."""
+"""What bad input gets: a line that says what and where, a line that says what to do, and nothing
+half-written.
+"""
 
 import fcntl
 import json
@@ -27,30 +29,43 @@ def refused(text: str, *arguments: str | Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 2, done.stderr
 
 
-SECOND = ["model.model_type='deepseek_v2'", "model.topk_method='greedy'", "model.norm_topk_prob=false",
-          "model.num_nextn_predict_layers=0"]
+SECOND = [
+    "model.model_type='deepseek_v2'",
+    "model.topk_method='greedy'",
+    "model.norm_topk_prob=false",
+    "model.num_nextn_predict_layers=0",
+]
 
 
-@pytest.mark.parametrize(("assignment", "said"), [
-    ("pretrain.stepz=3", "unknown key pretrain.stepz"),
-    ("pretrain.steps='many'", "pretrain.steps"),
-    ("pretrain.steps=0", "steps must be at least 1"),
-    ("nonsense", "is not of the form key=value"),
-    ("pretrain.batch_tokens=1000", "not a multiple of"),
-    ("model.num_experts_per_tok=99", "exceeds the experts"),
-    ("model.max_position_embeddings=32", "exceeds model.max_position_embeddings"),
-    ("pretrain.bias_speed=0.0\npretrain.balance_weight=0.0", "would train unbalanced"),
-    ("\n".join([*SECOND, "pretrain.balance_weight=0.0"]), "pretrain would train the experts of a deepseek_v2"),
-    ("\n".join([*SECOND, "sft.balance_weight=0.0"]), "sft would train the experts of a deepseek_v2 unbalanced"),
-    ("pretrain.indexer_warmup_steps=3", "needs a model with indexers"),
-    ("stages=['data']", "must hold data, tokenizer and pretrain"),
-    ("without='sleep'", "not one of this run's stages"),
-    ("environment.min_digits=1", "digits go from"),
-    ("data.heldout=0.5", "heldout must lie between"),
-    ("tokenizer.vocab_size=100", "vocab_size must be at least"),
-    ("sft.thinking_share=2.0", "thinking_share"),
-    ("rl.samples=1", "samples must be at least 2"),
-])
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("pretrain.stepz=3", "unknown key pretrain.stepz"),
+        ("pretrain.steps='many'", "pretrain.steps"),
+        ("pretrain.steps=0", "steps must be at least 1"),
+        ("nonsense", "is not of the form key=value"),
+        ("pretrain.batch_tokens=1000", "not a multiple of"),
+        ("model.num_experts_per_tok=99", "exceeds the experts"),
+        ("model.max_position_embeddings=32", "exceeds model.max_position_embeddings"),
+        ("pretrain.bias_speed=0.0\npretrain.balance_weight=0.0", "would train unbalanced"),
+        (
+            "\n".join([*SECOND, "pretrain.balance_weight=0.0"]),
+            "pretrain would train the experts of a deepseek_v2",
+        ),
+        (
+            "\n".join([*SECOND, "sft.balance_weight=0.0"]),
+            "sft would train the experts of a deepseek_v2 unbalanced",
+        ),
+        ("pretrain.indexer_warmup_steps=3", "needs a model with indexers"),
+        ("stages=['data']", "must hold data, tokenizer and pretrain"),
+        ("without='sleep'", "not one of this run's stages"),
+        ("environment.min_digits=1", "digits go from"),
+        ("data.heldout=0.5", "heldout must lie between"),
+        ("tokenizer.vocab_size=100", "vocab_size must be at least"),
+        ("sft.thinking_share=2.0", "thinking_share"),
+        ("rl.samples=1", "samples must be at least 2"),
+    ],
+)
 def test_a_wrong_recipe_is_refused(assignment: str, said: str) -> None:
     with pytest.raises(XushiError) as caught:
         load_recipe(MINIATURE, assignment.split("\n"))
@@ -59,17 +74,27 @@ def test_a_wrong_recipe_is_refused(assignment: str, said: str) -> None:
 
 
 def test_balancing_off_is_allowed_when_the_recipe_says_so() -> None:
-    recipe = load_recipe(MINIATURE, ["pretrain.bias_speed=0.0", "pretrain.balance_weight=0.0",
-                                     "pretrain.allow_unbalanced=true"])
+    recipe = load_recipe(
+        MINIATURE,
+        [
+            "pretrain.bias_speed=0.0",
+            "pretrain.balance_weight=0.0",
+            "pretrain.allow_unbalanced=true",
+        ],
+    )
     assert recipe.pretrain.allow_unbalanced
 
 
 def test_a_mistyped_key_gets_a_suggestion(tmp_path: Path) -> None:
-    refused("did you mean steps?", MINIATURE, "--set", "pretrain.stepz=3", "--out", tmp_path / "run")
+    refused(
+        "did you mean steps?", MINIATURE, "--set", "pretrain.stepz=3", "--out", tmp_path / "run"
+    )
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("content", "said"), [(None, "does not exist"), ("name = ", "is not valid TOML")])
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "does not exist"), ("name = ", "is not valid TOML")]
+)
 def test_a_recipe_file_that_is_none(content: str | None, said: str, tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     if content is not None:
@@ -101,7 +126,9 @@ def test_directories_that_are_not_this_runs(chain: Chain, tmp_path: Path) -> Non
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").write_text("do not touch")
     refused("is not empty and is no run directory", MINIATURE, "--out", tmp_path / "full")
-    assert [path.name for path in (tmp_path / "full").iterdir() if path.name != ".lock"] == ["thesis.doc"]
+    assert [path.name for path in (tmp_path / "full").iterdir() if path.name != ".lock"] == [
+        "thesis.doc"
+    ]
     refused("was made by another recipe", MINIATURE, "--out", chain.directory, "--set", "seed=1")
     newer = tmp_path / "newer"
     newer.mkdir()
@@ -117,7 +144,9 @@ def test_a_directory_in_use(tmp_path: Path) -> None:
     assert done.returncode == 1 and "in use by another xushi run" in done.stderr
 
 
-def test_damaged_checkpoints(chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_checkpoints(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     copy = tmp_path / "checkpoints"
     shutil.copytree(chain.directory / "checkpoints" / "rl", copy)
     newest, older = sorted(copy.glob("step-*"), reverse=True)
@@ -140,23 +169,29 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
 
     with directory_in_place(tmp_path / "step-000000001") as aside:
         (aside / "data").write_bytes(b"whole")
-    script = ("import resource, signal, sys, pathlib\n"
-              "from xushi.base.files import directory_in_place\n"
-              "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-              "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-              f"with directory_in_place(pathlib.Path({str(tmp_path / 'step-000000002')!r})) as aside:\n"
-              "    (aside / 'data').write_bytes(b'x' * 5000)\n")
+    script = (
+        "import resource, signal, sys, pathlib\n"
+        "from xushi.base.files import directory_in_place\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        f"with directory_in_place(pathlib.Path({str(tmp_path / 'step-000000002')!r})) as aside:\n"
+        "    (aside / 'data').write_bytes(b'x' * 5000)\n"
+    )
     done = subprocess.run([XUSHI[0], "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
     assert (tmp_path / "step-000000001" / "data").read_bytes() == b"whole"
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs to mount a small file system")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("mount"), reason="needs to mount a small file system"
+)
 def test_a_disk_that_fills_up_is_said_plainly(tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         done = xushi("run", MINIATURE, "--out", small / "run", "--set", "pretrain.steps=20")

@@ -28,11 +28,19 @@ def test_its_figures_can_be_read() -> None:
         assert said in done.stdout
 
 
-@pytest.mark.parametrize(("arguments", "said"), [
-    (("--rounds", "0"), "--rounds 0"), (("--dtype", "int8"), "--dtype int8"), (("nowhere.toml",), "nowhere.toml")])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--rounds", "0"), "--rounds 0"),
+        (("--dtype", "int8"), "--dtype int8"),
+        (("nowhere.toml",), "nowhere.toml"),
+    ],
+)
 def test_bad_input_is_two_lines(arguments: tuple[str, ...], said: str) -> None:
     done = xushi("bench", "train", *arguments)
-    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 2
+    assert (
+        done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 2
+    )
 
 
 def test_a_line_is_found_again() -> None:
@@ -41,4 +49,7 @@ def test_a_line_is_found_again() -> None:
 
 def test_the_shapes_are_those_of_the_peers() -> None:
     from xushi.plan import count_parameters
-    assert [round(count_parameters(named_shape(name).config).total / 1e6) for name in ("S", "M")] == [20, 307]
+
+    assert [
+        round(count_parameters(named_shape(name).config).total / 1e6) for name in ("S", "M")
+    ] == [20, 307]

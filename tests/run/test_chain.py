@@ -1,4 +1,6 @@
-"""The whole chain in miniature, from raw text to a served reasoning model, with thresholds that fail it."""
+"""The whole chain in miniature, from raw text to a served reasoning model, with thresholds that
+fail it.
+"""
 
 import hashlib
 import json
@@ -19,14 +21,26 @@ disable_progress_bar()
 
 KEYS = {
     *(f"evaluate.bits_per_byte{name}" for name in ("", "_gzip", "_xz", "_zstd", "_xz_primed")),
-    *(f"rl.{name}_{when}" for name in ("greedy", "avg8", "pass8", "length", "longer_greedy")
-      for when in ("before", "after")),
-    "rl.forced_before", "rl.sft_equal_time", "seconds.total", "memory.peak_bytes", "data.sha256", "run.recipe_hash"}
+    *(
+        f"rl.{name}_{when}"
+        for name in ("greedy", "avg8", "pass8", "length", "longer_greedy")
+        for when in ("before", "after")
+    ),
+    "rl.forced_before",
+    "rl.sft_equal_time",
+    "seconds.total",
+    "memory.peak_bytes",
+    "data.sha256",
+    "run.recipe_hash",
+}
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_every_number_is_there(chain: Chain) -> None:
@@ -35,8 +49,8 @@ def test_every_number_is_there(chain: Chain) -> None:
 
 
 def test_pretraining_learnt_the_text(chain: Chain) -> None:
-    # An untrained model needs log2(512) bits per token, about 4.6 bits per byte here; one that knows only how often
-    # each token occurs about 4.0.
+    # An untrained model needs log2(512) bits per token, about 4.6 bits per byte here; one that
+    # knows only how often each token occurs about 4.0.
     assert chain.results["evaluate.bits_per_byte"] < 3.4
 
 
@@ -51,7 +65,9 @@ def test_no_expert_is_dead(chain: Chain) -> None:
 
 def test_rewards_elicit_thinking(chain: Chain) -> None:
     results = chain.results
-    assert results["rl.greedy_before"] < 0.4  # fine-tuning reproduces the mixture: greedy answers do not think
+    assert (
+        results["rl.greedy_before"] < 0.4
+    )  # fine-tuning reproduces the mixture: greedy answers do not think
     assert results["rl.forced_before"] > 0.8  # though the model could
     assert results["rl.greedy_after"] >= 0.95
     assert results["rl.greedy_after_low"] > results["rl.greedy_before_high"]
@@ -62,14 +78,19 @@ def test_rewards_elicit_thinking(chain: Chain) -> None:
 
 def test_the_report_is_one_file(chain: Chain) -> None:
     page = (chain.directory / "report.html").read_text(encoding="utf-8")
-    assert "虚实" in page and "http://" not in page.replace("http://www.w3.org", "") and "src=" not in page
+    assert (
+        "虚实" in page
+        and "http://" not in page.replace("http://www.w3.org", "")
+        and "src=" not in page
+    )
 
 
 @pytest.mark.parametrize("name", ["base", "reasoning"])
 def test_transformers_loads_the_export(chain: Chain, name: str) -> None:
     path = chain.directory / "export" / name
-    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager",
-                                                  experts_implementation="eager")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     tokens = torch.arange(40)[None]
     with torch.no_grad():
         expected = theirs(tokens).logits
@@ -80,18 +101,26 @@ def test_transformers_loads_the_export(chain: Chain, name: str) -> None:
 def test_transformers_answers_with_the_same_tokens(chain: Chain) -> None:
     path = chain.directory / "export" / "reasoning"
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, experts_implementation="eager"
+    )
     llm = LLM(path)
     for number in ("123", "998", "407"):
         messages = [{"role": "user", "content": number}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert ids == llm.tokenizer.chat_ids(messages)
-        theirs = model.generate(torch.tensor([ids]), max_new_tokens=10, do_sample=False)[0, len(ids):].tolist()
-        assert llm.generate([ids], SamplingParams(max_tokens=10, temperature=0.0))[0].token_ids == theirs
+        theirs = model.generate(torch.tensor([ids]), max_new_tokens=10, do_sample=False)[
+            0, len(ids) :
+        ].tolist()
+        assert (
+            llm.generate([ids], SamplingParams(max_tokens=10, temperature=0.0))[0].token_ids
+            == theirs
+        )
 
 
-def test_the_second_start_does_nothing_and_a_run_can_be_moved(chain: Chain, tmp_path: Path,
-                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_start_does_nothing_and_a_run_can_be_moved(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(chain.directory, moved)
     before = hashes(moved / "export")
@@ -111,7 +140,9 @@ def test_no_pickle_anywhere(chain: Chain) -> None:
         if not path.is_file():
             continue
         start = path.read_bytes()[:8]
-        assert not start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")), path
+        assert not start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")), (
+            path
+        )
         assert path.suffix not in (".pt", ".pth", ".pkl", ".pickle"), path
 
 

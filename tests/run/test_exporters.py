@@ -1,4 +1,6 @@
-"""Metrics on other programs' pages: read back by those programs; of the larger ones by the slow tests alone."""
+"""Metrics on other programs' pages: read back by those programs; of the larger ones by the slow
+tests alone.
+"""
 
 import json
 import math
@@ -29,7 +31,12 @@ def test_steps_come_in_the_order_of_writing_and_from_where_one_was(directory: Pa
     store = Tracking(directory / "tracking.sqlite")
     steps = list(store.steps_after(0))
     assert [(stage, step) for _, stage, step, _ in steps] == [
-        ("pretrain", 1), ("pretrain", 2), ("pretrain", 3), ("pretrain", 4), ("sft", 1)]
+        ("pretrain", 1),
+        ("pretrain", 2),
+        ("pretrain", 3),
+        ("pretrain", 4),
+        ("sft", 1),
+    ]
     assert steps[2][3]["loss"] == 3.25 and math.isnan(steps[3][3]["loss"])
     assert list(store.steps_after(steps[3][0])) == steps[4:]
     store.close()
@@ -39,7 +46,11 @@ def test_tensorboard_reads_them(directory: Path) -> None:
     loading = import_module("tensorboard.backend.event_processing.event_accumulator")
     assert export_metrics(directory, "tensorboard") == 9
     found = loading.EventAccumulator(str(directory / "tensorboard" / "some-run-pretrain")).Reload()
-    assert [(event.step, event.value) for event in found.Scalars("loss")][:3] == [(1, 4.0), (2, 3.5), (3, 3.25)]
+    assert [(event.step, event.value) for event in found.Scalars("loss")][:3] == [
+        (1, 4.0),
+        (2, 3.5),
+        (3, 3.25),
+    ]
     assert math.isnan(found.Scalars("loss")[3].value)
     other = loading.EventAccumulator(str(directory / "tensorboard" / "some-run-sft")).Reload()
     assert [(event.step, event.value) for event in other.Scalars("loss")] == [(1, 1.5)]
@@ -55,10 +66,12 @@ def test_wandb_writes_them_offline(directory: Path) -> None:
 @pytest.mark.slow
 def test_trackio_reads_them(directory: Path) -> None:
     """In a process of its own: the package looks for its place when it is imported."""
-    read = (f"import sys; from pathlib import Path; from xushi.run import export_metrics; "
-            f"export_metrics(Path({str(directory)!r}), 'trackio'); import trackio, json; "
-            "run = trackio.Api().runs('xushi'); "
-            "print(json.dumps(sorted(r.name for r in run)))")
+    read = (
+        f"import sys; from pathlib import Path; from xushi.run import export_metrics; "
+        f"export_metrics(Path({str(directory)!r}), 'trackio'); import trackio, json; "
+        "run = trackio.Api().runs('xushi'); "
+        "print(json.dumps(sorted(r.name for r in run)))"
+    )
     done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == ["some-run-pretrain", "some-run-sft"]

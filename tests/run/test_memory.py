@@ -1,4 +1,6 @@
-"""A run that cannot fit into memory is refused before anything starts, with the numbers and with what would fit."""
+"""A run that cannot fit into memory is refused before anything starts, with the numbers and with
+what would fit.
+"""
 
 import pytest
 
@@ -10,13 +12,20 @@ from xushi.train import Layout
 
 from .conftest import MINIATURE
 
-LARGE = ["model.hidden_size=2048", "model.moe_intermediate_size=1024", "model.n_routed_experts=64",
-         "model.num_hidden_layers=8", "pretrain.batch_tokens=1048576"]
+LARGE = [
+    "model.hidden_size=2048",
+    "model.moe_intermediate_size=1024",
+    "model.n_routed_experts=64",
+    "model.num_hidden_layers=8",
+    "pretrain.batch_tokens=1048576",
+]
 
 
 def test_what_fits_is_let_through() -> None:
     check_memory(load_recipe(MINIATURE, []), Layout(), 1 * GIB, 1)
-    check_memory(load_recipe(MINIATURE, LARGE), Layout(), None, 1)  # nothing is known of the machine
+    check_memory(
+        load_recipe(MINIATURE, LARGE), Layout(), None, 1
+    )  # nothing is known of the machine
 
 
 def test_a_batch_that_is_too_large_is_refused_with_one_that_fits() -> None:
@@ -26,8 +35,14 @@ def test_a_batch_that_is_too_large_is_refused_with_one_that_fits() -> None:
         check_memory(recipe, Layout(), alone // 2, 1)
     assert "pretrain.activations=recompute" in error.value.remedy and error.value.exit_code == 2
     tokens = error.value.remedy.partition("batch_tokens=")[2].split(" ")[0]
-    smaller = load_recipe(MINIATURE, [*LARGE, "pretrain.activations='recompute'",
-                                      *([f"pretrain.batch_tokens={tokens}"] if tokens else [])])
+    smaller = load_recipe(
+        MINIATURE,
+        [
+            *LARGE,
+            "pretrain.activations='recompute'",
+            *([f"pretrain.batch_tokens={tokens}"] if tokens else []),
+        ],
+    )
     check_memory(smaller, Layout(), alone // 2, 1)
 
 
@@ -39,7 +54,9 @@ def test_a_model_that_is_too_large_for_any_batch() -> None:
 
 def test_processes_share_the_machine_and_the_moments() -> None:
     recipe = load_recipe(MINIATURE, LARGE)
-    alone, eighth = (_bytes_per_process(recipe, layout, recipe.pretrain) for layout in (Layout(), Layout(data=8)))
+    alone, eighth = (
+        _bytes_per_process(recipe, layout, recipe.pretrain) for layout in (Layout(), Layout(data=8))
+    )
     assert eighth < alone / 2
     check_memory(recipe, Layout(data=8), 8 * eighth, 8)
     with pytest.raises(XushiError, match="for 8"):

@@ -36,7 +36,9 @@ def test_the_spans_are_the_bytes_of_the_sources(chain: Chain) -> None:
             package = importlib.metadata.distribution(span["meta"]["package"])
             file = Path(str(package.locate_file(span["meta"]["path"]))).read_bytes()
             start = span["meta"].get("bytes", [0])[0]
-            found = file[start + span["first_byte"]:start + span["end_byte"]].decode("utf-8", "replace")
+            found = file[start + span["first_byte"] : start + span["end_byte"]].decode(
+                "utf-8", "replace"
+            )
             assert found == span["text"]
             read += 1
     assert read > 10
@@ -52,18 +54,30 @@ def test_fine_tuning_shows_its_demonstrations(chain: Chain) -> None:
 
 def test_the_command(chain: Chain) -> None:
     done = xushi("replay", chain.directory, "--step", "2")
-    assert done.returncode == 0 and "as logged; trained again from step 0" in done.stdout, done.stderr
+    assert done.returncode == 0 and "as logged; trained again from step 0" in done.stdout, (
+        done.stderr
+    )
     assert "NOT" not in done.stdout
 
 
-@pytest.mark.parametrize("step, stage, problem, remedy", [
-    (201, "pretrain", "has no step 201 of stage pretrain", "give one from 1 to 200"),
-    (0, "pretrain", "has no step 0", "from 1 to 200"), (1, "rl", "stage 'rl' has no steps to replay", "pretrain, sft")])
-def test_what_is_not_there_is_said(step: int, stage: str, problem: str, remedy: str, chain: Chain, tmp_path: Path
-                                   ) -> None:
+@pytest.mark.parametrize(
+    "step, stage, problem, remedy",
+    [
+        (201, "pretrain", "has no step 201 of stage pretrain", "give one from 1 to 200"),
+        (0, "pretrain", "has no step 0", "from 1 to 200"),
+        (1, "rl", "stage 'rl' has no steps to replay", "pretrain, sft"),
+    ],
+)
+def test_what_is_not_there_is_said(
+    step: int, stage: str, problem: str, remedy: str, chain: Chain, tmp_path: Path
+) -> None:
     with pytest.raises(XushiError) as error:
         replay(chain.directory, step, stage)
-    assert problem in error.value.problem and remedy in error.value.remedy and error.value.exit_code == 2
+    assert (
+        problem in error.value.problem
+        and remedy in error.value.remedy
+        and error.value.exit_code == 2
+    )
     with pytest.raises(XushiError, match="is no run directory" if stage == "pretrain" else "rl"):
         replay(tmp_path, step, stage)
     assert not list(tmp_path.iterdir())
@@ -86,7 +100,9 @@ def test_changed_data_is_noticed(chain: Chain, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_other_weights_are_noticed(chain: Chain, tmp_path: Path) -> None:
-    """A loss that is not the logged one is said to differ: the checkpoint before step 200 is another one here."""
+    """A loss that is not the logged one is said to differ: the checkpoint before step 200 is
+    another one here.
+    """
     copy = tmp_path / "run"
     shutil.copytree(chain.directory, copy)
     directory = copy / "checkpoints" / "pretrain" / "step-000000180"
@@ -95,6 +111,8 @@ def test_other_weights_are_noticed(chain: Chain, tmp_path: Path) -> None:
     save_file(tensors, directory / "model.safetensors")
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["files"]["model.safetensors"]["sha256"] = sha256_file(directory / "model.safetensors")
-    manifest["sha256"] = sha256_json({key: value for key, value in manifest.items() if key != "sha256"})
+    manifest["sha256"] = sha256_json(
+        {key: value for key, value in manifest.items() if key != "sha256"}
+    )
     (directory / "manifest.json").write_text(json.dumps(manifest))
     assert "NOT as logged" in replay_sentences(replay(copy, 200))

@@ -15,7 +15,14 @@ POEMS = """床前明月光，疑是地上霜。举头望明月，低头思故乡
 千山鸟飞绝，万径人踪灭。孤舟蓑笠翁，独钓寒江雪。
 离离原上草，一岁一枯荣。野火烧不尽，春风吹又生。远芳侵古道，晴翠接荒城。又送王孙去，萋萋满别情。
 """.splitlines()
-SHORT = ["--set", "pretrain.steps=12", "--set", "pretrain.checkpoint_every=6", "--set", "evaluate.tasks=8"]
+SHORT = [
+    "--set",
+    "pretrain.steps=12",
+    "--set",
+    "pretrain.checkpoint_every=6",
+    "--set",
+    "evaluate.tasks=8",
+]
 
 
 def test_chinese_text_trains_exports_and_is_reported(tmp_path: Path) -> None:
@@ -25,22 +32,45 @@ def test_chinese_text_trains_exports_and_is_reported(tmp_path: Path) -> None:
         lines = [POEMS[(number * 3 + k * (number + 1)) % len(POEMS)] for k in range(20)]
         (texts / f"卷{number}.txt").write_text(f"卷{number}\n" + "\n".join(lines), encoding="utf-8")
     out = tmp_path / "run"
-    done = xushi("run", MINIATURE, "--text", texts, "--stages", "data,tokenizer,pretrain", "--out", out,
-                 "--set", "tokenizer.vocab_size=320", *SHORT)
+    done = xushi(
+        "run",
+        MINIATURE,
+        "--text",
+        texts,
+        "--stages",
+        "data,tokenizer,pretrain",
+        "--out",
+        out,
+        "--set",
+        "tokenizer.vocab_size=320",
+        *SHORT,
+    )
     assert done.returncode == 0, done.stderr
     results = read_results(out)
     assert results["tokenizer.bytes_per_token"] > 1.5
     assert not [key for key in results if key.startswith(("rl.", "sft."))]
-    assert (out / "export" / "base" / "model.safetensors").exists() and not (out / "export" / "reasoning").exists()
+    assert (out / "export" / "base" / "model.safetensors").exists() and not (
+        out / "export" / "reasoning"
+    ).exists()
     assert "明" in json.dumps(json.loads((out / "samples.json").read_text()), ensure_ascii=False)
-    assert "reinforcement" not in (out / "report.html").read_text(encoding="utf-8").split("<body")[1].lower()
+    assert (
+        "reinforcement"
+        not in (out / "report.html").read_text(encoding="utf-8").split("<body")[1].lower()
+    )
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     done = xushi("run", MINIATURE, "--dry-run", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    for said in ("[pretrain]", "model.parameters_total", "model.parameters_active", "memory.training_bytes",
-                 "memory.training_bytes_recompute", "seconds.step_recompute", "seconds.training"):
+    for said in (
+        "[pretrain]",
+        "model.parameters_total",
+        "model.parameters_active",
+        "memory.training_bytes",
+        "memory.training_bytes_recompute",
+        "seconds.step_recompute",
+        "seconds.training",
+    ):
         assert said in done.stdout
     assert not (tmp_path / "run").exists()
     plan = json.loads(xushi("run", MINIATURE, "--dry-run", "--json").stdout)
@@ -55,8 +85,19 @@ def test_doctor_speaks_json() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["data", "tokenizer", "pretrain", "sft", "rl"])
 def test_every_control_runs(stage: str, tmp_path: Path) -> None:
-    done = xushi("run", MINIATURE, "--without", stage, "--out", tmp_path / "run", *SHORT, "--set", "sft.steps=10",
-                 "--set", "rl.steps=2")
+    done = xushi(
+        "run",
+        MINIATURE,
+        "--without",
+        stage,
+        "--out",
+        tmp_path / "run",
+        *SHORT,
+        "--set",
+        "sft.steps=10",
+        "--set",
+        "rl.steps=2",
+    )
     assert done.returncode == 0, done.stderr
     results = read_results(tmp_path / "run")
     assert results["run.without"] == stage and "evaluate.bits_per_byte" in results

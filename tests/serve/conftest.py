@@ -14,12 +14,34 @@ from xushi.serve.server import Server, bind
 from xushi.tokenizer import Tokenizer
 
 TINY = ModelConfig(
-    vocab_size=272, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2,
-    num_attention_heads=2, n_shared_experts=1, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
-    first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4,
-    max_position_embeddings=128, num_nextn_predict_layers=0, initializer_range=0.5)
+    vocab_size=272,
+    hidden_size=16,
+    intermediate_size=24,
+    moe_intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    n_shared_experts=1,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    first_k_dense_replace=1,
+    q_lora_rank=None,
+    kv_lora_rank=8,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=4,
+    max_position_embeddings=128,
+    num_nextn_predict_layers=0,
+    initializer_range=0.5,
+)
 
-CARD = {"title": "Digit sums", "can": "It adds digits.", "cannot": "<script>alert(1)</script>", "example": "83514927"}
+CARD = {
+    "title": "Digit sums",
+    "can": "It adds digits.",
+    "cannot": "<script>alert(1)</script>",
+    "example": "83514927",
+}
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +109,9 @@ def http(address):
 
 
 class Steps:
-    """The engine takes a step when it is let, and so waits for the test however slow the machine is."""
+    """The engine takes a step when it is let, and so waits for the test however slow the machine
+    is.
+    """
 
     def __init__(self):
         self._allowed = threading.Semaphore(0)
@@ -98,6 +122,7 @@ class Steps:
             if not self._free:
                 self._allowed.acquire()
             return step()
+
         return held
 
     def let(self, count):
@@ -121,6 +146,7 @@ def steps(app, monkeypatch):
 @pytest.fixture
 def settles():
     """Whether a condition becomes true within a few seconds."""
+
     def wait(condition, seconds=2.0):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -128,4 +154,5 @@ def settles():
                 return True
             time.sleep(0.01)
         return False
+
     return wait

@@ -35,19 +35,28 @@ def test_models(client):
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_chat_equals_the_engine_on_its_own(client, reasoning, seed):
-    whole = client.chat.completions.create(model="reasoning", messages=QUESTION, seed=seed, max_tokens=30,
-                                           logprobs=True)
+    whole = client.chat.completions.create(
+        model="reasoning", messages=QUESTION, seed=seed, max_tokens=30, logprobs=True
+    )
     expected = reasoning.chat(QUESTION, SamplingParams(30, seed=seed))
     [choice] = whole.choices
-    assert (choice.message.content, choice.finish_reason) == (expected.content, expected.finish_reason)
+    assert (choice.message.content, choice.finish_reason) == (
+        expected.content,
+        expected.finish_reason,
+    )
     assert choice.message.reasoning_content == (expected.reasoning_content or None)
     assert whole.usage.completion_tokens == len(expected.token_ids)
     assert whole.usage.prompt_tokens == len(reasoning.tokenizer.chat_ids(QUESTION))
     told = [entry.logprob for entry in choice.logprobs.content]
     end = reasoning.tokenizer.end_think_id
-    thought = expected.token_ids.index(end) + 1 if end in expected.token_ids else len(expected.token_ids)
+    thought = (
+        expected.token_ids.index(end) + 1 if end in expected.token_ids else len(expected.token_ids)
+    )
     assert whole.usage.completion_tokens_details.reasoning_tokens == thought
-    answer = [(token, logprob) for token, logprob in zip(expected.token_ids, expected.logprobs, strict=True)][thought:]
+    answer = [
+        (token, logprob)
+        for token, logprob in zip(expected.token_ids, expected.logprobs, strict=True)
+    ][thought:]
     assert told == pytest.approx([logprob for token, logprob in answer if token > 6], abs=1e-4)
 
 
@@ -68,21 +77,39 @@ def gather(stream):
 
 
 def test_chat_stream_equals_the_whole_with_several_choices(client):
-    arguments = {"model": "reasoning", "messages": QUESTION, "seed": 5, "n": 3, "max_completion_tokens": 40}
+    arguments = {
+        "model": "reasoning",
+        "messages": QUESTION,
+        "seed": 5,
+        "n": 3,
+        "max_completion_tokens": 40,
+    }
     whole = client.chat.completions.create(**arguments)
-    parts, usage, roles = gather(client.chat.completions.create(**arguments, stream=True,
-                                                                stream_options={"include_usage": True}))
+    parts, usage, roles = gather(
+        client.chat.completions.create(
+            **arguments, stream=True, stream_options={"include_usage": True}
+        )
+    )
     assert roles == [(0, "assistant"), (1, "assistant"), (2, "assistant")]
     assert usage == whole.usage
     for choice in whole.choices:
-        assert parts[choice.index] == {"reasoning": choice.message.reasoning_content or "",
-                                       "content": choice.message.content, "end": choice.finish_reason}
+        assert parts[choice.index] == {
+            "reasoning": choice.message.reasoning_content or "",
+            "content": choice.message.content,
+            "end": choice.finish_reason,
+        }
     assert len({json.dumps(part) for part in parts.values()}) == 3
 
 
 def test_the_stream_on_the_wire(http):
-    body = {"model": "base", "prompt": "数", "max_tokens": 4, "seed": 1, "stream": True,
-            "stream_options": {"include_usage": True}}
+    body = {
+        "model": "base",
+        "prompt": "数",
+        "max_tokens": 4,
+        "seed": 1,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     answer = http.post("/v1/completions", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
     *chunks, done, end = answer.text.split("\n\n")
@@ -97,16 +124,24 @@ def test_the_stream_on_the_wire(http):
 
 def test_completion_of_every_form_of_prompt(client, base):
     ids = [base.tokenizer.bos_id, *base.tokenizer.encode("数字")]
-    results = [client.completions.create(model="base", prompt=prompt, seed=2, max_tokens=9, logprobs=0)
-               for prompt in ("数字", ["数字"], ids, [ids])]
+    results = [
+        client.completions.create(model="base", prompt=prompt, seed=2, max_tokens=9, logprobs=0)
+        for prompt in ("数字", ["数字"], ids, [ids])
+    ]
     [expected] = base.generate("数字", SamplingParams(9, seed=2))
     for result in results:
         [choice] = result.choices
         assert (choice.text, choice.finish_reason) == (expected.text, expected.finish_reason)
-        spelled = [logprob for token, logprob in zip(expected.token_ids, expected.logprobs, strict=True) if token > 6]
+        spelled = [
+            logprob
+            for token, logprob in zip(expected.token_ids, expected.logprobs, strict=True)
+            if token > 6
+        ]
         assert choice.logprobs.token_logprobs == pytest.approx(spelled, abs=1e-4)
         assert choice.logprobs.text_offset[0] == 0
-    several = client.completions.create(model="base", prompt=["数字", "之"], n=2, seed=2, max_tokens=9)
+    several = client.completions.create(
+        model="base", prompt=["数字", "之"], n=2, seed=2, max_tokens=9
+    )
     assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
     assert several.choices[0].text == expected.text
     assert len({choice.text for choice in several.choices}) == 4
@@ -116,15 +151,22 @@ def test_completion_of_every_form_of_prompt(client, base):
 def test_streamed_logprobs_are_those_of_the_whole(client):
     arguments = {"model": "base", "prompt": "数", "max_tokens": 20, "seed": 6, "logprobs": 0}
     whole = client.completions.create(**arguments).choices[0].logprobs
-    streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**arguments, stream=True)]
+    streamed = [
+        chunk.choices[0].logprobs for chunk in client.completions.create(**arguments, stream=True)
+    ]
     assert [v for part in streamed if part for v in part.token_logprobs] == whole.token_logprobs
     assert [v for part in streamed if part for v in part.text_offset] == whole.text_offset
 
 
 def test_without_a_seed_answers_differ_and_greedy_ones_do_not(client):
     def texts(**more):
-        return {client.completions.create(model="base", prompt="数", max_tokens=6, **more).choices[0].text
-                for _ in range(3)}
+        return {
+            client.completions.create(model="base", prompt="数", max_tokens=6, **more)
+            .choices[0]
+            .text
+            for _ in range(3)
+        }
+
     assert len(texts()) > 1
     assert len(texts(temperature=0)) == 1
     assert len(texts(seed=9)) == 1
@@ -133,13 +175,19 @@ def test_without_a_seed_answers_differ_and_greedy_ones_do_not(client):
 def test_stop_strings(client, base):
     whole = base.generate("数", SamplingParams(40, seed=3))[0].text
     stop = whole[6:9]
-    arguments = {"model": "base", "prompt": "数", "max_tokens": 40, "seed": 3, "stop": [stop, "never there"]}
+    arguments = {
+        "model": "base",
+        "prompt": "数",
+        "max_tokens": 40,
+        "seed": 3,
+        "stop": [stop, "never there"],
+    }
     result = client.completions.create(**arguments)
-    assert result.choices[0].text == whole[:whole.index(stop)]
+    assert result.choices[0].text == whole[: whole.index(stop)]
     assert result.choices[0].finish_reason == "stop"
     assert result.usage.completion_tokens < 40
     chunks = [chunk.choices[0] for chunk in client.completions.create(**arguments, stream=True)]
-    assert "".join(chunk.text for chunk in chunks) == whole[:whole.index(stop)]
+    assert "".join(chunk.text for chunk in chunks) == whole[: whole.index(stop)]
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["stop"]
 
 
@@ -150,11 +198,26 @@ def test_typed_control_tokens_are_only_text(client, reasoning):
 
 
 def test_accepted_without_effect_or_in_another_form(http):
-    answer = http.post("/v1/chat/completions", json={
-        "model": "reasoning", "user": "me", "max_tokens": None, "stop": None, "seed": 4, "max_completion_tokens": 5,
-        "messages": [{"role": "system", "content": "数"}, *QUESTION,
-                     {"role": "assistant", "content": "九", "reasoning_content": "想"},
-                     {"role": "user", "content": [{"type": "text", "text": "再"}, {"type": "text", "text": "来"}]}]})
+    answer = http.post(
+        "/v1/chat/completions",
+        json={
+            "model": "reasoning",
+            "user": "me",
+            "max_tokens": None,
+            "stop": None,
+            "seed": 4,
+            "max_completion_tokens": 5,
+            "messages": [
+                {"role": "system", "content": "数"},
+                *QUESTION,
+                {"role": "assistant", "content": "九", "reasoning_content": "想"},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "再"}, {"type": "text", "text": "来"}],
+                },
+            ],
+        },
+    )
     assert answer.status_code == 200, answer.text
 
 
@@ -162,40 +225,76 @@ CHAT = {"model": "reasoning", "messages": QUESTION, "max_tokens": 2}
 TEXT = {"model": "base", "prompt": "数", "max_tokens": 2}
 
 
-@pytest.mark.parametrize(("path", "body", "status", "param", "code"), [
-    ("chat/", {**CHAT, "model": "gpt"}, 404, "model", "model_not_found"),
-    ("chat/", {**CHAT, "model": "base"}, 400, "model", "unsupported_model"),
-    ("chat/", {**CHAT, "tools": []}, 400, "tools", "unknown_parameter"),
-    ("chat/", {**CHAT, "frequency_penalty": 0.5}, 400, "frequency_penalty", "unknown_parameter"),
-    ("chat/", {**CHAT, "logprobs": True, "top_logprobs": 3}, 400, "top_logprobs", "unsupported_value"),
-    ("chat/", {**CHAT, "max_completion_tokens": 3}, 400, "max_tokens", None),
-    ("chat/", {"model": "reasoning"}, 400, "messages", "missing_required_parameter"),
-    ("chat/", {**CHAT, "messages": []}, 400, "messages", "invalid_value"),
-    ("chat/", {**CHAT, "messages": [{"role": "tool", "content": "1"}]}, 400, "messages.0.role", "invalid_value"),
-    ("chat/", {**CHAT, "messages": [{"role": "user", "content": "1", "name": "x"}]}, 400, "messages.0.name",
-     "unknown_parameter"),
-    ("chat/", {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages.0.content",
-     "invalid_value"),
-    ("chat/", {**CHAT, "messages": [{"role": "user", "content": "数" * 400}]}, 400, "messages",
-     "context_length_exceeded"),
-    ("chat/", {**CHAT, "temperature": -1}, 400, "temperature", "invalid_value"),
-    ("chat/", {**CHAT, "stream_options": {"include_usage": True}}, 400, "stream_options", None),
-    ("", {**TEXT, "model": "gpt"}, 404, "model", "model_not_found"),
-    ("", {**TEXT, "prompt": [7] * 400}, 400, "prompt", "context_length_exceeded"),
-    ("", {**TEXT, "prompt": [5, 272]}, 400, "prompt", "invalid_value"),
-    ("", {**TEXT, "prompt": []}, 400, "prompt", "invalid_value"),
-    ("", {**TEXT, "prompt": "\ud800"}, 400, "prompt.0", "invalid_value"),
-    ("", {**TEXT, "max_tokens": 0}, 400, "max_tokens", "invalid_value"),
-    ("", {**TEXT, "max_tokens": "2"}, 400, "max_tokens", "invalid_value"),
-    ("", {**TEXT, "top_p": 0}, 400, "top_p", "invalid_value"),
-    ("", {**TEXT, "n": 10**6}, 400, "n", "invalid_value"),
-    ("", {**TEXT, "n": 60, "prompt": ["a"] * 10}, 400, "n", "invalid_value"),
-    ("", {**TEXT, "seed": 2**63}, 400, "seed", "invalid_value"),
-    ("", {**TEXT, "stop": ["a", ""]}, 400, "stop.1", "invalid_value"),
-    ("", {**TEXT, "logprobs": 5}, 400, "logprobs", "unsupported_value"),
-    ("", {**TEXT, "echo": True}, 400, "echo", "unknown_parameter"),
-    ("", [], 400, None, "invalid_json"),
-])
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param", "code"),
+    [
+        ("chat/", {**CHAT, "model": "gpt"}, 404, "model", "model_not_found"),
+        ("chat/", {**CHAT, "model": "base"}, 400, "model", "unsupported_model"),
+        ("chat/", {**CHAT, "tools": []}, 400, "tools", "unknown_parameter"),
+        (
+            "chat/",
+            {**CHAT, "frequency_penalty": 0.5},
+            400,
+            "frequency_penalty",
+            "unknown_parameter",
+        ),
+        (
+            "chat/",
+            {**CHAT, "logprobs": True, "top_logprobs": 3},
+            400,
+            "top_logprobs",
+            "unsupported_value",
+        ),
+        ("chat/", {**CHAT, "max_completion_tokens": 3}, 400, "max_tokens", None),
+        ("chat/", {"model": "reasoning"}, 400, "messages", "missing_required_parameter"),
+        ("chat/", {**CHAT, "messages": []}, 400, "messages", "invalid_value"),
+        (
+            "chat/",
+            {**CHAT, "messages": [{"role": "tool", "content": "1"}]},
+            400,
+            "messages.0.role",
+            "invalid_value",
+        ),
+        (
+            "chat/",
+            {**CHAT, "messages": [{"role": "user", "content": "1", "name": "x"}]},
+            400,
+            "messages.0.name",
+            "unknown_parameter",
+        ),
+        (
+            "chat/",
+            {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "messages.0.content",
+            "invalid_value",
+        ),
+        (
+            "chat/",
+            {**CHAT, "messages": [{"role": "user", "content": "数" * 400}]},
+            400,
+            "messages",
+            "context_length_exceeded",
+        ),
+        ("chat/", {**CHAT, "temperature": -1}, 400, "temperature", "invalid_value"),
+        ("chat/", {**CHAT, "stream_options": {"include_usage": True}}, 400, "stream_options", None),
+        ("", {**TEXT, "model": "gpt"}, 404, "model", "model_not_found"),
+        ("", {**TEXT, "prompt": [7] * 400}, 400, "prompt", "context_length_exceeded"),
+        ("", {**TEXT, "prompt": [5, 272]}, 400, "prompt", "invalid_value"),
+        ("", {**TEXT, "prompt": []}, 400, "prompt", "invalid_value"),
+        ("", {**TEXT, "prompt": "\ud800"}, 400, "prompt.0", "invalid_value"),
+        ("", {**TEXT, "max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+        ("", {**TEXT, "max_tokens": "2"}, 400, "max_tokens", "invalid_value"),
+        ("", {**TEXT, "top_p": 0}, 400, "top_p", "invalid_value"),
+        ("", {**TEXT, "n": 10**6}, 400, "n", "invalid_value"),
+        ("", {**TEXT, "n": 60, "prompt": ["a"] * 10}, 400, "n", "invalid_value"),
+        ("", {**TEXT, "seed": 2**63}, 400, "seed", "invalid_value"),
+        ("", {**TEXT, "stop": ["a", ""]}, 400, "stop.1", "invalid_value"),
+        ("", {**TEXT, "logprobs": 5}, 400, "logprobs", "unsupported_value"),
+        ("", {**TEXT, "echo": True}, 400, "echo", "unknown_parameter"),
+        ("", [], 400, None, "invalid_json"),
+    ],
+)
 def test_refusals(http, path, body, status, param, code):
     answer = http.post(f"/v1/{path}completions", content=json.dumps(body))
     assert answer.status_code == status
@@ -214,7 +313,9 @@ def test_the_context_error_has_both_numbers(client, base):
     assert result.usage.completion_tokens <= 2
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"model": NaN}', b"[" * 100000, b'{"n": ' + b"9" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b'{"model": NaN}', b"[" * 100000, b'{"n": ' + b"9" * 5000]
+)
 def test_bodies_that_are_no_json(http, content):
     answer = http.post("/v1/completions", content=content)
     assert answer.status_code == 400
@@ -228,7 +329,11 @@ def test_a_large_body_is_refused(http):
 
 
 def test_other_routes_answer_in_the_same_form(http):
-    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405), ("POST", "/", 405)):
+    for method, path, status in (
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/completions", 405),
+        ("POST", "/", 405),
+    ):
         answer = http.request(method, path)
         assert answer.status_code == status
         assert answer.json()["error"]["message"]
@@ -238,16 +343,63 @@ def test_other_routes_answer_in_the_same_form(http):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
-keys = st.sampled_from(["model", "messages", "prompt", "max_tokens", "max_completion_tokens", "temperature", "top_p",
-                        "n", "seed", "stop", "stream", "stream_options", "logprobs", "top_logprobs", "user", "\ud800"])
-likely = st.sampled_from(["base", "reasoning", "数", 1, 0, -1, 0.5, 3, True, False, None, [], ["a"], [7, 8], [[7]],
-                          1e999, 10**400, {"include_usage": True}, [{"role": "user"}],
-                          [{"role": "user", "content": "a"}]])
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+keys = st.sampled_from(
+    [
+        "model",
+        "messages",
+        "prompt",
+        "max_tokens",
+        "max_completion_tokens",
+        "temperature",
+        "top_p",
+        "n",
+        "seed",
+        "stop",
+        "stream",
+        "stream_options",
+        "logprobs",
+        "top_logprobs",
+        "user",
+        "\ud800",
+    ]
+)
+likely = st.sampled_from(
+    [
+        "base",
+        "reasoning",
+        "数",
+        1,
+        0,
+        -1,
+        0.5,
+        3,
+        True,
+        False,
+        None,
+        [],
+        ["a"],
+        [7, 8],
+        [[7]],
+        1e999,
+        10**400,
+        {"include_usage": True},
+        [{"role": "user"}],
+        [{"role": "user", "content": "a"}],
+    ]
+)
 
 
 @settings(max_examples=40)
-@given(st.sampled_from(["chat/", ""]), st.dictionaries(keys, likely | json_values, max_size=5), st.booleans())
+@given(
+    st.sampled_from(["chat/", ""]),
+    st.dictionaries(keys, likely | json_values, max_size=5),
+    st.booleans(),
+)
 def test_no_body_is_a_server_error(http, path, changes, valid):
     start = (CHAT if path else TEXT) if valid else {}
     answer = http.post(f"/v1/{path}completions", content=json.dumps({**start, **changes}))
@@ -257,4 +409,6 @@ def test_no_body_is_a_server_error(http, path, changes, valid):
     elif changes.get("stream"):
         assert answer.text.endswith("data: [DONE]\n\n")
     else:
-        assert all(not isinstance(v, float) or math.isfinite(v) for v in answer.json()["usage"].values())
+        assert all(
+            not isinstance(v, float) or math.isfinite(v) for v in answer.json()["usage"].values()
+        )

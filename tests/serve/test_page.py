@@ -13,14 +13,18 @@ def page(http):
 def test_nothing_comes_from_elsewhere(page):
     assert page.status_code == 200
     # SVG has no namespace here for the same reason; the only scheme is data:.
-    assert not re.search(r"https?:|//[a-z]|@import|url\(|<link(?![^>]*href=\"data:)|\bsrc=", page.text)
+    assert not re.search(
+        r"https?:|//[a-z]|@import|url\(|<link(?![^>]*href=\"data:)|\bsrc=", page.text
+    )
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
 
 
 def test_no_text_becomes_markup(page):
-    ways = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|\son\w+=[\"']"
+    ways = (
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|\son\w+=[\"']"
+    )
     assert not re.search(ways, page.text)
 
 

@@ -17,14 +17,21 @@ def test_a_port_in_use_is_reported_before_anything_is_loaded(run_directory, monk
     monkeypatch.setattr(server_module, "create_app", lambda *_: pytest.fail("loaded"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(XushiError, match=rf"port {port} of 127.0.0.1 is in use\n.*--port {port + 1}"):
+        with pytest.raises(
+            XushiError, match=rf"port {port} of 127.0.0.1 is in use\n.*--port {port + 1}"
+        ):
             serve(run_directory, port=port)
 
 
-@pytest.mark.parametrize(("host", "port", "message"), [
-    ("127.0.0.1", 70000, "port 70000 does not exist"), ("127.0.0.1", -1, "port -1 does not exist"),
-    ("203.0.113.7", 8000, "cannot listen on 203.0.113.7"), ("no.such.host.invalid", 8000, "has no address"),
-])
+@pytest.mark.parametrize(
+    ("host", "port", "message"),
+    [
+        ("127.0.0.1", 70000, "port 70000 does not exist"),
+        ("127.0.0.1", -1, "port -1 does not exist"),
+        ("203.0.113.7", 8000, "cannot listen on 203.0.113.7"),
+        ("no.such.host.invalid", 8000, "has no address"),
+    ],
+)
 def test_places_that_cannot_be_listened_on(host, port, message):
     with pytest.raises(XushiError, match=message):
         server_module.bind(host, port)
@@ -41,7 +48,11 @@ def test_a_run_without_exports(tmp_path):
 
 
 def test_a_damaged_model_card_is_named(tmp_path):
-    for text, message in (("{", "cannot be read"), ("[]", "not a JSON object"), ('{"titel": ""}', "mean title")):
+    for text, message in (
+        ("{", "cannot be read"),
+        ("[]", "not a JSON object"),
+        ('{"titel": ""}', "mean title"),
+    ):
         (tmp_path / "model_card.json").write_text(text)
         with pytest.raises(XushiError, match=message):
             read_card("base", tmp_path)
@@ -58,8 +69,12 @@ def test_control_c_ends_open_streams_within_two_seconds(run_directory):
     seen, times = [], {}
 
     def press() -> None:
-        with httpx.stream("POST", address + "/v1/completions", timeout=20, json={
-                "model": "base", "prompt": "数", "max_tokens": 120, "n": 4, "stream": True}) as answer:
+        with httpx.stream(
+            "POST",
+            address + "/v1/completions",
+            timeout=20,
+            json={"model": "base", "prompt": "数", "max_tokens": 120, "n": 4, "stream": True},
+        ) as answer:
             for line in answer.iter_lines():
                 if not seen:
                     times["pressed"] = time.monotonic()

@@ -56,17 +56,27 @@ def test_a_failing_step_fails_its_requests_and_no_others(app, client, http, monk
         with pytest.raises(openai.APIError, match="the engine failed"):
             list(client.completions.create(model="base", prompt="a", max_tokens=3, stream=True))
     assert http.get("/health").status_code == 200
-    assert client.completions.create(model="base", prompt="a", max_tokens=3).choices[0].finish_reason
+    assert (
+        client.completions.create(model="base", prompt="a", max_tokens=3).choices[0].finish_reason
+    )
     assert settles(lambda: worker.unfinished == 0)
 
 
 def test_many_at_once_each_get_their_own(client):
-    alone = [client.completions.create(model="base", prompt="数", seed=seed, max_tokens=12).choices[0].text
-             for seed in range(6)]
+    alone = [
+        client.completions.create(model="base", prompt="数", seed=seed, max_tokens=12)
+        .choices[0]
+        .text
+        for seed in range(6)
+    ]
     found: dict[int, str] = {}
 
     def ask(seed):
-        found[seed] = client.completions.create(model="base", prompt="数", seed=seed, max_tokens=12).choices[0].text
+        found[seed] = (
+            client.completions.create(model="base", prompt="数", seed=seed, max_tokens=12)
+            .choices[0]
+            .text
+        )
 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
     for thread in threads:
@@ -82,7 +92,10 @@ def test_a_full_queue_says_come_back(run_directory, serving, settles):
     release = threading.Event()
     step = worker._engine.step
     worker._engine.step = lambda: (release.wait(10), step())[1]
-    with serving(app) as (address, _), OpenAI(base_url=address + "/v1", api_key="none", max_retries=0) as client:
+    with (
+        serving(app) as (address, _),
+        OpenAI(base_url=address + "/v1", api_key="none", max_retries=0) as client,
+    ):
         stream = client.completions.create(**{**LONG, "max_tokens": 5}, stream=True)
         with pytest.raises(openai.RateLimitError) as caught:
             client.completions.create(model="base", prompt="a")

@@ -1,4 +1,6 @@
-"""A conversation's ids: transformers' template as oracle, the mask, and no way for content to form special tokens."""
+"""A conversation's ids: transformers' template as oracle, the mask, and no way for content to form
+special tokens.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,12 @@ SPELLED = st.lists(st.one_of(PLAIN, st.sampled_from(SPECIAL_TOKENS)), max_size=4
 
 
 def conversations(content: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict[str, Any]]]:
-    bare = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": content})
-    thought = st.fixed_dictionaries({"role": st.just("assistant"), "content": content, "reasoning_content": content})
+    bare = st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant"]), "content": content}
+    )
+    thought = st.fixed_dictionaries(
+        {"role": st.just("assistant"), "content": content, "reasoning_content": content}
+    )
     return st.lists(st.one_of(bare, thought), min_size=1, max_size=5)
 
 
@@ -31,17 +37,21 @@ def theirs(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> An
 
 @settings(max_examples=80, deadline=None)
 @given(messages=conversations(PLAIN), prompt=st.booleans())
-def test_template_in_transformers_gives_the_same_ids(tokenizer: Tokenizer, theirs: Any, messages: list[Message],
-                                                     prompt: bool) -> None:
+def test_template_in_transformers_gives_the_same_ids(
+    tokenizer: Tokenizer, theirs: Any, messages: list[Message], prompt: bool
+) -> None:
     rendered = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
     assert rendered == tokenizer.chat_ids(messages, add_generation_prompt=prompt)
 
 
 @settings(max_examples=80, deadline=None)
 @given(messages=conversations(SPELLED))
-def test_transformers_sanitized_template_is_as_safe(tokenizer: Tokenizer, theirs: Any, messages: list[Message]) -> None:
-    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False,
-                                          sanitize_control_tokens=True)
+def test_transformers_sanitized_template_is_as_safe(
+    tokenizer: Tokenizer, theirs: Any, messages: list[Message]
+) -> None:
+    rendered = theirs.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+    )
     assert rendered == tokenizer.chat_ids(messages)
 
 
@@ -51,9 +61,13 @@ def test_content_forms_no_special_token(tokenizer: Tokenizer, messages: list[Mes
     ids = tokenizer.chat_ids(messages, add_generation_prompt=False)
     roles = [message["role"] for message in messages]
     assert ids.count(tokenizer.user_id) == roles.count("user")
-    assert ids.count(tokenizer.assistant_id) == ids.count(tokenizer.eos_id) == roles.count("assistant")
+    assert (
+        ids.count(tokenizer.assistant_id) == ids.count(tokenizer.eos_id) == roles.count("assistant")
+    )
     assert ids.count(tokenizer.end_think_id) == roles.count("assistant")
-    assert ids.count(tokenizer.think_id) == sum(bool(message.get("reasoning_content")) for message in messages)
+    assert ids.count(tokenizer.think_id) == sum(
+        bool(message.get("reasoning_content")) for message in messages
+    )
     assert ids.count(tokenizer.bos_id) == 1 and tokenizer.pad_id not in ids
 
 
@@ -70,17 +84,23 @@ def test_mask_is_what_the_assistant_produces(tokenizer: Tokenizer, messages: lis
         if wanted:
             learned[-1].append(ids[i])
     replies = [message for message in messages if message["role"] == "assistant"]
-    expected = [(message.get("reasoning_content") or None, message["content"], True) for message in replies]
+    expected = [
+        (message.get("reasoning_content") or None, message["content"], True) for message in replies
+    ]
     assert [tokenizer.parse_assistant(reply) for reply in learned] == expected
 
 
 def test_forms_in_full(tokenizer: Tokenizer) -> None:
     messages: list[Message] = [
-        {"role": "user", "content": "q"}, {"role": "system", "content": "s"},
-        {"role": "assistant", "content": "a", "reasoning_content": "r"}, {"role": "assistant", "content": "b"}]
+        {"role": "user", "content": "q"},
+        {"role": "system", "content": "s"},
+        {"role": "assistant", "content": "a", "reasoning_content": "r"},
+        {"role": "assistant", "content": "b"},
+    ]
     assert tokenizer.decode(tokenizer.chat_ids(messages)) == (
         "<｜begin▁of▁sentence｜>s<｜User｜>q<｜Assistant｜><think>r</think>a<｜end▁of▁sentence｜>"
-        "<｜Assistant｜></think>b<｜end▁of▁sentence｜><｜Assistant｜>")
+        "<｜Assistant｜></think>b<｜end▁of▁sentence｜><｜Assistant｜>"
+    )
 
 
 def test_unfinished_replies(tokenizer: Tokenizer) -> None:

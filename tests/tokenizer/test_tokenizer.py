@@ -1,4 +1,6 @@
-"""Lossless, safe against special tokens spelled in text, deterministic, and equal to what transformers makes of it."""
+"""Lossless, safe against special tokens spelled in text, deterministic, and equal to what
+transformers makes of it.
+"""
 
 import json
 import string
@@ -19,12 +21,28 @@ from xushi.tokenizer.config import SPECIAL_TOKENS
 
 LOOK_ALIKES = [*SPECIAL_TOKENS, "<think", "</think>\n", "<｜", "｜>", "▁"]
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
-MIXED = st.lists(st.one_of(
-    UNICODE, st.sampled_from(LOOK_ALIKES), st.text(string.printable, max_size=30),
-    st.text("天地玄黄，。あア가é\u0301", max_size=20),
-    st.sampled_from(["\0", "\r\n", "👨‍👩‍👧‍👦", "  \n\t\n    ", "１２３", "1234567890", "\ufeff", "\u2028",
-                     "\x1c\x85\xa0"]),
-), max_size=8).map("".join)
+MIXED = st.lists(
+    st.one_of(
+        UNICODE,
+        st.sampled_from(LOOK_ALIKES),
+        st.text(string.printable, max_size=30),
+        st.text("天地玄黄，。あア가é\u0301", max_size=20),
+        st.sampled_from(
+            [
+                "\0",
+                "\r\n",
+                "👨‍👩‍👧‍👦",
+                "  \n\t\n    ",
+                "１２３",
+                "1234567890",
+                "\ufeff",
+                "\u2028",
+                "\x1c\x85\xa0",
+            ]
+        ),
+    ),
+    max_size=8,
+).map("".join)
 
 
 @settings(max_examples=150, deadline=None)
@@ -43,7 +61,9 @@ def test_lossless_and_never_special(tokenizer: Tokenizer, bare: Tokenizer, text:
 def test_long_texts_encode_the_same_in_pieces(tokenizer: Tokenizer, text: str, limit: int) -> None:
     pieces = list(module._pieces(text, limit))
     assert "".join(pieces) == text
-    assert [token for piece in pieces for token in tokenizer.encode(piece)] == tokenizer.encode(text)
+    assert [token for piece in pieces for token in tokenizer.encode(piece)] == tokenizer.encode(
+        text
+    )
 
 
 def test_long_texts_do_come_in_pieces() -> None:
@@ -59,9 +79,19 @@ def test_batch_is_each_alone(tokenizer: Tokenizer, texts: list[str]) -> None:
 
 def test_digits_stand_alone() -> None:
     tokenizer = Tokenizer.train(["x = 1111 + 1111\n1111 11\n" * 50], 265)
-    assert [tokenizer.token_bytes(t) for t in tokenizer.encode("12 345")] == [b"1", b"2", b" ", b"3", b"4", b"5"]
+    assert [tokenizer.token_bytes(t) for t in tokenizer.encode("12 345")] == [
+        b"1",
+        b"2",
+        b" ",
+        b"3",
+        b"4",
+        b"5",
+    ]
     digits = {ord(d) for d in string.digits}
-    assert not any(len(tokenizer.token_bytes(t)) > 1 and digits & set(tokenizer.token_bytes(t)) for t in range(265))
+    assert not any(
+        len(tokenizer.token_bytes(t)) > 1 and digits & set(tokenizer.token_bytes(t))
+        for t in range(265)
+    )
 
 
 def test_no_token_joins_chinese_to_latin() -> None:
@@ -72,7 +102,20 @@ def test_no_token_joins_chinese_to_latin() -> None:
 
 
 def test_chinese_compresses() -> None:
-    words = ["天地玄黄", "宇宙洪荒", "模型", "数据", "训练", "虚实", "的", "了", "在", "学习", "语言", "深度"]
+    words = [
+        "天地玄黄",
+        "宇宙洪荒",
+        "模型",
+        "数据",
+        "训练",
+        "虚实",
+        "的",
+        "了",
+        "在",
+        "学习",
+        "语言",
+        "深度",
+    ]
     generator = np.random.Generator(np.random.Philox(key=7))
     text = "".join(generator.choice([*words, "，", "。\n"]) for _ in range(4000))
     tokenizer = Tokenizer.train([text], 340)
@@ -83,11 +126,17 @@ def test_chinese_compresses() -> None:
 
 def test_training_is_deterministic_over_processes() -> None:
     # Many pairs of equal count, whose order must not hang on a hash map's.
-    program = ("from xushi.tokenizer import Tokenizer; from itertools import product;"
-               "words = [''.join(w) for w in product('abcdef', repeat=4)];"
-               "print(Tokenizer.train([' '.join(words)] * 3, 330).hash)")
-    hashes = {subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
-              for _ in range(2)}
+    program = (
+        "from xushi.tokenizer import Tokenizer; from itertools import product;"
+        "words = [''.join(w) for w in product('abcdef', repeat=4)];"
+        "print(Tokenizer.train([' '.join(words)] * 3, 330).hash)"
+    )
+    hashes = {
+        subprocess.run(
+            [sys.executable, "-c", program], check=True, capture_output=True, text=True
+        ).stdout
+        for _ in range(2)
+    }
     assert len(hashes) == 1
 
 
@@ -97,7 +146,9 @@ def test_bytes_only_vocabulary_has_no_merges(bare: Tokenizer) -> None:
 
 
 def test_vocabulary_that_text_does_not_allow_names_the_size_reached() -> None:
-    with pytest.raises(XushiError, match=r"vocab_size=5000 is larger than the text allows: it gives 26\d") as caught:
+    with pytest.raises(
+        XushiError, match=r"vocab_size=5000 is larger than the text allows: it gives 26\d"
+    ) as caught:
         Tokenizer.train(["abab abab"], 5000)
     reached = int(caught.value.problem.rsplit(" ", 1)[1])
     assert Tokenizer.train(["abab abab"], reached).vocab_size == reached
@@ -122,8 +173,15 @@ def test_decode_shows_or_skips_special_tokens(tokenizer: Tokenizer) -> None:
 
 
 def test_special_ids(tokenizer: Tokenizer) -> None:
-    assert [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.user_id, tokenizer.assistant_id,
-            tokenizer.think_id, tokenizer.end_think_id] == list(range(7))
+    assert [
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        tokenizer.user_id,
+        tokenizer.assistant_id,
+        tokenizer.think_id,
+        tokenizer.end_think_id,
+    ] == list(range(7))
     assert tokenizer.byte_lengths[:7].tolist() == [0] * 7 and tokenizer.token_bytes(0) == b""
 
 
@@ -131,7 +189,9 @@ def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> N
     tokenizer.save(tmp_path / "t")
     loaded = Tokenizer.load(tmp_path / "t")
     assert loaded.hash == tokenizer.hash == sha256_file(tmp_path / "t" / "tokenizer.json")
-    assert loaded.encode("def f(): return '天地'<think>") == tokenizer.encode("def f(): return '天地'<think>")
+    assert loaded.encode("def f(): return '天地'<think>") == tokenizer.encode(
+        "def f(): return '天地'<think>"
+    )
 
 
 def test_missing_and_damaged_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -157,10 +217,14 @@ def test_missing_and_damaged_files(tokenizer: Tokenizer, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("with_model", [False, True])
-def test_transformers_gives_the_same_ids(tokenizer: Tokenizer, tmp_path: Path, with_model: bool) -> None:
+def test_transformers_gives_the_same_ids(
+    tokenizer: Tokenizer, tmp_path: Path, with_model: bool
+) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer.save(tmp_path)
-    if with_model:  # as in an export, where the model's type could lead transformers to another tokenizer class
+    if (
+        with_model
+    ):  # as in an export, where the model's type could lead transformers to another tokenizer class
         (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3", "vocab_size": 420}')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
@@ -174,4 +238,5 @@ def test_transformers_gives_the_same_ids(tokenizer: Tokenizer, tmp_path: Path, w
         assert theirs.decode(ids) == text
         if not any(token in text for token in SPECIAL_TOKENS):
             assert theirs.encode(text) == ids
+
     same()

@@ -10,10 +10,26 @@ from xushi.base.tracking import Tracking
 from xushi.model import Deepseek, ModelConfig
 
 TINY = ModelConfig(
-    vocab_size=40, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2,
-    num_attention_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
-    q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, max_position_embeddings=32,
-    num_nextn_predict_layers=1, initializer_range=0.1)
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    moe_intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    q_lora_rank=None,
+    kv_lora_rank=8,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=4,
+    max_position_embeddings=32,
+    num_nextn_predict_layers=1,
+    initializer_range=0.1,
+)
 
 
 @pytest.fixture
@@ -30,8 +46,13 @@ def batch(step: int) -> dict[str, Tensor]:
     positions = torch.tensor([[*range(9), *range(8), 0, 0, 0], [*range(4), *range(16)]])
     mask = segments >= 0
     mask[:, [8, 3]] = False  # some targets are not learned
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": segments, "positions": positions,
-            "loss_mask": mask}
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": segments,
+        "positions": positions,
+        "loss_mask": mask,
+    }
 
 
 @pytest.fixture

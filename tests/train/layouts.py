@@ -1,6 +1,8 @@
-"""What the processes of the layout tests run: `python -m tests.train.layouts PLACE`, started as torchrun starts them.
+"""What the processes of the layout tests run: `python -m tests.train.layouts PLACE`, started as
+torchrun starts them.
 
-Each process writes what it holds at the end to PLACE; the test puts the parts together. Not a test by itself.
+Each process writes what it holds at the end to PLACE; the test puts the parts together. Not a test
+by itself.
 """
 
 import contextlib
@@ -35,29 +37,93 @@ from xushi.train.loop import training_step
 from xushi.train.pipeline import run_pipeline
 
 THIRD = ModelConfig(
-    vocab_size=40, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=2,
-    num_attention_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
-    q_lora_rank=6, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4, max_position_embeddings=32,
-    num_nextn_predict_layers=1, initializer_range=0.1)
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    moe_intermediate_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    q_lora_rank=6,
+    kv_lora_rank=8,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=4,
+    max_position_embeddings=32,
+    num_nextn_predict_layers=1,
+    initializer_range=0.1,
+)
 MODELS = {
-    "v2": THIRD.model_copy(update={"model_type": "deepseek_v2", "topk_method": "greedy", "norm_topk_prob": False,
-                                   "num_nextn_predict_layers": 0}),
+    "v2": THIRD.model_copy(
+        update={
+            "model_type": "deepseek_v2",
+            "topk_method": "greedy",
+            "norm_topk_prob": False,
+            "num_nextn_predict_layers": 0,
+        }
+    ),
     "v3": THIRD,
-    "v3.2": THIRD.model_copy(update={"model_type": "deepseek_v32", "index_topk": 4, "index_n_heads": 2,
-                                     "index_head_dim": 6}),
+    "v3.2": THIRD.model_copy(
+        update={
+            "model_type": "deepseek_v32",
+            "index_topk": 4,
+            "index_n_heads": 2,
+            "index_head_dim": 6,
+        }
+    ),
     "v4": ModelConfig(
-        model_type="deepseek_v4", vocab_size=40, hidden_size=16, moe_intermediate_size=8, num_hidden_layers=3,
-        num_attention_heads=2, n_routed_experts=4, num_experts_per_tok=2, q_lora_rank=6, qk_rope_head_dim=4, head_dim=8,
-        o_groups=2, o_lora_rank=4, sliding_window=4, compress_ratios=[0, 2, 3, 2], compress_rate_csa=2,
-        compress_rate_hca=3, index_topk=2, index_n_heads=2, index_head_dim=6, hc_mult=2, num_hash_layers=1,
-        max_position_embeddings=32, num_nextn_predict_layers=1, initializer_range=0.1)}
+        model_type="deepseek_v4",
+        vocab_size=40,
+        hidden_size=16,
+        moe_intermediate_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        q_lora_rank=6,
+        qk_rope_head_dim=4,
+        head_dim=8,
+        o_groups=2,
+        o_lora_rank=4,
+        sliding_window=4,
+        compress_ratios=[0, 2, 3, 2],
+        compress_rate_csa=2,
+        compress_rate_hca=3,
+        index_topk=2,
+        index_n_heads=2,
+        index_head_dim=6,
+        hc_mult=2,
+        num_hash_layers=1,
+        max_position_embeddings=32,
+        num_nextn_predict_layers=1,
+        initializer_range=0.1,
+    ),
+}
 # As many layers as four stages need; the others are quicker with fewer.
-MODELS |= {f"{kind} deep": model.model_copy(update={"num_hidden_layers": 4} | (
-    {"compress_ratios": [0, 2, 3, 2, 2]} if kind == "v4" else {})) for kind, model in MODELS.items()}
+MODELS |= {
+    f"{kind} deep": model.model_copy(
+        update={"num_hidden_layers": 4}
+        | ({"compress_ratios": [0, 2, 3, 2, 2]} if kind == "v4" else {})
+    )
+    for kind, model in MODELS.items()
+}
 STEPS = 20
 ROWS = 6  # which four processes cannot share evenly
-CONFIG = ObjectiveConfig(steps=STEPS, learning_rate=0.01, warmup_steps=2, decay_fraction=0.5, bias_speed=0.01,
-                         balance_weight=0.01, checkpoint_every=6, dtype="fp32", muon_per_head=True)
+CONFIG = ObjectiveConfig(
+    steps=STEPS,
+    learning_rate=0.01,
+    warmup_steps=2,
+    decay_fraction=0.5,
+    bias_speed=0.01,
+    balance_weight=0.01,
+    checkpoint_every=6,
+    dtype="fp32",
+    muon_per_head=True,
+)
 
 
 def config_of(kind: str) -> ObjectiveConfig:
@@ -77,15 +143,26 @@ def batch(cursor: int, count: int) -> dict[str, Tensor]:
         cut, end = 7 + number % 9, 24 - number % 4
         segments = torch.tensor([0] * cut + [1] * (end - cut) + [-1] * (24 - end))
         positions = torch.tensor([*range(cut), *range(end - cut), *([0] * (24 - end))])
-        rows.append({"tokens": tokens[:-1], "targets": tokens[1:], "segments": segments, "positions": positions,
-                     "loss_mask": segments >= 0})
+        rows.append(
+            {
+                "tokens": tokens[:-1],
+                "targets": tokens[1:],
+                "segments": segments,
+                "positions": positions,
+                "loss_mask": segments >= 0,
+            }
+        )
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class Choices:
-    """Records the routers' choices of each step, or replays recorded ones: `steps[step][router]` is [rows, T, k]."""
+    """Records the routers' choices of each step, or replays recorded ones: `steps[step][router]` is
+    [rows, T, k].
+    """
 
-    def __init__(self, model: Deepseek, layout: Layout, steps: list[dict[str, Tensor]] | None = None) -> None:
+    def __init__(
+        self, model: Deepseek, layout: Layout, steps: list[dict[str, Tensor]] | None = None
+    ) -> None:
         self.steps, self.layout, self.step, self.seen = steps, layout, 0, [dict[str, Tensor]()]
         for name, router in model.routers().items():
             router.forward = self._watched(name, router)
@@ -101,17 +178,21 @@ class Choices:
                 chosen = self.steps[self.step][name]
                 mine = self.layout.rows({"tokens": chosen})["tokens"]
                 first = 0 if before is None else len(before)
-                pinned_Nk = mine[first:first + len(x_ND) // 24].flatten(0, 1)
+                pinned_Nk = mine[first : first + len(x_ND) // 24].flatten(0, 1)
             choice = Router.forward(router, x_ND, tokens_N, pinned_Nk)
             found = choice.indices_Nk.view(-1, 24, choice.indices_Nk.shape[1])
             self.seen[-1][name] = found if before is None else torch.cat([before, found])
             return choice
+
         return forward
 
 
 def biases(model: Deepseek) -> dict[str, Tensor]:
-    return {name: router.e_score_correction_bias for name, router in model.routers().items()
-            if router.e_score_correction_bias is not None}
+    return {
+        name: router.e_score_correction_bias
+        for name, router in model.routers().items()
+        if router.e_score_correction_bias is not None
+    }
 
 
 def gradients(model: Deepseek, layout: Layout) -> dict[str, Tensor]:
@@ -121,14 +202,18 @@ def gradients(model: Deepseek, layout: Layout) -> dict[str, Tensor]:
     counts = LossCounts(*layout.total(torch.stack([counts.targets, counts.fed])))
 
     def loss(piece: dict[str, Tensor], residual: Tensor | None = None) -> LossParts:
-        return pretraining_loss(model, piece, mtp_weight=0.3, balance_weight=0.01, counts=counts, residual=residual)
+        return pretraining_loss(
+            model, piece, mtp_weight=0.3, balance_weight=0.01, counts=counts, residual=residual
+        )
 
     if layout.pipeline > 1:
         run_pipeline(model, rows, layout, loss)
         layout.add_shared_gradients()
     else:
         loss(rows).total.backward()
-    found = {name: local(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    found = {
+        name: local(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None
+    }
     for parameter in model.parameters():
         parameter.grad = None
     return found
@@ -151,7 +236,8 @@ def examine(kind: str, layout: Layout, recorded: list[dict[str, Tensor]]) -> dic
     result: dict[str, object] = {
         "gradients": gradients(layout.spread(model_of(kind)), layout),
         "exact": gradients(layout.spread(model_of(kind).double()), layout),
-        "boxes": {name: vars(layout.box(name)) for name in layout.shapes}}
+        "boxes": {name: vars(layout.box(name)) for name in layout.shapes},
+    }
     for name, steps in (("replayed", recorded), ("free", None)):
         state = TrainingState.begin(model_of(kind), config_of(kind), layout)
         choices = Choices(state.model, layout, steps)
@@ -171,7 +257,15 @@ def resumed(kind: str, layout: Layout, directory: Path, steps: int, total: int =
         return batch(cursor, count)
 
     with contextlib.suppress(KeyboardInterrupt):
-        train("test", model_of(kind), config, Data(batches, lambda _: ROWS), directory, Tracking(None), layout=layout)
+        train(
+            "test",
+            model_of(kind),
+            config,
+            Data(batches, lambda _: ROWS),
+            directory,
+            Tracking(None),
+            layout=layout,
+        )
 
 
 def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
@@ -182,7 +276,10 @@ def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
         parts = real(*arguments, **settings)
         steps[0] += 1
         pieces = ROWS if layout.pipeline > 1 else 1
-        broken = (steps[0] - 1) // pieces == 2 and (layout.rank, layout.stage) == (layout.data - 1, layout.pipeline - 1)
+        broken = (steps[0] - 1) // pieces == 2 and (layout.rank, layout.stage) == (
+            layout.data - 1,
+            layout.pipeline - 1,
+        )
         return replace(parts, total=parts.total * float("nan")) if broken else parts
 
     class Remembering(Tracking):
@@ -191,13 +288,23 @@ def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
 
     loop.pretraining_loss = loss
     config = CONFIG.model_copy(update={"steps": 6, "activations": "recompute"})
-    train("test", model_of("v3"), config, Data(batch, lambda _: ROWS), directory, Remembering(None), layout=layout)
+    train(
+        "test",
+        model_of("v3"),
+        config,
+        Data(batch, lambda _: ROWS),
+        directory,
+        Remembering(None),
+        layout=layout,
+    )
     loop.pretraining_loss = real
     return tracked
 
 
 def endless(layout: Layout, directory: Path, stands_still: int | None) -> None:
-    """Training that ends by what happens to a process; one may stop at the fifth step's batch by itself."""
+    """Training that ends by what happens to a process; one may stop at the fifth step's batch by
+    itself.
+    """
     heartbeat.SHORTEST_LIMIT, heartbeat.SECONDS_BETWEEN, heartbeat.SECONDS_TO_TELL = 3.0, 0.1, 1.0
 
     def batches(cursor: int, count: int) -> dict[str, Tensor]:
@@ -207,17 +314,35 @@ def endless(layout: Layout, directory: Path, stands_still: int | None) -> None:
 
     config = CONFIG.model_copy(update={"steps": 100_000, "checkpoint_every": 2})
     data = Data(batches, lambda _: ROWS)
-    sys.exit(guarded(lambda: train("test", model_of("v3"), config, data, directory, Tracking(None), layout=layout)))
+    sys.exit(
+        guarded(
+            lambda: train(
+                "test", model_of("v3"), config, data, directory, Tracking(None), layout=layout
+            )
+        )
+    )
 
 
 def main(place: Path) -> None:
     torch.set_num_threads(1)
     task = torch.load(place / "task.pt", weights_only=True)
     results: dict[str, object] = {}
-    if "kill" in task:  # small steps, each with a checkpoint: a kill is likely to fall into the writing of one
-        config = CONFIG.model_copy(update={"steps": task["kill"], "checkpoint_every": 1, "keep_checkpoints": 3})
+    if (
+        "kill" in task
+    ):  # small steps, each with a checkpoint: a kill is likely to fall into the writing of one
+        config = CONFIG.model_copy(
+            update={"steps": task["kill"], "checkpoint_every": 1, "keep_checkpoints": 3}
+        )
         layout = join(LayoutConfig(expert=min(2, int(os.environ["WORLD_SIZE"]))), THIRD)
-        train("test", model_of("v3"), config, Data(batch, lambda _: ROWS), place / "run", Tracking(None), layout=layout)
+        train(
+            "test",
+            model_of("v3"),
+            config,
+            Data(batch, lambda _: ROWS),
+            place / "run",
+            Tracking(None),
+            layout=layout,
+        )
         return
     if "endless" in task:
         endless(join(LayoutConfig(), THIRD), place / "run", task["endless"])
@@ -229,8 +354,13 @@ def main(place: Path) -> None:
             results[f"{kind} {pipeline} {expert}"] = examine(kind, layout, recorded)
         if "poison" in task:
             results["poisoned"] = poisoned(layout, place / "poisoned")
-            backends = [team.group._get_backend(torch.device("cpu")) for team in (layout.team, layout.writers)]
-            results["seconds_to_wait"] = min(backend.options._timeout.total_seconds() for backend in backends)
+            backends = [
+                team.group._get_backend(torch.device("cpu"))
+                for team in (layout.team, layout.writers)
+            ]
+            results["seconds_to_wait"] = min(
+                backend.options._timeout.total_seconds() for backend in backends
+            )
         for kind, directory, steps in task.get("resume", []):
             resumed(kind, layout, place / directory, steps)
             checkpoint = latest_checkpoint(place / directory)

@@ -29,20 +29,34 @@ FILES = {MANIFEST, "model.safetensors", "optimizer.safetensors"}
 
 def moment(step: int) -> Checkpoint:
     g = torch.Generator().manual_seed(step)
-    model = {"a.weight": torch.randn(3, 4, generator=g), "b": torch.randn(2, generator=g).bfloat16(),
-             "counts": torch.arange(step)}
-    return Checkpoint(step, {"model": model, "optimizer": {"mean.a.weight": torch.randn(3, 4, generator=g)}},
-                      {"optimizer_steps": step, "nested": {"text": "虚实", "rate": 0.1}})
+    model = {
+        "a.weight": torch.randn(3, 4, generator=g),
+        "b": torch.randn(2, generator=g).bfloat16(),
+        "counts": torch.arange(step),
+    }
+    return Checkpoint(
+        step,
+        {"model": model, "optimizer": {"mean.a.weight": torch.randn(3, 4, generator=g)}},
+        {"optimizer_steps": step, "nested": {"text": "虚实", "rate": 0.1}},
+    )
 
 
 def same(first: SavedCheckpoint | None, second: Checkpoint) -> bool:
     assert first is not None
     found = first.tensors
-    return first.step == second.step and first.state == second.state and found.keys() == second.tensors.keys() and all(
-        found[group].keys() == tensors.keys()
-        and all(torch.equal(found[group][name], tensor) and found[group][name].dtype == tensor.dtype
-                for name, tensor in tensors.items())
-        for group, tensors in second.tensors.items())
+    return (
+        first.step == second.step
+        and first.state == second.state
+        and found.keys() == second.tensors.keys()
+        and all(
+            found[group].keys() == tensors.keys()
+            and all(
+                torch.equal(found[group][name], tensor) and found[group][name].dtype == tensor.dtype
+                for name, tensor in tensors.items()
+            )
+            for group, tensors in second.tensors.items()
+        )
+    )
 
 
 def steps(directory: Path) -> list[int]:
@@ -104,13 +118,20 @@ DAMAGE = {
     "half the manifest": lambda d: (d / MANIFEST).write_bytes((d / MANIFEST).read_bytes()[:40]),
     "a manifest of bytes": lambda d: (d / MANIFEST).write_bytes(b"\xff\xfe\x00"),
     "a manifest that is a list": lambda d: (d / MANIFEST).write_text("[]"),
-    "a manifest without hashes": lambda d: (d / MANIFEST).write_text(json.dumps({"format": FORMAT})),
+    "a manifest without hashes": lambda d: (d / MANIFEST).write_text(
+        json.dumps({"format": FORMAT})
+    ),
     "a place in the manifest": lambda d: (d / MANIFEST).write_text(
-        (d / MANIFEST).read_text().replace('"start": [\n            0', '"start": [\n            1', 1)),
+        (d / MANIFEST)
+        .read_text()
+        .replace('"start": [\n            0', '"start": [\n            1', 1)
+    ),
     "a number of the state": lambda d: (d / MANIFEST).write_text(
-        (d / MANIFEST).read_text().replace('"rate": 0.1', '"rate": 0.2')),
+        (d / MANIFEST).read_text().replace('"rate": 0.1', '"rate": 0.2')
+    ),
     "a manifest without a state": lambda d: (d / MANIFEST).write_text(
-        json.dumps({"format": FORMAT, "files": {}, "step": 20})),
+        json.dumps({"format": FORMAT, "files": {}, "step": 20})
+    ),
 }
 
 
@@ -120,7 +141,9 @@ def test_a_damaged_newest_is_passed_over(kind: str, tmp_path, capsys) -> None:
     save_checkpoint(tmp_path, moment(20))
     before = {file.name: file.read_bytes() for file in (tmp_path / "step-000000020").iterdir()}
     DAMAGE[kind](tmp_path / "step-000000020")
-    assert before != {file.name: file.read_bytes() for file in (tmp_path / "step-000000020").iterdir()}
+    assert before != {
+        file.name: file.read_bytes() for file in (tmp_path / "step-000000020").iterdir()
+    }
     assert same(latest_checkpoint(tmp_path), moment(10))
     said = capsys.readouterr()
     assert "step-000000020 is damaged" in said.out + said.err
@@ -139,7 +162,9 @@ def test_if_all_are_damaged_the_stage_must_start_over(kind: str, tmp_path) -> No
 
 
 def test_damaged_ones_do_not_crowd_out_what_is_saved_after_them(tmp_path) -> None:
-    """Two damaged checkpoints stand above a whole one. Going on from that one, each new checkpoint must stay."""
+    """Two damaged checkpoints stand above a whole one. Going on from that one, each new checkpoint
+    must stay.
+    """
     for step in (10, 20, 30):
         save_checkpoint(tmp_path, moment(step), keep=3)
     for step in (20, 30):
@@ -154,8 +179,13 @@ def test_damaged_ones_do_not_crowd_out_what_is_saved_after_them(tmp_path) -> Non
     assert steps(tmp_path) == [20, 30]
 
 
-@pytest.mark.parametrize("manifest", [{"format": FORMAT + 1, "files": {}, "step": 1, "state": {}},
-                                      {"format": FORMAT + 1, "hashes": "elsewhere"}])
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        {"format": FORMAT + 1, "files": {}, "step": 1, "state": {}},
+        {"format": FORMAT + 1, "hashes": "elsewhere"},
+    ],
+)
 def test_a_newer_format_is_not_taken_for_damage(manifest: dict, tmp_path) -> None:
     """Going on from an older checkpoint would throw away what the newer version trained."""
     save_checkpoint(tmp_path, moment(10))
@@ -172,12 +202,14 @@ def test_no_file_is_anything_but_safetensors_or_json(tmp_path) -> None:
     assert {path.name for path in files} == FILES
     for path in files:
         raw = path.read_bytes()
-        assert not raw.startswith((b"\x80", b"PK")), "a pickle, or the archive that torch.save makes of pickles"
+        assert not raw.startswith((b"\x80", b"PK")), (
+            "a pickle, or the archive that torch.save makes of pickles"
+        )
         if path.suffix == ".json":
             json.loads(raw)
             continue
         header = int.from_bytes(raw[:8], "little")
-        table = json.loads(raw[8:8 + header])
+        table = json.loads(raw[8 : 8 + header])
         ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
         assert 8 + header + max(ends) == len(raw), "the file holds more than its tensors"
         with safe_open(path, framework="pt") as file:
@@ -206,8 +238,12 @@ def test_a_kill_while_replacing_leaves_the_one_before(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("dies_at", range(1, 9))
-def test_an_error_at_any_moment_of_saving_leaves_the_one_before(dies_at: int, tmp_path, monkeypatch) -> None:
-    """Every flush to the disk in turn fails; what can be read afterwards is the old moment or the new, whole."""
+def test_an_error_at_any_moment_of_saving_leaves_the_one_before(
+    dies_at: int, tmp_path, monkeypatch
+) -> None:
+    """Every flush to the disk in turn fails; what can be read afterwards is the old moment or the
+    new, whole.
+    """
     save_checkpoint(tmp_path, moment(10))
     flushed, real = [0], os.fsync
 
@@ -236,7 +272,10 @@ def test_the_newest_are_kept_and_those_of_every_so_many_steps(tmp_path) -> None:
 def test_the_newest_up_to_a_step(tmp_path) -> None:
     for step in (10, 20):
         save_checkpoint(tmp_path, moment(step))
-    assert same(latest_checkpoint(tmp_path, up_to=19), moment(10)) and latest_checkpoint(tmp_path, up_to=9) is None
+    assert (
+        same(latest_checkpoint(tmp_path, up_to=19), moment(10))
+        and latest_checkpoint(tmp_path, up_to=9) is None
+    )
 
 
 def test_a_writer_saves_what_the_tensors_were(tmp_path) -> None:
@@ -248,7 +287,9 @@ def test_a_writer_saves_what_the_tensors_were(tmp_path) -> None:
             for tensor in tensors.values():
                 tensor.zero_()
         writer.save(moment(20))
-    assert same(latest_checkpoint(tmp_path), moment(20)) and same(latest_checkpoint(tmp_path, 10), moment(10))
+    assert same(latest_checkpoint(tmp_path), moment(20)) and same(
+        latest_checkpoint(tmp_path, 10), moment(10)
+    )
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
@@ -271,7 +312,10 @@ def test_a_full_disk_in_between_stops_nothing(tmp_path, monkeypatch, capsys) -> 
             writer.save(moment(step))
     assert steps(tmp_path) == [10, 30]
     said = capsys.readouterr().err
-    assert "no space left\nfree some\ntraining goes on; the next checkpoint is tried at step 30" in said
+    assert (
+        "no space left\nfree some\ntraining goes on; the next checkpoint is tried at step 30"
+        in said
+    )
 
 
 @pytest.mark.parametrize("leaves", [None, KeyboardInterrupt])

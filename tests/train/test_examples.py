@@ -25,17 +25,33 @@ def test_every_learned_token_is_a_target_once(given_, length) -> None:
     batch = packed.batch
     rows, width = batch["tokens"].shape
     assert width == max([length, *(len(ids) - 1 for ids, _ in given_)])
-    assert all(batch[name].shape == (rows, width) for name in ("targets", "positions", "segments", "loss_mask"))
+    assert all(
+        batch[name].shape == (rows, width)
+        for name in ("targets", "positions", "segments", "loss_mask")
+    )
 
-    learned = [token for ids, mask in given_ for token, wanted in zip(ids[1:], mask[1:], strict=True) if wanted]
+    learned = [
+        token
+        for ids, mask in given_
+        for token, wanted in zip(ids[1:], mask[1:], strict=True)
+        if wanted
+    ]
     assert sorted(batch["targets"][batch["loss_mask"]].tolist()) == sorted(learned)
-    found: dict[int, list[int]] = {}  # target -> what its place may see, itself included, in the order of positions
+    found: dict[
+        int, list[int]
+    ] = {}  # target -> what its place may see, itself included, in the order of positions
     for row in range(rows):
         for column in torch.where(batch["segments"][row] >= 0)[0].tolist():
-            seen = [c for c in range(column + 1) if batch["segments"][row, c] == batch["segments"][row, column]]
+            seen = [
+                c
+                for c in range(column + 1)
+                if batch["segments"][row, c] == batch["segments"][row, column]
+            ]
             assert [int(batch["positions"][row, c]) for c in seen] == list(range(len(seen)))
             found[int(batch["targets"][row, column])] = batch["tokens"][row, seen].tolist()
-    assert found == {ids[place + 1]: ids[:place + 1] for ids, _ in given_ for place in range(len(ids) - 1)}
+    assert found == {
+        ids[place + 1]: ids[: place + 1] for ids, _ in given_ for place in range(len(ids) - 1)
+    }
 
 
 @given(given_=examples(), length=st.integers(1, 20))
@@ -44,7 +60,9 @@ def test_places_point_at_the_learned_targets_in_order(given_, length) -> None:
     targets, mask = packed.batch["targets"].flatten(), packed.batch["loss_mask"].flatten()
     assert len(packed.places) == len(given_)
     for places, (ids, learned) in zip(packed.places, given_, strict=True):
-        assert targets[places].tolist() == [t for t, wanted in zip(ids[1:], learned[1:], strict=True) if wanted]
+        assert targets[places].tolist() == [
+            t for t, wanted in zip(ids[1:], learned[1:], strict=True) if wanted
+        ]
         assert mask[places].all()
 
 
@@ -59,8 +77,16 @@ def test_what_is_left_is_padding(given_, length) -> None:
 
 
 def test_rows_are_filled_in_order() -> None:
-    given_ = [(list(range(4)), [True] * 4), (list(range(3)), [True] * 3), (list(range(9)), [True] * 9)]
+    given_ = [
+        (list(range(4)), [True] * 4),
+        (list(range(3)), [True] * 3),
+        (list(range(9)), [True] * 9),
+    ]
     batch = pack_examples(given_, 6, PAD).batch
-    assert batch["segments"].tolist() == [[0, 0, 0, 1, 1, -1, -1, -1], [0] * 8]  # the longest sets the width
+    assert batch["segments"].tolist() == [
+        [0, 0, 0, 1, 1, -1, -1, -1],
+        [0] * 8,
+    ]  # the longest sets the width
     assert {name: batch[name].dtype for name in batch} == {
-        name: torch.bool if name == "loss_mask" else torch.int64 for name in batch}
+        name: torch.bool if name == "loss_mask" else torch.int64 for name in batch
+    }

@@ -1,5 +1,5 @@
-"""Guards: what is not finite never reaches the weights, jumps are seen and answered, and the run ends the same way
-whenever it is killed between.
+"""Guards: what is not finite never reaches the weights, jumps are seen and answered, and the run
+ends the same way whenever it is killed between.
 """
 
 import json
@@ -20,11 +20,25 @@ from xushi.model import LossParts
 from xushi.train import Data, ObjectiveConfig, train
 from xushi.train import loop as module
 from xushi.train.checkpoint import latest_checkpoint
-from xushi.train.guards import LIMIT_IN_A_ROW, LIMIT_OF_ROLLBACKS, STEPS_BEFORE_JUDGING, Guard, LossScale
+from xushi.train.guards import (
+    LIMIT_IN_A_ROW,
+    LIMIT_OF_ROLLBACKS,
+    STEPS_BEFORE_JUDGING,
+    Guard,
+    LossScale,
+)
 from xushi.train.optimizer import Norms
 
-SETTINGS = {"steps": 12, "learning_rate": 0.02, "warmup_steps": 2, "decay_fraction": 0.5, "bias_speed": 0.01,
-            "checkpoint_every": 4, "dtype": "fp32", "on_spike": "warn"}
+SETTINGS = {
+    "steps": 12,
+    "learning_rate": 0.02,
+    "warmup_steps": 2,
+    "decay_fraction": 0.5,
+    "bias_speed": 0.01,
+    "checkpoint_every": 4,
+    "dtype": "fp32",
+    "on_spike": "warn",
+}
 
 
 class Killed(Exception):
@@ -67,7 +81,9 @@ def test_the_state_goes_through_json_to_the_bit() -> None:
 
 @pytest.fixture
 def sensitive(monkeypatch) -> None:
-    """The guard judges from the fifth step on; a batch whose targets are all token 39 has ten times its loss."""
+    """The guard judges from the fifth step on; a batch whose targets are all token 39 has ten times
+    its loss.
+    """
     real = module.pretraining_loss
 
     def loss(model: module.Deepseek, batch: dict[str, Tensor], **settings: object) -> LossParts:
@@ -79,14 +95,17 @@ def sensitive(monkeypatch) -> None:
     monkeypatch.setattr("xushi.train.guards.STEPS_BEFORE_JUDGING", 4)
 
 
-def spiking(batches: Callable[[int], dict[str, Tensor]], at: tuple[int, ...], seen: list[int] | None = None
-            ) -> Data:
+def spiking(
+    batches: Callable[[int], dict[str, Tensor]], at: tuple[int, ...], seen: list[int] | None = None
+) -> Data:
     """The batches, with a jump of the loss `at` these cursors; the cursors asked for go to `seen`."""
+
     def make(cursor: int, count: int) -> dict[str, Tensor]:
         if seen is not None:
             seen.append(cursor)
         batch = batches(cursor)
         return batch | {"targets": torch.full_like(batch["targets"], 39)} if cursor in at else batch
+
     return Data(make)
 
 
@@ -94,35 +113,72 @@ def weights(directory: Path) -> bytes:
     return (max(directory.glob("step-*")) / "model.safetensors").read_bytes()
 
 
-def poison(batches: Callable[[int], dict[str, Tensor]], model: module.Deepseek, steps: tuple[int, ...]
-           ) -> Data:
+def poison(
+    batches: Callable[[int], dict[str, Tensor]], model: module.Deepseek, steps: tuple[int, ...]
+) -> Data:
     """The head holds a NaN during these steps and none otherwise."""
+
     def make(cursor: int, count: int) -> dict[str, Tensor]:
         with torch.no_grad():
             model.head_VD[:, 0].nan_to_num_(0.0)
             if cursor in steps:
                 model.head_VD[:, 0] = math.nan
         return batches(cursor)
+
     return Data(make)
 
 
-def test_what_is_not_finite_is_left_out_and_counted(tiny_model, batches, tracking, tmp_path, capsys) -> None:
+def test_what_is_not_finite_is_left_out_and_counted(
+    tiny_model, batches, tracking, tmp_path, capsys
+) -> None:
     model = tiny_model()
-    train("test", model, ObjectiveConfig(**SETTINGS), poison(batches, model, (4, 5, 8)), tmp_path, tracking)
-    assert [value for _, value in tracking.series("test", "withheld_steps")] == [0] * 4 + [1, 2, 2, 2, 3, 3, 3, 3]
+    train(
+        "test",
+        model,
+        ObjectiveConfig(**SETTINGS),
+        poison(batches, model, (4, 5, 8)),
+        tmp_path,
+        tracking,
+    )
+    assert [value for _, value in tracking.series("test", "withheld_steps")] == [0] * 4 + [
+        1,
+        2,
+        2,
+        2,
+        3,
+        3,
+        3,
+        3,
+    ]
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     checkpoint = latest_checkpoint(tmp_path)
-    assert checkpoint is not None and checkpoint.step == 12 and checkpoint.state["optimizer_steps"] == 9
-    assert [event["details"]["step"] for event in tracking.events("test", "not_finite")] == [5, 6, 9]
+    assert (
+        checkpoint is not None
+        and checkpoint.step == 12
+        and checkpoint.state["optimizer_steps"] == 9
+    )
+    assert [event["details"]["step"] for event in tracking.events("test", "not_finite")] == [
+        5,
+        6,
+        9,
+    ]
     assert "its update is left out" in capsys.readouterr().err
-    assert [bool(record.problem) for record in tracking.batches("test", 12)] == [i in (4, 5, 8) for i in range(12)]
+    assert [bool(record.problem) for record in tracking.batches("test", 12)] == [
+        i in (4, 5, 8) for i in range(12)
+    ]
 
 
-def test_three_in_a_row_stop_with_the_last_checkpoint_and_the_batch(tiny_model, batches, tracking, tmp_path) -> None:
+def test_three_in_a_row_stop_with_the_last_checkpoint_and_the_batch(
+    tiny_model, batches, tracking, tmp_path
+) -> None:
     model, config = tiny_model(), ObjectiveConfig(**SETTINGS)
     with pytest.raises(XushiError, match="step 8: the loss is not finite") as error:
         train("test", model, config, poison(batches, model, (5, 6, 7)), tmp_path / "test", tracking)
-    assert error.value.exit_code == 1 and "learning_rate" in error.value.remedy and str(tmp_path) in error.value.remedy
+    assert (
+        error.value.exit_code == 1
+        and "learning_rate" in error.value.remedy
+        and str(tmp_path) in error.value.remedy
+    )
     checkpoint = latest_checkpoint(tmp_path / "test")
     assert checkpoint is not None and checkpoint.step == 4
     assert all(tensor.isfinite().all() for tensor in checkpoint.tensors["model"].values())
@@ -131,7 +187,9 @@ def test_three_in_a_row_stop_with_the_last_checkpoint_and_the_batch(tiny_model, 
     assert LIMIT_IN_A_ROW == 3
 
 
-def test_a_gradient_that_is_not_finite_is_left_out_too(tiny_model, batches, tracking, tmp_path, monkeypatch) -> None:
+def test_a_gradient_that_is_not_finite_is_left_out_too(
+    tiny_model, batches, tracking, tmp_path, monkeypatch
+) -> None:
     norms = iter([1.0, math.inf, 1.0, 1.0])
     monkeypatch.setattr(module, "clip_gradients", lambda *_: Norms(next(norms), {}))
     model = tiny_model()
@@ -139,22 +197,37 @@ def test_a_gradient_that_is_not_finite_is_left_out_too(tiny_model, batches, trac
     train("test", model, ObjectiveConfig(**(SETTINGS | {"steps": 4})), data, tmp_path, tracking)
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None and checkpoint.state["optimizer_steps"] == 3
-    assert "the gradient is not finite (inf)" in tracking.events("test", "not_finite")[0]["details"]["text"]
+    assert (
+        "the gradient is not finite (inf)"
+        in tracking.events("test", "not_finite")[0]["details"]["text"]
+    )
 
 
 @pytest.mark.parametrize("on_spike, updates", [("warn", 12), ("skip", 11)])
-def test_a_spike_is_told_and_left_out_if_the_recipe_says_so(on_spike: str, updates: int, sensitive, tiny_model, batches,
-                                                             tracking, tmp_path) -> None:
+def test_a_spike_is_told_and_left_out_if_the_recipe_says_so(
+    on_spike: str, updates: int, sensitive, tiny_model, batches, tracking, tmp_path
+) -> None:
     model = tiny_model()
-    train("test", model, ObjectiveConfig(**(SETTINGS | {"on_spike": on_spike})), spiking(batches, (7,)),
-          tmp_path, tracking)
+    train(
+        "test",
+        model,
+        ObjectiveConfig(**(SETTINGS | {"on_spike": on_spike})),
+        spiking(batches, (7,)),
+        tmp_path,
+        tracking,
+    )
     checkpoint = latest_checkpoint(tmp_path)
     assert checkpoint is not None and checkpoint.state["optimizer_steps"] == updates
     assert [event["details"]["step"] for event in tracking.events("test", "spike")] == [8]
 
 
-def rolled_back(directory: Path, make_model: Callable[[], module.Deepseek], batches, tracking, end: int | None = None
-                ) -> list[int]:
+def rolled_back(
+    directory: Path,
+    make_model: Callable[[], module.Deepseek],
+    batches,
+    tracking,
+    end: int | None = None,
+) -> list[int]:
     """Cursors in the order asked for; killed when `end` batches were."""
     model, seen = make_model(), list[int]()
     inner = spiking(batches, (6,), seen).batches
@@ -164,17 +237,29 @@ def rolled_back(directory: Path, make_model: Callable[[], module.Deepseek], batc
             raise Killed
         return inner(cursor, count)
 
-    train("test", model, ObjectiveConfig(**(SETTINGS | {"on_spike": "rollback"})), Data(make), directory, tracking)
+    train(
+        "test",
+        model,
+        ObjectiveConfig(**(SETTINGS | {"on_spike": "rollback"})),
+        Data(make),
+        directory,
+        tracking,
+    )
     return seen
 
 
-def test_rollback_leaves_the_data_out_and_is_the_same_after_a_kill(sensitive, tiny_model, batches, tracking, tmp_path
-                                                                    ) -> None:
+def test_rollback_leaves_the_data_out_and_is_the_same_after_a_kill(
+    sensitive, tiny_model, batches, tracking, tmp_path
+) -> None:
     seen = rolled_back(tmp_path / "whole", tiny_model, batches, tracking)
     assert seen == [*range(7), *range(7, 15)]  # back to step 4 with the data after the spike
     assert [record.cursor for record in tracking.batches("test", 12)] == [0, 1, 2, 3, *range(7, 15)]
-    assert tracking.events("test", "rollback")[0]["details"] == {"from_step": 7, "to_step": 4, "skipped_from": 4,
-                                                                 "skipped_to": 7}
+    assert tracking.events("test", "rollback")[0]["details"] == {
+        "from_step": 7,
+        "to_step": 4,
+        "skipped_from": 4,
+        "skipped_to": 7,
+    }
     for end in (3, 6, 4, 9):
         with pytest.raises(Killed):
             rolled_back(tmp_path / "killed", tiny_model, batches, tracking, end)
@@ -183,8 +268,9 @@ def test_rollback_leaves_the_data_out_and_is_the_same_after_a_kill(sensitive, ti
     assert [record.cursor for record in tracking.batches("test", 12)] == [0, 1, 2, 3, *range(7, 15)]
 
 
-def test_rollback_without_a_checkpoint_goes_to_the_beginning_and_not_for_ever(sensitive, tiny_model, batches, tracking,
-                                                                              tmp_path) -> None:
+def test_rollback_without_a_checkpoint_goes_to_the_beginning_and_not_for_ever(
+    sensitive, tiny_model, batches, tracking, tmp_path
+) -> None:
     model = tiny_model()
     config = ObjectiveConfig(**(SETTINGS | {"on_spike": "rollback", "checkpoint_every": 12}))
     train("test", model, config, spiking(batches, (6,)), tmp_path / "a", tracking)

@@ -1,4 +1,6 @@
-"""A process that is killed, stopped or stands still is named by one that is well, all end, and the run can go on."""
+"""A process that is killed, stopped or stands still is named by one that is well, all end, and the
+run can go on.
+"""
 
 import signal
 import time
@@ -14,19 +16,27 @@ from .layouts import resumed
 from .test_layouts import start
 
 
-@pytest.mark.parametrize("what, victim, said", [
-    pytest.param("SIGKILL", 1, "process 1 (number {0} on", marks=pytest.mark.slow),
-    pytest.param("SIGKILL", 0, "process 0", marks=pytest.mark.slow),
-    pytest.param("SIGSTOP", 1, "process 1 (number {0} on", marks=pytest.mark.slow),
-    pytest.param("SIGSTOP", 0, "process 0", marks=pytest.mark.slow),
-    pytest.param("stands still", 1, "process 1 (number {0} on", marks=pytest.mark.slow)])
-def test_who_is_lost_is_named_and_the_run_goes_on(what: str, victim: int, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "what, victim, said",
+    [
+        pytest.param("SIGKILL", 1, "process 1 (number {0} on", marks=pytest.mark.slow),
+        pytest.param("SIGKILL", 0, "process 0", marks=pytest.mark.slow),
+        pytest.param("SIGSTOP", 1, "process 1 (number {0} on", marks=pytest.mark.slow),
+        pytest.param("SIGSTOP", 0, "process 0", marks=pytest.mark.slow),
+        pytest.param("stands still", 1, "process 1 (number {0} on", marks=pytest.mark.slow),
+    ],
+)
+def test_who_is_lost_is_named_and_the_run_goes_on(
+    what: str, victim: int, said: str, tmp_path: Path
+) -> None:
     torch.save({"endless": victim if what == "stands still" else None}, tmp_path / "task.pt")
     processes = start(tmp_path, 2)
     deadline = time.monotonic() + 120
     try:
         while not list((tmp_path / "run").glob("step-*")):
-            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            assert time.monotonic() < deadline and all(
+                process.poll() is None for process in processes
+            )
             time.sleep(0.05)
         if what != "stands still":
             processes[victim].send_signal(getattr(signal, what))
@@ -38,7 +48,11 @@ def test_who_is_lost_is_named_and_the_run_goes_on(what: str, victim: int, said: 
             process.communicate()
     assert well.returncode == 1, heard[-2000:]
     assert said.format(processes[victim].pid) in heard and "Traceback" not in heard, heard[-2000:]
-    ends = {"SIGKILL": "died", "SIGSTOP": "gave no sign of life for 3 s", "stands still": "did not move for 3 s"}
+    ends = {
+        "SIGKILL": "died",
+        "SIGSTOP": "gave no sign of life for 3 s",
+        "stands still": "did not move for 3 s",
+    }
     assert ends[what] in heard
     checkpoint = latest_checkpoint(tmp_path / "run")
     assert checkpoint is not None and checkpoint.step >= 2

@@ -1,5 +1,5 @@
-"""Stages of a pipeline, in one process: which layers they get, and that one after the other they are the whole model.
-The processes themselves are in test_layouts.
+"""Stages of a pipeline, in one process: which layers they get, and that one after the other they
+are the whole model. The processes themselves are in test_layouts.
 """
 
 import pytest
@@ -16,9 +16,13 @@ from .layouts import MODELS, ROWS, batch, model_of
 
 
 @given(st.integers(1, 64), st.integers(0, 3), st.data())
-def test_every_layer_is_in_one_stage_and_every_stage_has_one(depth: int, extra: int, data: st.DataObject) -> None:
+def test_every_layer_is_in_one_stage_and_every_stage_has_one(
+    depth: int, extra: int, data: st.DataObject
+) -> None:
     stages = data.draw(st.integers(1, depth))
-    model = MODELS["v3"].model_copy(update={"num_hidden_layers": depth, "num_nextn_predict_layers": extra})
+    model = MODELS["v3"].model_copy(
+        update={"num_hidden_layers": depth, "num_nextn_predict_layers": extra}
+    )
     parts = stage_layers(model, stages)
     assert [layer for first, end in parts for layer in range(first, end)] == list(range(depth))
     sizes = [end - first for first, end in parts]
@@ -30,7 +34,10 @@ def test_every_layer_is_in_one_stage_and_every_stage_has_one(depth: int, extra: 
 def test_pieces_are_the_batch_in_order(rows: int, stages: int) -> None:
     whole = batch(0, rows)
     pieces = cut(whole, Layout(pipeline=stages))
-    assert all(torch.equal(torch.cat([piece[name] for piece in pieces]), tensor) for name, tensor in whole.items())
+    assert all(
+        torch.equal(torch.cat([piece[name] for piece in pieces]), tensor)
+        for name, tensor in whole.items()
+    )
     sizes = [len(piece["tokens"]) for piece in pieces]
     assert len(pieces) == min(rows, 4 * stages) and max(sizes) - min(sizes) <= 1
 
@@ -38,7 +45,9 @@ def test_pieces_are_the_batch_in_order(rows: int, stages: int) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind.endswith("deep")])
 @pytest.mark.parametrize("stages", [2, 4])
 def test_stages_one_after_the_other_are_the_whole_model(kind: str, stages: int) -> None:
-    """The residual goes from one to the next and its gradient back, to the bit; losses add up to the whole's."""
+    """The residual goes from one to the next and its gradient back, to the bit; losses add up to
+    the whole's.
+    """
     rows = batch(0, ROWS)
     counts = LossCounts.of(rows, MODELS[kind].num_nextn_predict_layers)
     whole = model_of(kind)
@@ -48,14 +57,17 @@ def test_stages_one_after_the_other_are_the_whole_model(kind: str, stages: int) 
     for first, end in stage_layers(MODELS[kind], stages):
         model: Deepseek = model_of(kind)
         model.keep_layers(first, end)
-        found = pretraining_loss(model, rows, mtp_weight=0.3, balance_weight=0.01, counts=counts, residual=residual)
+        found = pretraining_loss(
+            model, rows, mtp_weight=0.3, balance_weight=0.01, counts=counts, residual=residual
+        )
         residual = None if found.residual is None else found.residual.detach().requires_grad_()
         parts.append(found)
         taken.append(residual)
         models.append(model)
     assert parts[-1].residual is None and torch.equal(parts[-1].next_token, wanted.next_token)
     assert {name: loads.tolist() for part in parts for name, loads in part.loads.items()} == {
-        name: loads.tolist() for name, loads in wanted.loads.items()}
+        name: loads.tolist() for name, loads in wanted.loads.items()
+    }
     for name in ("total", "balance", "indexer"):
         total = sum(float(getattr(part, name).detach()) for part in parts)
         assert total == pytest.approx(float(getattr(wanted, name).detach()), rel=1e-6)

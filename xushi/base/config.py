@@ -1,4 +1,6 @@
-"""Strict configuration: pydantic models that forbid unknown keys, read from TOML, overridden by dotted keys."""
+"""Strict configuration: pydantic models that forbid unknown keys, read from TOML, overridden by
+dotted keys.
+"""
 
 import difflib
 import tomllib
@@ -19,10 +21,17 @@ class StrictConfig(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 # pydantic's words for a wrong type speak of Python; these speak of TOML.
-_PLAIN = {"int_type": "must be a whole number", "int_from_float": "must be a whole number",
-          "float_type": "must be a number", "bool_type": "must be true or false", "string_type": "must be a text",
-          "list_type": "must be a list", "dict_type": "must be a table", "model_type": "must be a table",
-          "model_attributes_type": "must be a table"}
+_PLAIN = {
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text",
+    "list_type": "must be a list",
+    "dict_type": "must be a table",
+    "model_type": "must be a table",
+    "model_attributes_type": "must be a table",
+}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -30,22 +39,32 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise XushiError(f"recipe {path} does not exist",
-                         "give the path of a recipe, for example recipes/demo.toml") from None
+        raise XushiError(
+            f"recipe {path} does not exist",
+            "give the path of a recipe, for example recipes/demo.toml",
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise XushiError(f"recipe {path} cannot be read: {error}",
-                         "check the path, its permissions and its encoding (UTF-8)") from None
+        raise XushiError(
+            f"recipe {path} cannot be read: {error}",
+            "check the path, its permissions and its encoding (UTF-8)",
+        ) from None
     except tomllib.TOMLDecodeError as error:
-        raise XushiError(f"recipe {path} is not valid TOML: {error}",
-                         "mend that line; strings need quotes, lists need brackets") from None
+        raise XushiError(
+            f"recipe {path} is not valid TOML: {error}",
+            "mend that line; strings need quotes, lists need brackets",
+        ) from None
 
 
 def override(table: dict[str, Any], assignment: str) -> None:
-    """Apply `dotted.key=value` to a nested table in place; the value is read as TOML, else taken as a string."""
+    """Apply `dotted.key=value` to a nested table in place; the value is read as TOML, else taken as
+    a string.
+    """
     key, sign, text = assignment.partition("=")
     if not sign or not key.strip():
-        raise XushiError(f"--set {assignment!r} is not of the form key=value",
-                         "write for example --set pretrain.steps=200")
+        raise XushiError(
+            f"--set {assignment!r} is not of the form key=value",
+            "write for example --set pretrain.steps=200",
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -54,13 +73,18 @@ def override(table: dict[str, Any], assignment: str) -> None:
     for part in path:
         inner = table.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise XushiError(f"--set {assignment!r}: {part} is not a table", "see the keys with xushi run --dry-run")
+            raise XushiError(
+                f"--set {assignment!r}: {part} is not a table",
+                "see the keys with xushi run --dry-run",
+            )
         table = inner
     table[last] = value
 
 
 def parse(model: type[ConfigT], table: dict[str, Any], where: str) -> ConfigT:
-    """Validate `table` as `model`; the first fault becomes a `XushiError` that names its dotted key in `where`."""
+    """Validate `table` as `model`; the first fault becomes a `XushiError` that names its dotted key
+    in `where`.
+    """
     try:
         return model.model_validate(table)
     except ValidationError as error:
@@ -73,14 +97,23 @@ def _as_xushi_error(error: ValidationError, model: type[BaseModel], where: str) 
     if fault["type"] == "extra_forbidden":
         known = _fields_at(model, [str(part) for part in fault["loc"][:-1]])
         close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"known keys there: {', '.join(sorted(known))}"
+        remedy = (
+            f"did you mean {close[0]}?"
+            if close
+            else f"known keys there: {', '.join(sorted(known))}"
+        )
         return XushiError(f"{where}: unknown key {key}", remedy)
     if fault["type"] == "missing":
-        return XushiError(f"{where}: key {key} is missing", "add it to the recipe, or give it with --set")
+        return XushiError(
+            f"{where}: key {key} is missing", "add it to the recipe, or give it with --set"
+        )
     given = fault.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
     message = _PLAIN.get(fault["type"], fault["msg"].removeprefix("Value error, "))
-    return XushiError(f"{where}: {key or 'recipe'}: {message}{shown}", "correct that value in the recipe or with --set")
+    return XushiError(
+        f"{where}: {key or 'recipe'}: {message}{shown}",
+        "correct that value in the recipe or with --set",
+    )
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:

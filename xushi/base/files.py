@@ -22,18 +22,25 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise XushiError(*_full(path), exit_code=1) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise XushiError(f"{path} cannot be written: {error.strerror}",
-                             "choose a place you may write to", exit_code=1) from None
+            raise XushiError(
+                f"{path} cannot be written: {error.strerror}",
+                "choose a place you may write to",
+                exit_code=1,
+            ) from None
         raise
     except Exception as error:
-        if "No space left on device" in str(error):  # safetensors wraps the system's error in one of its own
+        if "No space left on device" in str(
+            error
+        ):  # safetensors wraps the system's error in one of its own
             raise XushiError(*_full(path), exit_code=1) from None
         raise
 
 
 def _full(path: Path) -> tuple[str, str]:
-    return (f"no space left on the disk that holds {path}",
-            "free some space and run the same command again: it goes on from the last checkpoint")
+    return (
+        f"no space left on the disk that holds {path}",
+        "free some space and run the same command again: it goes on from the last checkpoint",
+    )
 
 
 def fsync_path(path: Path) -> None:
@@ -46,7 +53,9 @@ def fsync_path(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write `path` so that a reader, or a kill, sees the old content or the new and nothing between."""
+    """Write `path` so that a reader, or a kill, sees the old content or the new and nothing
+    between.
+    """
     data = content.encode() if isinstance(content, str) else content
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,10 +79,11 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def directory_in_place(path: Path) -> Iterator[Path]:
-    """Give a directory to fill; on success it replaces `path` by rename, on any failure it is removed.
+    """Give a directory to fill; on success it replaces `path` by rename, on any failure it is
+    removed.
 
-    A kill between removing the old directory and renaming the new one leaves neither half-written: the caller's
-    marker (a manifest inside the directory) is what says that a directory counts.
+    A kill between removing the old directory and renaming the new one leaves neither half-written:
+    the caller's marker (a manifest inside the directory) is what says that a directory counts.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,4 +118,6 @@ def sha256_file(path: Path) -> str:
 
 def sha256_json(value: Any) -> str:
     """Hex SHA-256 of a JSON-able value in its canonical form (sorted keys, no spaces)."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()

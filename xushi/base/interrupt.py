@@ -1,4 +1,6 @@
-"""Ctrl-C inside a training loop: the step is finished and saved first. A second Ctrl-C does not wait."""
+"""Ctrl-C inside a training loop: the step is finished and saved first. A second Ctrl-C does not
+wait.
+"""
 
 import contextlib
 import signal
@@ -16,7 +18,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def finish_step_first() -> Iterator[StopRequest]:
-    """While inside, the first SIGINT or SIGTERM only sets `requested`; the loop looks at it after each step."""
+    """While inside, the first SIGINT or SIGTERM only sets `requested`; the loop looks at it after
+    each step.
+    """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals

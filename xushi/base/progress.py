@@ -1,4 +1,6 @@
-"""Progress that a person can read: a bar in a terminal, a line now and then elsewhere. It goes to standard error."""
+"""Progress that a person can read: a bar in a terminal, a line now and then elsewhere. It goes to
+standard error.
+"""
 
 import sys
 import time
@@ -19,9 +21,15 @@ class StepProgress:
         self._bar: Progress | None = None
         if shown and sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("{task.description:<10}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                console=Console(stderr=True))
+                TextColumn("{task.description:<10}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
             self._task = self._bar.add_task(stage, total=total, completed=start, note="")
 
     def __enter__(self) -> "StepProgress":
@@ -29,8 +37,12 @@ class StepProgress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -47,7 +59,11 @@ class StepProgress:
         self._last_line = now
         done = step - self.first
         left = (now - self._began) / max(done, 1) * (self.total - step)
-        print(f"{self.stage:<10} {step}/{self.total}  {note}  {left:.0f} s left", file=sys.stderr, flush=True)
+        print(
+            f"{self.stage:<10} {step}/{self.total}  {note}  {left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def say(text: str) -> None:

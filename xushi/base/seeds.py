@@ -1,4 +1,6 @@
-"""Randomness by name: every stream is a pure function of the run's seed and a name, never of a global state."""
+"""Randomness by name: every stream is a pure function of the run's seed and a name, never of a
+global state.
+"""
 
 import hashlib
 
@@ -9,7 +11,9 @@ _MASK = (1 << 64) - 1
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A 64-bit key for the stream called `names` under `seed`; streams of different names are independent."""
+    """A 64-bit key for the stream called `names` under `seed`; streams of different names are
+    independent.
+    """
     text = "\0".join([str(seed), *map(str, names)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -20,7 +24,9 @@ def generator(seed: int, *names: str | int) -> np.random.Generator:
 
 
 def mix64(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finalizer, element by element (Steele, Lea and Flood 2014): a bijection on 64-bit words."""
+    """SplitMix64's finalizer, element by element (Steele, Lea and Flood 2014): a bijection on
+    64-bit words.
+    """
     with np.errstate(over="ignore"):
         z = value + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -28,7 +34,11 @@ def mix64(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         return z ^ (z >> np.uint64(31))
 
 
-def uniforms(keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    """One uniform in (0, 1) per (key, counter) pair; the same pair gives the same number, whatever stands beside it."""
+def uniforms(
+    keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.float64]:
+    """One uniform in (0, 1) per (key, counter) pair; the same pair gives the same number, whatever
+    stands beside it.
+    """
     bits = mix64(mix64(keys) ^ mix64(counters ^ np.uint64(0xD1B54A32D192ED03)))
     return (np.asarray(bits >> np.uint64(11), dtype=np.float64) + 0.5) * 2.0**-53

@@ -1,6 +1,13 @@
 """Floor 3: from raw text to batches, with the way back from every token to the byte it came from."""
 
-from xushi.data.batches import Batch, TokenDataset, batch_hash, heldout_batches, joined_hash, row_hashes
+from xushi.data.batches import (
+    Batch,
+    TokenDataset,
+    batch_hash,
+    heldout_batches,
+    joined_hash,
+    row_hashes,
+)
 from xushi.data.config import DataConfig, SourceConfig
 from xushi.data.corpus import (
     CorpusSummary,

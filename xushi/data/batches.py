@@ -1,4 +1,5 @@
-"""Batches: a pure function of (seed, cursor, number of sequences), and the way back from a batch to its bytes.
+"""Batches: a pure function of (seed, cursor, number of sequences), and the way back from a batch to
+its bytes.
 
 Not here: anything that remembers where training is; the cursor is the caller's.
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 class Batch:
     """All [B, T]; int64 but for `loss_mask`, bool.
 
-    `positions` restart at 0 with every segment. `segments` count from 0 in each row; padding has segment -1 and
-    loss_mask False.
+    `positions` restart at 0 with every segment. `segments` count from 0 in each row; padding has
+    segment -1 and loss_mask False.
     """
 
     tokens: "torch.Tensor"
@@ -51,13 +52,17 @@ def row_hashes(batch: Mapping[str, "torch.Tensor"]) -> list[bytes]:
     for row in range(len(next(iter(arrays.values())))):
         digest = hashlib.sha256()
         for name, array in arrays.items():
-            digest.update(f"{name} {array[row].shape} {array.dtype.str}\n".encode() + array[row].tobytes())
+            digest.update(
+                f"{name} {array[row].shape} {array.dtype.str}\n".encode() + array[row].tobytes()
+            )
         digests.append(digest.digest())
     return digests
 
 
 def batch_hash(batch: Mapping[str, "torch.Tensor"]) -> str:
-    """Hex SHA-256 over the hashes of the rows in order, so that it does not matter who holds which row."""
+    """Hex SHA-256 over the hashes of the rows in order, so that it does not matter who holds which
+    row.
+    """
     return joined_hash(row_hashes(batch))
 
 
@@ -67,14 +72,22 @@ def joined_hash(rows: Sequence[bytes]) -> str:
 
 
 class TokenDataset:
-    """The training sequences in the order that `seed` gives them, numbered by a cursor from 0 without end."""
+    """The training sequences in the order that `seed` gives them, numbered by a cursor from 0
+    without end.
+    """
 
-    def __init__(self, manifest: TokenManifest, sources: Sequence[PackedSource], directory: Path, seed: int) -> None:
+    def __init__(
+        self, manifest: TokenManifest, sources: Sequence[PackedSource], directory: Path, seed: int
+    ) -> None:
         self.manifest = manifest
         self._sources = sources
         self._byte_lengths = load_byte_lengths(directory, manifest)
-        self._mixture = Mixture([source.name for source in manifest.train], [source.sequences for source in sources],
-                                [source.weight for source in manifest.train], seed)
+        self._mixture = Mixture(
+            [source.name for source in manifest.train],
+            [source.sequences for source in sources],
+            [source.weight for source in manifest.train],
+            seed,
+        )
 
     @classmethod
     def open(cls, directory: Path, seed: int, only: Sequence[str] | None = None) -> "TokenDataset":
@@ -84,21 +97,33 @@ class TokenDataset:
         """
         manifest = load_manifest(directory)
         if only is not None:
-            manifest = manifest.model_copy(update={"train": [s for s in manifest.train if s.name in only]})
+            manifest = manifest.model_copy(
+                update={"train": [s for s in manifest.train if s.name in only]}
+            )
             if not manifest.train:
-                raise XushiError(f"{directory} has no training tokens of {', '.join(only)}",
-                                 "give the recipe such a source, or train on the others")
+                raise XushiError(
+                    f"{directory} has no training tokens of {', '.join(only)}",
+                    "give the recipe such a source, or train on the others",
+                )
         sources = [open_source(directory / "train", manifest, source) for source in manifest.train]
         return cls(manifest, sources, directory, seed)
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Target tokens after which a source of weight 1 has been seen once: each source's, times its weight."""
-        return round(sum(packed.targets * source.weight
-                         for packed, source in zip(self._sources, self.manifest.train, strict=True)))
+        """Target tokens after which a source of weight 1 has been seen once: each source's, times
+        its weight.
+        """
+        return round(
+            sum(
+                packed.targets * source.weight
+                for packed, source in zip(self._sources, self.manifest.train, strict=True)
+            )
+        )
 
     def batch(self, cursor: int, sequences: int) -> Batch:
-        """The sequences `cursor` to `cursor` + `sequences` - 1. How they are grouped into batches changes nothing."""
+        """The sequences `cursor` to `cursor` + `sequences` - 1. How they are grouped into batches
+        changes nothing.
+        """
         draws = [self._mixture.draw(cursor + row) for row in range(sequences)]
         return _batch([self._sources[source].sequence(index) for source, _, index in draws])
 
@@ -107,7 +132,9 @@ class TokenDataset:
         return self.manifest.train[self._mixture.draw(cursor)[0]].name
 
     def spans(self, cursor: int) -> list[Span]:
-        """(uid, start, end) behind each segment of the sequence at `cursor`, in order; see `packing.Span`."""
+        """(uid, start, end) behind each segment of the sequence at `cursor`, in order; see
+        `packing.Span`.
+        """
         source, _, index = self._mixture.draw(cursor)
         return self._sources[source].spans(index)
 
@@ -115,15 +142,21 @@ class TokenDataset:
         """The same in bytes of the document's text: (uid, first byte, past the last)."""
         source, _, index = self._mixture.draw(cursor)
         packed = self._sources[source]
-        return [(span.uid, *byte_span(packed.document(document), self._byte_lengths, span.start, span.end))
-                for document, span in packed.documents_and_spans(index)]
+        return [
+            (
+                span.uid,
+                *byte_span(packed.document(document), self._byte_lengths, span.start, span.end),
+            )
+            for document, span in packed.documents_and_spans(index)
+        ]
 
 
 def heldout_batches(directory: Path, batch_size: int) -> Iterator[Batch]:
-    """The held-out documents, packed in path order, every token but bos a target once; the last batch may be smaller.
+    """The held-out documents, packed in path order, every token but bos a target once; the last
+    batch may be smaller.
 
-    A directory's held-out bytes are in `corpus.heldout_bytes`. Besides the text's tokens each document's eos is a
-    target, as an encoder must say where a document ends.
+    A directory's held-out bytes are in `corpus.heldout_bytes`. Besides the text's tokens each
+    document's eos is a target, as an encoder must say where a document ends.
     """
     manifest = load_manifest(directory)
     packed = open_source(directory / "heldout", manifest, manifest.heldout)

@@ -1,4 +1,6 @@
-"""The data part of a recipe: which texts, how much of each, how long a sequence, how much is held out."""
+"""The data part of a recipe: which texts, how much of each, how long a sequence, how much is held
+out.
+"""
 
 import re
 from typing import Literal
@@ -16,10 +18,11 @@ def canonical_package(name: str) -> str:
 class SourceConfig(StrictConfig):
     """One source of documents.
 
-    `glob` (text, jsonl, parquet): a pattern with `~` and `**`, a file, or a directory, whose text files are then all
-    taken; relative to the current directory. `packages`: names of installed Python distributions. `field`: the text's
-    key (jsonl) or column (parquet). `weight`: how often its tokens are seen, relative to a source of weight 1.
-    `exclude`: `fnmatch` patterns on the posix path inside the source (`*` also matches `/`).
+    `glob` (text, jsonl, parquet): a pattern with `~` and `**`, a file, or a directory, whose text
+    files are then all taken; relative to the current directory. `packages`: names of installed
+    Python distributions. `field`: the text's key (jsonl) or column (parquet). `weight`: how often
+    its tokens are seen, relative to a source of weight 1. `exclude`: `fnmatch` patterns on the
+    posix path inside the source (`*` also matches `/`).
     """
 
     name: str
@@ -34,7 +37,10 @@ class SourceConfig(StrictConfig):
     @classmethod
     def _file_name(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            raise ValueError("a source's name is made of letters, digits, '_', '.' and '-': files are called after it")
+            raise ValueError(
+                "a source's name is made of letters, digits, '_', '.' and '-': files are called "
+                "after it"
+            )
         return name
 
     @field_validator("weight")
@@ -57,7 +63,9 @@ class SourceConfig(StrictConfig):
 
 
 class DataConfig(StrictConfig):
-    """`sequence_length` in tokens; `heldout` the fraction of bytes held out for evaluation; `salt` keys which."""
+    """`sequence_length` in tokens; `heldout` the fraction of bytes held out for evaluation; `salt`
+    keys which.
+    """
 
     sources: list[SourceConfig]
     sequence_length: int

@@ -1,4 +1,6 @@
-"""A document, its identity, and how documents lie on disk (Parquet shards). Not here: where documents come from."""
+"""A document, its identity, and how documents lie on disk (Parquet shards). Not here: where
+documents come from.
+"""
 
 import hashlib
 import json
@@ -20,9 +22,9 @@ _WORD_CHARACTER = re.compile(r"\w")
 class Document:
     """A text that is never changed afterwards; what later steps decide about it stands beside it.
 
-    `uid`: 16 bytes, from source, content hash and place. `lang`: see `language`. `meta` (JSON-able): `path` inside
-    the source; `line` (jsonl) or `row` (parquet), both from 1; `package`; `bytes` = [start, end] when the document is
-    a part of its file.
+    `uid`: 16 bytes, from source, content hash and place. `lang`: see `language`. `meta`
+    (JSON-able): `path` inside the source; `line` (jsonl) or `row` (parquet), both from 1;
+    `package`; `bytes` = [start, end] when the document is a part of its file.
     """
 
     uid: bytes
@@ -33,7 +35,9 @@ class Document:
 
 
 def make_document(source: str, text: str, meta: Mapping[str, Any]) -> Document:
-    """A document whose place is the whole of `meta`; equal texts at different places get different uids."""
+    """A document whose place is the whole of `meta`; equal texts at different places get different
+    uids.
+    """
     content = hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
     identity = json.dumps([source, content, meta], sort_keys=True)
     uid = hashlib.blake2b(identity.encode(), digest_size=16).digest()
@@ -41,7 +45,9 @@ def make_document(source: str, text: str, meta: Mapping[str, Any]) -> Document:
 
 
 def language(path: str, text: str) -> str:
-    """A simple guess: "python" for `.py` files, "zh" if most letters and digits are Chinese characters, else "und"."""
+    """A simple guess: "python" for `.py` files, "zh" if most letters and digits are Chinese
+    characters, else "und".
+    """
     if path.endswith(".py"):
         return "python"
     if text.isascii():
@@ -50,22 +56,41 @@ def language(path: str, text: str) -> str:
 
 
 def write_documents(directory: Path, name: str, documents: Iterable[Document]) -> None:
-    """Write `name-00000.parquet` and so on, about 64 MiB of text each, in the order given; at least one shard."""
+    """Write `name-00000.parquet` and so on, about 64 MiB of text each, in the order given; at least
+    one shard.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([("uid", pa.binary(16)), ("text", pa.large_string()), ("source", pa.string()),
-                        ("lang", pa.string()), ("meta", pa.string())])
+    schema = pa.schema(
+        [
+            ("uid", pa.binary(16)),
+            ("text", pa.large_string()),
+            ("source", pa.string()),
+            ("lang", pa.string()),
+            ("meta", pa.string()),
+        ]
+    )
     writer, shard, shard_bytes = None, 0, 0
     for group, size in _groups(documents):
         if writer is None or shard_bytes + size > _SHARD_BYTES:
             if writer is not None:
                 writer.close()
-            writer = pq.ParquetWriter(directory / f"{name}-{shard:05}.parquet", schema, compression="zstd")
+            writer = pq.ParquetWriter(
+                directory / f"{name}-{shard:05}.parquet", schema, compression="zstd"
+            )
             shard, shard_bytes = shard + 1, 0
         shard_bytes += size
-        rows = [{"uid": d.uid, "text": d.text, "source": d.source, "lang": d.lang,
-                 "meta": json.dumps(d.meta, ensure_ascii=False, sort_keys=True)} for d in group]
+        rows = [
+            {
+                "uid": d.uid,
+                "text": d.text,
+                "source": d.source,
+                "lang": d.lang,
+                "meta": json.dumps(d.meta, ensure_ascii=False, sort_keys=True),
+            }
+            for d in group
+        ]
         writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     if writer is None:
         writer = pq.ParquetWriter(directory / f"{name}-00000.parquet", schema, compression="zstd")
@@ -99,13 +124,24 @@ def read_documents(directory: Path, name: str) -> Iterator[Document]:
             with pq.ParquetFile(shard) as file:
                 for index in range(file.num_row_groups):
                     for row in file.read_row_group(index).to_pylist():
-                        yield Document(row["uid"], row["text"], row["source"], row["lang"], json.loads(row["meta"]))
+                        yield Document(
+                            row["uid"],
+                            row["text"],
+                            row["source"],
+                            row["lang"],
+                            json.loads(row["meta"]),
+                        )
         except (OSError, pa.ArrowException) as error:
-            raise XushiError(f"{shard} is damaged: {' '.join(str(error).split())}",
-                             "run the data stage again") from None
+            raise XushiError(
+                f"{shard} is damaged: {' '.join(str(error).split())}", "run the data stage again"
+            ) from None
 
 
 def find_documents(directory: Path, name: str, uids: Iterable[bytes]) -> dict[bytes, Document]:
     """Those of a directory's documents that are asked for and there, by uid."""
     wanted = set(uids)
-    return {document.uid: document for document in read_documents(directory, name) if document.uid in wanted}
+    return {
+        document.uid: document
+        for document in read_documents(directory, name)
+        if document.uid in wanted
+    }

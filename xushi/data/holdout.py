@@ -1,8 +1,8 @@
 """What is held out for evaluation: 5-8 % of the bytes, chosen by hash, before anything is trained.
 
-Whole groups (a package, else a document) so that near neighbours do not stand on both sides. Where the groups are too
-few and too large for that, as with a single book, the tail of every document instead; which rule was used is recorded.
-Not here: the evaluation itself.
+Whole groups (a package, else a document) so that near neighbours do not stand on both sides. Where
+the groups are too few and too large for that, as with a single book, the tail of every document
+instead; which rule was used is recorded. Not here: the evaluation itself.
 """
 
 import hashlib
@@ -33,24 +33,31 @@ class Holdout:
 
 def group_of(document: Document) -> Group:
     """(source, group): the distribution of a package's file, else the document's own place."""
-    return document.source, str(document.meta["package"]) if "package" in document.meta else place_of(document)
+    return document.source, str(
+        document.meta["package"]
+    ) if "package" in document.meta else place_of(document)
 
 
 def place_of(document: Document) -> str:
     """The path inside the source, with `:number` for the line or row of a table."""
-    return ":".join(str(document.meta[key]) for key in ("path", "line", "row") if key in document.meta)
+    return ":".join(
+        str(document.meta[key]) for key in ("path", "line", "row") if key in document.meta
+    )
 
 
 def hold_out(documents: Sequence[Document], fraction: float, salt: str) -> Holdout:
     """Divide `documents`; the same for the same documents, whatever order the groups were found in.
 
-    `fraction` (0.05-0.08) of the bytes is what is aimed at; between 5 % and 8 % is what is kept to. `XushiError` if
-    there is too little text to hold anything out.
+    `fraction` (0.05-0.08) of the bytes is what is aimed at; between 5 % and 8 % is what is kept to.
+    `XushiError` if there is too little text to hold anything out.
     """
     total = sum(len(document.text.encode()) for document in documents)
     if total < SMALLEST_CORPUS:
-        raise XushiError(f"the sources hold {total} bytes of text, too little to hold any of it out for evaluation",
-                         f"give at least {SMALLEST_CORPUS} bytes; a useful model needs millions")
+        raise XushiError(
+            f"the sources hold {total} bytes of text, too little to hold any of it out for "
+            "evaluation",
+            f"give at least {SMALLEST_CORPUS} bytes; a useful model needs millions",
+        )
     sizes: dict[Group, int] = {}
     for document in documents:
         group = group_of(document)
@@ -59,16 +66,23 @@ def hold_out(documents: Sequence[Document], fraction: float, salt: str) -> Holdo
     if taken is None:
         return _tails(documents, total, fraction)
     held = set(taken)
-    return Holdout([d for d in documents if group_of(d) not in held],
-                   [d for d in documents if group_of(d) in held], "groups", sorted(held))
+    return Holdout(
+        [d for d in documents if group_of(d) not in held],
+        [d for d in documents if group_of(d) in held],
+        "groups",
+        sorted(held),
+    )
 
 
 def _choose(sizes: dict[Group, int], total: int, fraction: float, salt: str) -> list[Group] | None:
-    """Walk the groups in hash order, taking what fits. None if no set of whole groups lies between 5 % and 8 %.
+    """Walk the groups in hash order, taking what fits. None if no set of whole groups lies between
+    5 % and 8 %.
 
-    A walk that ends below 5 % has passed over nothing but groups above 3 %. A set that lies within the bounds has at
-    most two of those, so walks that begin with each one, then with each two of them, leave no set unfound.
+    A walk that ends below 5 % has passed over nothing but groups above 3 %. A set that lies within
+    the bounds has at most two of those, so walks that begin with each one, then with each two of
+    them, leave no set unfound.
     """
+
     def position(group: Group) -> bytes:
         return hashlib.blake2b("\0".join((salt, *group)).encode(), digest_size=16).digest()
 
@@ -103,15 +117,25 @@ def _tails(documents: Sequence[Document], total: int, fraction: float) -> Holdou
         held += len(data) - cut
         for side, start, end in ((train, 0, cut), (heldout, cut, len(data))):
             if start < end:
-                side.append(make_document(document.source, data[start:end].decode(),
-                                          {**document.meta, "bytes": [start, end]}))
+                side.append(
+                    make_document(
+                        document.source,
+                        data[start:end].decode(),
+                        {**document.meta, "bytes": [start, end]},
+                    )
+                )
     if not LEAST * total <= held <= MOST * total:
-        raise XushiError("the documents are too short to hold out a part of each", "give longer texts, or more of them")
+        raise XushiError(
+            "the documents are too short to hold out a part of each",
+            "give longer texts, or more of them",
+        )
     return Holdout(train, heldout, "tails", [])
 
 
 def _cut(data: bytes, wanted: int, slack: int) -> int:
-    """Where the tail of about `wanted` bytes begins: at a line's start within `slack` bytes, else at a character's."""
+    """Where the tail of about `wanted` bytes begins: at a line's start within `slack` bytes, else
+    at a character's.
+    """
     wanted = min(max(wanted, 0), len(data) // 2)
     cut = len(data) - wanted
     if wanted == 0:

@@ -1,4 +1,6 @@
-"""Reading a room's own JSON files: missing and damaged ones are the user's to mend, so they get a plain message."""
+"""Reading a room's own JSON files: missing and damaged ones are the user's to mend, so they get a
+plain message.
+"""
 
 import json
 from pathlib import Path
@@ -8,7 +10,9 @@ from xushi.base.errors import XushiError
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The table in `path`, written last into its directory: without it the directory does not count."""
+    """The table in `path`, written last into its directory: without it the directory does not
+    count.
+    """
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,7 +1,8 @@
-"""Which source each sequence comes from, and which of its sequences: a pure function of (seed, cursor).
+"""Which source each sequence comes from, and which of its sequences: a pure function of (seed,
+cursor).
 
-A plan over a period of slots is fixed before step 0: every source gets slots in proportion to its share, in a keyed
-order; the plan repeats. Not here: what a sequence holds (`packing`).
+A plan over a period of slots is fixed before step 0: every source gets slots in proportion to its
+share, in a keyed order; the plan repeats. Not here: what a sequence holds (`packing`).
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,9 @@ PERIOD = 4096
 
 
 def slot_counts(shares: Sequence[float], period: int = PERIOD) -> list[int]:
-    """Slots of each source: proportional to `shares`, rounded by largest remainders, and at least one."""
+    """Slots of each source: proportional to `shares`, rounded by largest remainders, and at least
+    one.
+    """
     assert 0 < len(shares) <= period and all(share > 0 for share in shares)
     quotas = [share / sum(shares) * period for share in shares]
     counts = [max(1, int(quota)) for quota in quotas]
@@ -27,10 +30,14 @@ def slot_counts(shares: Sequence[float], period: int = PERIOD) -> list[int]:
 
 
 class Mixture:
-    """`sequences[s]`: how many sequences source `names[s]` has. `weights[s]`: how often each of them is seen, relative
-    to those of a source of weight 1. Sources are known to the order by name, so their order here does not matter."""
+    """`sequences[s]`: how many sequences source `names[s]` has. `weights[s]`: how often each of
+    them is seen, relative to those of a source of weight 1. Sources are known to the order by name,
+    so their order here does not matter.
+    """
 
-    def __init__(self, names: Sequence[str], sequences: Sequence[int], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self, names: Sequence[str], sequences: Sequence[int], weights: Sequence[float], seed: int
+    ) -> None:
         ranked = sorted(range(len(names)), key=lambda s: names[s])
         counts = slot_counts([sequences[s] * weights[s] for s in ranked])
         plan = np.repeat(np.array(ranked), counts)

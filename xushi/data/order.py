@@ -1,7 +1,8 @@
 """The order in which things are seen: a keyed permutation of range(n) that needs no table.
 
-A Feistel network permutes the smallest range of 4**h that holds n; what falls outside n is sent through again ("cycle
-walking", Black and Rogaway 2002). Not here: which source is drawn from (`mixture`).
+A Feistel network permutes the smallest range of 4**h that holds n; what falls outside n is sent
+through again ("cycle walking", Black and Rogaway 2002). Not here: which source is drawn from
+(`mixture`).
 """
 
 _ROUNDS = 8

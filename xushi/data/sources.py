@@ -1,7 +1,7 @@
 """Documents from what the recipe names: text files, JSONL, Parquet, installed Python packages.
 
-Nothing is dropped in silence: what a source leaves out is counted in its notes, what it cannot read is an error that
-names the place. Not here: duplicates and hold-out (`corpus`, `holdout`).
+Nothing is dropped in silence: what a source leaves out is counted in its notes, what it cannot read
+is an error that names the place. Not here: duplicates and hold-out (`corpus`, `holdout`).
 """
 
 import fnmatch
@@ -18,16 +18,46 @@ from xushi.base.errors import XushiError
 from xushi.data.config import SourceConfig, canonical_package
 from xushi.data.documents import Document, make_document
 
-# A file so named is meant as text: when its bytes are not UTF-8 that is an error, not a reason to skip it.
-TEXT_SUFFIXES = (".c", ".cc", ".cpp", ".css", ".csv", ".go", ".h", ".hpp", ".htm", ".html", ".java", ".js", ".json",
-                 ".jsonl", ".md", ".org", ".py", ".rs", ".rst", ".sh", ".tex", ".toml", ".ts", ".tsv", ".txt", ".xml",
-                 ".yaml", ".yml")
+# A file so named is meant as text: when its bytes are not UTF-8 that is an error, not a reason to
+# skip it.
+TEXT_SUFFIXES = (
+    ".c",
+    ".cc",
+    ".cpp",
+    ".css",
+    ".csv",
+    ".go",
+    ".h",
+    ".hpp",
+    ".htm",
+    ".html",
+    ".java",
+    ".js",
+    ".json",
+    ".jsonl",
+    ".md",
+    ".org",
+    ".py",
+    ".rs",
+    ".rst",
+    ".sh",
+    ".tex",
+    ".toml",
+    ".ts",
+    ".tsv",
+    ".txt",
+    ".xml",
+    ".yaml",
+    ".yml",
+)
 _TABLE_SUFFIXES = {"jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
 
 
 @dataclass
 class SourceFiles:
-    """What a source has read: its documents in path order, the number of files, and what was left out and why."""
+    """What a source has read: its documents in path order, the number of files, and what was left
+    out and why.
+    """
 
     documents: list[Document] = field(default_factory=list)
     files: int = 0
@@ -44,7 +74,10 @@ def read_source(source: SourceConfig) -> SourceFiles:
         _read_glob(source, found)
     if not found.documents:
         left_out = f" ({'; '.join(found.notes)})" if found.notes else ""
-        raise XushiError(f"source {source.name} holds no text{left_out}", "give it files with text, or leave it out")
+        raise XushiError(
+            f"source {source.name} holds no text{left_out}",
+            "give it files with text, or leave it out",
+        )
     return found
 
 
@@ -73,25 +106,35 @@ def _belongs(source: SourceConfig, path: Path) -> bool:
 
 
 def _match(source: SourceConfig, found: SourceFiles) -> tuple[Path, list[Path], bool]:
-    """(root that paths are told relative to, files in posix path order, whether a whole directory was asked for)."""
+    """(root that paths are told relative to, files in posix path order, whether a whole directory
+    was asked for).
+    """
     assert source.glob is not None
     pattern = os.path.expanduser(source.glob)
     if os.path.isdir(pattern):
         return Path(pattern), _walk(Path(pattern), found), True
     if os.path.isfile(pattern):
         return Path(pattern).parent, [Path(pattern)], False
-    paths = {os.path.realpath(match): Path(match)  # a link to what is already there is not a second text
-             for match in sorted(glob.glob(pattern, recursive=True), reverse=True) if os.path.isfile(match)}
+    paths = {
+        os.path.realpath(match): Path(match)  # a link to what is already there is not a second text
+        for match in sorted(glob.glob(pattern, recursive=True), reverse=True)
+        if os.path.isfile(match)
+    }
     if not paths:
-        raise XushiError(f"source {source.name}: no file matches {source.glob!r} (in {os.getcwd()})",
-                         "correct the glob; ** goes into folders, and a folder's name takes all text files in it")
+        raise XushiError(
+            f"source {source.name}: no file matches {source.glob!r} (in {os.getcwd()})",
+            "correct the glob; ** goes into folders, and a folder's name takes all text files in "
+            "it",
+        )
     folders = Path(pattern).parts[:-1]
     root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), folders))
     return root, sorted(paths.values(), key=lambda path: path.as_posix()), False
 
 
 def _walk(root: Path, found: SourceFiles) -> list[Path]:
-    """Regular files under `root` that are not hidden, in posix path order. Links to folders are not followed."""
+    """Regular files under `root` that are not hidden, in posix path order. Links to folders are not
+    followed.
+    """
     hidden = special = 0
     paths = []
     for folder, folders, names in os.walk(root, onerror=_unreadable):
@@ -108,8 +151,9 @@ def _walk(root: Path, found: SourceFiles) -> list[Path]:
 
 
 def _unreadable(error: OSError) -> None:
-    raise XushiError(f"{error.filename} cannot be read: {error.strerror}",
-                     "check its permissions, or exclude it") from None
+    raise XushiError(
+        f"{error.filename} cannot be read: {error.strerror}", "check its permissions, or exclude it"
+    ) from None
 
 
 def _note(found: SourceFiles, count: int, what: str) -> None:
@@ -122,7 +166,9 @@ def _bytes_of(path: Path, most: int = -1) -> bytes:
         with open(path, "rb") as file:
             return file.read(most)
     except OSError as error:
-        raise XushiError(f"{path} cannot be read: {error.strerror}", "check its permissions, or exclude it") from None
+        raise XushiError(
+            f"{path} cannot be read: {error.strerror}", "check its permissions, or exclude it"
+        ) from None
 
 
 def _looks_like_text(path: Path) -> bool:
@@ -141,8 +187,10 @@ def _text_of(data: bytes, where: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise XushiError(f"{where} is not UTF-8 (byte {error.start}, line {line})",
-                         "convert it (iconv -t utf-8), or exclude it") from None
+        raise XushiError(
+            f"{where} is not UTF-8 (byte {error.start}, line {line})",
+            "convert it (iconv -t utf-8), or exclude it",
+        ) from None
 
 
 def _read_text(source: SourceConfig, path: Path, inside: str) -> Iterator[Document]:
@@ -160,8 +208,10 @@ def _read_jsonl(source: SourceConfig, path: Path, inside: str) -> Iterator[Docum
             raise XushiError(f"{where} is not JSON: {error}", "mend or remove that line") from None
         text = row.get(source.field) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise XushiError(f"{where} has no text under {source.field!r}",
-                             f"mend that line, or name the right key with field in source {source.name}")
+            raise XushiError(
+                f"{where} has no text under {source.field!r}",
+                f"mend that line, or name the right key with field in source {source.name}",
+            )
         yield make_document(source.name, _encodable(text, where), {"path": inside, "line": number})
 
 
@@ -169,7 +219,9 @@ def _encodable(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise XushiError(f"{where} holds a lone surrogate (half a character)", "mend or remove that line") from None
+        raise XushiError(
+            f"{where} holds a lone surrogate (half a character)", "mend or remove that line"
+        ) from None
     return text
 
 
@@ -181,26 +233,34 @@ def _read_parquet(source: SourceConfig, path: Path, inside: str) -> Iterator[Doc
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow
             if source.field not in columns.names:
-                raise XushiError(f"{path} has no column {source.field!r} (it has {', '.join(columns.names)})",
-                                 f"name the right column with field in source {source.name}")
+                raise XushiError(
+                    f"{path} has no column {source.field!r} (it has {', '.join(columns.names)})",
+                    f"name the right column with field in source {source.name}",
+                )
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[source.field]):
                 for text in batch.column(0).to_pylist():
                     number += 1
                     if not isinstance(text, str):
-                        raise XushiError(f"{path}, row {number} of column {source.field!r} is no text",
-                                         "remove the row, or name a column of strings")
+                        raise XushiError(
+                            f"{path}, row {number} of column {source.field!r} is no text",
+                            "remove the row, or name a column of strings",
+                        )
                     yield make_document(source.name, text, {"path": inside, "row": number})
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise XushiError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())}",
-                         "check the file, or exclude it") from None
+        raise XushiError(
+            f"{path} cannot be read as Parquet: {' '.join(str(error).split())}",
+            "check the file, or exclude it",
+        ) from None
 
 
 _READERS = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
 
 
 def _read_packages(source: SourceConfig, found: SourceFiles) -> None:
-    """The `.py` files in the RECORD of each distribution, in the order of RECORD's posix paths over all of them."""
+    """The `.py` files in the RECORD of each distribution, in the order of RECORD's posix paths over
+    all of them.
+    """
     places: list[tuple[str, str, Path]] = []
     excluded = 0
     for name in source.packages:
@@ -211,7 +271,9 @@ def _read_packages(source: SourceConfig, found: SourceFiles) -> None:
                 places.append((inside, canonical_package(name), path))
     for inside, package, path in sorted(places):
         text = _text_of(_bytes_of(path), str(path))
-        found.documents.append(make_document(source.name, text, {"path": inside, "package": package}))
+        found.documents.append(
+            make_document(source.name, text, {"path": inside, "package": package})
+        )
     found.files = len(places)
     found.root = "site-packages"
     _note(found, excluded, "files excluded by pattern")
@@ -221,11 +283,18 @@ def _package_files(name: str, source: str) -> list[tuple[str, Path]]:
     try:
         distribution = importlib.metadata.distribution(name)
     except (importlib.metadata.PackageNotFoundError, ValueError):
-        raise XushiError(f"source {source}: the package {name!r} is not installed", f"pip install {name}") from None
+        raise XushiError(
+            f"source {source}: the package {name!r} is not installed", f"pip install {name}"
+        ) from None
     record = [PurePosixPath(file) for file in distribution.files or []]
-    files = [(str(file), Path(str(distribution.locate_file(str(file)))))
-             for file in record if file.suffix == ".py" and ".." not in file.parts and not file.is_absolute()]
+    files = [
+        (str(file), Path(str(distribution.locate_file(str(file)))))
+        for file in record
+        if file.suffix == ".py" and ".." not in file.parts and not file.is_absolute()
+    ]
     if not files:
-        raise XushiError(f"source {source}: the package {name!r} has no Python source in its RECORD",
-                         f"install it from a wheel (pip install --force-reinstall {name}), or leave it out")
+        raise XushiError(
+            f"source {source}: the package {name!r} has no Python source in its RECORD",
+            f"install it from a wheel (pip install --force-reinstall {name}), or leave it out",
+        )
     return files

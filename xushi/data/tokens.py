@@ -1,10 +1,11 @@
-"""The corpus as token ids on disk. Not here: the tokenizer, and how documents become sequences (`packing`).
+"""The corpus as token ids on disk. Not here: the tokenizer, and how documents become sequences
+(`packing`).
 
-    train/SOURCE.bin, heldout/heldout.bin          [bos] + tokens + [eos] of each document, one after another,
-                                                   little-endian uint16, or uint32 above 65536 tokens
-    train/SOURCE.parquet, heldout/heldout.parquet  uid, start, end: offsets in the flat file, in document order
-    byte_lengths.npy                               int64 [V]: bytes of text that each token stands for
-    manifest.json                                  `TokenManifest`; written last
+train/SOURCE.bin, heldout/heldout.bin          [bos] + tokens + [eos] of each document, one after another,
+                                               little-endian uint16, or uint32 above 65536 tokens
+train/SOURCE.parquet, heldout/heldout.parquet  uid, start, end: offsets in the flat file, in document order
+byte_lengths.npy                               int64 [V]: bytes of text that each token stands for
+manifest.json                                  `TokenManifest`; written last
 """
 
 from collections.abc import Iterable, Iterator
@@ -50,27 +51,48 @@ class TokenManifest(StrictConfig):
     heldout: TokenSource
 
 
-def tokenize_corpus(corpus: Path, tokenizer: "Tokenizer", directory: Path, sequence_length: int) -> TokenManifest:
-    """Write the tokens of the corpus in `corpus`. `directory` appears whole (replacing an older one) or not at all."""
+def tokenize_corpus(
+    corpus: Path, tokenizer: "Tokenizer", directory: Path, sequence_length: int
+) -> TokenManifest:
+    """Write the tokens of the corpus in `corpus`. `directory` appears whole (replacing an older
+    one) or not at all.
+    """
     summary = load_summary(corpus)
     weights = {source.name: source.weight for source in summary.sources}
     dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     with directory_in_place(directory) as aside:
         (aside / "train").mkdir()
         (aside / "heldout").mkdir()
-        train = [_write(aside / "train", name, weights[name], documents, tokenizer, dtype)
-                 for name, documents in groupby(read_documents(corpus, "train"), key=lambda d: d.source)]
-        heldout = _write(aside / "heldout", "heldout", 1.0, read_documents(corpus, "heldout"), tokenizer, dtype)
+        train = [
+            _write(aside / "train", name, weights[name], documents, tokenizer, dtype)
+            for name, documents in groupby(read_documents(corpus, "train"), key=lambda d: d.source)
+        ]
+        heldout = _write(
+            aside / "heldout", "heldout", 1.0, read_documents(corpus, "heldout"), tokenizer, dtype
+        )
         np.save(aside / "byte_lengths.npy", tokenizer.byte_lengths, allow_pickle=False)
         manifest = TokenManifest(
-            sequence_length=sequence_length, dtype=dtype, vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id,
-            tokenizer=tokenizer.hash, corpus=summary.sha256, train=train, heldout=heldout)
+            sequence_length=sequence_length,
+            dtype=dtype,
+            vocab_size=tokenizer.vocab_size,
+            pad_id=tokenizer.pad_id,
+            tokenizer=tokenizer.hash,
+            corpus=summary.sha256,
+            train=train,
+            heldout=heldout,
+        )
         write_json(aside / "manifest.json", manifest.model_dump())
     return manifest
 
 
-def _write(directory: Path, name: str, weight: float, documents: Iterable[Document], tokenizer: "Tokenizer",
-           dtype: str) -> TokenSource:
+def _write(
+    directory: Path,
+    name: str,
+    weight: float,
+    documents: Iterable[Document],
+    tokenizer: "Tokenizer",
+    dtype: str,
+) -> TokenSource:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -78,14 +100,24 @@ def _write(directory: Path, name: str, weight: float, documents: Iterable[Docume
     starts = [0]
     with open(directory / f"{name}.bin", "wb") as file:
         for chunk in _chunks(documents):
-            for document, ids in zip(chunk, tokenizer.encode_batch([d.text for d in chunk]), strict=True):
+            for document, ids in zip(
+                chunk, tokenizer.encode_batch([d.text for d in chunk]), strict=True
+            ):
                 ids = [tokenizer.bos_id, *ids, tokenizer.eos_id]
                 file.write(np.array(ids, dtype=np.dtype(dtype).newbyteorder("<")).tobytes())
                 uids.append(document.uid)
                 starts.append(starts[-1] + len(ids))
-    pq.write_table(pa.table({"uid": pa.array(uids, pa.binary(16)), "start": pa.array(starts[:-1], pa.int64()),
-                             "end": pa.array(starts[1:], pa.int64())}),
-                   directory / f"{name}.parquet", compression="zstd")
+    pq.write_table(
+        pa.table(
+            {
+                "uid": pa.array(uids, pa.binary(16)),
+                "start": pa.array(starts[:-1], pa.int64()),
+                "end": pa.array(starts[1:], pa.int64()),
+            }
+        ),
+        directory / f"{name}.parquet",
+        compression="zstd",
+    )
     return TokenSource(name=name, weight=weight, documents=len(uids), tokens=starts[-1])
 
 
@@ -104,11 +136,15 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def load_manifest(directory: Path) -> TokenManifest:
     """The manifest of a directory that `tokenize_corpus` wrote."""
-    return parse(TokenManifest, read_manifest(directory / "manifest.json"), str(directory / "manifest.json"))
+    return parse(
+        TokenManifest, read_manifest(directory / "manifest.json"), str(directory / "manifest.json")
+    )
 
 
 def open_source(directory: Path, manifest: TokenManifest, source: TokenSource) -> PackedSource:
-    """The sequences of one flat file in `directory` (its `train` or `heldout`); damage is a `XushiError`."""
+    """The sequences of one flat file in `directory` (its `train` or `heldout`); damage is a
+    `XushiError`.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -117,14 +153,23 @@ def open_source(directory: Path, manifest: TokenManifest, source: TokenSource) -
         index = pq.read_table(directory / f"{source.name}.parquet", columns=["uid", "end"])
         size = path.stat().st_size
     except (OSError, pa.ArrowException) as error:
-        raise XushiError(f"tokens of {source.name} in {directory} cannot be read: {' '.join(str(error).split())}",
-                         "run the data stage again") from None
+        raise XushiError(
+            f"tokens of {source.name} in {directory} cannot be read: "
+            f"{' '.join(str(error).split())}",
+            "run the data stage again",
+        ) from None
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     if size != source.tokens * dtype.itemsize or index.num_rows != source.documents:
-        raise XushiError(f"{path} does not have the size that the manifest gives", "run the data stage again")
-    starts = np.concatenate([np.zeros(1, dtype=np.int64), index.column("end").to_numpy().astype(np.int64)])
+        raise XushiError(
+            f"{path} does not have the size that the manifest gives", "run the data stage again"
+        )
+    starts = np.concatenate(
+        [np.zeros(1, dtype=np.int64), index.column("end").to_numpy().astype(np.int64)]
+    )
     tokens = np.memmap(path, dtype=dtype, mode="r")
-    return PackedSource(tokens, starts, index.column("uid").to_pylist(), manifest.sequence_length, manifest.pad_id)
+    return PackedSource(
+        tokens, starts, index.column("uid").to_pylist(), manifest.sequence_length, manifest.pad_id
+    )
 
 
 def load_byte_lengths(directory: Path, manifest: TokenManifest) -> Ints:
@@ -135,5 +180,7 @@ def load_byte_lengths(directory: Path, manifest: TokenManifest) -> Ints:
     except (OSError, ValueError) as error:
         raise XushiError(f"{path} cannot be read: {error}", "run the data stage again") from None
     if lengths.shape != (manifest.vocab_size,):
-        raise XushiError(f"{path} does not have the size that the manifest gives", "run the data stage again")
+        raise XushiError(
+            f"{path} does not have the size that the manifest gives", "run the data stage again"
+        )
     return np.asarray(lengths, dtype=np.int64)

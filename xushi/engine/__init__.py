@@ -1,4 +1,5 @@
-"""Floor 3: generation. Sampling, continuous batching over the latent cache, and `LLM`, the short way in.
+"""Floor 3: generation. Sampling, continuous batching over the latent cache, and `LLM`, the short
+way in.
 
 Not here: HTTP (serve), rewards (rl), what a model is (model).
 """
@@ -10,5 +11,18 @@ from xushi.engine.params import SamplingParams
 from xushi.engine.sampling import Sampled, sample
 from xushi.engine.text import Delta, TextStream
 
-__all__ = ["LLM", "ChatCompletion", "Completion", "ContextLengthError", "Delta", "Engine", "Request", "Sampled",
-           "SamplingParams", "TextStream", "conversation_ids", "generate_ids", "sample"]
+__all__ = [
+    "LLM",
+    "ChatCompletion",
+    "Completion",
+    "ContextLengthError",
+    "Delta",
+    "Engine",
+    "Request",
+    "Sampled",
+    "SamplingParams",
+    "TextStream",
+    "conversation_ids",
+    "generate_ids",
+    "sample",
+]

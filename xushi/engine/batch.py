@@ -9,22 +9,34 @@ from xushi.engine.params import SamplingParams
 from xushi.model import Deepseek
 
 
-def generate_ids(model: Deepseek, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams],
-                 eos_id: int, *, concurrency: int = 256, weights_version: int = 0, routing: bool = False
-                 ) -> list[Request]:
+def generate_ids(
+    model: Deepseek,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    eos_id: int,
+    *,
+    concurrency: int = 256,
+    weights_version: int = 0,
+    routing: bool = False,
+) -> list[Request]:
     """Continue every prompt; finished requests in the order of `prompts`.
 
-    `params` is one for all, or one per prompt: with one for all, equal prompts get equal tokens, since the seed is
-    the same. Equal prompts that stand together are computed once. The cache has room for `concurrency` requests of
-    the largest size. Errors as in `Engine.add`.
+    `params` is one for all, or one per prompt: with one for all, equal prompts get equal tokens,
+    since the seed is the same. Equal prompts that stand together are computed once. The cache has
+    room for `concurrency` requests of the largest size. Errors as in `Engine.add`.
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
-        raise XushiError(f"{len(prompts)} prompts and {len(each)} sampling parameters", "give one for all or one each")
+        raise XushiError(
+            f"{len(prompts)} prompts and {len(each)} sampling parameters",
+            "give one for all or one each",
+        )
     if not prompts:
         return []
     context = model.config.max_position_embeddings
-    largest = max(min(len(prompt) + p.max_tokens, context) for prompt, p in zip(prompts, each, strict=True))
+    largest = max(
+        min(len(prompt) + p.max_tokens, context) for prompt, p in zip(prompts, each, strict=True)
+    )
     engine = Engine(model, eos_id, min(concurrency, len(prompts)) * largest, weights_version)
     requests: list[Request] = []
     for _, group in groupby(zip(prompts, each, strict=True), key=lambda pair: list(pair[0])):

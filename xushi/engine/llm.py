@@ -21,8 +21,9 @@ DEFAULT_SLOTS_LIMIT = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A continued text. `token_ids`, `logprobs` and `sampling_logprobs` are as in `Request`; `text` ends before a
-    stop string while `token_ids` reaches through it."""
+    """A continued text. `token_ids`, `logprobs` and `sampling_logprobs` are as in `Request`; `text`
+    ends before a stop string while `token_ids` reaches through it.
+    """
 
     text: str
     token_ids: list[int]
@@ -52,21 +53,28 @@ def default_slots(config: ModelConfig) -> int:
 
 
 def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """The prompt for the next answer. Earlier reasoning is left out, as the published models are used."""
+    """The prompt for the next answer. Earlier reasoning is left out, as the published models are
+    used.
+    """
     if not messages:
         raise XushiError("the conversation has no messages", "give at least one of role user")
     return tokenizer.chat_ids([{"role": m["role"], "content": m["content"]} for m in messages])
 
 
 class LLM:
-    """Loads export directory `path` (config.json, safetensors, tokenizer.json); one thread at a time."""
+    """Loads export directory `path` (config.json, safetensors, tokenizer.json); one thread at a
+    time.
+    """
 
     def __init__(self, path: str | Path, slots: int | None = None) -> None:
         self.tokenizer = Tokenizer.load(Path(path))
         model = load_pretrained(path)
         if self.tokenizer.vocab_size > model.config.vocab_size:
-            raise XushiError(f"{path}: the tokenizer has {self.tokenizer.vocab_size} tokens and the model "
-                             f"{model.config.vocab_size}", "export model and tokenizer of one run together")
+            raise XushiError(
+                f"{path}: the tokenizer has {self.tokenizer.vocab_size} tokens and the model "
+                f"{model.config.vocab_size}",
+                "export model and tokenizer of one run together",
+            )
         self.engine = Engine(model, self.tokenizer.eos_id, slots or default_slots(model.config))
 
     @property
@@ -74,14 +82,21 @@ class LLM:
         """How many tokens prompt and answer may have together."""
         return self.engine.context
 
-    def generate(self, prompts: str | Sequence[str] | Sequence[Sequence[int]],
-                 params: SamplingParams | Sequence[SamplingParams]) -> list[Completion]:
-        """Continue texts (each gets the beginning-of-text token in front) or lists of ids (taken as they are)."""
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+    ) -> list[Completion]:
+        """Continue texts (each gets the beginning-of-text token in front) or lists of ids (taken as
+        they are).
+        """
         listed: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
         each = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(listed):
-            raise XushiError(f"{len(listed)} prompts and {len(each)} sampling parameters",
-                             "give one for all or one each")
+            raise XushiError(
+                f"{len(listed)} prompts and {len(each)} sampling parameters",
+                "give one for all or one each",
+            )
         ids = [self.prompt_ids(prompt) for prompt in listed]
         for prompt_ids, p in zip(ids, each, strict=True):
             self.engine.check(prompt_ids, p)  # all before any is queued
@@ -90,8 +105,10 @@ class LLM:
         texts = [""] * len(requests)
         for index, delta in self._run(requests, streams):
             texts[index] += delta.text
-        return [Completion(text, *_figures(request, stream))
-                for text, request, stream in zip(texts, requests, streams, strict=True)]
+        return [
+            Completion(text, *_figures(request, stream))
+            for text, request, stream in zip(texts, requests, streams, strict=True)
+        ]
 
     def chat(self, messages: Sequence[Message], params: SamplingParams) -> ChatCompletion:
         """The model's answer to a conversation."""
@@ -100,8 +117,11 @@ class LLM:
         parts = {"reasoning": "", "content": ""}
         for _, delta in self._run([request], [stream]):
             parts[delta.channel] += delta.text
-        return ChatCompletion(parts["reasoning"] if stream.thought else None, parts["content"],
-                              *_figures(request, stream))
+        return ChatCompletion(
+            parts["reasoning"] if stream.thought else None,
+            parts["content"],
+            *_figures(request, stream),
+        )
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams) -> Iterator[Delta]:
         """`generate` of one prompt, piece by piece; closing the iterator ends the request."""
@@ -116,12 +136,16 @@ class LLM:
             yield delta
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """What the model is given for a text (the beginning-of-text token first) or a list of ids (as it is)."""
+        """What the model is given for a text (the beginning-of-text token first) or a list of ids
+        (as it is).
+        """
         if isinstance(prompt, str):
             return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
         return list(prompt)
 
-    def _run(self, requests: list[Request], streams: list[TextStream]) -> Iterator[tuple[int, Delta]]:
+    def _run(
+        self, requests: list[Request], streams: list[TextStream]
+    ) -> Iterator[tuple[int, Delta]]:
         """Step the engine until all are finished; the text of request i as (i, delta)."""
         read = [0] * len(requests)
         open_ = list(range(len(requests)))
@@ -129,7 +153,7 @@ class LLM:
             while open_:
                 for index in open_:
                     request, stream = requests[index], streams[index]
-                    for token in request.token_ids[read[index]:]:
+                    for token in request.token_ids[read[index] :]:
                         read[index] += 1
                         yield from ((index, delta) for delta in stream.push(token))
                         if stream.stopped:
@@ -145,7 +169,17 @@ class LLM:
                 self.engine.abort(request)
 
 
-def _figures(request: Request, stream: TextStream) -> tuple[list[int], list[float], list[float], int, FinishReason]:
-    reason = "stop" if stream.stopped else request.finish_reason  # also where the limit came with the same token
+def _figures(
+    request: Request, stream: TextStream
+) -> tuple[list[int], list[float], list[float], int, FinishReason]:
+    reason = (
+        "stop" if stream.stopped else request.finish_reason
+    )  # also where the limit came with the same token
     assert reason is not None
-    return request.token_ids, request.logprobs, request.sampling_logprobs, request.weights_version, reason
+    return (
+        request.token_ids,
+        request.logprobs,
+        request.sampling_logprobs,
+        request.weights_version,
+        reason,
+    )

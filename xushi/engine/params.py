@@ -8,12 +8,14 @@ from xushi.base.errors import XushiError
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request is continued; a value out of range is a `XushiError` that names the parameter.
+    """How one request is continued; a value out of range is a `XushiError` that names the
+    parameter.
 
-    max_tokens: how many tokens to generate at most. temperature: 0 takes the most probable token. top_p: keep the
-    smallest set of tokens that holds this probability. top_k: keep so many, 0 keeps all. seed: the same prompt,
-    weights and seed give the same tokens. stop: generation ends before any of these strings; they act where there is
-    text (`LLM`, serve) and not on bare ids. ignore_eos: go on to max_tokens, for measurements.
+    max_tokens: how many tokens to generate at most. temperature: 0 takes the most probable token.
+    top_p: keep the smallest set of tokens that holds this probability. top_k: keep so many, 0 keeps
+    all. seed: the same prompt, weights and seed give the same tokens. stop: generation ends before
+    any of these strings; they act where there is text (`LLM`, serve) and not on bare ids.
+    ignore_eos: go on to max_tokens, for measurements.
     """
 
     max_tokens: int
@@ -30,12 +32,21 @@ class SamplingParams:
         _whole("seed", self.seed, None)
         _number("temperature", self.temperature, self.temperature >= 0, "a number from 0 up")
         _number("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
-        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise XushiError(f"sampling parameter stop is {self.stop!r}", "give a tuple of strings that are not empty")
+        if isinstance(self.stop, str) or not all(
+            isinstance(text, str) and text for text in self.stop
+        ):
+            raise XushiError(
+                f"sampling parameter stop is {self.stop!r}",
+                "give a tuple of strings that are not empty",
+            )
 
 
 def _whole(name: str, value: int, least: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or (least is not None and value < least)
+    ):
         bound = "" if least is None else f" of at least {least}"
         raise XushiError(f"sampling parameter {name} is {value!r}", f"give a whole number{bound}")
 

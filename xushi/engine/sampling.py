@@ -1,7 +1,8 @@
 """From logits to tokens: every row with its own parameters, one uniform number per token.
 
-A token is the inverse of the cumulative distribution, in the order of token ids, at a uniform number that depends on
-the request's seed and on how many tokens it has so far, and on nothing else in the batch.
+A token is the inverse of the cumulative distribution, in the order of token ids, at a uniform
+number that depends on the request's seed and on how many tokens it has so far, and on nothing else
+in the batch.
 
 Axes: M rows, V vocabulary.
 """
@@ -24,7 +25,9 @@ BLOCK = 64
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Per row: the token, and its natural log-probability under the model and under the sampling distribution."""
+    """Per row: the token, and its natural log-probability under the model and under the sampling
+    distribution.
+    """
 
     tokens: list[int]
     logprobs: list[float]
@@ -36,19 +39,23 @@ def sampling_key(seed: int) -> int:
     return derive(seed, "sampling")
 
 
-def sample(logits_MV: Tensor, params: Sequence[SamplingParams], uniforms_M: npt.NDArray[np.float64]) -> Sampled:
+def sample(
+    logits_MV: Tensor, params: Sequence[SamplingParams], uniforms_M: npt.NDArray[np.float64]
+) -> Sampled:
     """Draw one token per row of float32 logits [M, V] with uniform numbers [M] in (0, 1).
 
-    Temperature divides the logits; then top-k keeps the k most probable tokens, then top-p the smallest set of those
-    whose renormalised probability reaches p; among equals the lower id goes first. Temperature 0 takes the argmax,
-    whose sampling log-probability is 0. The model's log-probability is at temperature 1 over the whole vocabulary.
-    Logits that are not finite numbers are a `XushiError`.
+    Temperature divides the logits; then top-k keeps the k most probable tokens, then top-p the
+    smallest set of those whose renormalised probability reaches p; among equals the lower id goes
+    first. Temperature 0 takes the argmax, whose sampling log-probability is 0. The model's
+    log-probability is at temperature 1 over the whole vocabulary. Logits that are not finite
+    numbers are a `XushiError`.
     """
     logprobs_MV = torch.log_softmax(logits_MV, dim=-1)
     size = logits_MV.shape[1]
     tokens = np.zeros(len(params), dtype=np.int64)
     own = np.zeros(len(params), dtype=np.float64)  # the sampling log-probabilities
-    # Three ways, chosen row by row, so that what stands beside a row cannot change how it is rounded.
+    # Three ways, chosen row by row, so that what stands beside a row cannot change how it is
+    # rounded.
     greedy = [row for row, p in enumerate(params) if p.temperature == 0]
     shaped = [row for row, p in enumerate(params) if p.temperature and _is_shaped(p, size)]
     plain = [row for row, p in enumerate(params) if p.temperature and not _is_shaped(p, size)]
@@ -64,8 +71,11 @@ def sample(logits_MV: Tensor, params: Sequence[SamplingParams], uniforms_M: npt.
     chosen = torch.from_numpy(tokens).to(logits_MV.device)
     model = logprobs_MV.gather(1, chosen[:, None])[:, 0].double().cpu().numpy()
     if not np.isfinite(model).all():
-        raise XushiError("the model's logits are not finite numbers, so no token can be drawn",
-                         "its weights are damaged or diverged: load an earlier checkpoint", 1)
+        raise XushiError(
+            "the model's logits are not finite numbers, so no token can be drawn",
+            "its weights are damaged or diverged: load an earlier checkpoint",
+            1,
+        )
     return Sampled(tokens.tolist(), model.tolist(), own.tolist())
 
 
@@ -87,25 +97,31 @@ def _is_shaped(params: SamplingParams, size: int) -> bool:
 def _draw(scores_MV: Tensor, uniforms_M: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
     """Tokens [M] drawn from log-probabilities [M, V], and their log-probabilities [M].
 
-    First the block of tokens is found and then the place in it: running sums over a whole vocabulary take a tenth of
-    the time of a small model's step. Axes: X blocks, Z tokens of a block.
+    First the block of tokens is found and then the place in it: running sums over a whole
+    vocabulary take a tenth of the time of a small model's step. Axes: X blocks, Z tokens of a
+    block.
     """
     size = scores_MV.shape[1]
-    weights_MV = scores_MV.exp() if size % BLOCK == 0 else F.pad(scores_MV.exp(), (0, -size % BLOCK))
+    weights_MV = (
+        scores_MV.exp() if size % BLOCK == 0 else F.pad(scores_MV.exp(), (0, -size % BLOCK))
+    )
     weights_MXZ = weights_MV.view(len(uniforms_M), -1, BLOCK)
     blocks_MX = weights_MXZ.sum(-1).double().cumsum(-1)
     target_M1 = torch.from_numpy(uniforms_M).to(blocks_MX.device)[:, None] * blocks_MX[:, -1:]
     block_M1 = _place(blocks_MX, target_M1)
     before_M1 = blocks_MX.gather(1, (block_M1 - 1).clamp(min=0)).masked_fill(block_M1 == 0, 0.0)
-    inside_MZ = weights_MXZ.gather(1, block_M1[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
+    inside_MZ = (
+        weights_MXZ.gather(1, block_M1[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
+    )
     tokens_M1 = block_M1 * BLOCK + _place(inside_MZ, target_M1 - before_M1)
     tokens_M1.clamp_(max=size - 1)  # not a number in the logits finds no place; `sample` reports it
     return tokens_M1[:, 0], scores_MV.gather(1, tokens_M1)[:, 0]
 
 
 def _place(cumulative: Tensor, target_M1: Tensor) -> Tensor:
-    """Where the target falls in rising sums [M, n]: always a place that adds something, for the target is kept below
-    the total even where rounding took it there."""
+    """Where the target falls in rising sums [M, n]: always a place that adds something, for the
+    target is kept below the total even where rounding took it there.
+    """
     total_M1 = cumulative[:, -1:]
     below_M1 = torch.minimum(target_M1, torch.nextafter(total_M1, torch.zeros_like(total_M1)))
     return torch.searchsorted(cumulative, below_M1, right=True).clamp(max=cumulative.shape[1] - 1)
@@ -113,11 +129,15 @@ def _place(cumulative: Tensor, target_M1: Tensor) -> Tensor:
 
 def _shape(logprobs_MV: Tensor, params: list[SamplingParams]) -> Tensor:
     """Log-probabilities [M, V], float64, after temperature, top-k and top-p."""
-    temperature_M = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=logprobs_MV.device)
+    temperature_M = torch.tensor(
+        [p.temperature for p in params], dtype=torch.float64, device=logprobs_MV.device
+    )
     # The best token becomes 0 first, so that no temperature, however small, overflows.
     relative_MV = logprobs_MV.double() - logprobs_MV.double().amax(-1, keepdim=True)
     scores_MV = (relative_MV / temperature_M[:, None]).log_softmax(-1)
-    filtered = [row for row, p in enumerate(params) if p.top_p < 1 or 0 < p.top_k < logprobs_MV.shape[1]]
+    filtered = [
+        row for row, p in enumerate(params) if p.top_p < 1 or 0 < p.top_k < logprobs_MV.shape[1]
+    ]
     if not filtered:
         return scores_MV
     kept_MV = _filter(_rows(scores_MV, filtered), [params[row] for row in filtered])
@@ -133,9 +153,11 @@ def _filter(scores_MV: Tensor, params: list[SamplingParams]) -> Tensor:
     drop_MV = torch.arange(size, device=scores_MV.device) >= top_k_M[:, None]
     probabilities_MV = sorted_MV.exp().masked_fill(drop_MV, 0.0)
     before_MV = probabilities_MV.cumsum(-1) - probabilities_MV
-    # A token goes if those before it already hold p; with p = 1 rounding must not drop the last ones.
+    # A token goes if those before it already hold p; with p = 1 rounding must not drop the last
+    # ones.
     reached_MV = before_MV >= (top_p_M * probabilities_MV.sum(-1))[:, None]
     drop_MV |= reached_MV & (top_p_M < 1)[:, None]
     kept_MV = torch.full_like(scores_MV, float("-inf")).scatter(
-        1, order_MV, sorted_MV.masked_fill(drop_MV, float("-inf")))
+        1, order_MV, sorted_MV.masked_fill(drop_MV, float("-inf"))
+    )
     return kept_MV.log_softmax(-1)

@@ -1,4 +1,5 @@
-"""From sampled ids to text as it arrives: whole characters, reasoning apart from the answer, and stop strings.
+"""From sampled ids to text as it arrives: whole characters, reasoning apart from the answer, and
+stop strings.
 
 Not here: how a conversation is laid out (tokenizer).
 """
@@ -36,10 +37,10 @@ class StopFinder:
         places = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if places:
             self.found = True
-            return self._held[:min(places)]
+            return self._held[: min(places)]
         keep = max(_overlap(self._held, stop) for stop in self._stop)
-        sure = self._held[:len(self._held) - keep]
-        self._held = self._held[len(sure):]
+        sure = self._held[: len(self._held) - keep]
+        self._held = self._held[len(sure) :]
         return sure
 
     def flush(self) -> str:
@@ -50,15 +51,23 @@ class StopFinder:
 
 def _overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that is a beginning of `stop`."""
-    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+    return next(
+        (
+            size
+            for size in range(min(len(stop) - 1, len(text)), 0, -1)
+            if text.endswith(stop[:size])
+        ),
+        0,
+    )
 
 
 class TextStream:
     """The text of one request, token by token.
 
-    With `chat`, everything before the first `</think>` is reasoning and what follows is the answer, as
-    `Tokenizer.parse_assistant` has it; otherwise all is content. Special tokens give no text. Stop strings are looked
-    for in the content only; once one is found `stopped` is True and the request should be ended.
+    With `chat`, everything before the first `</think>` is reasoning and what follows is the answer,
+    as `Tokenizer.parse_assistant` has it; otherwise all is content. Special tokens give no text.
+    Stop strings are looked for in the content only; once one is found `stopped` is True and the
+    request should be ended.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), chat: bool = False) -> None:

@@ -3,5 +3,14 @@
 from xushi.envs.digit_sum import DigitSum, DigitSumConfig, transcript_text
 from xushi.envs.environment import SPLITS, Environment, Message, Score, Step, Task
 
-__all__ = ["SPLITS", "DigitSum", "DigitSumConfig", "Environment", "Message", "Score", "Step", "Task",
-           "transcript_text"]
+__all__ = [
+    "SPLITS",
+    "DigitSum",
+    "DigitSumConfig",
+    "Environment",
+    "Message",
+    "Score",
+    "Step",
+    "Task",
+    "transcript_text",
+]

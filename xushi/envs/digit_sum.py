@@ -1,7 +1,8 @@
 """The digit sum modulo 10: a question that one token answers and that only step by step is easy.
 
-`83514927` -> 9. Worked: the running sum modulo 10 after each digit, 8 1 6 7 1 0 2 9, written without separators. A
-model that answers at once must add all digits in one forward pass; one that writes the running sums adds two.
+`83514927` -> 9. Worked: the running sum modulo 10 after each digit, 8 1 6 7 1 0 2 9, written
+without separators. A model that answers at once must add all digits in one forward pass; one that
+writes the running sums adds two.
 """
 
 from collections.abc import Sequence
@@ -35,8 +36,9 @@ class DigitSumConfig(StrictConfig):
 class DigitSum(Environment):
     """One turn: the prompt is the bare digit string, the answer's content is one digit.
 
-    Only the final content counts, and exactly: one ASCII digit and nothing else, no space and no line end, since
-    whatever a verifier forgives is sooner or later what a policy writes. A thought without content is no answer.
+    Only the final content counts, and exactly: one ASCII digit and nothing else, no space and no
+    line end, since whatever a verifier forgives is sooner or later what a policy writes. A thought
+    without content is no answer.
     """
 
     name = "digit_sum"
@@ -49,9 +51,19 @@ class DigitSum(Environment):
         """Draw until the instance belongs to the split; about 10 draws for validation and test."""
         check_split(split, index)
         attempt = 0
-        while split_of(self.name, self.version, prompt := self._draw(split, index, attempt)) != split:
+        while (
+            split_of(self.name, self.version, prompt := self._draw(split, index, attempt)) != split
+        ):
             attempt += 1
-        return Task(self.name, self.version, split, index, prompt, running_sums(prompt)[-1], {"digits": len(prompt)})
+        return Task(
+            self.name,
+            self.version,
+            split,
+            index,
+            prompt,
+            running_sums(prompt)[-1],
+            {"digits": len(prompt)},
+        )
 
     def reset(self, task: Task) -> str:
         """The prompt."""
@@ -62,7 +74,9 @@ class DigitSum(Environment):
         return Step("", True)
 
     def score(self, task: Task, transcript: Sequence[Message]) -> Score:
-        """Right if the record is [user: prompt, assistant: answer] and the answer's content is the digit."""
+        """Right if the record is [user: prompt, assistant: answer] and the answer's content is the
+        digit.
+        """
         if [message.role for message in transcript] != ["user", "assistant"]:
             return Score("error", "the transcript is not one question and one answer")
         question, answer = transcript
@@ -81,10 +95,16 @@ class DigitSum(Environment):
         return _episode(task, task.answer, running_sums(task.prompt))
 
     def exploits(self, task: Task) -> list[Sequence[Message]]:
-        """Answers that hold the digit without giving it, records that are not an episode, and the empty ones."""
+        """Answers that hold the digit without giving it, records that are not an episode, and the
+        empty ones.
+        """
         answer, sums = task.answer, running_sums(task.prompt)
         other = _DIGITS[(int(answer) + 1) % 10]
-        fullwidth, arabic, superscript = chr(0xFF10 + int(answer)), chr(0x0660 + int(answer)), "⁰¹²³⁴⁵⁶⁷⁸⁹"[int(answer)]
+        fullwidth, arabic, superscript = (
+            chr(0xFF10 + int(answer)),
+            chr(0x0660 + int(answer)),
+            "⁰¹²³⁴⁵⁶⁷⁸⁹"[int(answer)],
+        )
         contents = [
             "", " ", _DIGITS, sums, task.prompt, f"{task.prompt}{answer}", answer * 2, f"{answer}{other}",
             f"{other}{answer}", f"{answer} {other}", f" {answer}", f"{answer} ", f"{answer}\n", f"\n{answer}",
@@ -113,9 +133,14 @@ class DigitSum(Environment):
     def demonstration(self, split: str, index: int, thinking_share: float) -> Sequence[Message]:
         """The running sums and the answer with probability `thinking_share`, else the bare answer."""
         if not 0.0 <= thinking_share <= 1.0:
-            raise XushiError(f"thinking_share={thinking_share} is not a share", "give a number from 0 to 1")
+            raise XushiError(
+                f"thinking_share={thinking_share} is not a share", "give a number from 0 to 1"
+            )
         task = self.task(split, index)
-        thinks = derive(0, self.name, self.version, "demonstration", split, index) < thinking_share * 2.0**64
+        thinks = (
+            derive(0, self.name, self.version, "demonstration", split, index)
+            < thinking_share * 2.0**64
+        )
         return self.solve(task) if thinks else _episode(task, task.answer)
 
     def _draw(self, split: str, index: int, attempt: int) -> str:
@@ -123,7 +148,9 @@ class DigitSum(Environment):
         def number(place: str | int) -> int:
             return derive(0, self.name, self.version, split, index, attempt, place)
 
-        length = self.config.min_digits + number("length") % (self.config.max_digits - self.config.min_digits + 1)
+        length = self.config.min_digits + number("length") % (
+            self.config.max_digits - self.config.min_digits + 1
+        )
         # Nine digits of each hash: of 2**64 values, 10**9 classes are even to ten places.
         return "".join(f"{number(place) % 10**9:09}" for place in range(0, length, 9))[:length]
 
@@ -138,10 +165,11 @@ def running_sums(digits: str) -> str:
 
 
 def transcript_text(messages: Sequence[Message]) -> str:
-    """An episode as one line of pretraining text: "83514927:81671029=9", or "83514927=9" without the sums.
+    """An episode as one line of pretraining text: "83514927:81671029=9", or "83514927=9" without
+    the sums.
 
-    The digits stand next to one another as in the conversation, and a tokenizer with single-digit numbers keeps each a
-    token of its own beside the two signs and the line end.
+    The digits stand next to one another as in the conversation, and a tokenizer with single-digit
+    numbers keeps each a token of its own beside the two signs and the line end.
     """
     question, answer = messages
     worked = "" if answer.reasoning is None else f":{answer.reasoning}"

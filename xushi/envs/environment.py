@@ -1,7 +1,8 @@
-"""What an environment is: tasks, an episode in text, and a verdict that anybody can repeat from the record.
+"""What an environment is: tasks, an episode in text, and a verdict that anybody can repeat from the
+record.
 
-After DeepSeek-V3.2 (arXiv:2512.02556): <environment, tools, task, verifier>. Not here: models, tokens and rewards as
-numbers; a transcript is what somebody said, wherever it came from.
+After DeepSeek-V3.2 (arXiv:2512.02556): <environment, tools, task, verifier>. Not here: models,
+tokens and rewards as numbers; a transcript is what somebody said, wherever it came from.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +20,9 @@ _VALIDATION, _TEST = 10, 10
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `reasoning` is what an assistant thought before its answer; None means that it did not think."""
+    """One turn. `reasoning` is what an assistant thought before its answer; None means that it did
+    not think.
+    """
 
     role: str  # "system", "user" or "assistant"
     content: str
@@ -28,7 +31,9 @@ class Message:
 
 @dataclass(frozen=True)
 class Task:
-    """One instance. `answer` and `details` are the verifier's and must not be shown to whoever solves it."""
+    """One instance. `answer` and `details` are the verifier's and must not be shown to whoever
+    solves it.
+    """
 
     environment: str
     version: int
@@ -51,7 +56,8 @@ class Step:
 class Score:
     """A verdict and its reason in a few words.
 
-    "error" is the record's or the program's fault, never the solver's: it earns nothing and is counted apart.
+    "error" is the record's or the program's fault, never the solver's: it earns nothing and is
+    counted apart.
     """
 
     verdict: Literal["right", "wrong", "error"]
@@ -69,7 +75,9 @@ class Environment(ABC):
 
     @abstractmethod
     def task(self, split: str, index: int) -> Task:
-        """Instance `index` >= 0 of a split: a pure function, equal in every process; splits share no instance."""
+        """Instance `index` >= 0 of a split: a pure function, equal in every process; splits share
+        no instance.
+        """
 
     @abstractmethod
     def reset(self, task: Task) -> str:
@@ -93,11 +101,15 @@ class Environment(ABC):
 
     @abstractmethod
     def demonstration(self, split: str, index: int, thinking_share: float) -> Sequence[Message]:
-        """An episode to learn from, on `task(split, index)`: with this probability worked, else the bare answer."""
+        """An episode to learn from, on `task(split, index)`: with this probability worked, else the
+        bare answer.
+        """
 
 
 def split_of(name: str, version: int, instance: str) -> str:
-    """The one split that an instance belongs to, by its own hash: no instance can lie in two, whoever draws it."""
+    """The one split that an instance belongs to, by its own hash: no instance can lie in two,
+    whoever draws it.
+    """
     place = derive(0, name, version, "split", instance) % 100
     if place < _VALIDATION:
         return "validation"

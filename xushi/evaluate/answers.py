@@ -26,29 +26,56 @@ class Answer:
         return self.score.verdict == "right"
 
 
-def score_answer(environment: Environment, task: Task, tokenizer: Tokenizer, token_ids: Sequence[int]) -> Score:
-    """The verdict on a sampled answer; one that never ended has given no final answer, whatever stands in it."""
+def score_answer(
+    environment: Environment, task: Task, tokenizer: Tokenizer, token_ids: Sequence[int]
+) -> Score:
+    """The verdict on a sampled answer; one that never ended has given no final answer, whatever
+    stands in it.
+    """
     reasoning, content, finished = tokenizer.parse_assistant(token_ids)
     said = Message("assistant", content if finished else "", reasoning)
     return environment.score(task, [Message("user", environment.reset(task)), said])
 
 
-def answer_tasks(model: Deepseek, tokenizer: Tokenizer, environment: Environment, tasks: Sequence[Task], *,
-                 samples: int, temperature: float, max_tokens: int, seed: int, think: bool = False
-                 ) -> list[list[Answer]]:
-    """`samples` answers to each task; temperature 0 is greedy. With `think` an answer is made to begin by thinking."""
+def answer_tasks(
+    model: Deepseek,
+    tokenizer: Tokenizer,
+    environment: Environment,
+    tasks: Sequence[Task],
+    *,
+    samples: int,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+    think: bool = False,
+) -> list[list[Answer]]:
+    """`samples` answers to each task; temperature 0 is greedy. With `think` an answer is made to
+    begin by thinking.
+    """
     forced = [tokenizer.think_id] if think else []
-    prompts = [[*tokenizer.chat_ids([{"role": "user", "content": environment.reset(task)}]), *forced]
-               for task in tasks for _ in range(samples)]
-    params = [SamplingParams(max_tokens=max_tokens, temperature=temperature,
-                             seed=derive(seed, "answer", task.split, task.index, sample))
-              for task in tasks for sample in range(samples)]
+    prompts = [
+        [*tokenizer.chat_ids([{"role": "user", "content": environment.reset(task)}]), *forced]
+        for task in tasks
+        for _ in range(samples)
+    ]
+    params = [
+        SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=derive(seed, "answer", task.split, task.index, sample),
+        )
+        for task in tasks
+        for sample in range(samples)
+    ]
     requests = generate_ids(model, prompts, params, eos_id=tokenizer.eos_id)
     answers: list[list[Answer]] = [[] for _ in tasks]
     for number, request in enumerate(requests):
         task = tasks[number // samples]
         ids = [*forced, *request.token_ids]
         reasoning, content, _ = tokenizer.parse_assistant(ids)
-        answers[number // samples].append(Answer(task, reasoning, content,
-                                                 score_answer(environment, task, tokenizer, ids), len(ids)))
+        answers[number // samples].append(
+            Answer(
+                task, reasoning, content, score_answer(environment, task, tokenizer, ids), len(ids)
+            )
+        )
     return answers

@@ -1,8 +1,8 @@
 """What everyday compressors need for the same bytes: the yardsticks beside a model's bits per byte.
 
-gzip -9, xz -9 and zstd -19 see the held-out text alone, whole file sizes with headers included. `xz_primed` is the
-honest one: xz -9 that was given the training text first, as the model was. Not for: measuring a model
-(`bits.py`) or for compressing files that anybody keeps.
+gzip -9, xz -9 and zstd -19 see the held-out text alone, whole file sizes with headers included.
+`xz_primed` is the honest one: xz -9 that was given the training text first, as the model was. Not
+for: measuring a model (`bits.py`) or for compressing files that anybody keeps.
 """
 
 import lzma
@@ -27,8 +27,9 @@ _SMALLEST_DICTIONARY = 4096  # the format's own limit, LZMA_DICT_SIZE_MIN
 class Primed:
     """The result of `xz_primed`.
 
-    `bits_per_byte` counts held-out bytes; `training_bytes_used` of `training_bytes` were given (the last ones), with a
-    dictionary of `dictionary_bytes`, for which the encoders together held at most `encoder_bytes` of memory.
+    `bits_per_byte` counts held-out bytes; `training_bytes_used` of `training_bytes` were given (the
+    last ones), with a dictionary of `dictionary_bytes`, for which the encoders together held at
+    most `encoder_bytes` of memory.
     """
 
     bits_per_byte: float
@@ -41,33 +42,43 @@ class Primed:
 def bits_per_byte(data: bytes, method: Method) -> float:
     """Bits of the whole compressed file per byte of `data`, as the command line would write it.
 
-    "gzip" is gzip -9 without a file name, "xz" is xz -9 (one stream, CRC64), "zstd" is zstd -19 with checksum. The
-    library's version decides the last few bytes. Raises `XushiError` for empty data.
+    "gzip" is gzip -9 without a file name, "xz" is xz -9 (one stream, CRC64), "zstd" is zstd -19
+    with checksum. The library's version decides the last few bytes. Raises `XushiError` for empty
+    data.
     """
     _refuse_empty(data)
     return 8 * _compressed_size(data, method) / len(data)
 
 
 def xz_primed(training: bytes, heldout: bytes, memory_bytes: int = PRIMED_MEMORY_BYTES) -> Primed:
-    """Bits per held-out byte of xz -9 given the training text first: (size(xz(training + heldout)) -
-    size(xz(training))) * 8 / len(heldout), with preset 9's filter and a dictionary that holds both texts whole.
+    """Bits per held-out byte of xz -9 given the training text first: (size(xz(training + heldout))
+    - size(xz(training))) * 8 / len(heldout), with preset 9's filter and a dictionary that holds
+    both texts whole.
 
-    The encoders stay under `memory_bytes` together (measured: 581 MiB for 60 MB of text, 903 MiB for 90 MB); where
-    that is too little for both texts, the last part of `training` that fits is used and the result says so. Takes
-    about a second per MB, twice over; the two sizes are computed side by side where memory allows, which changes no
-    size. Raises `XushiError` for empty held-out text.
+    The encoders stay under `memory_bytes` together (measured: 581 MiB for 60 MB of text, 903 MiB
+    for 90 MB); where that is too little for both texts, the last part of `training` that fits is
+    used and the result says so. Takes about a second per MB, twice over; the two sizes are computed
+    side by side where memory allows, which changes no size. Raises `XushiError` for empty held-out
+    text.
     """
     _refuse_empty(heldout)
     largest = _largest_dictionary(memory_bytes)
     used = min(len(training), max(0, largest - len(heldout)))
-    training_view = memoryview(training)[len(training) - used:]
+    training_view = memoryview(training)[len(training) - used :]
     dictionary = max(_SMALLEST_DICTIONARY, min(largest, used + len(heldout)))
     workers = 2 if 2 * _encoder_bytes(dictionary) <= memory_bytes else 1
     with ThreadPoolExecutor(workers) as pool:  # liblzma runs outside the interpreter's lock
-        both, alone = pool.map(lambda texts: _xz_size(texts, dictionary),
-                               [(training_view, memoryview(heldout)), (training_view,)])
-    return Primed(8 * (both - alone) / len(heldout), used, len(training), dictionary,
-                  workers * _encoder_bytes(dictionary))
+        both, alone = pool.map(
+            lambda texts: _xz_size(texts, dictionary),
+            [(training_view, memoryview(heldout)), (training_view,)],
+        )
+    return Primed(
+        8 * (both - alone) / len(heldout),
+        used,
+        len(training),
+        dictionary,
+        workers * _encoder_bytes(dictionary),
+    )
 
 
 def _compressed_size(data: bytes, method: Method) -> int:
@@ -89,12 +100,13 @@ def _xz_size(texts: tuple[memoryview, ...], dictionary: int) -> int:
     size = 0
     for text in texts:
         for start in range(0, len(text), _PIECE):
-            size += len(encoder.compress(text[start:start + _PIECE]))
+            size += len(encoder.compress(text[start : start + _PIECE]))
     return size + len(encoder.flush())
 
 
 def _encoder_bytes(dictionary: int) -> int:
-    # liblzma, bt4: 1.5 x for the window, 8 x for the tree, 1 to 4 x for the hash table; 10.2 to 11.5 x was measured.
+    # liblzma, bt4: 1.5 x for the window, 8 x for the tree, 1 to 4 x for the hash table; 10.2 to
+    # 11.5 x was measured.
     return dictionary * 23 // 2 + (32 << 20)
 
 
@@ -104,5 +116,7 @@ def _largest_dictionary(memory_bytes: int) -> int:
 
 def _refuse_empty(data: bytes) -> None:
     if not data:
-        raise XushiError("there is no held-out text to compress: it is 0 bytes long",
-                         "give more text, or hold out a larger share of it")
+        raise XushiError(
+            "there is no held-out text to compress: it is 0 bytes long",
+            "give more text, or hold out a larger share of it",
+        )

@@ -1,7 +1,8 @@
 """Rates with their uncertainty: Wilson intervals, means over tasks, unbiased pass@k.
 
-The independent unit is the task: k answers to one task are correlated, so an interval counts tasks, never answers.
-Not for: comparing two runs (overlapping intervals are no test) and not for quantities outside [0, 1].
+The independent unit is the task: k answers to one task are correlated, so an interval counts tasks,
+never answers. Not for: comparing two runs (overlapping intervals are no test) and not for
+quantities outside [0, 1].
 """
 
 import math
@@ -18,13 +19,15 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def mean_interval(values_per_task: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high) of one value in [0, 1] per task, such as the share of a task's k answers that are right.
+    """(mean, low, high) of one value in [0, 1] per task, such as the share of a task's k answers
+    that are right.
 
-    95 %: Wilson's interval with the effective number of tasks n · m(1 - m) / s², s² the variance between tasks (Korn
-    and Graubard 1998 use it for clustered surveys). It needs no seed, stays inside [0, 1], equals `wilson` when every
-    value is 0 or 1, and near 0 and 1 covers better than a t interval or a percentile bootstrap over tasks: 95 %
-    against 85 % of the time with 16 tasks, 8 answers each, rates drawn from Beta(9, 0.3). Where all tasks agree
-    exactly, nothing is known of s² and n itself stands in.
+    95 %: Wilson's interval with the effective number of tasks n · m(1 - m) / s², s² the variance
+    between tasks (Korn and Graubard 1998 use it for clustered surveys). It needs no seed, stays
+    inside [0, 1], equals `wilson` when every value is 0 or 1, and near 0 and 1 covers better than a
+    t interval or a percentile bootstrap over tasks: 95 % against 85 % of the time with 16 tasks, 8
+    answers each, rates drawn from Beta(9, 0.3). Where all tasks agree exactly, nothing is known of
+    s² and n itself stands in.
     """
     if not values_per_task:
         raise ValueError("no tasks")
@@ -39,7 +42,8 @@ def mean_interval(values_per_task: Sequence[float]) -> tuple[float, float, float
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate, from c right answers among n, that at least one of k is right: 1 - C(n-c, k) / C(n, k).
+    """Unbiased estimate, from c right answers among n, that at least one of k is right: 1 - C(n-c,
+    k) / C(n, k).
 
     Chen et al. 2021, arXiv:2107.03374, equation 1, in the product form that cannot overflow.
     """
@@ -51,7 +55,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def pass_at_k_interval(counts: Sequence[tuple[int, int]], k: int) -> tuple[float, float, float]:
-    """(mean, low, high) of `pass_at_k` over tasks, each (answers, right answers), as `mean_interval` gives it."""
+    """(mean, low, high) of `pass_at_k` over tasks, each (answers, right answers), as
+    `mean_interval` gives it.
+    """
     return mean_interval([pass_at_k(n, c, k) for n, c in counts])
 
 

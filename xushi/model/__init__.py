@@ -1,6 +1,8 @@
-"""Floor 2: what a DeepSeek is: config, blocks, weights in and out. The mathematics is defined here and only here.
+"""Floor 2: what a DeepSeek is: config, blocks, weights in and out. The mathematics is defined here
+and only here.
 
-Names are imported when they are first asked for: counting needs the config and must not wait for torch to load.
+Names are imported when they are first asked for: counting needs the config and must not wait for
+torch to load.
 """
 
 from importlib import import_module
@@ -16,14 +18,42 @@ if TYPE_CHECKING:
     from xushi.model.objective import LossCounts, LossParts, next_token_loss, pretraining_loss
     from xushi.model.weights import load_pretrained, save_pretrained
 
-__all__ = ["PRESETS", "Decoded", "Deepseek", "FlatTokens", "Hidden", "LatentCache", "Logits", "LossCounts",
-           "LossParts", "ModelConfig", "RopeScaling", "from_published", "load_pretrained", "next_token_loss", "preset",
-           "pretraining_loss", "read_config", "save_pretrained", "to_published"]
+__all__ = [
+    "PRESETS",
+    "Decoded",
+    "Deepseek",
+    "FlatTokens",
+    "Hidden",
+    "LatentCache",
+    "Logits",
+    "LossCounts",
+    "LossParts",
+    "ModelConfig",
+    "RopeScaling",
+    "from_published",
+    "load_pretrained",
+    "next_token_loss",
+    "preset",
+    "pretraining_loss",
+    "read_config",
+    "save_pretrained",
+    "to_published",
+]
 
-_PLACES = {"FlatTokens": "cache", "LatentCache": "cache", "Decoded": "deepseek", "Deepseek": "deepseek",
-           "Hidden": "deepseek", "Logits": "deepseek", "LossCounts": "objective", "LossParts": "objective",
-           "next_token_loss": "objective",
-           "pretraining_loss": "objective", "load_pretrained": "weights", "save_pretrained": "weights"}
+_PLACES = {
+    "FlatTokens": "cache",
+    "LatentCache": "cache",
+    "Decoded": "deepseek",
+    "Deepseek": "deepseek",
+    "Hidden": "deepseek",
+    "Logits": "deepseek",
+    "LossCounts": "objective",
+    "LossParts": "objective",
+    "next_token_loss": "objective",
+    "pretraining_loss": "objective",
+    "load_pretrained": "weights",
+    "save_pretrained": "weights",
+}
 
 
 def __getattr__(name: str) -> Any:

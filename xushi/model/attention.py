@@ -1,12 +1,14 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), as transformers' `DeepseekV3Attention`, and
-with V3.2's indexer as `DeepseekV32Attention`: the same attention over the tokens that the indexer chose.
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), as transformers'
+`DeepseekV3Attention`, and with V3.2's indexer as `DeepseekV32Attention`: the same attention over
+the tokens that the indexer chose.
 
-Two forms of one function: `forward` expands the latent into keys and values for whole sequences; `decode` works on
-the cached latent itself, with the expansion absorbed into query and output (the same products in another order).
+Two forms of one function: `forward` expands the latent into keys and values for whole sequences;
+`decode` works on the cached latent itself, with the expansion absorbed into query and output (the
+same products in another order).
 
-Axes: B batch, T tokens, D hidden, H heads, K query and key width (nope + rope), V value width, C latent rank,
-R rotated width, N flat tokens, S sequences of a decoding call, L cached positions, J and I the indexer's heads and
-width.
+Axes: B batch, T tokens, D hidden, H heads, K query and key width (nope + rope), V value width, C
+latent rank, R rotated width, N flat tokens, S sequences of a decoding call, L cached positions, J
+and I the indexer's heads and width.
 """
 
 import torch
@@ -31,12 +33,15 @@ from xushi.ops import (
 )
 from xushi.ops.rope import yarn_mscale
 
-# The two latent norms are built without the config's eps in the published model code; they always use this.
+# The two latent norms are built without the config's eps in the published model code; they always
+# use this.
 LATENT_NORM_EPS = 1e-6
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """MLA with or without the query latent, with or without the indexer; parameter names are the published ones."""
+    """MLA with or without the query latent, with or without the indexer; parameter names are the
+    published ones.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -48,20 +53,27 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=config.attention_bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
-        self.kv_a_proj_with_mqa = Linear(hidden, config.kv_lora_rank + config.qk_rope_head_dim,
-                                         bias=config.attention_bias)
+        self.kv_a_proj_with_mqa = Linear(
+            hidden, config.kv_lora_rank + config.qk_rope_head_dim, bias=config.attention_bias
+        )
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
-        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.kv_b_proj = Linear(
+            config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim)
+        )
         self.o_proj = Linear(heads * config.v_head_dim, hidden, bias=config.attention_bias)
         self.indexer = LightningIndexer(config) if config.has_indexer else None
-        self.largest_H: Tensor | None = None  # where training set it: each head's largest score since then
+        self.largest_H: Tensor | None = (
+            None  # where training set it: each head's largest score since then
+        )
         self.scale = config.qk_head_dim**-0.5
         if config.rope_scaling is not None and config.rope_scaling.mscale_all_dim:
-            self.scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
+            self.scale *= (
+                yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
+            )
 
     def _queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The normed query latent [..., query latent] (x itself where there is none), and queries [..., H, K] whose
-        last R values are yet to be rotated.
+        """The normed query latent [..., query latent] (x itself where there is none), and queries
+        [..., H, K] whose last R values are yet to be rotated.
         """
         config = self.config
         latent = x if config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x))
@@ -71,11 +83,15 @@ class MultiHeadLatentAttention(nn.Module):
     def _latents(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The normed latent [..., C] and the key that all heads share [..., R], yet to be rotated."""
         config = self.config
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
+            [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1
+        )
         return self.kv_a_layernorm(latent), k_rope
 
     def forward(self, x_BTD: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor | None]:
-        """Whole sequences: [B, T, D] to [B, T, D], and the indexer's divergence [B, T] if `sequences` asks for it."""
+        """Whole sequences: [B, T, D] to [B, T, D], and the indexer's divergence [B, T] if
+        `sequences` asks for it.
+        """
         config = self.config
         q_latent, q_BTHK = self._queries(x_BTD)
         latent_BTC, k_rope_BTR = self._latents(x_BTD)
@@ -100,19 +116,23 @@ class MultiHeadLatentAttention(nn.Module):
 
     @property
     def _watches(self) -> bool:
-        return self.largest_H is not None and torch.is_grad_enabled()  # not while held-out text is measured
+        return (
+            self.largest_H is not None and torch.is_grad_enabled()
+        )  # not while held-out text is measured
 
     def _watch(self, q_BHTK: Tensor, k_BHTK: Tensor, mask: Tensor | None) -> None:
         assert self.largest_H is not None
         found_H = largest_scores(q_BHTK.detach(), k_BHTK.detach(), mask, self.scale)
         self.largest_H = torch.maximum(self.largest_H, found_H.to(self.largest_H.dtype))
 
-    def _select(self, indexer: LightningIndexer, x_BTD: Tensor, q_latent: Tensor, sequences: Sequences
-                ) -> tuple[Tensor | None, Tensor | None]:
-        """The mask of what each query attends to, and the indexer's scores [B, T, T] where they were needed.
+    def _select(
+        self, indexer: LightningIndexer, x_BTD: Tensor, q_latent: Tensor, sequences: Sequences
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The mask of what each query attends to, and the indexer's scores [B, T, T] where they
+        were needed.
 
-        The language model's loss gives the indexer no gradient, and the indexer's none to anything else: its inputs are
-        detached (V3.2, section 2.1.1).
+        The language model's loss gives the indexer no gradient, and the indexer's none to anything
+        else: its inputs are detached (V3.2, section 2.1.1).
         """
         sparse = not sequences.dense and x_BTD.shape[1] > self.config.index_topk
         if not sparse and not sequences.index_loss:
@@ -127,32 +147,53 @@ class MultiHeadLatentAttention(nn.Module):
         return best_keys(scores_BTT, allowed[:, 0], self.config.index_topk)[:, None], scores_BTT
 
     def decode(self, x_ND: Tensor, decoding: Decoding, cache: Tensor) -> Tensor:
-        """Flat tokens against the cache: [N, D] to [N, D]; `cache` [slots, C + R (+ I)] is written first, then read.
+        """Flat tokens against the cache: [N, D] to [N, D]; `cache` [slots, C + R (+ I)] is written
+        first, then read.
 
-        Scores are softmax(scale * (W_k^T q . c + q_rope . k_rope)) in float32 and the output is W_v (sum p c).
+        Scores are softmax(scale * (W_k^T q . c + q_rope . k_rope)) in float32 and the output is W_v
+        (sum p c).
         """
-        config, heads, flat, (cos, sin) = self.config, self.config.num_attention_heads, decoding.flat, decoding.angles
+        config, heads, flat, (cos, sin) = (
+            self.config,
+            self.config.num_attention_heads,
+            decoding.flat,
+            decoding.angles,
+        )
         q_latent, q_NHK = self._queries(x_ND)
-        q_nope_NHK, q_rope_NHR = torch.split(q_NHK, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-        q_rope_NHR = apply_rope(q_rope_NHR, cos[..., None, :], sin[..., None, :], config.rope_interleave)
+        q_nope_NHK, q_rope_NHR = torch.split(
+            q_NHK, [config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1
+        )
+        q_rope_NHR = apply_rope(
+            q_rope_NHR, cos[..., None, :], sin[..., None, :], config.rope_interleave
+        )
         latent_NC, k_rope_NR = self._latents(x_ND)
         written = [latent_NC, apply_rope(k_rope_NR, cos, sin, config.rope_interleave)]
         if self.indexer is not None:
             written.append(self.indexer.keys(x_ND, cos, sin))
         cache.index_copy_(0, flat.slots_N, torch.cat(written, dim=-1).to(cache.dtype))
         expand = self.kv_b_proj.weight.to(x_ND.dtype).view(heads, -1, config.kv_lora_rank)
-        w_key_HKC, w_value_HVC = torch.split(expand, [config.qk_nope_head_dim, config.v_head_dim], dim=1)
-        q_SQHC = by_sequence(torch.cat((torch.einsum("nhk,hkc->nhc", q_nope_NHK, w_key_HKC), q_rope_NHR), -1), flat)
+        w_key_HKC, w_value_HVC = torch.split(
+            expand, [config.qk_nope_head_dim, config.v_head_dim], dim=1
+        )
+        q_SQHC = by_sequence(
+            torch.cat((torch.einsum("nhk,hkc->nhc", q_nope_NHK, w_key_HKC), q_rope_NHR), -1), flat
+        )
         context_SLC = read_slots(cache, flat.slot_table_SL, x_ND.dtype)
         length, limit_SQ1 = context_SLC.shape[1], by_sequence(flat.positions_N, flat)[..., None]
         allowed_SQL = torch.arange(length, device=limit_SQ1.device) <= limit_SQ1
         if self.indexer is not None:
-            context_SLC, index_keys_SLI = torch.split(context_SLC, [q_SQHC.shape[-1], config.index_head_dim], dim=-1)
+            context_SLC, index_keys_SLI = torch.split(
+                context_SLC, [q_SQHC.shape[-1], config.index_head_dim], dim=-1
+            )
             if length > config.index_topk:
-                q_SQJI, weights_SQJ = (by_sequence(x, flat) for x in self.indexer.queries(x_ND, q_latent, cos, sin))
+                q_SQJI, weights_SQJ = (
+                    by_sequence(x, flat) for x in self.indexer.queries(x_ND, q_latent, cos, sin)
+                )
                 scores_SQL = index_scores(q_SQJI, index_keys_SLI, weights_SQJ)
                 allowed_SQL = best_keys(scores_SQL, allowed_SQL, config.index_topk)
-        read_SQHC = latent_attention(q_SQHC, context_SLC, allowed_SQL, self.scale, config.kv_lora_rank)
+        read_SQHC = latent_attention(
+            q_SQHC, context_SLC, allowed_SQL, self.scale, config.kv_lora_rank
+        )
         out_NHV = torch.einsum("nhc,hvc->nhv", read_SQHC[flat.rows_N, flat.columns_N], w_value_HVC)
         result: Tensor = self.o_proj(out_NHV.flatten(1))
         return result

@@ -1,12 +1,13 @@
 """The cache and the flat tokens that the decoding forward takes.
 
-A slot holds what one token of one sequence keeps in every layer, final once written: MLA's latent and rotated key
-(DeepSeek-V2, arXiv:2405.04434, section 2.1), V3.2's index key beside them; in V4 the key of its window, what it gives
-to the compressor and, if it closes a compression window, that window's entry. So a fork shares slots by counting
-references and never copies, and truncation drops references: nothing else depends on where a sequence was cut.
+A slot holds what one token of one sequence keeps in every layer, final once written: MLA's latent
+and rotated key (DeepSeek-V2, arXiv:2405.04434, section 2.1), V3.2's index key beside them; in V4
+the key of its window, what it gives to the compressor and, if it closes a compression window, that
+window's entry. So a fork shares slots by counting references and never copies, and truncation drops
+references: nothing else depends on where a sequence was cut.
 
-V4's tokens keep all of it for as long as the sequence lives, more than the entries need; giving the rest back beyond
-the sliding window is not done yet.
+V4's tokens keep all of it for as long as the sequence lives, more than the entries need; giving the
+rest back beyond the sliding window is not done yet.
 
 Axes: N flat tokens of one call, S sequences in it, L cached positions, Q new tokens of a sequence.
 """
@@ -30,7 +31,9 @@ class FlatTokens:
     columns_N: Tensor  # place inside that sequence's new tokens
     positions_N: Tensor  # place inside that sequence
     slots_N: Tensor  # where the token's cache entry goes
-    slot_table_SL: Tensor  # slots of all positions of each sequence, new ones included; padded with 0
+    slot_table_SL: (
+        Tensor  # slots of all positions of each sequence, new ones included; padded with 0
+    )
     wanted_M: Tensor  # indices into N of the tokens whose logits are wanted
 
 
@@ -48,25 +51,40 @@ def read_slots(entries: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def slot_widths(config: ModelConfig, layer: int) -> tuple[int, int]:
-    """Values that a token keeps in layer `layer`, and of these, at the end, the compressed entry it may close."""
+    """Values that a token keeps in layer `layer`, and of these, at the end, the compressed entry it
+    may close.
+    """
     if not config.is_v4:
-        return config.kv_lora_rank + config.qk_rope_head_dim + (config.index_head_dim if config.has_indexer else 0), 0
+        return config.kv_lora_rank + config.qk_rope_head_dim + (
+            config.index_head_dim if config.has_indexer else 0
+        ), 0
     key, rate = config.head_dim, config.compress_ratio(layer)
     if rate == 0:
         return key, 0
     # What goes to the compressor: values and gates, of one series (HCA) or of two (CSA).
-    series, entry = (1, key) if rate == config.compress_rate_hca else (2, key + config.index_head_dim)
+    series, entry = (
+        (1, key) if rate == config.compress_rate_hca else (2, key + config.index_head_dim)
+    )
     return key + 2 * series * entry + entry, entry
 
 
 class LatentCache:
-    """Slots for `slots` tokens over all layers, with allocate, fork, truncate and free of sequences."""
+    """Slots for `slots` tokens over all layers, with allocate, fork, truncate and free of
+    sequences.
+    """
 
-    def __init__(self, config: ModelConfig, slots: int, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        slots: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.device = torch.device(device)
-        self.layers = [torch.zeros(slots, slot_widths(config, layer)[0], dtype=dtype, device=device)
-                       for layer in range(config.num_hidden_layers)]
+        self.layers = [
+            torch.zeros(slots, slot_widths(config, layer)[0], dtype=dtype, device=device)
+            for layer in range(config.num_hidden_layers)
+        ]
         self._references = [0] * slots
         self._unused = list(range(slots - 1, -1, -1))
         self._slots: dict[int, list[int]] = {}
@@ -109,16 +127,22 @@ class LatentCache:
         self.truncate(sequence, 0)
         del self._slots[sequence]
 
-    def extend(self, additions: Sequence[tuple[int, Sequence[int]]], wanted: str = "last") -> FlatTokens:
+    def extend(
+        self, additions: Sequence[tuple[int, Sequence[int]]], wanted: str = "last"
+    ) -> FlatTokens:
         """Reserve slots for new tokens of some sequences and lay them out for `Deepseek.decode`.
 
-        `additions` holds (sequence id, token ids), each sequence at most once and with at least one token; `wanted`
-        is "last" (logits of each sequence's last new token, in the order given) or "all" (of every new token).
+        `additions` holds (sequence id, token ids), each sequence at most once and with at least one
+        token; `wanted` is "last" (logits of each sequence's last new token, in the order given) or
+        "all" (of every new token).
         """
         need = sum(len(tokens) for _, tokens in additions)
         if need > self.available:
-            raise XushiError(f"the cache has {self.available} free slots and {need} are needed",
-                             "ask for fewer or shorter sequences at once, or give the cache more slots", 1)
+            raise XushiError(
+                f"the cache has {self.available} free slots and {need} are needed",
+                "ask for fewer or shorter sequences at once, or give the cache more slots",
+                1,
+            )
         tokens_N: list[int] = []
         rows: list[int] = []
         columns: list[int] = []
@@ -139,14 +163,23 @@ class LatentCache:
             slots_N.extend(new)
             ends.append(len(tokens_N) - 1)
         longest = max(len(self._slots[sequence]) for sequence, _ in additions)
-        table = [self._slots[sequence] + [0] * (longest - len(self._slots[sequence])) for sequence, _ in additions]
+        table = [
+            self._slots[sequence] + [0] * (longest - len(self._slots[sequence]))
+            for sequence, _ in additions
+        ]
 
         def on_device(values: list[int] | list[list[int]]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=self.device)
 
-        return FlatTokens(on_device(tokens_N), on_device(rows), on_device(columns), on_device(positions),
-                          on_device(slots_N), on_device(table),
-                          on_device(ends if wanted == "last" else list(range(len(tokens_N)))))
+        return FlatTokens(
+            on_device(tokens_N),
+            on_device(rows),
+            on_device(columns),
+            on_device(positions),
+            on_device(slots_N),
+            on_device(table),
+            on_device(ends if wanted == "last" else list(range(len(tokens_N)))),
+        )
 
     def _release(self, slot: int) -> None:
         self._references[slot] -= 1

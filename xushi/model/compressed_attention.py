@@ -1,12 +1,13 @@
-"""V4's attention (DeepSeek-V4, section 2.3): one key per token that is its value too, for all heads; a sliding window
-of tokens and, before it, compressed entries.
+"""V4's attention (DeepSeek-V4, section 2.3): one key per token that is its value too, for all
+heads; a sliding window of tokens and, before it, compressed entries.
 
-Three kinds by the layer's `compress_ratio`: the window alone; heavily compressed (HCA), where every entry is seen; and
-compressed sparse (CSA), where an indexer chooses entries. As transformers' `DeepseekV4Attention`.
+Three kinds by the layer's `compress_ratio`: the window alone; heavily compressed (HCA), where every
+entry is seen; and compressed sparse (CSA), where an indexer chooses entries. As transformers'
+`DeepseekV4Attention`.
 
-Axes: B batch, T tokens, D hidden, H heads, K head width, R rotated width, W windows or entries, N flat tokens,
-S sequences of a decoding call, Q new tokens of a sequence in it, L keys of a window in it, P what a token gives to its
-windows' entries.
+Axes: B batch, T tokens, D hidden, H heads, K head width, R rotated width, W windows or entries, N
+flat tokens, S sequences of a decoding call, Q new tokens of a sequence in it, L keys of a window in
+it, P what a token gives to its windows' entries.
 """
 
 from typing import cast
@@ -33,7 +34,9 @@ from xushi.ops import (
 
 
 class EntryCompressor(Compressor):
-    """The layer's own compressor; in a sparse layer it holds the indexer, as in the published names."""
+    """The layer's own compressor; in a sparse layer it holds the indexer, as in the published
+    names.
+    """
 
     def __init__(self, config: ModelConfig, rate: int) -> None:
         super().__init__(config, rate, config.head_dim)
@@ -53,7 +56,9 @@ class CompressedAttention(nn.Module):
         self.q_b_proj = Linear(config.q_lora_rank, heads * width)
         self.kv_proj = Linear(config.hidden_size, width)
         self.kv_norm = RMSNorm(width, eps, wide_weight=True)
-        self.o_a_proj = Linear(heads * width // config.o_groups, config.o_groups * config.o_lora_rank)
+        self.o_a_proj = Linear(
+            heads * width // config.o_groups, config.o_groups * config.o_lora_rank
+        )
         self.o_b_proj = Linear(config.o_groups * config.o_lora_rank, config.hidden_size)
         self.sinks = nn.Parameter(torch.empty(heads))
         self.compressor = EntryCompressor(config, self.rate) if self.rate else None
@@ -65,15 +70,23 @@ class CompressedAttention(nn.Module):
         return None if self.compressor is None else self.compressor.indexer
 
     def _queries(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
-        """The normed query latent, and the queries [..., H, K]: each head normed without a weight, then rotated."""
+        """The normed query latent, and the queries [..., H, K]: each head normed without a weight,
+        then rotated.
+        """
         cos, sin = angles
         latent = self.q_a_norm(self.q_a_proj(x))
-        q = self.q_b_proj(latent).unflatten(-1, (self.config.num_attention_heads, self.config.head_dim))
-        return latent, rotate_tail(rms_norm(q, None, self.config.rms_norm_eps), cos[..., None, :], sin[..., None, :])
+        q = self.q_b_proj(latent).unflatten(
+            -1, (self.config.num_attention_heads, self.config.head_dim)
+        )
+        return latent, rotate_tail(
+            rms_norm(q, None, self.config.rms_norm_eps), cos[..., None, :], sin[..., None, :]
+        )
 
     def _output(self, out_HK: Tensor, angles: Angles) -> Tensor:
-        """[..., H, K] to [..., D]: values carry their position's rotation, so the output is rotated back by its own;
-        then each group of heads goes through its part of `o_a_proj`, and all through `o_b_proj`."""
+        """[..., H, K] to [..., D]: values carry their position's rotation, so the output is rotated
+        back by its own; then each group of heads goes through its part of `o_a_proj`, and all
+        through `o_b_proj`.
+        """
         cos, sin = angles
         out = rotate_tail(out_HK, cos[..., None, :], -sin[..., None, :])
         groups = self.config.o_groups
@@ -84,7 +97,9 @@ class CompressedAttention(nn.Module):
         return result
 
     def forward(self, x_BTD: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor | None]:
-        """Whole sequences: [B, T, D] to [B, T, D], and the indexer's divergence [B, T] if `sequences` asks for it."""
+        """Whole sequences: [B, T, D] to [B, T, D], and the indexer's divergence [B, T] if
+        `sequences` asks for it.
+        """
         angles = cast(Angles, sequences.compress_angles) if self.rate else sequences.angles
         q_latent, q_BTHK = self._queries(x_BTD, angles)
         kv_BTK = rotate_tail(self.kv_norm(self.kv_proj(x_BTD)), *angles)
@@ -97,16 +112,34 @@ class CompressedAttention(nn.Module):
             if self.indexer is not None:
                 chosen_BTW, scores_BTW = self._select(self.indexer, x_BTD, q_latent, sequences)
                 if scores_BTW is not None and sequences.index_loss:
-                    shares_BTW = entry_shares(q_BTHK, kv_BTK, window_BTT, entries_BWK, chosen_BTW, self.sinks,
-                                              self.scale, self.config.sliding_window)
+                    shares_BTW = entry_shares(
+                        q_BTHK,
+                        kv_BTK,
+                        window_BTT,
+                        entries_BWK,
+                        chosen_BTW,
+                        self.sinks,
+                        self.scale,
+                        self.config.sliding_window,
+                    )
                     divergence_BT = index_divergence(scores_BTW, shares_BTW, chosen_BTW)
-        out_BTHK = windowed_attention(q_BTHK, kv_BTK, window_BTT, entries_BWK, chosen_BTW, self.sinks, self.scale,
-                                      self.config.sliding_window)
+        out_BTHK = windowed_attention(
+            q_BTHK,
+            kv_BTK,
+            window_BTT,
+            entries_BWK,
+            chosen_BTW,
+            self.sinks,
+            self.scale,
+            self.config.sliding_window,
+        )
         return self._output(out_BTHK, angles), divergence_BT
 
-    def _select(self, indexer: CompressedIndexer, x_BTD: Tensor, q_latent: Tensor, sequences: Sequences
-                ) -> tuple[Tensor, Tensor | None]:
-        """Which entries each query attends to [B, T, W], and the indexer's scores where they were needed.
+    def _select(
+        self, indexer: CompressedIndexer, x_BTD: Tensor, q_latent: Tensor, sequences: Sequences
+    ) -> tuple[Tensor, Tensor | None]:
+        """Which entries each query attends to [B, T, W], and the indexer's scores where they were
+        needed.
 
         As in V3.2, losses do not cross between the indexer and the rest: its inputs are detached.
         """
@@ -116,71 +149,128 @@ class CompressedAttention(nn.Module):
             return visible_BTW, None
         x_BTD, q_latent = x_BTD.detach(), q_latent.detach()
         with torch.set_grad_enabled(sequences.index_loss and torch.is_grad_enabled()):
-            q_BTJI, weights_BTJ = indexer.queries(x_BTD, q_latent, *cast(Angles, sequences.compress_angles))
-            scores_BTW = index_scores(q_BTJI, _window_entries(indexer, x_BTD, sequences), weights_BTJ)
+            q_BTJI, weights_BTJ = indexer.queries(
+                x_BTD, q_latent, *cast(Angles, sequences.compress_angles)
+            )
+            scores_BTW = index_scores(
+                q_BTJI, _window_entries(indexer, x_BTD, sequences), weights_BTJ
+            )
         if not sparse:
             return visible_BTW, scores_BTW
         return best_keys(scores_BTW, visible_BTW, self.config.index_topk), scores_BTW
 
     def decode(self, x_ND: Tensor, decoding: Decoding, cache: Tensor) -> Tensor:
-        """Flat tokens against the cache: [N, D] to [N, D]; `cache` [slots, width] is written first, then read."""
-        flat, angles = decoding.flat, cast(Angles, decoding.compress_angles) if self.rate else decoding.angles
+        """Flat tokens against the cache: [N, D] to [N, D]; `cache` [slots, width] is written first,
+        then read.
+        """
+        flat, angles = (
+            decoding.flat,
+            cast(Angles, decoding.compress_angles) if self.rate else decoding.angles,
+        )
         q_latent, q_NHK = self._queries(x_ND, angles)
         kv_NK = rotate_tail(self.kv_norm(self.kv_proj(x_ND)), *angles)
-        projections = [part.project(x_ND) for part in (self.compressor, self.indexer) if part is not None]
+        projections = [
+            part.project(x_ND) for part in (self.compressor, self.indexer) if part is not None
+        ]
         written = torch.cat((kv_NK, *projections), dim=-1)
-        cache[:, :written.shape[-1]].index_copy_(0, flat.slots_N, written.to(cache.dtype))
+        cache[:, : written.shape[-1]].index_copy_(0, flat.slots_N, written.to(cache.dtype))
         width, dtype = self.config.head_dim, x_ND.dtype
-        keys_SLK, allowed_SQL = _window_of(flat, cache[:, :width], self.config.sliding_window, dtype)
+        keys_SLK, allowed_SQL = _window_of(
+            flat, cache[:, :width], self.config.sliding_window, dtype
+        )
         if self.compressor is not None:
-            entries = cache[:, written.shape[-1]:]
-            self._write_entries(self.compressor, decoding.windows[self.rate], cache[:, width:written.shape[-1]],
-                                entries, dtype)
-            entries_SWC = read_slots(entries, flat.slot_table_SL[:, self.rate - 1::self.rate], dtype)
+            entries = cache[:, written.shape[-1] :]
+            self._write_entries(
+                self.compressor,
+                decoding.windows[self.rate],
+                cache[:, width : written.shape[-1]],
+                entries,
+                dtype,
+            )
+            entries_SWC = read_slots(
+                entries, flat.slot_table_SL[:, self.rate - 1 :: self.rate], dtype
+            )
             chosen_SQW = self._choose(x_ND, q_latent, angles, flat, entries_SWC[..., width:])
             keys_SLK = torch.cat((keys_SLK, entries_SWC[..., :width]), 1)
             allowed_SQL = torch.cat((allowed_SQL, chosen_SQW), -1)
-        out_SQHK = shared_attention(by_sequence(q_NHK, flat), keys_SLK, allowed_SQL, self.sinks, self.scale)
+        out_SQHK = shared_attention(
+            by_sequence(q_NHK, flat), keys_SLK, allowed_SQL, self.sinks, self.scale
+        )
         return self._output(out_SQHK[flat.rows_N, flat.columns_N], angles)
 
-    def _write_entries(self, compressor: EntryCompressor, new: CompletedWindows, projections: Tensor, entries: Tensor,
-                       dtype: torch.dtype) -> None:
-        """Make the entries of the windows that this call's tokens complete, from the slots' `projections`."""
-        parts: list[Compressor] = [compressor] if compressor.indexer is None else [compressor, compressor.indexer]
+    def _write_entries(
+        self,
+        compressor: EntryCompressor,
+        new: CompletedWindows,
+        projections: Tensor,
+        entries: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        """Make the entries of the windows that this call's tokens complete, from the slots'
+        `projections`.
+        """
+        parts: list[Compressor] = (
+            [compressor] if compressor.indexer is None else [compressor, compressor.indexer]
+        )
         projected_WMP = read_slots(projections, new.members_WM, dtype)
-        each = torch.split(projected_WMP, [part.kv_proj.weight.shape[0] * 2 for part in parts], dim=-1)
-        made = [part.entries(own, new.has_previous_W, *new.angles) for part, own in zip(parts, each, strict=True)]
+        each = torch.split(
+            projected_WMP, [part.kv_proj.weight.shape[0] * 2 for part in parts], dim=-1
+        )
+        made = [
+            part.entries(own, new.has_previous_W, *new.angles)
+            for part, own in zip(parts, each, strict=True)
+        ]
         entries.index_copy_(0, new.slots_W, torch.cat(made, dim=-1).to(entries.dtype))
 
-    def _choose(self, x_ND: Tensor, q_latent: Tensor, angles: Angles, flat: FlatTokens, index_keys_SWI: Tensor
-                ) -> Tensor:
+    def _choose(
+        self,
+        x_ND: Tensor,
+        q_latent: Tensor,
+        angles: Angles,
+        flat: FlatTokens,
+        index_keys_SWI: Tensor,
+    ) -> Tensor:
         """Which entries each new token attends to: [S, Q, W]."""
         entries = index_keys_SWI.shape[1]
         positions_SQ = by_sequence(flat.positions_N, flat)
-        visible_SQW = torch.arange(entries, device=positions_SQ.device) < ((positions_SQ + 1) // self.rate)[..., None]
+        visible_SQW = (
+            torch.arange(entries, device=positions_SQ.device)
+            < ((positions_SQ + 1) // self.rate)[..., None]
+        )
         if self.indexer is None or entries <= self.config.index_topk:
             return visible_SQW
         q_NJI, weights_NJ = self.indexer.queries(x_ND, q_latent, *angles)
-        scores_SQW = index_scores(by_sequence(q_NJI, flat), index_keys_SWI, by_sequence(weights_NJ, flat))
+        scores_SQW = index_scores(
+            by_sequence(q_NJI, flat), index_keys_SWI, by_sequence(weights_NJ, flat)
+        )
         return best_keys(scores_SQW, visible_SQW, self.config.index_topk)
 
 
 def _window_entries(compressor: Compressor, x_BTD: Tensor, sequences: Sequences) -> Tensor:
-    """A batch's entries [B, W, C], in the order of its windows; rows with fewer windows end in entries nobody sees."""
+    """A batch's entries [B, W, C], in the order of its windows; rows with fewer windows end in
+    entries nobody sees.
+    """
     windows = sequences.windows[compressor.rate]
     batch, length = x_BTD.shape[:2]
     row_B11 = torch.arange(batch, device=x_BTD.device)[:, None, None] * length
     # index_select: its gradient adds up in one order, whatever the number of threads.
     projected = compressor.project(x_BTD)
     members = projected.flatten(0, 1).index_select(0, (row_B11 + windows.members_BWM).flatten())
-    return compressor.entries(members.view(*windows.members_BWM.shape, projected.shape[-1]), windows.has_previous_BW,
-                              *windows.angles)
+    return compressor.entries(
+        members.view(*windows.members_BWM.shape, projected.shape[-1]),
+        windows.has_previous_BW,
+        *windows.angles,
+    )
 
 
-def _window_of(flat: FlatTokens, cache: Tensor, window: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The keys within the new tokens' windows [S, L, K], and which of them each new token may see [S, Q, L].
+def _window_of(
+    flat: FlatTokens, cache: Tensor, window: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The keys within the new tokens' windows [S, L, K], and which of them each new token may see
+    [S, Q, L].
 
-    Only these are read from the cache: the `window` - 1 tokens before a sequence's first new one, and the new ones.
+    Only these are read from the cache: the `window` - 1 tokens before a sequence's first new one,
+    and the new ones.
     """
     positions_SQ = by_sequence(flat.positions_N, flat)
     longest = flat.slot_table_SL.shape[1]

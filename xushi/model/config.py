@@ -1,18 +1,27 @@
 """What a DeepSeek-V2, V3, V3.2 or V4 is, in the field names of its published `config.json`.
 
-Not here: anything about training or serving, nor the reading and writing of that file (published.py).
+Not here: anything about training or serving, nor the reading and writing of that file
+(published.py).
 """
 
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import ConfigDict, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from xushi.base.config import StrictConfig
 
 
 class RopeScaling(StrictConfig):
-    """YaRN (Peng et al. 2023, arXiv:2309.00071) with DeepSeek's two mscale factors (V4 ignores both)."""
+    """YaRN (Peng et al. 2023, arXiv:2309.00071) with DeepSeek's two mscale factors (V4 ignores
+    both).
+    """
 
     # Published configs say "type"; transformers 5 also writes "rope_type". Both mean the same.
     type: Literal["yarn"] = "yarn"
@@ -25,31 +34,57 @@ class RopeScaling(StrictConfig):
 
 
 _INDEXER = ("index_topk", "index_n_heads", "index_head_dim")
-_COMPRESSED = ("head_dim", "o_groups", "o_lora_rank", "sliding_window", "compress_ratios", "compress_rate_csa",
-               "compress_rate_hca", "compress_rope_theta", "hc_mult", "hc_sinkhorn_iters", "hc_eps", "num_hash_layers",
-               "swiglu_limit")
+_COMPRESSED = (
+    "head_dim",
+    "o_groups",
+    "o_lora_rank",
+    "sliding_window",
+    "compress_ratios",
+    "compress_rate_csa",
+    "compress_rate_hca",
+    "compress_rope_theta",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "hc_eps",
+    "num_hash_layers",
+    "swiglu_limit",
+)
 # Fields that a kind has not, with the value that they then have.
 ABSENT: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"rope_interleave": True, "num_nextn_predict_layers": 0, **dict.fromkeys(_INDEXER + _COMPRESSED)},
+    "deepseek_v2": {
+        "rope_interleave": True,
+        "num_nextn_predict_layers": 0,
+        **dict.fromkeys(_INDEXER + _COMPRESSED),
+    },
     "deepseek_v3": dict.fromkeys(_INDEXER + _COMPRESSED),
     "deepseek_v32": {"rope_interleave": True, **dict.fromkeys(_COMPRESSED)},
-    "deepseek_v4": {"rope_interleave": True, "attention_bias": False, "first_k_dense_replace": 0, "n_group": 1,
-                    "topk_group": 1, "intermediate_size": None, "kv_lora_rank": None, "qk_nope_head_dim": None,
-                    "v_head_dim": None}}
+    "deepseek_v4": {
+        "rope_interleave": True,
+        "attention_bias": False,
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "topk_group": 1,
+        "intermediate_size": None,
+        "kv_lora_rank": None,
+        "qk_nope_head_dim": None,
+        "v_head_dim": None,
+    },
+}
 
 
 class ModelConfig(StrictConfig):
-    """DeepSeek-V2's architecture (arXiv:2405.04434), V3's (arXiv:2412.19437), V3.2's (arXiv:2512.02556) or V4's, by
-    `model_type`.
+    """DeepSeek-V2's architecture (arXiv:2405.04434), V3's (arXiv:2412.19437), V3.2's
+    (arXiv:2512.02556) or V4's, by `model_type`.
 
-    Matches transformers' config classes; the defaults are those of the released V3, and of V4-Flash for what only V4
-    has. V2 has another router (`topk_method`: softmax instead of sigmoid with a bias) and no MTP layers; V3.2 has the
-    indexer; V4 has another attention, residual and router. Layer i is a mixture of experts iff i >=
-    `first_k_dense_replace`. `q_lora_rank=None` means no query latent; a recipe writes 0 for it, as TOML has no null.
+    Matches transformers' config classes; the defaults are those of the released V3, and of V4-Flash
+    for what only V4 has. V2 has another router (`topk_method`: softmax instead of sigmoid with a
+    bias) and no MTP layers; V3.2 has the indexer; V4 has another attention, residual and router.
+    Layer i is a mixture of experts iff i >= `first_k_dense_replace`. `q_lora_rank=None` means no
+    query latent; a recipe writes 0 for it, as TOML has no null.
 
-    `compress_ratios` gives each layer's attention, MTP layers last: 0 is the sliding window alone, `compress_rate_csa`
-    compressed sparse attention, `compress_rate_hca` heavily compressed attention. A field that a kind has not keeps the
-    value it cannot do without, and is not written.
+    `compress_ratios` gives each layer's attention, MTP layers last: 0 is the sliding window alone,
+    `compress_rate_csa` compressed sparse attention, `compress_rate_hca` heavily compressed
+    attention. A field that a kind has not keeps the value it cannot do without, and is not written.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
@@ -78,7 +113,9 @@ class ModelConfig(StrictConfig):
     index_topk: int = 2048  # keys, or compressed entries, that a query attends to
     index_n_heads: int = 64
     index_head_dim: int = 128
-    head_dim: int = 512  # of query, key and value alike; the last qk_rope_head_dim of them are rotated
+    head_dim: int = (
+        512  # of query, key and value alike; the last qk_rope_head_dim of them are rotated
+    )
     o_groups: int = 8
     o_lora_rank: int = 1024
     sliding_window: int = 128
@@ -112,14 +149,22 @@ class ModelConfig(StrictConfig):
     @model_validator(mode="before")
     @classmethod
     def _by_kind(cls, table: Any) -> Any:
-        """What a kind has not may not be asked of it, and takes the value that it cannot do without."""
-        if not isinstance(table, dict) or (kind := table.get("model_type", "deepseek_v3")) not in ABSENT:
+        """What a kind has not may not be asked of it, and takes the value that it cannot do
+        without.
+        """
+        if (
+            not isinstance(table, dict)
+            or (kind := table.get("model_type", "deepseek_v3")) not in ABSENT
+        ):
             return table
         for key, value in ABSENT[kind].items():
             fixed = cls.model_fields[key].default if value is None else value
             if table.get(key, fixed) != fixed:
-                raise ValueError(f"a {kind} has no {key}" if value is None else f"a {kind} has {key}={value}: its "
-                                 "published code does not know another")
+                raise ValueError(
+                    f"a {kind} has no {key}"
+                    if value is None
+                    else f"a {kind} has {key}={value}: its published code does not know another"
+                )
             table = {**table, key: fixed}
         return table
 
@@ -145,9 +190,12 @@ class ModelConfig(StrictConfig):
 
     @property
     def has_indexer(self) -> bool:
-        """Whether attention is sparse somewhere: a query sees the `index_topk` that its layer's indexer chose."""
-        return self.model_type == "deepseek_v32" or (self.is_v4 and self.compress_rate_csa in (
-            self.compress_ratios or []))
+        """Whether attention is sparse somewhere: a query sees the `index_topk` that its layer's
+        indexer chose.
+        """
+        return self.model_type == "deepseek_v32" or (
+            self.is_v4 and self.compress_rate_csa in (self.compress_ratios or [])
+        )
 
     def is_moe(self, layer: int) -> bool:
         """Whether decoder layer `layer` (MTP layers count on from the last) holds experts."""
@@ -164,14 +212,39 @@ class ModelConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
-        positive = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
-                    "num_attention_heads", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group",
-                    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_position_embeddings",
-                    *_INDEXER, "head_dim", "o_groups", "o_lora_rank", "sliding_window", "hc_mult", "hc_sinkhorn_iters")
+        positive = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "n_group",
+            "topk_group",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "max_position_embeddings",
+            *_INDEXER,
+            "head_dim",
+            "o_groups",
+            "o_lora_rank",
+            "sliding_window",
+            "hc_mult",
+            "hc_sinkhorn_iters",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        for name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "num_hash_layers"):
+        for name in (
+            "n_shared_experts",
+            "first_k_dense_replace",
+            "num_nextn_predict_layers",
+            "num_hash_layers",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative")
         for name in ("rope_theta", "compress_rope_theta", "swiglu_limit"):
@@ -181,62 +254,103 @@ class ModelConfig(StrictConfig):
             raise ValueError("qk_rope_head_dim must be even: rotations act on pairs")
         self._consistent_groups()
         checks: dict[str, Callable[[], None]] = {
-            "deepseek_v2": self._consistent_v2, "deepseek_v32": self._consistent_v32,
-            "deepseek_v4": self._consistent_v4}
+            "deepseek_v2": self._consistent_v2,
+            "deepseek_v32": self._consistent_v32,
+            "deepseek_v4": self._consistent_v4,
+        }
         if self.model_type in checks:
             checks[self.model_type]()
         if self.model_type != "deepseek_v2" and not self.has_router_bias:
-            raise ValueError(f"topk_method={self.topk_method!r} is V2's; a {self.model_type} has 'noaux_tc'")
+            raise ValueError(
+                f"topk_method={self.topk_method!r} is V2's; a {self.model_type} has 'noaux_tc'"
+            )
         return self
 
     def _consistent_groups(self) -> None:
         if self.n_routed_experts % self.n_group:
-            raise ValueError(f"n_routed_experts={self.n_routed_experts} does not divide into n_group={self.n_group}")
+            raise ValueError(
+                f"n_routed_experts={self.n_routed_experts} does not divide into "
+                f"n_group={self.n_group}"
+            )
         if self.has_router_bias and not self.is_v4 and self.n_routed_experts // self.n_group < 2:
-            raise ValueError("a group needs at least 2 experts: its score is the sum of its two best")
+            raise ValueError(
+                "a group needs at least 2 experts: its score is the sum of its two best"
+            )
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group={self.topk_group} exceeds n_group={self.n_group}")
         if self.num_experts_per_tok > self.topk_group * (self.n_routed_experts // self.n_group):
-            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} exceeds the experts of topk_group groups")
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} exceeds the experts of "
+                "topk_group groups"
+            )
 
     def _consistent_v2(self) -> None:
         if self.has_router_bias:
-            raise ValueError('topk_method="noaux_tc" is V3\'s; a deepseek_v2 has "greedy" or "group_limited_greedy"')
+            raise ValueError(
+                'topk_method="noaux_tc" is V3\'s; a deepseek_v2 has "greedy" or '
+                '"group_limited_greedy"'
+            )
         if self.norm_topk_prob:
-            raise ValueError("a deepseek_v2 has norm_topk_prob=False: its published code does not know another")
+            raise ValueError(
+                "a deepseek_v2 has norm_topk_prob=False: its published code does not know another"
+            )
 
     def _consistent_v32(self) -> None:
         if self.q_lora_rank is None:
             raise ValueError("a deepseek_v32 needs q_lora_rank: its indexer reads the query latent")
         if self.index_head_dim < self.qk_rope_head_dim:
-            raise ValueError(f"index_head_dim={self.index_head_dim} is less than its rotated part, qk_rope_head_dim="
-                             f"{self.qk_rope_head_dim}")
+            raise ValueError(
+                f"index_head_dim={self.index_head_dim} is less than its rotated part, "
+                "qk_rope_head_dim="
+                f"{self.qk_rope_head_dim}"
+            )
 
     def _consistent_v4(self) -> None:
         if self.q_lora_rank is None:
             raise ValueError("a deepseek_v4 needs q_lora_rank: it has no other queries")
         if not self.norm_topk_prob:
-            raise ValueError("a deepseek_v4 has norm_topk_prob=True: its published code does not know another")
+            raise ValueError(
+                "a deepseek_v4 has norm_topk_prob=True: its published code does not know another"
+            )
         if self.n_shared_experts != 1:
-            raise ValueError("a deepseek_v4 has n_shared_experts=1: its published code does not know another")
+            raise ValueError(
+                "a deepseek_v4 has n_shared_experts=1: its published code does not know another"
+            )
         for name in ("head_dim", "index_head_dim"):
             if getattr(self, name) < self.qk_rope_head_dim:
-                raise ValueError(f"{name}={getattr(self, name)} is less than its rotated part, qk_rope_head_dim="
-                                 f"{self.qk_rope_head_dim}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is less than its rotated part, qk_rope_head_dim="
+                    f"{self.qk_rope_head_dim}"
+                )
         if self.num_attention_heads % self.o_groups:
-            raise ValueError(f"num_attention_heads={self.num_attention_heads} does not divide into o_groups="
-                             f"{self.o_groups}")
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} does not divide into o_groups="
+                f"{self.o_groups}"
+            )
         if self.num_hash_layers > self.num_hidden_layers:
-            raise ValueError(f"num_hash_layers={self.num_hash_layers} exceeds num_hidden_layers="
-                             f"{self.num_hidden_layers}")
-        if min(self.compress_rate_csa, self.compress_rate_hca) < 1 or self.compress_rate_csa == self.compress_rate_hca:
-            raise ValueError(f"compress_rate_csa={self.compress_rate_csa} and compress_rate_hca="
-                             f"{self.compress_rate_hca} must be at least 1 and differ")
+            raise ValueError(
+                f"num_hash_layers={self.num_hash_layers} exceeds num_hidden_layers="
+                f"{self.num_hidden_layers}"
+            )
+        if (
+            min(self.compress_rate_csa, self.compress_rate_hca) < 1
+            or self.compress_rate_csa == self.compress_rate_hca
+        ):
+            raise ValueError(
+                f"compress_rate_csa={self.compress_rate_csa} and compress_rate_hca="
+                f"{self.compress_rate_hca} must be at least 1 and differ"
+            )
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
         if self.compress_ratios is None or len(self.compress_ratios) != layers:
-            raise ValueError(f"a deepseek_v4 needs compress_ratios with {layers} entries, one for every layer, MTP's "
-                             "last")
+            raise ValueError(
+                f"a deepseek_v4 needs compress_ratios with {layers} entries, one for every layer, "
+                "MTP's "
+                "last"
+            )
         known = (0, self.compress_rate_csa, self.compress_rate_hca)
         if wrong := set(self.compress_ratios).difference(known):
-            raise ValueError(f"compress_ratios holds {min(wrong)}; it may hold 0, compress_rate_csa={known[1]} and "
-                             f"compress_rate_hca={known[2]}")
+            raise ValueError(
+                f"compress_ratios holds {min(wrong)}; it may hold 0, compress_rate_csa={known[1]} "
+                "and "
+                f"compress_rate_hca={known[2]}"
+            )

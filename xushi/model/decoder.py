@@ -17,37 +17,53 @@ from xushi.ops import RouterChoice
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with V4's streams, both through hyper-connections."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); with V4's streams, both through
+    hyper-connections.
+    """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.self_attn = CompressedAttention(config, index) if config.is_v4 else MultiHeadLatentAttention(config)
-        self.mlp = (MixtureOfExperts(config, config.is_hash_routed(index)) if config.is_moe(index)
-                    else MLP(config.hidden_size, config.intermediate_size))
+        self.self_attn = (
+            CompressedAttention(config, index) if config.is_v4 else MultiHeadLatentAttention(config)
+        )
+        self.mlp = (
+            MixtureOfExperts(config, config.is_hash_routed(index))
+            if config.is_moe(index)
+            else MLP(config.hidden_size, config.intermediate_size)
+        )
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.is_v4)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.is_v4)
+        self.post_attention_layernorm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, config.is_v4
+        )
         self.attn_hc = HyperConnection(config) if config.is_v4 else PlainResidual()
         self.ffn_hc = HyperConnection(config) if config.is_v4 else PlainResidual()
 
-    def forward(self, x: Tensor, sequences: Sequences, pinned_Nk: Tensor | None = None
-                ) -> tuple[Tensor, RouterChoice | None, Tensor | None]:
-        """Whole sequences, [B, T, D] or [B, T, S, D]; with what the router decided and the indexer's divergence [B, T],
-        where there are any."""
+    def forward(
+        self, x: Tensor, sequences: Sequences, pinned_Nk: Tensor | None = None
+    ) -> tuple[Tensor, RouterChoice | None, Tensor | None]:
+        """Whole sequences, [B, T, D] or [B, T, S, D]; with what the router decided and the
+        indexer's divergence [B, T], where there are any.
+        """
         h_BTD, weights = self.attn_hc.read(x)
-        y_BTD, divergence_BT = self.self_attn(self.input_layernorm(h_BTD).to(sequences.dtype), sequences)
+        y_BTD, divergence_BT = self.self_attn(
+            self.input_layernorm(h_BTD).to(sequences.dtype), sequences
+        )
         x = self.attn_hc.write(x, y_BTD, weights)  # type: ignore[arg-type]
         x, choice = self._feed_forward(x, sequences.tokens_BT, sequences.dtype, pinned_Nk)
         return x, choice, divergence_BT
 
-    def decode(self, x: Tensor, decoding: Decoding, cache: Tensor) -> tuple[Tensor, RouterChoice | None]:
+    def decode(
+        self, x: Tensor, decoding: Decoding, cache: Tensor
+    ) -> tuple[Tensor, RouterChoice | None]:
         """Flat tokens, [N, D] or [N, S, D], against this layer's cache [slots, width]."""
         h_ND, weights = self.attn_hc.read(x)
         y_ND = self.self_attn.decode(self.input_layernorm(h_ND).to(decoding.dtype), decoding, cache)
         x = self.attn_hc.write(x, y_ND, weights)  # type: ignore[arg-type]
         return self._feed_forward(x, decoding.flat.tokens_N, decoding.dtype)
 
-    def _feed_forward(self, x: Tensor, tokens: Tensor, dtype: torch.dtype, pinned_Nk: Tensor | None = None
-                      ) -> tuple[Tensor, RouterChoice | None]:
+    def _feed_forward(
+        self, x: Tensor, tokens: Tensor, dtype: torch.dtype, pinned_Nk: Tensor | None = None
+    ) -> tuple[Tensor, RouterChoice | None]:
         h, weights = self.ffn_hc.read(x)
         h, choice = self.post_attention_layernorm(h).to(dtype), None
         if isinstance(self.mlp, MixtureOfExperts):

@@ -1,10 +1,12 @@
-"""DeepSeek-V2, V3, V3.2 and V4 as published: embedding, decoder layers, final norm, head, and MTP layers.
+"""DeepSeek-V2, V3, V3.2 and V4 as published: embedding, decoder layers, final norm, head, and MTP
+layers.
 
-The residual stream is kept in the weights' dtype and every block computes in `compute_dtype` (equal unless training
-asks for bfloat16). Not here: losses (objective.py), files (weights.py), sampling (engine).
+The residual stream is kept in the weights' dtype and every block computes in `compute_dtype` (equal
+unless training asks for bfloat16). Not here: losses (objective.py), files (weights.py), sampling
+(engine).
 
-Axes: B batch, T tokens, D hidden, V vocabulary, S streams of V4's residual, N flat tokens, M tokens whose logits are
-wanted.
+Axes: B batch, T tokens, D hidden, V vocabulary, S streams of V4's residual, N flat tokens, M tokens
+whose logits are wanted.
 """
 
 from collections.abc import Callable
@@ -39,11 +41,13 @@ class Logits:
 
 @dataclass(frozen=True)
 class Hidden:
-    """The trunk's output after the final norm [B, T, D] and each MoE layer's routing, first layer first.
+    """The trunk's output after the final norm [B, T, D] and each MoE layer's routing, first layer
+    first.
 
-    `carried` is what an MTP layer takes: the same, or V4's streams [B, T, S, D] before they become one. Of a pipeline's
-    stage that is not the last, `hidden_BTD` is the residual as its layers left it.
-    `index_divergence` holds each indexer's [B, T], where its loss was asked for. `sequences` serves MTP layers too.
+    `carried` is what an MTP layer takes: the same, or V4's streams [B, T, S, D] before they become
+    one. Of a pipeline's stage that is not the last, `hidden_BTD` is the residual as its layers left
+    it. `index_divergence` holds each indexer's [B, T], where its loss was asked for. `sequences`
+    serves MTP layers too.
     """
 
     sequences: Sequences
@@ -55,23 +59,32 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Logits [M, V] of the wanted tokens, float32, and on request the experts [MoE layers, N, k] of all tokens."""
+    """Logits [M, V] of the wanted tokens, float32, and on request the experts [MoE layers, N, k] of
+    all tokens.
+    """
 
     logits_MV: Tensor
     routed_experts: Tensor | None
 
 
 class Trunk(nn.Module):
-    """Embedding, decoder layers and final norm; MTP layers follow the decoder layers, as in the published files."""
+    """Embedding, decoder layers and final norm; MTP layers follow the decoder layers, as in the
+    published files.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=torch.empty(
-            config.vocab_size, config.hidden_size))
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            _weight=torch.empty(config.vocab_size, config.hidden_size),
+        )
         depth, extra = config.num_hidden_layers, config.num_nextn_predict_layers
         # By number, since a stage of a pipeline has some of them only.
-        self.layers = nn.ModuleDict({str(i): DecoderLayer(config, i) for i in range(depth)}
-                                    | {str(depth + i): mtp_layer(config, depth + i) for i in range(extra)})
+        self.layers = nn.ModuleDict(
+            {str(i): DecoderLayer(config, i) for i in range(depth)}
+            | {str(depth + i): mtp_layer(config, depth + i) for i in range(extra)}
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.is_v4)
         self.hc_head = HyperHead(config) if config.is_v4 else None
 
@@ -83,25 +96,36 @@ class Deepseek(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = (
+            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        )
         self.compute_dtype: torch.dtype | None = None
         self.recompute = False  # layers keep their inputs alone and run again in the backward pass
         self.begins = self.ends = True  # whether embedding, and final norm and head, are here
         self.make_angles()
 
     def make_angles(self, device: torch.device | str | None = None) -> None:
-        """Compute the rotations, which are no weights, so that no file fills them; V4's compressed layers have their
-        own.
+        """Compute the rotations, which are no weights, so that no file fills them; V4's compressed
+        layers have their own.
         """
         config = self.config
         scaling = None if config.is_v4 else config.rope_scaling
         self.angles = RotaryAngles(config.qk_rope_head_dim, config.rope_theta, scaling).to(device)
-        self.compress_angles = RotaryAngles(config.qk_rope_head_dim, config.compress_rope_theta, config.rope_scaling,
-                                            rescale=False).to(device) if config.is_v4 else None
+        self.compress_angles = (
+            RotaryAngles(
+                config.qk_rope_head_dim,
+                config.compress_rope_theta,
+                config.rope_scaling,
+                rescale=False,
+            ).to(device)
+            if config.is_v4
+            else None
+        )
 
     def keep_layers(self, first: int, end: int) -> None:
-        """Leave the trunk's layers `first` to `end` - 1 alone, as a stage of a pipeline has them: with the embedding in
-        front of the first, and behind the last all that follows. MTP layers and a tied head need the embedding too.
+        """Leave the trunk's layers `first` to `end` - 1 alone, as a stage of a pipeline has them:
+        with the embedding in front of the first, and behind the last all that follows. MTP layers
+        and a tied head need the embedding too.
         """
         depth = self.config.num_hidden_layers
         self.begins, self.ends = first == 0, end == depth
@@ -132,22 +156,33 @@ class Deepseek(nn.Module):
     @property
     def decoder_layers(self) -> list[DecoderLayer]:
         """The layers of the trunk that are here, without MTP's."""
-        return [cast(DecoderLayer, layer) for name, layer in self.model.layers.items()
-                if int(name) < self.config.num_hidden_layers]
+        return [
+            cast(DecoderLayer, layer)
+            for name, layer in self.model.layers.items()
+            if int(name) < self.config.num_hidden_layers
+        ]
 
     @property
     def mtp_layers(self) -> list[MultiTokenPredictionLayer]:
         """The MTP layers, depth 1 first."""
-        return [cast(MultiTokenPredictionLayer, layer) for name, layer in self.model.layers.items()
-                if int(name) >= self.config.num_hidden_layers]
+        return [
+            cast(MultiTokenPredictionLayer, layer)
+            for name, layer in self.model.layers.items()
+            if int(name) >= self.config.num_hidden_layers
+        ]
 
     def routers(self) -> dict[str, Router]:
         """Every router by its layer's number as text, MTP layers included."""
-        return {name: layer.mlp.gate for name, layer in self.model.layers.items()
-                if isinstance(layer.mlp, MixtureOfExperts)}
+        return {
+            name: layer.mlp.gate
+            for name, layer in self.model.layers.items()
+            if isinstance(layer.mlp, MixtureOfExperts)
+        }
 
     def initialise(self, seed: int) -> "Deepseek":
-        """Normal weights of std `initializer_range`, unit norms, zero biases; each tensor from its own named stream."""
+        """Normal weights of std `initializer_range`, unit norms, zero biases; each tensor from its
+        own named stream.
+        """
         for name, parameter in self.named_parameters():
             with torch.no_grad():
                 if name.endswith(("bias", "base", "sinks")):
@@ -156,17 +191,31 @@ class Deepseek(nn.Module):
                     parameter.fill_(1.0)
                 else:
                     stream = torch.Generator().manual_seed(derive(seed, "initialise", name) >> 1)
-                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, self.config.initializer_range,
-                                                                         generator=stream))
+                    parameter.copy_(
+                        torch.empty(parameter.shape).normal_(
+                            0.0, self.config.initializer_range, generator=stream
+                        )
+                    )
         for name, router in self.routers().items():
-            router.initialise_table(torch.Generator().manual_seed(derive(seed, "tid2eid", name) >> 1))
+            router.initialise_table(
+                torch.Generator().manual_seed(derive(seed, "tid2eid", name) >> 1)
+            )
             if router.e_score_correction_bias is not None:
                 router.e_score_correction_bias.zero_()
         return self
 
-    def sequences(self, tokens_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor | None = None, *,
-                  dense: bool = False, index_loss: bool = False) -> Sequences:
-        """What the layers of a forward over whole sequences share; `dense` and `index_loss` as in `Sequences`."""
+    def sequences(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        *,
+        dense: bool = False,
+        index_loss: bool = False,
+    ) -> Sequences:
+        """What the layers of a forward over whole sequences share; `dense` and `index_loss` as in
+        `Sequences`.
+        """
         config, dtype = self.config, self.dtype
         angles = self.angles(positions_BT)
         if self.compress_angles is None:
@@ -176,8 +225,17 @@ class Deepseek(nn.Module):
         windows = {}
         for rate in sorted(set(config.compress_ratios or []) - {0}):
             windows[rate] = windows_of(positions_BT, segments_BT, rate, self.compress_angles)
-        return Sequences(tokens_BT, angles, None, dtype, dense, index_loss, self.compress_angles(positions_BT),
-                         sliding_window(positions_BT, segments_BT, config.sliding_window), windows)
+        return Sequences(
+            tokens_BT,
+            angles,
+            None,
+            dtype,
+            dense,
+            index_loss,
+            self.compress_angles(positions_BT),
+            sliding_window(positions_BT, segments_BT, config.sliding_window),
+            windows,
+        )
 
     def decoding(self, flat: FlatTokens, dtype: torch.dtype) -> Decoding:
         """What the layers of a decoding call share."""
@@ -192,37 +250,57 @@ class Deepseek(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [...] to the residual [..., D], or [..., S, D] with every stream the same."""
         x = F.embedding(tokens, self.model.embed_tokens.weight)
-        return x if not self.config.is_v4 else x[..., None, :].expand(*x.shape[:-1], self.config.hc_mult, -1)
+        return (
+            x
+            if not self.config.is_v4
+            else x[..., None, :].expand(*x.shape[:-1], self.config.hc_mult, -1)
+        )
 
     def finish(self, x: Tensor) -> Tensor:
         """The residual after the last layer to what the head takes [..., D]."""
         normed: Tensor = self.model.norm(x if self.model.hc_head is None else self.model.hc_head(x))
         return normed
 
-    def hidden(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, segments_BT: Tensor | None = None,
-               pinned: list[Tensor] | None = None, *, dense: bool = False, index_loss: bool = False,
-               residual: Tensor | None = None) -> Hidden:
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        pinned: list[Tensor] | None = None,
+        *,
+        dense: bool = False,
+        index_loss: bool = False,
+        residual: Tensor | None = None,
+    ) -> Hidden:
         """Run the trunk. Without positions and segments each row is one document from position 0.
 
-        `pinned` holds one [B*T, k] choice per MoE layer and replaces the routers' own but in rows of -1; `dense` and
-        `index_loss` as in `Sequences`. `residual` is what the layers before left, where these are another stage's.
+        `pinned` holds one [B*T, k] choice per MoE layer and replaces the routers' own but in rows
+        of -1; `dense` and `index_loss` as in `Sequences`. `residual` is what the layers before
+        left, where these are another stage's.
         """
         if positions_BT is None:
-            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
-        sequences = self.sequences(tokens_BT, positions_BT, segments_BT, dense=dense, index_loss=index_loss)
+            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(
+                tokens_BT
+            )
+        sequences = self.sequences(
+            tokens_BT, positions_BT, segments_BT, dense=dense, index_loss=index_loss
+        )
         x = self.embed(tokens_BT) if residual is None else residual
         routing: list[RouterChoice] = []
         divergences: list[Tensor] = []
         for layer in self.decoder_layers:
             is_moe = isinstance(layer.mlp, MixtureOfExperts)
-            x, choice, divergence_BT = self.block(layer, x, sequences,
-                                                  pinned[len(routing)] if pinned and is_moe else None)
+            x, choice, divergence_BT = self.block(
+                layer, x, sequences, pinned[len(routing)] if pinned and is_moe else None
+            )
             if choice is not None:
                 routing.append(choice)
             if divergence_BT is not None:
                 divergences.append(divergence_BT)
         hidden_BTD = self.finish(x) if self.ends else x
-        return Hidden(sequences, hidden_BTD, x if self.config.is_v4 else hidden_BTD, routing, divergences)
+        return Hidden(
+            sequences, hidden_BTD, x if self.config.is_v4 else hidden_BTD, routing, divergences
+        )
 
     def block(self, run: Callable[..., Any], *arguments: Any) -> Any:
         """What `run` returns, kept for the backward pass or made again in it."""
@@ -230,8 +308,13 @@ class Deepseek(nn.Module):
             return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
         return run(*arguments)
 
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, segments_BT: Tensor | None = None,
-                pinned: list[Tensor] | None = None) -> Logits:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        pinned: list[Tensor] | None = None,
+    ) -> Logits:
         """Token ids [B, T] to logits [B, T, V]."""
         x_BTD = self.hidden(tokens_BT, positions_BT, segments_BT, pinned).hidden_BTD
         dtype = self.compute_dtype or x_BTD.dtype
@@ -239,7 +322,9 @@ class Deepseek(nn.Module):
 
     @torch.no_grad()
     def decode(self, flat: FlatTokens, cache: LatentCache, routing: bool = False) -> Decoded:
-        """The inference forward: flat tokens of many sequences against the cache, prefill and decode mixed."""
+        """The inference forward: flat tokens of many sequences against the cache, prefill and
+        decode mixed.
+        """
         dtype = self.dtype
         decoding, x = self.decoding(flat, dtype), self.embed(flat.tokens_N)
         experts: list[Tensor] = []

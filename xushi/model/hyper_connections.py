@@ -31,7 +31,8 @@ def _projected(streams_SD: Tensor, fn: Tensor, eps: float) -> Tensor:
 
 
 class HyperConnection(nn.Module):
-    """How one block reads, mixes and writes the streams; all three follow from the streams themselves.
+    """How one block reads, mixes and writes the streams; all three follow from the streams
+    themselves.
 
     As transformers' `DeepseekV4HyperConnection`, whose parameter names these are.
     """
@@ -48,8 +49,14 @@ class HyperConnection(nn.Module):
         """A block's input [..., D], and what `write` needs: [..., S] and [..., S, S]."""
         config = self.config
         projected = _projected(streams_SD, self.fn, config.rms_norm_eps)
-        read_S, write_S, mix_SS = stream_weights(projected, self.scale, self.base, config.hc_mult,
-                                                 config.hc_sinkhorn_iters, config.hc_eps)
+        read_S, write_S, mix_SS = stream_weights(
+            projected,
+            self.scale,
+            self.base,
+            config.hc_mult,
+            config.hc_sinkhorn_iters,
+            config.hc_eps,
+        )
         return collapse_streams(streams_SD, read_S), (write_S, mix_SS)
 
     def write(self, streams_SD: Tensor, y_D: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
@@ -70,4 +77,6 @@ class HyperHead(nn.Module):
     def forward(self, streams_SD: Tensor) -> Tensor:
         """[..., S, D] to [..., D]."""
         projected = _projected(streams_SD, self.hc_fn, self.config.rms_norm_eps)
-        return collapse_streams(streams_SD, (projected * self.hc_scale + self.hc_base).sigmoid() + self.config.hc_eps)
+        return collapse_streams(
+            streams_SD, (projected * self.hc_scale + self.hc_base).sigmoid() + self.config.hc_eps
+        )

@@ -1,8 +1,9 @@
-"""The lightning indexer, which chooses what a query attends to (DeepSeek-V3.2, arXiv:2512.02556, section 2.1): tokens
-in V3.2, compressed entries in V4's sparse layers.
+"""The lightning indexer, which chooses what a query attends to (DeepSeek-V3.2, arXiv:2512.02556,
+section 2.1): tokens in V3.2, compressed entries in V4's sparse layers.
 
-As transformers' `DeepseekV32Indexer` and `DeepseekV4Indexer`. DeepSeek's own code also multiplies queries and keys by a
-Hadamard matrix and rounds them to FP8; the first changes no score and the second is for speed, so both are left out.
+As transformers' `DeepseekV32Indexer` and `DeepseekV4Indexer`. DeepSeek's own code also multiplies
+queries and keys by a Hadamard matrix and rounds them to FP8; the first changes no score and the
+second is for speed, so both are left out.
 
 Axes: D hidden, C query latent, J index heads, I index width, R rotated width.
 """
@@ -31,30 +32,44 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same, in x's dtype."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        normed = F.layer_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.bias.to(wide), self.eps)
+        normed = F.layer_norm(
+            x.to(wide), self.weight.shape, self.weight.to(wide), self.bias.to(wide), self.eps
+        )
         return normed.to(x.dtype)
 
 
 class LightningIndexer(nn.Module):
-    """V3.2's: small queries of many heads, one small key per token, a weight per head; scores by `ops.index_scores`.
+    """V3.2's: small queries of many heads, one small key per token, a weight per head; scores by
+    `ops.index_scores`.
 
-    Its queries come from the normed query latent that the attention's come from. The rotated part stands first and is
-    rotated in halves; in the attention it stands last and is rotated in pairs.
+    Its queries come from the normed query latent that the attention's come from. The rotated part
+    stands first and is rotated in halves; in the attention it stands last and is rotated in pairs.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.width, self.rotated = config.index_n_heads, config.index_head_dim, config.qk_rope_head_dim
+        self.heads, self.width, self.rotated = (
+            config.index_n_heads,
+            config.index_head_dim,
+            config.qk_rope_head_dim,
+        )
         assert config.q_lora_rank is not None
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.width)
         self.wk = Linear(config.hidden_size, self.width)
         self.k_norm = LayerNorm(self.width, KEY_NORM_EPS)
         self.weights_proj = Linear(config.hidden_size, self.heads)
 
-    def queries(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., D] and q_latent [..., C] to queries [..., J, I] and the heads' weights [..., J], float32 at least."""
-        q = self._rotate(self.wq_b(q_latent).unflatten(-1, (self.heads, self.width)), cos[..., None, :],
-                         sin[..., None, :])
+    def queries(
+        self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x [..., D] and q_latent [..., C] to queries [..., J, I] and the heads' weights [..., J],
+        float32 at least.
+        """
+        q = self._rotate(
+            self.wq_b(q_latent).unflatten(-1, (self.heads, self.width)),
+            cos[..., None, :],
+            sin[..., None, :],
+        )
         return q, _head_weights(self.weights_proj, x, self.heads)
 
     def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -75,7 +90,9 @@ class Scorer(nn.Module):
 
 
 class CompressedIndexer(Compressor):
-    """V4's: its keys are entries of a compressor of its own, over the same windows; rotated in pairs, as everything."""
+    """V4's: its keys are entries of a compressor of its own, over the same windows; rotated in
+    pairs, as everything.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, config.compress_rate_csa, config.index_head_dim)
@@ -84,8 +101,12 @@ class CompressedIndexer(Compressor):
         self.q_b_proj = Linear(config.q_lora_rank, self.heads * self.width)
         self.scorer = Scorer(config)
 
-    def queries(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """x [..., D] and q_latent [..., C] to queries [..., J, I] and the heads' weights [..., J], float32 at least."""
+    def queries(
+        self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x [..., D] and q_latent [..., C] to queries [..., J, I] and the heads' weights [..., J],
+        float32 at least.
+        """
         q = self.q_b_proj(q_latent).unflatten(-1, (self.heads, self.width))
         q = rotate_tail(q, cos[..., None, :], sin[..., None, :])
         return q, _head_weights(self.scorer.weights_proj, x, self.heads)

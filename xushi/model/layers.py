@@ -1,7 +1,8 @@
-"""The small parts every block is made of: linear maps and norms that compute in the dtype of what comes in.
+"""The small parts every block is made of: linear maps and norms that compute in the dtype of what
+comes in.
 
-Weights stay in their own dtype (float32 while training) and are cast where they are used, so one model computes in
-bfloat16 or float32 by what its activations are.
+Weights stay in their own dtype (float32 while training) and are cast where they are used, so one
+model computes in bfloat16 or float32 by what its activations are.
 """
 
 import torch
@@ -24,7 +25,9 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned weight [width], multiplied in float32 if `wide_weight` (V4's)."""
+    """Root-mean-square norm with a learned weight [width], multiplied in float32 if `wide_weight`
+    (V4's).
+    """
 
     def __init__(self, width: int, eps: float, wide_weight: bool = False) -> None:
         super().__init__()

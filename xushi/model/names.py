@@ -1,9 +1,11 @@
-"""What tensors are called on disk: transformers' module names, which the model in memory has too, and DeepSeek's own.
+"""What tensors are called on disk: transformers' module names, which the model in memory has too,
+and DeepSeek's own.
 
-Experts are stacked in memory and stand alone on disk. Published V2, V3 and V3.2 files have transformers' names, and
-DeepSeek's conversion script for its own inference code writes DeepSeek's; published V4 files have DeepSeek's, and
-transformers writes a mixture of both. A tensor's canonical name is transformers' module name with the expert's number
-in it; MTP layers follow the trunk's (`model.layers.<num_hidden_layers + depth>`).
+Experts are stacked in memory and stand alone on disk. Published V2, V3 and V3.2 files have
+transformers' names, and DeepSeek's conversion script for its own inference code writes DeepSeek's;
+published V4 files have DeepSeek's, and transformers writes a mixture of both. A tensor's canonical
+name is transformers' module name with the expert's number in it; MTP layers follow the trunk's
+(`model.layers.<num_hidden_layers + depth>`).
 
 Not here: the scales of quantised weights but for their names (quantised.py).
 """
@@ -18,46 +20,104 @@ from xushi.model.config import ModelConfig
 
 Naming = Literal["published", "transformers"]
 
-# DeepSeek's names within a layer, and transformers'. `.weight` and `.bias` are left out where they are the same.
+# DeepSeek's names within a layer, and transformers'. `.weight` and `.bias` are left out where they
+# are the same.
 _COMMON = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "ffn.gate": "mlp.gate",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn.gate": "mlp.gate",
     "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
-    **{f"ffn.{kind}{one}": f"mlp.{kind}{other}" for kind in ("experts.*.", "shared_experts.", "")
-       for one, other in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))}}
+    **{
+        f"ffn.{kind}{one}": f"mlp.{kind}{other}"
+        for kind in ("experts.*.", "shared_experts.", "")
+        for one, other in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
+    },
+}
 _LATENT = _COMMON | {
-    "attn.wq": "self_attn.q_proj", "attn.wq_a": "self_attn.q_a_proj", "attn.q_norm": "self_attn.q_a_layernorm",
-    "attn.wq_b": "self_attn.q_b_proj", "attn.wkv_a": "self_attn.kv_a_proj_with_mqa",
-    "attn.kv_norm": "self_attn.kv_a_layernorm", "attn.wkv_b": "self_attn.kv_b_proj", "attn.wo": "self_attn.o_proj",
-    **{f"attn.indexer.{part}": f"self_attn.indexer.{part}" for part in ("wq_b", "wk", "k_norm", "weights_proj")}}
+    "attn.wq": "self_attn.q_proj",
+    "attn.wq_a": "self_attn.q_a_proj",
+    "attn.q_norm": "self_attn.q_a_layernorm",
+    "attn.wq_b": "self_attn.q_b_proj",
+    "attn.wkv_a": "self_attn.kv_a_proj_with_mqa",
+    "attn.kv_norm": "self_attn.kv_a_layernorm",
+    "attn.wkv_b": "self_attn.kv_b_proj",
+    "attn.wo": "self_attn.o_proj",
+    **{
+        f"attn.indexer.{part}": f"self_attn.indexer.{part}"
+        for part in ("wq_b", "wk", "k_norm", "weights_proj")
+    },
+}
 _COMPRESSOR = {"wkv": "kv_proj", "wgate": "gate_proj", "ape": "position_bias", "norm": "kv_norm"}
 _V4 = _COMMON | {
-    "attn.wq_a": "self_attn.q_a_proj", "attn.q_norm": "self_attn.q_a_norm", "attn.wq_b": "self_attn.q_b_proj",
-    "attn.wkv": "self_attn.kv_proj", "attn.kv_norm": "self_attn.kv_norm", "attn.wo_a": "self_attn.o_a_proj",
-    "attn.wo_b": "self_attn.o_b_proj", "attn.attn_sink": "self_attn.sinks", "ffn.gate.tid2eid": "mlp.gate.tid2eid",
-    **{f"attn.compressor.{one}": f"self_attn.compressor.{other}" for one, other in _COMPRESSOR.items()},
-    **{f"attn.indexer.compressor.{one}": f"self_attn.compressor.indexer.{other}" for one, other in _COMPRESSOR.items()},
+    "attn.wq_a": "self_attn.q_a_proj",
+    "attn.q_norm": "self_attn.q_a_norm",
+    "attn.wq_b": "self_attn.q_b_proj",
+    "attn.wkv": "self_attn.kv_proj",
+    "attn.kv_norm": "self_attn.kv_norm",
+    "attn.wo_a": "self_attn.o_a_proj",
+    "attn.wo_b": "self_attn.o_b_proj",
+    "attn.attn_sink": "self_attn.sinks",
+    "ffn.gate.tid2eid": "mlp.gate.tid2eid",
+    **{
+        f"attn.compressor.{one}": f"self_attn.compressor.{other}"
+        for one, other in _COMPRESSOR.items()
+    },
+    **{
+        f"attn.indexer.compressor.{one}": f"self_attn.compressor.indexer.{other}"
+        for one, other in _COMPRESSOR.items()
+    },
     "attn.indexer.wq_b": "self_attn.compressor.indexer.q_b_proj",
     "attn.indexer.weights_proj": "self_attn.compressor.indexer.scorer.weights_proj",
-    **{f"hc_{block}_{part}": f"{block}_hc.{part}" for block in ("attn", "ffn") for part in ("fn", "base", "scale")},
-    **{f"hc_head_{part}": f"hc_head.hc_{part}" for part in ("fn", "base", "scale")}}  # an MTP layer's own
+    **{
+        f"hc_{block}_{part}": f"{block}_hc.{part}"
+        for block in ("attn", "ffn")
+        for part in ("fn", "base", "scale")
+    },
+    **{f"hc_head_{part}": f"hc_head.hc_{part}" for part in ("fn", "base", "scale")},
+}  # an MTP layer's own
 _V4_WRITTEN = {other: one for one, other in _V4.items()}
-# Read, never written: transformers' name for kv_norm, and copies of embedding and head in an MTP layer.
-_V4_READ = _V4 | {"attn.norm": "self_attn.kv_norm", "embed": "embed_tokens", "emb.tok_emb": "embed_tokens",
-                  "head": "shared_head.head"}
-_TOP = {"embed": "model.embed_tokens", "head": "lm_head", "norm": "model.norm",
-        **{f"hc_head_{part}": f"model.hc_head.hc_{part}" for part in ("fn", "base", "scale")}}
+# Read, never written: transformers' name for kv_norm, and copies of embedding and head in an MTP
+# layer.
+_V4_READ = _V4 | {
+    "attn.norm": "self_attn.kv_norm",
+    "embed": "embed_tokens",
+    "emb.tok_emb": "embed_tokens",
+    "head": "shared_head.head",
+}
+_TOP = {
+    "embed": "model.embed_tokens",
+    "head": "lm_head",
+    "norm": "model.norm",
+    **{f"hc_head_{part}": f"model.hc_head.hc_{part}" for part in ("fn", "base", "scale")},
+}
 _TOP_WRITTEN = {other: one for one, other in _TOP.items()}
 
 _LAYER = re.compile(r"(?:model\.)?(layers|mtp)\.(0|[1-9][0-9]{0,5})\.(.+)")
 _EXPERT = re.compile(r"(.*\.experts)\.(0|[1-9][0-9]{0,8})\.(.+)")
 # transformers' `_keep_in_fp32_modules_strict` of V4, with the norms that only MTP layers have.
-_FLOAT32_PARTS = frozenset((
-    "attn_hc", "ffn_hc", "hc_head", "sinks", "position_bias", "e_score_correction_bias", "q_a_norm", "kv_norm",
-    "input_layernorm", "post_attention_layernorm", "norm", "enorm", "hnorm"))
+_FLOAT32_PARTS = frozenset(
+    (
+        "attn_hc",
+        "ffn_hc",
+        "hc_head",
+        "sinks",
+        "position_bias",
+        "e_score_correction_bias",
+        "q_a_norm",
+        "kv_norm",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+        "enorm",
+        "hnorm",
+    )
+)
 
 
 class Place(NamedTuple):
-    """Where a tensor of a file belongs in memory: a parameter or buffer, whole or one expert's part of it."""
+    """Where a tensor of a file belongs in memory: a parameter or buffer, whole or one expert's part
+    of it.
+    """
 
     parameter: str
     shape: tuple[int, ...]
@@ -82,19 +142,35 @@ def places(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Place]]:
         experts, rows, columns = tensor.shape
         for expert in range(experts):
             if part == "down_proj":
-                yield f"{prefix}.experts.{expert}.down_proj.weight", Place(name, (rows, columns), expert)
+                yield (
+                    f"{prefix}.experts.{expert}.down_proj.weight",
+                    Place(name, (rows, columns), expert),
+                )
                 continue
             for half, matrix in enumerate(("gate_proj", "up_proj")):
-                yield f"{prefix}.experts.{expert}.{matrix}.weight", Place(name, (rows // 2, columns), expert, half)
+                yield (
+                    f"{prefix}.experts.{expert}.{matrix}.weight",
+                    Place(name, (rows // 2, columns), expert, half),
+                )
 
 
 def shared_copies(config: ModelConfig) -> dict[str, str]:
-    """The canonical names under which MTP layers may hold embedding and head again, and what they are copies of."""
+    """The canonical names under which MTP layers may hold embedding and head again, and what they
+    are copies of.
+    """
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    layers = (f"model.layers.{config.num_hidden_layers + d}" for d in range(config.num_nextn_predict_layers))
-    return {f"{layer}.{part}": shared for layer in layers
-            for part, shared in (("embed_tokens.weight", "model.embed_tokens.weight"),
-                                 ("shared_head.head.weight", head))}
+    layers = (
+        f"model.layers.{config.num_hidden_layers + d}"
+        for d in range(config.num_nextn_predict_layers)
+    )
+    return {
+        f"{layer}.{part}": shared
+        for layer in layers
+        for part, shared in (
+            ("embed_tokens.weight", "model.embed_tokens.weight"),
+            ("shared_head.head.weight", head),
+        )
+    }
 
 
 def layer_of(canonical: str) -> int | None:
@@ -104,9 +180,16 @@ def layer_of(canonical: str) -> int | None:
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:
-    """Whether a name is that of an MTP layer of V4 while the config asks for none, so that it stays unread."""
+    """Whether a name is that of an MTP layer of V4 while the config asks for none, so that it stays
+    unread.
+    """
     found = _LAYER.fullmatch(name)
-    return found is not None and found[1] == "mtp" and config.is_v4 and config.num_nextn_predict_layers == 0
+    return (
+        found is not None
+        and found[1] == "mtp"
+        and config.is_v4
+        and config.num_nextn_predict_layers == 0
+    )
 
 
 def canonical_name(name: str, config: ModelConfig) -> tuple[str, bool]:
@@ -116,7 +199,9 @@ def canonical_name(name: str, config: ModelConfig) -> tuple[str, bool]:
     """
     scale = False
     for suffix in (".weight_scale_inv", ".scale"):
-        if name.endswith(suffix) and not name.endswith("_hc.scale"):  # that one is a parameter of V4
+        if name.endswith(suffix) and not name.endswith(
+            "_hc.scale"
+        ):  # that one is a parameter of V4
             name, scale = name.removesuffix(suffix) + ".weight", True
             break
     found = _LAYER.fullmatch(name)
@@ -130,9 +215,11 @@ def canonical_name(name: str, config: ModelConfig) -> tuple[str, bool]:
 
 
 def written_name(canonical: str, config: ModelConfig, naming: Naming) -> str:
-    """A canonical name as a checkpoint has it: as DeepSeek publishes this kind of model, or as transformers writes it.
+    """A canonical name as a checkpoint has it: as DeepSeek publishes this kind of model, or as
+    transformers writes it.
 
-    They differ for V4 alone. Its MTP layers are `mtp.<depth>` in both, as transformers knows no other.
+    They differ for V4 alone. Its MTP layers are `mtp.<depth>` in both, as transformers knows no
+    other.
     """
     if not config.is_v4:
         return canonical
@@ -150,7 +237,9 @@ def written_name(canonical: str, config: ModelConfig, naming: Naming) -> str:
 
 
 def _translate(name: str, table: Mapping[str, str], fallback: str | None = None) -> str:
-    """`name` by a table of names without `.weight` and `.bias`, in which * stands for an expert's number."""
+    """`name` by a table of names without `.weight` and `.bias`, in which * stands for an expert's
+    number.
+    """
     found = _EXPERT.fullmatch(name)
     pattern, number = (f"{found[1]}.*.{found[3]}", found[2]) if found else (name, "")
     for leaf in ("", ".weight", ".bias"):

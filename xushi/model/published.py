@@ -1,6 +1,8 @@
-"""`ModelConfig` to and from the published `config.json`, as DeepSeek and as transformers 5 write it.
+"""`ModelConfig` to and from the published `config.json`, as DeepSeek and as transformers 5 write
+it.
 
-What an architecture is not gets a `XushiError` that names the key; nothing is guessed where a guess could be wrong.
+What an architecture is not gets a `XushiError` that names the key; nothing is guessed where a guess
+could be wrong.
 """
 
 import json
@@ -11,23 +13,62 @@ from xushi.base.config import parse
 from xushi.base.errors import XushiError
 from xushi.model.config import ABSENT, ModelConfig, RopeScaling
 
-_CLASSES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
-            "deepseek_v32": "DeepseekV32ForCausalLM", "deepseek_v4": "DeepseekV4ForCausalLM"}
-_SCORES = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid", "deepseek_v32": "sigmoid", "deepseek_v4": "sqrtsoftplus"}
+_CLASSES = {
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "deepseek_v4": "DeepseekV4ForCausalLM",
+}
+_SCORES = {
+    "deepseek_v2": "softmax",
+    "deepseek_v3": "sigmoid",
+    "deepseek_v32": "sigmoid",
+    "deepseek_v4": "sqrtsoftplus",
+}
 _LAYER_TYPES = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 _REMEDY = "use a DeepSeek-V2-, V3-, V3.2- or V4-type checkpoint"
 MOST_MTP_LAYERS = 64  # beyond it a config.json is damaged, and may not make a list of that length
-# What a V2's or V4's config.json must say itself: our defaults are V3's, and transformers' for V2 are no released
-# model's.
-_SHAPES = ("vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
-           "n_shared_experts", "n_routed_experts", "num_experts_per_tok", "routed_scaling_factor", "q_lora_rank",
-           "max_position_embeddings")
+# What a V2's or V4's config.json must say itself: our defaults are V3's, and transformers' for V2
+# are no released model's.
+_SHAPES = (
+    "vocab_size",
+    "hidden_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "n_shared_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+    "q_lora_rank",
+    "max_position_embeddings",
+)
 _SHAPES_OF = {
-    "deepseek_v2": (*_SHAPES, "intermediate_size", "first_k_dense_replace", "kv_lora_rank", "qk_nope_head_dim",
-                    "qk_rope_head_dim", "v_head_dim"),
-    "deepseek_v4": (*_SHAPES, "head_dim", "qk_rope_head_dim", "o_groups", "o_lora_rank", "sliding_window",
-                    "compress_ratios", "num_hash_layers", "index_topk", "index_n_heads", "index_head_dim",
-                    "swiglu_limit", "hc_mult")}
+    "deepseek_v2": (
+        *_SHAPES,
+        "intermediate_size",
+        "first_k_dense_replace",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+    ),
+    "deepseek_v4": (
+        *_SHAPES,
+        "head_dim",
+        "qk_rope_head_dim",
+        "o_groups",
+        "o_lora_rank",
+        "sliding_window",
+        "compress_ratios",
+        "num_hash_layers",
+        "index_topk",
+        "index_n_heads",
+        "index_head_dim",
+        "swiglu_limit",
+        "hc_mult",
+    ),
+}
 
 
 def to_published(config: ModelConfig) -> dict[str, Any]:
@@ -45,32 +86,61 @@ def to_published(config: ModelConfig) -> dict[str, Any]:
     }
     if config.is_v4:
         # transformers knows other rates than 4 and 128 in its own terms only.
-        kinds = dict(zip((0, config.compress_rate_csa, config.compress_rate_hca), _LAYER_TYPES, strict=True))
-        table["layer_types"] = [kinds[config.compress_ratio(i)] for i in range(config.num_hidden_layers)]
-        if config.rope_scaling is not None:  # V4 scales no scores; a factor that says so would be read as one that does
-            table["rope_scaling"] = {k: v for k, v in table["rope_scaling"].items() if not k.startswith("mscale")}
+        kinds = dict(
+            zip((0, config.compress_rate_csa, config.compress_rate_hca), _LAYER_TYPES, strict=True)
+        )
+        table["layer_types"] = [
+            kinds[config.compress_ratio(i)] for i in range(config.num_hidden_layers)
+        ]
+        if (
+            config.rope_scaling is not None
+        ):  # V4 scales no scores; a factor that says so would be read as one that does
+            table["rope_scaling"] = {
+                k: v for k, v in table["rope_scaling"].items() if not k.startswith("mscale")
+            }
     return table
 
 
 def from_published(table: dict[str, Any], where: str) -> ModelConfig:
-    """Read a published `config.json` table; what this architecture is not gets a `XushiError` naming the key."""
-    if "model_type" not in table:  # every other key has a default, those of the model with 671B parameters
+    """Read a published `config.json` table; what this architecture is not gets a `XushiError`
+    naming the key.
+    """
+    if (
+        "model_type" not in table
+    ):  # every other key has a default, those of the model with 671B parameters
         raise XushiError(f"{where} has no model_type", f"{_REMEDY}, or get it again")
     kind = table["model_type"]
     if not isinstance(kind, str) or kind not in _CLASSES:
-        raise XushiError(f"{where}: model_type is {kind!r}, and only {', '.join(_CLASSES)} are implemented", _REMEDY)
+        raise XushiError(
+            f"{where}: model_type is {kind!r}, and only {', '.join(_CLASSES)} are implemented",
+            _REMEDY,
+        )
     table = _as_v4(table, where) if kind == "deepseek_v4" else table
     for key in _SHAPES_OF.get(kind, ()):
         if key not in table:
-            raise XushiError(f"{where} has no {key}", f"get the file again; a {kind} has no default for it")
+            raise XushiError(
+                f"{where} has no {key}", f"get the file again; a {kind} has no default for it"
+            )
     if kind == "deepseek_v2":
         table = _as_v2(table)
-    fixed = {"hidden_act": "silu", "scoring_func": _SCORES[kind], "moe_layer_freq": 1, "mlp_bias": False}
+    fixed = {
+        "hidden_act": "silu",
+        "scoring_func": _SCORES[kind],
+        "moe_layer_freq": 1,
+        "mlp_bias": False,
+    }
     for key, value in fixed.items():
         if table.get(key, value) != value:
-            raise XushiError(f"{where}: {key} is {table[key]!r}, and only {value!r} is implemented", _REMEDY)
-    # What a kind has not is left out unasked where its value is another kind's habit and changes nothing.
-    known = {key: table[key] for key in ModelConfig.model_fields if key in table and key not in ABSENT[kind]}
+            raise XushiError(
+                f"{where}: {key} is {table[key]!r}, and only {value!r} is implemented", _REMEDY
+            )
+    # What a kind has not is left out unasked where its value is another kind's habit and changes
+    # nothing.
+    known = {
+        key: table[key]
+        for key in ModelConfig.model_fields
+        if key in table and key not in ABSENT[kind]
+    }
     known |= {key: value for key, value in ABSENT[kind].items() if value is not None}
     if kind != "deepseek_v4":
         known |= _rope(table)
@@ -90,61 +160,108 @@ def _as_v2(table: dict[str, Any]) -> dict[str, Any]:
 
 def _as_v4(table: dict[str, Any], where: str) -> dict[str, Any]:
     """A V4 table in DeepSeek's own terms, whoever wrote it."""
-    table = {key: value for key, value in table.items() if value is not None or key not in (
-        "compress_ratios", "topk_method", "rope_scaling")}
+    table = {
+        key: value
+        for key, value in table.items()
+        if value is not None or key not in ("compress_ratios", "topk_method", "rope_scaling")
+    }
     rates: Any = table.get("compress_rates") or {}
     if not isinstance(rates, dict):
-        raise XushiError(f"{where}: compress_rates is {rates!r}, not a table", "get the file again, it is damaged")
-    for key, name in (("compress_rate_csa", _LAYER_TYPES[1]), ("compress_rate_hca", _LAYER_TYPES[2])):
+        raise XushiError(
+            f"{where}: compress_rates is {rates!r}, not a table",
+            "get the file again, it is damaged",
+        )
+    for key, name in (
+        ("compress_rate_csa", _LAYER_TYPES[1]),
+        ("compress_rate_hca", _LAYER_TYPES[2]),
+    ):
         if name in rates:
             table[key] = rates[name]
     kinds: Any = table.get("layer_types")
     if "compress_ratios" not in table and isinstance(kinds, list):
-        ratio = {_LAYER_TYPES[0]: 0, _LAYER_TYPES[1]: table.get("compress_rate_csa", 4),
-                 _LAYER_TYPES[2]: table.get("compress_rate_hca", 128)}
+        ratio = {
+            _LAYER_TYPES[0]: 0,
+            _LAYER_TYPES[1]: table.get("compress_rate_csa", 4),
+            _LAYER_TYPES[2]: table.get("compress_rate_hca", 128),
+        }
         if unknown := [kind for kind in kinds if not isinstance(kind, str) or kind not in ratio]:
-            raise XushiError(f"{where}: layer_types holds {unknown[0]!r}, which is not implemented", _REMEDY)
+            raise XushiError(
+                f"{where}: layer_types holds {unknown[0]!r}, which is not implemented", _REMEDY
+            )
         table["compress_ratios"] = [ratio[kind] for kind in kinds]
     if "compress_ratios" not in table:
         # transformers then takes another schedule than any released model's.
-        raise XushiError(f"{where} has neither compress_ratios nor layer_types",
-                         "add the model's own schedule; there is no default that fits them all")
+        raise XushiError(
+            f"{where} has neither compress_ratios nor layer_types",
+            "add the model's own schedule; there is no default that fits them all",
+        )
     if "num_mtp_layers" in table:
         table["num_nextn_predict_layers"] = table["num_mtp_layers"]
     layers, mtp = table.get("num_hidden_layers"), table.setdefault("num_nextn_predict_layers", 1)
     ratios: Any = table["compress_ratios"]
-    if (isinstance(ratios, list) and isinstance(layers, int) and isinstance(mtp, int) and len(ratios) >= layers
-            and 0 <= mtp <= MOST_MTP_LAYERS):
-        # An MTP layer unsaid is a window's; released files go on after the MTP layers, for drafters.
-        table["compress_ratios"] = [*ratios, *[0] * mtp][:layers + mtp]
+    if (
+        isinstance(ratios, list)
+        and isinstance(layers, int)
+        and isinstance(mtp, int)
+        and len(ratios) >= layers
+        and 0 <= mtp <= MOST_MTP_LAYERS
+    ):
+        # An MTP layer unsaid is a window's; released files go on after the MTP layers, for
+        # drafters.
+        table["compress_ratios"] = [*ratios, *[0] * mtp][: layers + mtp]
     if isinstance(types := table.get("mlp_layer_types"), list):
         table["num_hash_layers"] = hashed = types.count("hash_moe")
         if types != ["hash_moe"] * hashed + ["moe"] * (len(types) - hashed):
-            raise XushiError(f"{where}: mlp_layer_types is not hash_moe layers before moe layers", _REMEDY)
+            raise XushiError(
+                f"{where}: mlp_layer_types is not hash_moe layers before moe layers", _REMEDY
+            )
     width, share = table.get("head_dim"), table.get("partial_rotary_factor")
-    if "qk_rope_head_dim" not in table and isinstance(width, int) and isinstance(share, float) and 0 < share <= 1:
+    if (
+        "qk_rope_head_dim" not in table
+        and isinstance(width, int)
+        and isinstance(share, float)
+        and 0 < share <= 1
+    ):
         table["qk_rope_head_dim"] = int(width * share)
     return _v4_rope(table, where)
 
 
 def _v4_rope(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """Both rotations in DeepSeek's own terms: rope_theta unscaled, compress_rope_theta with rope_scaling."""
+    """Both rotations in DeepSeek's own terms: rope_theta unscaled, compress_rope_theta with
+    rope_scaling.
+    """
     rope = table.get("rope_parameters")
-    if isinstance(rope, dict) and isinstance(rope.get("main"), dict) and isinstance(rope.get("compress"), dict):
+    if (
+        isinstance(rope, dict)
+        and isinstance(rope.get("main"), dict)
+        and isinstance(rope.get("compress"), dict)
+    ):
         main, compress = rope["main"], rope["compress"]
         if main.get("rope_type", "default") != "default":
-            raise XushiError(f"{where}: rope_parameters.main is {main['rope_type']!r}; only default is implemented",
-                             _REMEDY)
-        table |= {"rope_theta": main.get("rope_theta"), "compress_rope_theta": compress.get("rope_theta"),
-                  "rope_scaling": compress if compress.get("rope_type", "default") != "default" else None}
+            raise XushiError(
+                f"{where}: rope_parameters.main is {main['rope_type']!r}; only default is "
+                "implemented",
+                _REMEDY,
+            )
+        table |= {
+            "rope_theta": main.get("rope_theta"),
+            "compress_rope_theta": compress.get("rope_theta"),
+            "rope_scaling": compress if compress.get("rope_type", "default") != "default" else None,
+        }
     scaling = table.get("rope_scaling")
     if isinstance(scaling, dict):
         # Here YaRN scales nothing but the frequencies; transformers says so with a factor of 1.
         if scaling.get("attention_factor", 1.0) != 1.0:
-            raise XushiError(f"{where}: rope_scaling's attention_factor is {scaling['attention_factor']!r}; a "
-                             "deepseek_v4 has 1.0", _REMEDY)
-        table["rope_scaling"] = {key: value for key, value in scaling.items()
-                                 if key not in ("attention_factor", "mscale", "mscale_all_dim")}
+            raise XushiError(
+                f"{where}: rope_scaling's attention_factor is {scaling['attention_factor']!r}; a "
+                "deepseek_v4 has 1.0",
+                _REMEDY,
+            )
+        table["rope_scaling"] = {
+            key: value
+            for key, value in scaling.items()
+            if key not in ("attention_factor", "mscale", "mscale_all_dim")
+        }
     return table
 
 
@@ -153,8 +270,10 @@ def _rope(table: dict[str, Any]) -> dict[str, Any]:
     rope = table.get("rope_parameters")
     if not isinstance(rope, dict):
         return {}
-    return {"rope_theta": rope.get("rope_theta", 10000.0),
-            "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None}
+    return {
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None,
+    }
 
 
 def _dense_layers(table: dict[str, Any], where: str) -> dict[str, Any]:
@@ -164,8 +283,10 @@ def _dense_layers(table: dict[str, Any], where: str) -> dict[str, Any]:
         return {}
     dense = types.count("dense")
     if types != ["dense"] * dense + ["sparse"] * (len(types) - dense):
-        raise XushiError(f"{where}: mlp_layer_types has dense layers after sparse ones",
-                         "only models whose first layers are dense are implemented")
+        raise XushiError(
+            f"{where}: mlp_layer_types has dense layers after sparse ones",
+            "only models whose first layers are dense are implemented",
+        )
     return {"first_k_dense_replace": dense}
 
 
@@ -174,13 +295,20 @@ def _scaling(scaling: Any, where: str) -> Any:
         return scaling
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind != "yarn":
-        raise XushiError(f"{where}: rope_scaling of type {kind!r} is not implemented", "only yarn is")
+        raise XushiError(
+            f"{where}: rope_scaling of type {kind!r} is not implemented", "only yarn is"
+        )
     for key, published in (("attention_factor", None), ("truncate", True)):
         if scaling.get(key, published) != published:
-            raise XushiError(f"{where}: rope_scaling's {key} is {scaling[key]!r}, which is not implemented",
-                             "use a checkpoint without it, as the published ones are")
-    return {"type": "yarn"} | {key: value for key, value in scaling.items()
-                               if key in RopeScaling.model_fields and key != "type"}
+            raise XushiError(
+                f"{where}: rope_scaling's {key} is {scaling[key]!r}, which is not implemented",
+                "use a checkpoint without it, as the published ones are",
+            )
+    return {"type": "yarn"} | {
+        key: value
+        for key, value in scaling.items()
+        if key in RopeScaling.model_fields and key != "type"
+    }
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -189,9 +317,13 @@ def read_config(path: str | Path) -> ModelConfig:
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise XushiError(f"{file} does not exist", "give a directory in the Hugging Face layout") from None
+        raise XushiError(
+            f"{file} does not exist", "give a directory in the Hugging Face layout"
+        ) from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise XushiError(f"{file} cannot be read: {error}", "get the file again, it is damaged") from None
+        raise XushiError(
+            f"{file} cannot be read: {error}", "get the file again, it is damaged"
+        ) from None
     if not isinstance(table, dict):
         raise XushiError(f"{file} is not a JSON object", "get the file again, it is damaged")
     return from_published(table, str(file))

@@ -1,8 +1,10 @@
-"""safetensors files in and out: headers checked before a byte of data is believed, tensors moved one at a time.
+"""safetensors files in and out: headers checked before a byte of data is believed, tensors moved
+one at a time.
 
-The format (github.com/huggingface/safetensors): 8 bytes with the header's length, a JSON header that gives each
-tensor's dtype, shape and place, then the data without gaps. Files are read here and not by the library because the
-checks must come before any allocation, and because a mapped file counts as memory once it is read.
+The format (github.com/huggingface/safetensors): 8 bytes with the header's length, a JSON header
+that gives each tensor's dtype, shape and place, then the data without gaps. Files are read here and
+not by the library because the checks must come before any allocation, and because a mapped file
+counts as memory once it is read.
 
 Not here: what tensors a model has (names.py), what quantised ones mean (quantised.py).
 """
@@ -24,9 +26,18 @@ from xushi.base.errors import XushiError
 
 INDEX_FILE = "model.safetensors.index.json"
 LARGEST_JSON = 100_000_000  # bytes; the format's own limit for a header
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64, "I32": torch.int32,
-          "I8": torch.int8, "U8": torch.uint8}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _DAMAGED = "get the file again, it is damaged"
@@ -53,7 +64,9 @@ class Stored:
             while len(left):
                 count = stream.readinto(left)
                 if not count:
-                    raise XushiError(f"{self.file} cannot be read: it ends within {shown(self.name)}", _DAMAGED)
+                    raise XushiError(
+                        f"{self.file} cannot be read: it ends within {shown(self.name)}", _DAMAGED
+                    )
                 left = left[count:]
         return raw.view(self.dtype).view(self.shape)
 
@@ -69,27 +82,43 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise XushiError(f"{file} does not exist", "get the checkpoint again, a file is missing") from None
+        raise XushiError(
+            f"{file} does not exist", "get the checkpoint again, a file is missing"
+        ) from None
     except OSError as error:
         raise XushiError(f"{file} cannot be read: {error.strerror or error}", _DAMAGED) from None
 
 
 def checked_file(directory: Path, name: object, limit: int | None = None) -> tuple[Path, int]:
     """The path and size of a regular file of `directory`; links may not lead out of it."""
-    usual = isinstance(name, str) and 0 < len(name) <= 255 and not set(name) & set("/\\\0") and name not in (".", "..")
+    usual = (
+        isinstance(name, str)
+        and 0 < len(name) <= 255
+        and not set(name) & set("/\\\0")
+        and name not in (".", "..")
+    )
     if not usual:
-        raise XushiError(f"{directory} has an index that names {shown(repr(name))}, which is not a file of its own "
-                         "directory", _UNTRUSTED)
+        raise XushiError(
+            f"{directory} has an index that names {shown(repr(name))}, which is not a file of its "
+            "own "
+            "directory",
+            _UNTRUSTED,
+        )
     file = directory / str(name)
     if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(directory)):
-        raise XushiError(f"{shown(str(file))} is a link that leads out of its directory",
-                         "copy the files themselves into the directory (a download with --local-dir does)")
+        raise XushiError(
+            f"{shown(str(file))} is a link that leads out of its directory",
+            "copy the files themselves into the directory (a download with --local-dir does)",
+        )
     with _reading(file):
         status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):
         raise XushiError(f"{file} cannot be read: it is not a file", _DAMAGED)
     if limit is not None and status.st_size > limit:
-        raise XushiError(f"{file} cannot be read: it has {status.st_size} bytes, and {limit} are the limit", _DAMAGED)
+        raise XushiError(
+            f"{file} cannot be read: it has {status.st_size} bytes, and {limit} are the limit",
+            _DAMAGED,
+        )
     return file, status.st_size
 
 
@@ -103,10 +132,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `raw`; whatever else it holds, or a key twice, is a `XushiError` that says `where`."""
+    """The JSON object in `raw`; whatever else it holds, or a key twice, is a `XushiError` that says
+    `where`.
+    """
     try:
         table = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise XushiError(f"{where} cannot be read: {shown(str(error))}", _DAMAGED) from None
     if not isinstance(table, dict):
         raise XushiError(f"{where} cannot be read: it is not a JSON object", _DAMAGED)
@@ -122,15 +156,24 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
 
 
 def read_header(file: Path, size: int, limit: int) -> list[Stored]:
-    """The tensors of a safetensors file of `size` bytes, in the order of their data; `limit` bounds the header."""
+    """The tensors of a safetensors file of `size` bytes, in the order of their data; `limit` bounds
+    the header.
+    """
     with _reading(file), open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 2 <= length <= size - 8:
-            raise XushiError(f"{file} cannot be read: its header should have {length} bytes, the file has {size}",
-                             _DAMAGED)
+            raise XushiError(
+                f"{file} cannot be read: its header should have {length} bytes, the file has "
+                f"{size}",
+                _DAMAGED,
+            )
         if length > limit:
-            raise XushiError(f"{file} cannot be read: a header of {length} bytes, and {limit} are the limit for this "
-                             "config.json", _UNTRUSTED)
+            raise XushiError(
+                f"{file} cannot be read: a header of {length} bytes, and {limit} are the limit "
+                "for this "
+                "config.json",
+                _UNTRUSTED,
+            )
         raw = stream.read(length)
     table = parse_json(raw, str(file))
     table.pop("__metadata__", None)
@@ -140,16 +183,26 @@ def read_header(file: Path, size: int, limit: int) -> list[Stored]:
     for entry in entries:
         if entry.begin != end:
             fault = "overlaps" if entry.begin < end else "leaves a gap after"
-            raise XushiError(f"{file} cannot be read: {shown(entry.name)} {fault} what stands before it", _DAMAGED)
+            raise XushiError(
+                f"{file} cannot be read: {shown(entry.name)} {fault} what stands before it",
+                _DAMAGED,
+            )
         end += entry.size
     if end != size:
-        raise XushiError(f"{file} cannot be read: its header describes {end} bytes, the file has {size}", _DAMAGED)
+        raise XushiError(
+            f"{file} cannot be read: its header describes {end} bytes, the file has {size}",
+            _DAMAGED,
+        )
     return entries
 
 
 def _entry(file: Path, name: str, entry: Any, data: int) -> Stored:
     def whole(value: Any) -> bool:
-        return isinstance(value, list) and len(value) <= 8 and all(type(x) is int and 0 <= x < 2**63 for x in value)
+        return (
+            isinstance(value, list)
+            and len(value) <= 8
+            and all(type(x) is int and 0 <= x < 2**63 for x in value)
+        )
 
     where = f"{file} cannot be read: {shown(name)}"
     keys = ("dtype", "shape", "data_offsets")
@@ -157,14 +210,21 @@ def _entry(file: Path, name: str, entry: Any, data: int) -> Stored:
         raise XushiError(f"{where} is not described by dtype, shape and data_offsets", _DAMAGED)
     kind, shape, offsets = (entry[key] for key in keys)
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise XushiError(f"{where} has dtype {shown(kind)}, which no DeepSeek weights come in",
-                         f"use a checkpoint in {', '.join(DTYPES)}")
+        raise XushiError(
+            f"{where} has dtype {shown(kind)}, which no DeepSeek weights come in",
+            f"use a checkpoint in {', '.join(DTYPES)}",
+        )
     if not whole(shape) or not whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise XushiError(f"{where} has shape {shown(shape)} and data_offsets {shown(offsets)}", _DAMAGED)
+        raise XushiError(
+            f"{where} has shape {shown(shape)} and data_offsets {shown(offsets)}", _DAMAGED
+        )
     size = math.prod(shape) * DTYPES[kind].itemsize
     if size != offsets[1] - offsets[0]:
-        raise XushiError(f"{where} has shape {shape} in {kind}, {size} bytes, and {offsets[1] - offsets[0]} are there",
-                         _DAMAGED)
+        raise XushiError(
+            f"{where} has shape {shape} in {kind}, {size} bytes, and {offsets[1] - offsets[0]} "
+            "are there",
+            _DAMAGED,
+        )
     return Stored(name, file, DTYPES[kind], tuple(shape), data + offsets[0], size)
 
 
@@ -176,8 +236,11 @@ def read_headers(directory: Path, limit: int) -> dict[str, Stored]:
         file, size = checked_file(directory, name)
         for stored in read_header(file, size, limit):
             if stored.name in found:
-                raise XushiError(f"{file} holds {shown(stored.name)}, and so does {found[stored.name].file.name}",
-                                 "remove the file that does not belong to this checkpoint")
+                raise XushiError(
+                    f"{file} holds {shown(stored.name)}, and so does "
+                    f"{found[stored.name].file.name}",
+                    "remove the file that does not belong to this checkpoint",
+                )
             found[stored.name] = stored
     if weight_map is not None:
         _agree(directory / INDEX_FILE, weight_map, found)
@@ -188,8 +251,10 @@ def _agree(index: Path, weight_map: dict[str, Any], found: dict[str, Stored]) ->
     for tensor in sorted(weight_map.keys() | found.keys()):
         said, place = weight_map.get(tensor), found[tensor].file.name if tensor in found else None
         if said != place:
-            raise XushiError(f"{index} says that {shown(tensor)} is in {shown(said)}, and it is in {place}",
-                             "get the checkpoint again, its files do not belong together")
+            raise XushiError(
+                f"{index} says that {shown(tensor)} is in {shown(said)}, and it is in {place}",
+                "get the checkpoint again, its files do not belong together",
+            )
 
 
 def _shard_names(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -197,11 +262,17 @@ def _shard_names(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if os.path.lexists(directory / INDEX_FILE):
         weight_map = read_json(directory, INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise XushiError(f"{directory / INDEX_FILE} cannot be read: it has no weight_map", _DAMAGED)
+            raise XushiError(
+                f"{directory / INDEX_FILE} cannot be read: it has no weight_map", _DAMAGED
+            )
         for tensor, name in weight_map.items():
             if not isinstance(name, str) or not name.endswith(".safetensors"):
-                raise XushiError(f"{directory / INDEX_FILE} puts {shown(tensor)} into {shown(repr(name))}, and only "
-                                 "safetensors are ever read", "get the checkpoint in safetensors from its publisher")
+                raise XushiError(
+                    f"{directory / INDEX_FILE} puts {shown(tensor)} into {shown(repr(name))}, and "
+                    "only "
+                    "safetensors are ever read",
+                    "get the checkpoint in safetensors from its publisher",
+                )
         return weight_map, sorted(set(weight_map.values()))
     with _reading(directory):
         names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
@@ -209,28 +280,42 @@ def _shard_names(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if "model.safetensors" in files or len(files) == 1:
         return None, ["model.safetensors" if "model.safetensors" in files else files[0]]
     if files:
-        raise XushiError(f"{directory} holds {len(files)} safetensors files and no {INDEX_FILE}",
-                         "get the index too; slices for model-parallel inference must be put together first")
+        raise XushiError(
+            f"{directory} holds {len(files)} safetensors files and no {INDEX_FILE}",
+            "get the index too; slices for model-parallel inference must be put together first",
+        )
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
-        raise XushiError(f"{directory / pickles[0]} is a pickle, which can run anything and is never read",
-                         "get the checkpoint in safetensors")
-    raise XushiError(f"{directory / 'model.safetensors'} does not exist", "give a directory with safetensors weights")
+        raise XushiError(
+            f"{directory / pickles[0]} is a pickle, which can run anything and is never read",
+            "get the checkpoint in safetensors",
+        )
+    raise XushiError(
+        f"{directory / 'model.safetensors'} does not exist",
+        "give a directory with safetensors weights",
+    )
 
 
 def write_shard(file: Path, tensors: list[tuple[str, Tensor]]) -> None:
     """Write a safetensors file, one tensor after the other; each may lie anywhere and share memory."""
-    # Wider dtypes first: every tensor is then aligned to its own width, as the format's readers like it.
+    # Wider dtypes first: every tensor is then aligned to its own width, as the format's readers
+    # like it.
     tensors = sorted(tensors, key=lambda each: -each[1].element_size())
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors:
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with open(file, "wb") as stream:
         stream.write(len(raw).to_bytes(8, "little") + raw)
         for _, tensor in tensors:
-            stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            stream.write(
+                tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            )
         stream.flush()
         os.fsync(stream.fileno())

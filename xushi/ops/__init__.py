@@ -1,8 +1,9 @@
 """Floor 1: tensor operations on real hardware.
 
-Each op has a plain PyTorch reference that defines it, and where it is worth it a fast form that must equal it: one in
-PyTorch, and on a CPU one in C++ (`ops.native`), which is optional. `XUSHI_OPS=reference` in the environment
-forces the references, `XUSHI_OPS=pytorch` the forms in PyTorch.
+Each op has a plain PyTorch reference that defines it, and where it is worth it a fast form that
+must equal it: one in PyTorch, and on a CPU one in C++ (`ops.native`), which is optional.
+`XUSHI_OPS=reference` in the environment forces the references, `XUSHI_OPS=pytorch` the forms in
+PyTorch.
 """
 
 from xushi.ops.attention import (
@@ -17,7 +18,13 @@ from xushi.ops.compressor import compress_windows
 from xushi.ops.dispatch import use_reference
 from xushi.ops.experts import routed_experts, routed_experts_reference
 from xushi.ops.hyper_connections import collapse_streams, expand_streams, sinkhorn, stream_weights
-from xushi.ops.indexer import attention_shares, best_keys, index_divergence, index_scores, index_scores_reference
+from xushi.ops.indexer import (
+    attention_shares,
+    best_keys,
+    index_divergence,
+    index_scores,
+    index_scores_reference,
+)
 from xushi.ops.linear import linear, swiglu, swiglu_reference
 from xushi.ops.loss import (
     cross_entropy,
@@ -36,12 +43,43 @@ from xushi.ops.shared_attention import (
 )
 
 __all__ = [
-    "RouterChoice", "apply_rope", "attention_shares", "best_keys", "causal_attention", "causal_attention_reference",
-    "collapse_streams", "compress_windows", "cross_entropy", "cross_entropy_reference", "entry_shares",
-    "expand_heads", "expand_streams", "index_divergence", "index_scores", "index_scores_reference", "largest_scores",
-    "latent_attention", "linear", "rms_norm", "rms_norm_reference", "rope_frequencies", "rotate_tail",
-    "rotated_attention", "routed_experts", "routed_experts_reference", "shared_attention", "sigmoid_router",
-    "sinkhorn", "softmax_router", "sqrt_softplus_router", "stream_weights", "swiglu", "swiglu_reference",
-    "token_log_probabilities", "token_log_probabilities_reference", "use_reference", "windowed_attention",
+    "RouterChoice",
+    "apply_rope",
+    "attention_shares",
+    "best_keys",
+    "causal_attention",
+    "causal_attention_reference",
+    "collapse_streams",
+    "compress_windows",
+    "cross_entropy",
+    "cross_entropy_reference",
+    "entry_shares",
+    "expand_heads",
+    "expand_streams",
+    "index_divergence",
+    "index_scores",
+    "index_scores_reference",
+    "largest_scores",
+    "latent_attention",
+    "linear",
+    "rms_norm",
+    "rms_norm_reference",
+    "rope_frequencies",
+    "rotate_tail",
+    "rotated_attention",
+    "routed_experts",
+    "routed_experts_reference",
+    "shared_attention",
+    "sigmoid_router",
+    "sinkhorn",
+    "softmax_router",
+    "sqrt_softplus_router",
+    "stream_weights",
+    "swiglu",
+    "swiglu_reference",
+    "token_log_probabilities",
+    "token_log_probabilities_reference",
+    "use_reference",
+    "windowed_attention",
     "windowed_attention_reference",
 ]

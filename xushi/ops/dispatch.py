@@ -7,7 +7,9 @@ import os
 
 
 def asked_form() -> str | None:
-    """What XUSHI_OPS asks for, "reference" or "pytorch"; read at every call so that a test may set it."""
+    """What XUSHI_OPS asks for, "reference" or "pytorch"; read at every call so that a test may set
+    it.
+    """
     asked = os.environ.get("XUSHI_OPS")
     return asked if asked in ("reference", "pytorch") else None
 

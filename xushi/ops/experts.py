@@ -1,6 +1,7 @@
 """The routed experts of a mixture: y_n = sum over n's chosen experts of gate * SwiGLU_e(x_n).
 
-Axes: N tokens, k experts per token, E experts, D hidden, F expert width, P rows sorted by expert and padded.
+Axes: N tokens, k experts per token, E experts, D hidden, F expert width, P rows sorted by expert
+and padded.
 """
 
 from itertools import pairwise
@@ -13,13 +14,19 @@ from torch import Tensor
 from xushi.ops import native
 from xushi.ops.dispatch import use_reference
 
-# oneDNN compiles a kernel for every new row count, and the counts change at every step: rounding them up keeps the
-# kernels in its cache.
+# oneDNN compiles a kernel for every new row count, and the counts change at every step: rounding
+# them up keeps the kernels in its cache.
 ROW_MULTIPLE = 32
 
 
-def routed_experts_reference(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor,
-                             down_EDF: Tensor, limit: float | None = None) -> Tensor:
+def routed_experts_reference(
+    x_ND: Tensor,
+    indices_Nk: Tensor,
+    weights_Nk: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    limit: float | None = None,
+) -> Tensor:
     """One expert after another: [N, D] in x's dtype. `gate_up_EGD` is [E, 2F, D], gate rows first.
 
     `limit` clamps the gate from above and `up` from both sides (V4's SwiGLU).
@@ -27,7 +34,9 @@ def routed_experts_reference(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tenso
     out_ND = torch.zeros_like(x_ND)
     for expert in range(gate_up_EGD.shape[0]):
         token, place = torch.where(indices_Nk == expert)
-        gate, up = _gate_and_up(F.linear(x_ND.index_select(0, token), gate_up_EGD[expert].to(x_ND.dtype)), limit)
+        gate, up = _gate_and_up(
+            F.linear(x_ND.index_select(0, token), gate_up_EGD[expert].to(x_ND.dtype)), limit
+        )
         y = F.linear(F.silu(gate) * up, down_EDF[expert].to(x_ND.dtype))
         weight = weights_Nk.flatten().index_select(0, token * weights_Nk.shape[1] + place)
         out_ND = out_ND.index_add(0, token, y * weight[:, None].to(y.dtype))
@@ -39,23 +48,31 @@ def _gate_and_up(h_PG: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
     return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))
 
 
-def routed_experts(x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor,
-                   down_EDF: Tensor, limit: float | None = None) -> Tensor:
+def routed_experts(
+    x_ND: Tensor,
+    indices_Nk: Tensor,
+    weights_Nk: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    limit: float | None = None,
+) -> Tensor:
     """The same with rows sorted by expert, one product per expert and a backward pass written out."""
     if use_reference() or x_ND.dtype == torch.float64:
         return routed_experts_reference(x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF, limit)
     compiled = native.serves(x_ND, weights=(weights_Nk, gate_up_EGD, down_EDF))
     form = native.NativeExperts if compiled else _RoutedExperts
     result: Tensor = form.apply(  # type: ignore[no-untyped-call]
-        x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF, limit)
+        x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF, limit
+    )
     return result
 
 
 def sort_by_expert(indices_Nk: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
     """Rows in expert order, each expert's share padded to a multiple of `ROW_MULTIPLE`.
 
-    Returns the flat (token, place) index of each padded row [P], whether it is real [P], and the row where each
-    expert begins, with the end last. Padding repeats row 0 and is weighted with zero.
+    Returns the flat (token, place) index of each padded row [P], whether it is real [P], and the
+    row where each expert begins, with the end last. Padding repeats row 0 and is weighted with
+    zero.
     """
     flat = indices_Nk.flatten()
     order = flat.argsort(stable=True)
@@ -63,24 +80,36 @@ def sort_by_expert(indices_Nk: Tensor, experts: int) -> tuple[Tensor, Tensor, li
     padded = (counts + ROW_MULTIPLE - 1) // ROW_MULTIPLE * ROW_MULTIPLE
     ends = padded.cumsum(0)
     starts = ends - padded
-    rank = torch.arange(flat.numel(), device=flat.device) - (counts.cumsum(0) - counts).index_select(0, flat[order])
+    rank = torch.arange(flat.numel(), device=flat.device) - (
+        counts.cumsum(0) - counts
+    ).index_select(0, flat[order])
     place = starts.index_select(0, flat[order]) + rank
     bounds = [0, *ends.tolist()]
-    rows_P = torch.zeros(bounds[-1], dtype=torch.int64, device=flat.device).index_copy_(0, place, order)
-    real_P = torch.zeros(bounds[-1], dtype=torch.bool, device=flat.device).index_fill_(0, place, True)
+    rows_P = torch.zeros(bounds[-1], dtype=torch.int64, device=flat.device).index_copy_(
+        0, place, order
+    )
+    real_P = torch.zeros(bounds[-1], dtype=torch.bool, device=flat.device).index_fill_(
+        0, place, True
+    )
     return rows_P, real_P, bounds
 
 
 def _one_call(*factors: Tensor) -> bool:
-    """Whether PyTorch's grouped product takes these: bfloat16 on a GPU, rows of a multiple of 16 bytes."""
-    return all(t.is_cuda and t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0 and t.shape[-2] % 8 == 0
-               for t in factors)
+    """Whether PyTorch's grouped product takes these: bfloat16 on a GPU, rows of a multiple of 16
+    bytes.
+    """
+    return all(
+        t.is_cuda and t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0 and t.shape[-2] % 8 == 0
+        for t in factors
+    )
 
 
 def _products(x_PA: Tensor, w_EAB: Tensor, bounds: list[int]) -> Tensor:
     """Each expert's rows times its matrix: [P, B]."""
     if _one_call(x_PA, w_EAB):
-        made: Tensor = F.grouped_mm(x_PA, w_EAB, offs=torch.tensor(bounds[1:], dtype=torch.int32, device=x_PA.device))
+        made: Tensor = F.grouped_mm(
+            x_PA, w_EAB, offs=torch.tensor(bounds[1:], dtype=torch.int32, device=x_PA.device)
+        )
         return made
     y_PB = x_PA.new_empty(x_PA.shape[0], w_EAB.shape[2])
     for e, (begin, end) in enumerate(pairwise(bounds)):
@@ -92,7 +121,9 @@ def _products(x_PA: Tensor, w_EAB: Tensor, bounds: list[int]) -> Tensor:
 def _weight_gradients(a_PA: Tensor, b_PB: Tensor, bounds: list[int]) -> Tensor:
     """a^T b over each expert's rows: [E, A, B]."""
     if _one_call(a_PA, b_PB):
-        made: Tensor = F.grouped_mm(a_PA.T, b_PB, offs=torch.tensor(bounds[1:], dtype=torch.int32, device=a_PA.device))
+        made: Tensor = F.grouped_mm(
+            a_PA.T, b_PB, offs=torch.tensor(bounds[1:], dtype=torch.int32, device=a_PA.device)
+        )
         return made
     gradient_EAB = a_PA.new_zeros(len(bounds) - 1, a_PA.shape[1], b_PB.shape[1])
     for e, (begin, end) in enumerate(pairwise(bounds)):
@@ -102,11 +133,20 @@ def _weight_gradients(a_PA: Tensor, b_PB: Tensor, bounds: list[int]) -> Tensor:
 
 
 class _RoutedExperts(torch.autograd.Function):
-    """Forward keeps the gathered rows and the gate/up products; everything else is recomputed in backward."""
+    """Forward keeps the gathered rows and the gate/up products; everything else is recomputed in
+    backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor,
-                down_EDF: Tensor, limit: float | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        indices_Nk: Tensor,
+        weights_Nk: Tensor,
+        gate_up_EGD: Tensor,
+        down_EDF: Tensor,
+        limit: float | None,
+    ) -> Tensor:
         dtype = x_ND.dtype
         rows_P, real_P, bounds = sort_by_expert(indices_Nk, gate_up_EGD.shape[0])
         token_P = rows_P // indices_Nk.shape[1]
@@ -148,7 +188,18 @@ class _RoutedExperts(torch.autograd.Function):
         dx_PD = _products(dh_PG, gate_up, bounds)
         d_gate_up = _weight_gradients(dh_PG, x_PD, bounds)
         dx_ND = dx_PD.new_zeros(ctx.shape).index_add_(0, token_P, dx_PD)
-        # Padding rows add zero to (token 0, place 0); the weights' own gradient must not receive them.
-        d_weights = d_weight_P.new_zeros(ctx.places).flatten().index_add_(0, rows_P, d_weight_P.masked_fill(~real_P, 0))
-        return (dx_ND, None, d_weights.view(ctx.places).to(weight_dtype), d_gate_up.to(gate_up_dtype),
-                d_down.to(down_dtype), None)
+        # Padding rows add zero to (token 0, place 0); the weights' own gradient must not receive
+        # them.
+        d_weights = (
+            d_weight_P.new_zeros(ctx.places)
+            .flatten()
+            .index_add_(0, rows_P, d_weight_P.masked_fill(~real_P, 0))
+        )
+        return (
+            dx_ND,
+            None,
+            d_weights.view(ctx.places).to(weight_dtype),
+            d_gate_up.to(gate_up_dtype),
+            d_down.to(down_dtype),
+            None,
+        )

@@ -1,6 +1,8 @@
-"""Manifold-constrained hyper-connections: how a block reads from, and writes to, several residual streams.
+"""Manifold-constrained hyper-connections: how a block reads from, and writes to, several residual
+streams.
 
-arXiv:2512.24880; transformers' `DeepseekV4HyperConnection`. All weights are computed in float32 at least.
+arXiv:2512.24880; transformers' `DeepseekV4HyperConnection`. All weights are computed in float32 at
+least.
 
 Axes: ... any leading axes, S streams, D hidden.
 """
@@ -10,10 +12,11 @@ from torch import Tensor
 
 
 def sinkhorn(logits_SS: Tensor, iterations: int, eps: float) -> Tensor:
-    """A nearly doubly stochastic matrix: softmax over the last axis, then columns and rows are normalised in turn.
+    """A nearly doubly stochastic matrix: softmax over the last axis, then columns and rows are
+    normalised in turn.
 
-    [..., S, S] to the same. The first pass normalises columns only, since the softmax has done the rows. A division
-    for every half-pass keeps the reference's own rounding of `eps`.
+    [..., S, S] to the same. The first pass normalises columns only, since the softmax has done the
+    rows. A division for every half-pass keeps the reference's own rounding of `eps`.
     """
     mix = logits_SS.softmax(-1) + eps
     mix = mix / (mix.sum(-2, keepdim=True) + eps)
@@ -23,19 +26,24 @@ def sinkhorn(logits_SS: Tensor, iterations: int, eps: float) -> Tensor:
     return mix
 
 
-def stream_weights(projected: Tensor, scale_3: Tensor, base: Tensor, streams: int, iterations: int, eps: float
-                   ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a block reads from each stream [..., S], writes to each [..., S], and how the streams mix [..., S, S].
+def stream_weights(
+    projected: Tensor, scale_3: Tensor, base: Tensor, streams: int, iterations: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a block reads from each stream [..., S], writes to each [..., S], and how the streams
+    mix [..., S, S].
 
-    `projected` and `base` [..., 2S + S*S] hold the three parts one after another, each with its own scale: read =
-    sigmoid + eps, write = 2 sigmoid, mix = `sinkhorn`.
+    `projected` and `base` [..., 2S + S*S] hold the three parts one after another, each with its own
+    scale: read = sigmoid + eps, write = 2 sigmoid, mix = `sinkhorn`.
     """
     parts = [streams, streams, streams**2]
     read, write, mix = torch.split(projected, parts, dim=-1)
     read_base, write_base, mix_base = torch.split(base, parts)
     mixed = (mix * scale_3[2] + mix_base).view(*mix.shape[:-1], streams, streams)
-    return ((read * scale_3[0] + read_base).sigmoid() + eps, 2 * (write * scale_3[1] + write_base).sigmoid(),
-            sinkhorn(mixed, iterations, eps))
+    return (
+        (read * scale_3[0] + read_base).sigmoid() + eps,
+        2 * (write * scale_3[1] + write_base).sigmoid(),
+        sinkhorn(mixed, iterations, eps),
+    )
 
 
 def collapse_streams(streams_SD: Tensor, read_S: Tensor) -> Tensor:
@@ -46,8 +54,8 @@ def collapse_streams(streams_SD: Tensor, read_S: Tensor) -> Tensor:
 def expand_streams(streams_SD: Tensor, y_D: Tensor, write_S: Tensor, mix_SS: Tensor) -> Tensor:
     """The streams after a block: mix^T streams + write (outer) the block's output.
 
-    The mix is used transposed: new stream k is the sum over j of mix[j, k] * stream j. It is doubly stochastic but not
-    symmetric, so the direction matters.
+    The mix is used transposed: new stream k is the sum over j of mix[j, k] * stream j. It is doubly
+    stochastic but not symmetric, so the direction matters.
     """
     dtype = streams_SD.dtype
     return write_S.to(dtype)[..., None] * y_D[..., None, :] + mix_SS.to(dtype).mT @ streams_SD

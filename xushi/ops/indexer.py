@@ -1,8 +1,10 @@
-"""Which keys a query attends to: the lightning indexer's scores, a stable choice of the best, and its training loss.
+"""Which keys a query attends to: the lightning indexer's scores, a stable choice of the best, and
+its training loss.
 
 DeepSeek Sparse Attention (DeepSeek-V3.2, arXiv:2512.02556, section 2.1).
 
-Axes: B batch, T queries, S keys, J index heads, I index width, H attention heads, K query and key width.
+Axes: B batch, T queries, S keys, J index heads, I index width, H attention heads, K query and key
+width.
 """
 
 import torch
@@ -15,27 +17,44 @@ QUERY_BLOCK = 128
 
 
 def index_scores_reference(q_BTJI: Tensor, k_BSI: Tensor, weights_BTJ: Tensor) -> Tensor:
-    """I[t, s] = sum over j of w[t, j] ReLU(q[t, j] . k[s] / sqrt(I)), eq. 1: [B, T, S], float32 at least."""
+    """I[t, s] = sum over j of w[t, j] ReLU(q[t, j] . k[s] / sqrt(I)), eq. 1: [B, T, S], float32 at
+    least.
+    """
     wide = torch.promote_types(q_BTJI.dtype, torch.float32)
-    products = torch.einsum("btji,bsi->btjs", q_BTJI.to(wide), k_BSI.to(wide)) * q_BTJI.shape[-1]**-0.5
+    products = (
+        torch.einsum("btji,bsi->btjs", q_BTJI.to(wide), k_BSI.to(wide)) * q_BTJI.shape[-1] ** -0.5
+    )
     return torch.einsum("btj,btjs->bts", weights_BTJ.to(wide), products.relu())
 
 
 def index_scores(q_BTJI: Tensor, k_BSI: Tensor, weights_BTJ: Tensor) -> Tensor:
-    """The same, queries in blocks; each block's products by head are made again in the backward pass, never kept."""
+    """The same, queries in blocks; each block's products by head are made again in the backward
+    pass, never kept.
+    """
     if use_reference():
         return index_scores_reference(q_BTJI, k_BSI, weights_BTJ)
-    blocks = zip(torch.split(q_BTJI, QUERY_BLOCK, 1), torch.split(weights_BTJ, QUERY_BLOCK, 1), strict=True)
-    return torch.cat([checkpoint(index_scores_reference, q, k_BSI, w, use_reentrant=False, preserve_rng_state=False)
-                      for q, w in blocks], 1)
+    blocks = zip(
+        torch.split(q_BTJI, QUERY_BLOCK, 1), torch.split(weights_BTJ, QUERY_BLOCK, 1), strict=True
+    )
+    return torch.cat(
+        [
+            checkpoint(
+                index_scores_reference, q, k_BSI, w, use_reentrant=False, preserve_rng_state=False
+            )
+            for q, w in blocks
+        ],
+        1,
+    )
 
 
 @torch.no_grad()
 def best_keys(scores: Tensor, allowed: Tensor, count: int) -> Tensor:
-    """True at each query's `count` best allowed keys, or at all allowed where there are fewer: [..., S].
+    """True at each query's `count` best allowed keys, or at all allowed where there are fewer:
+    [..., S].
 
-    `allowed` broadcasts against `scores` [..., S]. Of equal scores the earlier key is chosen, so that the choice is the
-    same however the keys arrive: ReLU makes many scores exactly zero, and `topk` leaves their order to the kernel.
+    `allowed` broadcasts against `scores` [..., S]. Of equal scores the earlier key is chosen, so
+    that the choice is the same however the keys arrive: ReLU makes many scores exactly zero, and
+    `topk` leaves their order to the kernel.
     """
     allowed = allowed.expand_as(scores)
     if scores.shape[-1] <= count:
@@ -49,18 +68,33 @@ def best_keys(scores: Tensor, allowed: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def attention_shares(q_BHTK: Tensor, k_BHSK: Tensor, mask_BTS: Tensor, scale: float) -> Tensor:
-    """How much of each query's attention goes to each key, the mean over heads: [B, T, S] float32, rows sum to 1.
+    """How much of each query's attention goes to each key, the mean over heads: [B, T, S] float32,
+    rows sum to 1.
 
     The sum over heads, L1-normalised, of section 2.1.1; queries in blocks.
     """
     wide = torch.promote_types(q_BHTK.dtype, torch.float32)
-    return torch.cat([((q @ k_BHSK.mT).to(wide) * scale).masked_fill(~mask[:, None], float("-inf")).softmax(-1).mean(1)
-                      for q, mask in zip(torch.split(q_BHTK, QUERY_BLOCK, 2), torch.split(mask_BTS, QUERY_BLOCK, 1),
-                                         strict=True)], 1)
+    return torch.cat(
+        [
+            ((q @ k_BHSK.mT).to(wide) * scale)
+            .masked_fill(~mask[:, None], float("-inf"))
+            .softmax(-1)
+            .mean(1)
+            for q, mask in zip(
+                torch.split(q_BHTK, QUERY_BLOCK, 2),
+                torch.split(mask_BTS, QUERY_BLOCK, 1),
+                strict=True,
+            )
+        ],
+        1,
+    )
 
 
 def index_divergence(scores_BTS: Tensor, shares_BTS: Tensor, mask_BTS: Tensor) -> Tensor:
-    """KL(shares || softmax of the scores over the keys that the mask allows) of every query, eqs. 3 and 4: [B, T]."""
-    # A finite stand-in for minus infinity: a query that may look at nothing has no divergence, and no NaN either.
+    """KL(shares || softmax of the scores over the keys that the mask allows) of every query, eqs. 3
+    and 4: [B, T].
+    """
+    # A finite stand-in for minus infinity: a query that may look at nothing has no divergence, and
+    # no NaN either.
     log_q = scores_BTS.masked_fill(~mask_BTS, -1e30).log_softmax(-1).masked_fill(~mask_BTS, 0.0)
     return (torch.xlogy(shares_BTS, shares_BTS) - shares_BTS * log_q).sum(-1)

@@ -17,7 +17,9 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 
 def swiglu_reference(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
-    """silu(gate) * up (Shazeer 2020), gate clamped from above and `up` from both sides by `limit` (V4)."""
+    """silu(gate) * up (Shazeer 2020), gate clamped from above and `up` from both sides by `limit`
+    (V4).
+    """
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return F.silu(gate) * up

@@ -1,4 +1,5 @@
-"""The output head and its log-probabilities, chunk by chunk: the logits of a whole batch are never held.
+"""The output head and its log-probabilities, chunk by chunk: the logits of a whole batch are never
+held.
 
 Axes: N tokens, D hidden, V vocabulary.
 """
@@ -18,19 +19,27 @@ CHUNK = 512  # rows of logits held at a time
 def token_log_probabilities_reference(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
     """log softmax(x head^T)[target] with the softmax in float32 at least: [N]."""
     logits = F.linear(x_ND, head_VD.to(x_ND.dtype))
-    return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets_N, reduction="none")
+    return -F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), targets_N, reduction="none"
+    )
 
 
 def token_log_probabilities(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
     """The same in chunks, its logits computed again in the backward pass."""
     if use_reference() or x_ND.dtype == torch.float64:
         return token_log_probabilities_reference(x_ND, head_VD, targets_N)
-    form = native.NativeLogProbabilities if native.serves(x_ND, weights=(head_VD,)) else _TokenLogProbabilities
+    form = (
+        native.NativeLogProbabilities
+        if native.serves(x_ND, weights=(head_VD,))
+        else _TokenLogProbabilities
+    )
     result: Tensor = form.apply(x_ND, head_VD, targets_N)  # type: ignore[no-untyped-call]
     return result
 
 
-def cross_entropy_reference(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+def cross_entropy_reference(
+    x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor
+) -> Tensor:
     """-sum_n weight_n * log softmax(x_n head^T)[target_n], a scalar."""
     return -(token_log_probabilities_reference(x_ND, head_VD, targets_N) * weights_N).sum()
 
@@ -39,7 +48,11 @@ def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: T
     """The same in chunks, with both gradients made on the way forward: no product is done twice."""
     if use_reference() or x_ND.dtype == torch.float64 or not torch.is_grad_enabled():
         return -(token_log_probabilities(x_ND, head_VD, targets_N) * weights_N).sum()
-    form = native.NativeCrossEntropy if native.serves(x_ND, weights=(head_VD, weights_N)) else _CrossEntropy
+    form = (
+        native.NativeCrossEntropy
+        if native.serves(x_ND, weights=(head_VD, weights_N))
+        else _CrossEntropy
+    )
     result: Tensor = form.apply(x_ND, head_VD, targets_N, weights_N)  # type: ignore[no-untyped-call]
     return result
 
@@ -47,7 +60,8 @@ def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: T
 def _chunk_probabilities(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Chosen log-probabilities [n] and all probabilities [n, V], float32.
 
-    log p = logit - largest logit + log of the largest p: one softmax in place of a log-softmax and its exp.
+    log p = logit - largest logit + log of the largest p: one softmax in place of a log-softmax and
+    its exp.
     """
     logits = F.linear(x, head).float()
     p = logits.softmax(-1)
@@ -61,8 +75,14 @@ class _TokenLogProbabilities(torch.autograd.Function):
         head = head_VD.to(x_ND.dtype)
         ctx.save_for_backward(x_ND, head, targets_N)
         ctx.head_dtype = head_VD.dtype
-        return torch.cat([_chunk_probabilities(x, head, targets)[0]
-                          for x, targets in zip(torch.split(x_ND, CHUNK), torch.split(targets_N, CHUNK), strict=True)])
+        return torch.cat(
+            [
+                _chunk_probabilities(x, head, targets)[0]
+                for x, targets in zip(
+                    torch.split(x_ND, CHUNK), torch.split(targets_N, CHUNK), strict=True
+                )
+            ]
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -83,7 +103,9 @@ class _TokenLogProbabilities(torch.autograd.Function):
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor
+    ) -> Tensor:
         head = head_VD.to(x_ND.dtype)
         dx_ND = torch.empty_like(x_ND)
         d_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)

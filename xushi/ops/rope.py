@@ -1,4 +1,5 @@
-"""Rotary position embedding (Su et al. 2021) with YaRN's frequencies (Peng et al. 2023, arXiv:2309.00071).
+"""Rotary position embedding (Su et al. 2021) with YaRN's frequencies (Peng et al. 2023,
+arXiv:2309.00071).
 
 Axes: R rotated width (even); the last axis of cos and sin is R/2, one angle per pair.
 """
@@ -10,7 +11,9 @@ from torch import Tensor
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature, 0.1 * mscale * ln(factor) + 1 (its eq. 22, with DeepSeek's multiplier)."""
+    """YaRN's attention temperature, 0.1 * mscale * ln(factor) + 1 (its eq. 22, with DeepSeek's
+    multiplier).
+    """
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -19,14 +22,21 @@ def rope_frequencies(width: int, theta: float) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
 
 
-def yarn_frequencies(width: int, theta: float, factor: float, original_length: int, beta_fast: float,
-                     beta_slow: float) -> Tensor:
+def yarn_frequencies(
+    width: int,
+    theta: float,
+    factor: float,
+    original_length: int,
+    beta_fast: float,
+    beta_slow: float,
+) -> Tensor:
     """Frequencies between interpolation (slow pairs) and extrapolation (fast pairs): [R/2] float32.
 
-    A pair that turns more than `beta_fast` times within `original_length` keeps its frequency, one that turns less
-    than `beta_slow` times has it divided by `factor`, with a linear ramp over pair indices between. Matches
-    transformers' `_compute_yarn_parameters` (truncated bounds).
+    A pair that turns more than `beta_fast` times within `original_length` keeps its frequency, one
+    that turns less than `beta_slow` times has it divided by `factor`, with a linear ramp over pair
+    indices between. Matches transformers' `_compute_yarn_parameters` (truncated bounds).
     """
+
     def pair_that_turns(turns: float) -> float:
         return width * math.log(original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
@@ -39,10 +49,11 @@ def yarn_frequencies(width: int, theta: float, factor: float, original_length: i
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate the pairs of x's last axis by the given angles; cos and sin broadcast against x's leading axes.
+    """Rotate the pairs of x's last axis by the given angles; cos and sin broadcast against x's
+    leading axes.
 
-    Pairs are (x0, x1), (x2, x3), ... when `interleaved`, else (x_i, x_{i + R/2}); the result is laid out in halves
-    either way, as transformers' DeepSeek-V3 does.
+    Pairs are (x0, x1), (x2, x3), ... when `interleaved`, else (x_i, x_{i + R/2}); the result is
+    laid out in halves either way, as transformers' DeepSeek-V3 does.
     """
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -50,13 +61,16 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor
 
 
 def rotate_tail(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the last R values of x's last axis in pairs (x0, x1), (x2, x3), ..., in place of where they stand.
+    """Rotate the last R values of x's last axis in pairs (x0, x1), (x2, x3), ..., in place of where
+    they stand.
 
-    cos and sin [..., R/2] broadcast against x's leading axes; computed in float32 at least, returned in x's dtype. With
-    -sin it rotates back. Matches transformers' DeepSeek-V4.
+    cos and sin [..., R/2] broadcast against x's leading axes; computed in float32 at least,
+    returned in x's dtype. With -sin it rotates back. Matches transformers' DeepSeek-V4.
     """
     rest, tail = torch.split(x, [x.shape[-1] - 2 * cos.shape[-1], 2 * cos.shape[-1]], dim=-1)
     wide = tail.to(torch.promote_types(x.dtype, torch.float32))
     first, second = wide[..., 0::2], wide[..., 1::2]
-    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(
+        -2
+    )
     return torch.cat((rest, rotated.to(x.dtype)), dim=-1)

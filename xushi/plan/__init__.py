@@ -1,4 +1,6 @@
-"""Floor 3: what a model costs before it exists: parameters, cache, arithmetic and memory, counted without tensors."""
+"""Floor 3: what a model costs before it exists: parameters, cache, arithmetic and memory, counted
+without tensors.
+"""
 
 from xushi.plan.inspection import group_layers, inspect_model
 from xushi.plan.memory import TrainingMemory, training_memory_bytes
@@ -6,6 +8,15 @@ from xushi.plan.parameters import ParameterCount, count_parameters
 from xushi.plan.reach import kv_cache_bytes, kv_cache_bytes_per_token
 from xushi.plan.work import decode_flops_per_token, train_flops_per_token
 
-__all__ = ["ParameterCount", "TrainingMemory", "count_parameters", "decode_flops_per_token", "group_layers",
-           "inspect_model", "kv_cache_bytes", "kv_cache_bytes_per_token", "train_flops_per_token",
-           "training_memory_bytes"]
+__all__ = [
+    "ParameterCount",
+    "TrainingMemory",
+    "count_parameters",
+    "decode_flops_per_token",
+    "group_layers",
+    "inspect_model",
+    "kv_cache_bytes",
+    "kv_cache_bytes_per_token",
+    "train_flops_per_token",
+    "training_memory_bytes",
+]

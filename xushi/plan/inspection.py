@@ -1,4 +1,6 @@
-"""Everything that can be counted about a model from its config alone, as flat keys and a table of layers."""
+"""Everything that can be counted about a model from its config alone, as flat keys and a table of
+layers.
+"""
 
 from collections import Counter
 from itertools import pairwise
@@ -11,17 +13,21 @@ from xushi.plan.reach import kv_cache_bytes, kv_cache_bytes_per_token
 from xushi.plan.work import decode_flops_per_token, train_flops_per_token
 
 # What of a layer the table puts into one column.
-COLUMNS = {"attention": ("attention", "indexers", "compressors"),
-           "feed_forward": ("dense_mlp", "routers", "routed_experts", "shared_experts"),
-           "hyper_connections": ("hyper_connections",)}
+COLUMNS = {
+    "attention": ("attention", "indexers", "compressors"),
+    "feed_forward": ("dense_mlp", "routers", "routed_experts", "shared_experts"),
+    "hyper_connections": ("hyper_connections",),
+}
 
 
 def inspect_model(config: ModelConfig, context: int, mtp: bool) -> dict[str, Any]:
-    """Architecture, parameters, cache in bf16 and FLOPs at `context` tokens; `mtp` counts its layers in training.
+    """Architecture, parameters, cache in bf16 and FLOPs at `context` tokens; `mtp` counts its
+    layers in training.
 
-    Flat dotted keys; "layers" is a list with one table per decoder layer, MTP layers after them, whose columns and the
-    norms add up to the layer. "kv_cache.bytes_per_token" is what one further token of a long context adds: in V4 its
-    share of compressed entries, without the sliding window, which "kv_cache.bytes_at_context" has too.
+    Flat dotted keys; "layers" is a list with one table per decoder layer, MTP layers after them,
+    whose columns and the norms add up to the layer. "kv_cache.bytes_per_token" is what one further
+    token of a long context adds: in V4 its share of compressed entries, without the sliding window,
+    which "kv_cache.bytes_at_context" has too.
     """
     count = count_parameters(config)
     return {
@@ -37,16 +43,22 @@ def inspect_model(config: ModelConfig, context: int, mtp: bool) -> dict[str, Any
         "kv_cache.bytes_at_context": kv_cache_bytes(config, context),
         "flops.train_per_token": train_flops_per_token(config, context, mtp),
         "flops.decode_per_token": decode_flops_per_token(config, context),
-        "layers": [_layer(config, layer)
-                   for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers)],
+        "layers": [
+            _layer(config, layer)
+            for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers)
+        ],
     }
 
 
 def group_layers(layers: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """The table of layers with equal ones as one: which they are ("0 to 2", "3 to 41 by 2"), and what they hold."""
+    """The table of layers with equal ones as one: which they are ("0 to 2", "3 to 41 by 2"), and
+    what they hold.
+    """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for table in layers:
-        groups.setdefault(tuple(value for key, value in table.items() if key != "layer"), []).append(table["layer"])
+        groups.setdefault(
+            tuple(value for key, value in table.items() if key != "layer"), []
+        ).append(table["layer"])
     return [(_span(members), layers[members[0]]) for members in groups.values()]
 
 
@@ -61,7 +73,9 @@ def _span(numbers: list[int]) -> str:
             spans[-1].append(number)
         else:
             spans.append([number])
-    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans)
+    return ", ".join(
+        str(span[0]) if len(span) == 1 else f"{span[0]} to {span[-1]}" for span in spans
+    )
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
@@ -76,9 +90,13 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
         "architecture.hidden_size": config.hidden_size,
         "architecture.streams": config.hc_mult if config.is_v4 else 1,
         "architecture.vocab_size": config.vocab_size,
-        "architecture.attention_layers": counted(Counter(_attention_kind(config, layer) for layer in layers)),
+        "architecture.attention_layers": counted(
+            Counter(_attention_kind(config, layer) for layer in layers)
+        ),
         "architecture.attention_heads": config.num_attention_heads,
-        "architecture.feed_forward_layers": counted(Counter(_feed_forward_kind(config, layer) for layer in layers)),
+        "architecture.feed_forward_layers": counted(
+            Counter(_feed_forward_kind(config, layer) for layer in layers)
+        ),
         "architecture.routed_experts": config.n_routed_experts,
         "architecture.experts_per_token": config.num_experts_per_tok,
         "architecture.shared_experts": config.n_shared_experts,
@@ -86,10 +104,14 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 
 
 def _attention_kind(config: ModelConfig, layer: int) -> str:
-    """The papers' names: latent; the same on chosen tokens; sliding window, compressed sparse, heavily compressed."""
+    """The papers' names: latent; the same on chosen tokens; sliding window, compressed sparse,
+    heavily compressed.
+    """
     if not config.is_v4:
         return "DSA" if config.has_indexer else "MLA"
-    return {0: "SWA", config.compress_rate_csa: "CSA", config.compress_rate_hca: "HCA"}[config.compress_ratio(layer)]
+    return {0: "SWA", config.compress_rate_csa: "CSA", config.compress_rate_hca: "HCA"}[
+        config.compress_ratio(layer)
+    ]
 
 
 def _feed_forward_kind(config: ModelConfig, layer: int) -> str:
@@ -100,8 +122,14 @@ def _feed_forward_kind(config: ModelConfig, layer: int) -> str:
 
 def _layer(config: ModelConfig, layer: int) -> dict[str, Any]:
     parts = layer_parts(config, layer)
-    held = {column: sum(parts[part].total for part in members) for column, members in COLUMNS.items()}
+    held = {
+        column: sum(parts[part].total for part in members) for column, members in COLUMNS.items()
+    }
     idle = (config.n_routed_experts - config.num_experts_per_tok) * expert_parameters(config)
     kind = f"{_attention_kind(config, layer)}, {_feed_forward_kind(config, layer)}"
-    return {"layer": layer, "kind": kind + (", MTP" if layer >= config.num_hidden_layers else ""), **held,
-            "active": sum(held.values()) - (idle if config.is_moe(layer) else 0)}
+    return {
+        "layer": layer,
+        "kind": kind + (", MTP" if layer >= config.num_hidden_layers else ""),
+        **held,
+        "active": sum(held.values()) - (idle if config.is_moe(layer) else 0),
+    }

@@ -1,6 +1,7 @@
 """What one decoder layer holds, part by part, by what is done with it.
 
-Not here: buffers that no gradient moves (the routers' correction biases, the hashed layers' tables of experts).
+Not here: buffers that no gradient moves (the routers' correction biases, the hashed layers' tables
+of experts).
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from xushi.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters of one part. `products` multiply every token once (routed experts: every token of theirs), `tables`
-    are matrices too but only added, `vectors` are norms, biases, sinks and scales."""
+    """Parameters of one part. `products` multiply every token once (routed experts: every token of
+    theirs), `tables` are matrices too but only added, `vectors` are norms, biases, sinks and
+    scales.
+    """
 
     products: int = 0
     tables: int = 0
@@ -23,28 +26,47 @@ class Weights:
         return self.products + self.tables + self.vectors
 
     def __add__(self, other: "Weights") -> "Weights":
-        return Weights(self.products + other.products, self.tables + other.tables, self.vectors + other.vectors)
+        return Weights(
+            self.products + other.products, self.tables + other.tables, self.vectors + other.vectors
+        )
 
 
 # The parts of a decoder layer, in the order in which they are shown.
-LAYER_PARTS = ("attention", "indexers", "compressors", "hyper_connections", "dense_mlp", "routers", "routed_experts",
-               "shared_experts", "norms")
+LAYER_PARTS = (
+    "attention",
+    "indexers",
+    "compressors",
+    "hyper_connections",
+    "dense_mlp",
+    "routers",
+    "routed_experts",
+    "shared_experts",
+    "norms",
+)
 
 
 def layer_parts(config: ModelConfig, layer: int) -> dict[str, Weights]:
-    """Every part of decoder layer `layer`; MTP layers count on from the trunk's last, without what joins them to it."""
+    """Every part of decoder layer `layer`; MTP layers count on from the trunk's last, without what
+    joins them to it.
+    """
     moe, expert, hidden = config.is_moe(layer), expert_parameters(config), config.hidden_size
     return {
         "attention": _shared_key_attention(config) if config.is_v4 else _latent_attention(config),
         "indexers": _indexer(config, layer),
-        "compressors": (_compressor(config, config.compress_ratio(layer), config.head_dim) if config.is_v4
-                        else Weights()),
-        "hyper_connections": _hyper_connection(config) + _hyper_connection(config) if config.is_v4 else Weights(),
+        "compressors": (
+            _compressor(config, config.compress_ratio(layer), config.head_dim)
+            if config.is_v4
+            else Weights()
+        ),
+        "hyper_connections": _hyper_connection(config) + _hyper_connection(config)
+        if config.is_v4
+        else Weights(),
         "dense_mlp": Weights(0 if moe else 3 * hidden * config.intermediate_size),
         "routers": Weights(config.n_routed_experts * hidden if moe else 0),
         "routed_experts": Weights(config.n_routed_experts * expert if moe else 0),
         "shared_experts": Weights(config.n_shared_experts * expert if moe else 0),
-        "norms": Weights(vectors=2 * hidden)}
+        "norms": Weights(vectors=2 * hidden),
+    }
 
 
 def expert_parameters(config: ModelConfig) -> int:
@@ -53,19 +75,30 @@ def expert_parameters(config: ModelConfig) -> int:
 
 
 def index_query_weights(config: ModelConfig) -> int:
-    """An indexer's weights for queries and for their heads, which are idle where there is nothing to choose."""
-    return config.index_n_heads * ((config.q_lora_rank or 0) * config.index_head_dim + config.hidden_size)
+    """An indexer's weights for queries and for their heads, which are idle where there is nothing
+    to choose.
+    """
+    return config.index_n_heads * (
+        (config.q_lora_rank or 0) * config.index_head_dim + config.hidden_size
+    )
 
 
 def hyper_head(config: ModelConfig) -> Weights:
-    """What makes V4's streams one again, at the end of the trunk and of each MTP layer; nothing in other kinds."""
+    """What makes V4's streams one again, at the end of the trunk and of each MTP layer; nothing in
+    other kinds.
+    """
     streams = config.hc_mult
-    return Weights(streams * streams * config.hidden_size, vectors=streams + 1) if config.is_v4 else Weights()
+    return (
+        Weights(streams * streams * config.hidden_size, vectors=streams + 1)
+        if config.is_v4
+        else Weights()
+    )
 
 
 def mtp_joint(config: ModelConfig) -> Weights:
-    """What an MTP layer has beside its decoder layer: the joining products, three norms and in V4 its own
-    hyper-head."""
+    """What an MTP layer has beside its decoder layer: the joining products, three norms and in V4
+    its own hyper-head.
+    """
     hidden = config.hidden_size
     return Weights(2 * hidden * hidden, vectors=3 * hidden) + hyper_head(config)
 
@@ -74,30 +107,48 @@ def _latent_attention(config: ModelConfig) -> Weights:
     """MLA (V2, arXiv:2405.04434, section 2.1) with its latents' norms and, where asked for, biases."""
     heads, hidden, latent = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
     query = config.q_lora_rank or 0
-    products = (query * (hidden + heads * config.qk_head_dim) if query else hidden * heads * config.qk_head_dim)
-    products += (hidden * (latent + config.qk_rope_head_dim)
-                 + latent * heads * (config.qk_nope_head_dim + config.v_head_dim) + heads * config.v_head_dim * hidden)
-    # The published code gives a bias to both down projections and the output; a full query projection has none.
+    products = (
+        query * (hidden + heads * config.qk_head_dim)
+        if query
+        else hidden * heads * config.qk_head_dim
+    )
+    products += (
+        hidden * (latent + config.qk_rope_head_dim)
+        + latent * heads * (config.qk_nope_head_dim + config.v_head_dim)
+        + heads * config.v_head_dim * hidden
+    )
+    # The published code gives a bias to both down projections and the output; a full query
+    # projection has none.
     biases = query + latent + config.qk_rope_head_dim + hidden if config.attention_bias else 0
     return Weights(products, vectors=query + latent + biases)
 
 
 def _shared_key_attention(config: ModelConfig) -> Weights:
-    """V4's (DeepSeek-V4, section 2.3): query latent, one key per token, grouped output, a sink for every head."""
-    heads, hidden, width, query = (config.num_attention_heads, config.hidden_size, config.head_dim,
-                                   config.q_lora_rank or 0)
+    """V4's (DeepSeek-V4, section 2.3): query latent, one key per token, grouped output, a sink for
+    every head.
+    """
+    heads, hidden, width, query = (
+        config.num_attention_heads,
+        config.hidden_size,
+        config.head_dim,
+        config.q_lora_rank or 0,
+    )
     output = config.o_lora_rank * (heads * width + config.o_groups * hidden)
-    return Weights(query * (hidden + heads * width) + hidden * width + output, vectors=query + width + heads)
+    return Weights(
+        query * (hidden + heads * width) + hidden * width + output, vectors=query + width + heads
+    )
 
 
 def _indexer(config: ModelConfig, layer: int) -> Weights:
-    """V3.2's lightning indexer (arXiv:2512.02556, section 2.1), or that of V4's sparse layers, whose keys a compressor
-    of its own makes."""
+    """V3.2's lightning indexer (arXiv:2512.02556, section 2.1), or that of V4's sparse layers,
+    whose keys a compressor of its own makes.
+    """
     if config.is_v4:
         if config.compress_ratio(layer) != config.compress_rate_csa:
             return Weights()
-        return Weights(index_query_weights(config)) + _compressor(config, config.compress_rate_csa,
-                                                                  config.index_head_dim)
+        return Weights(index_query_weights(config)) + _compressor(
+            config, config.compress_rate_csa, config.index_head_dim
+        )
     if not config.has_indexer:
         return Weights()
     key = Weights(config.hidden_size * config.index_head_dim, vectors=2 * config.index_head_dim)
@@ -105,7 +156,9 @@ def _indexer(config: ModelConfig, layer: int) -> Weights:
 
 
 def _compressor(config: ModelConfig, rate: int, width: int) -> Weights:
-    """V4's compressor (sections 2.3.1 and 2.3.2): values and gates, in CSA two of each, a bias by place, a norm."""
+    """V4's compressor (sections 2.3.1 and 2.3.2): values and gates, in CSA two of each, a bias by
+    place, a norm.
+    """
     if rate == 0:
         return Weights()
     given = (2 if rate == config.compress_rate_csa else 1) * width

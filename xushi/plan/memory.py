@@ -1,6 +1,8 @@
-"""How much memory training takes: an estimate for one process and the plain model, exact only in weights and states.
+"""How much memory training takes: an estimate for one process and the plain model, exact only in
+weights and states.
 
-Not in it: the interpreter and its libraries (some hundred MiB), the data pipeline, what the allocator keeps unused.
+Not in it: the interpreter and its libraries (some hundred MiB), the data pipeline, what the
+allocator keeps unused.
 """
 
 from dataclasses import dataclass
@@ -11,13 +13,16 @@ from xushi.plan.activations import activation_bytes
 from xushi.plan.layers import LAYER_PARTS, hyper_head, layer_parts, mtp_joint
 from xushi.plan.parameters import count_parameters
 
-# What xushi.ops does, which this floor may know by number only: rows of logits that the chunked loss holds at a time.
+# What xushi.ops does, which this floor may know by number only: rows of logits that the chunked
+# loss holds at a time.
 LOGIT_ROWS = 512
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes at the top of a training step, just before the backward pass frees its first activation."""
+    """Bytes at the top of a training step, just before the backward pass frees its first
+    activation.
+    """
 
     weights: int  # float32, and the copies in the compute dtype
     gradients: int
@@ -31,15 +36,24 @@ class TrainingMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def training_memory_bytes(config: ModelConfig, batch_tokens: int, sequence_length: int,
-                          optimizer: Literal["muon", "adamw"] = "muon", compute: Literal["fp32", "bf16"] = "fp32",
-                          mtp: bool = True, indexer_loss: bool = True, recompute: bool = False) -> TrainingMemory:
-    """Estimate for `batch_tokens` tokens in rows of `sequence_length`, one forward and backward pass.
+def training_memory_bytes(
+    config: ModelConfig,
+    batch_tokens: int,
+    sequence_length: int,
+    optimizer: Literal["muon", "adamw"] = "muon",
+    compute: Literal["fp32", "bf16"] = "fp32",
+    mtp: bool = True,
+    indexer_loss: bool = True,
+    recompute: bool = False,
+) -> TrainingMemory:
+    """Estimate for `batch_tokens` tokens in rows of `sequence_length`, one forward and backward
+    pass.
 
-    Weights, gradients and states are float32 (4 bytes): AdamW keeps two values per parameter, Muon one for every
-    matrix but embedding and head, and AdamW's two for the rest. In bf16 the products' inputs and the weights' copies
-    take 2 bytes; the residual stays float32. `indexer_loss`: indexers, where there are any, are trained. `recompute`:
-    layers keep their inputs and are run again in the backward pass.
+    Weights, gradients and states are float32 (4 bytes): AdamW keeps two values per parameter, Muon
+    one for every matrix but embedding and head, and AdamW's two for the rest. In bf16 the products'
+    inputs and the weights' copies take 2 bytes; the residual stays float32. `indexer_loss`:
+    indexers, where there are any, are trained. `recompute`: layers keep their inputs and are run
+    again in the backward pass.
     """
     count = count_parameters(config)
     parameters = count.total_with_mtp if mtp else count.total
@@ -51,9 +65,12 @@ def training_memory_bytes(config: ModelConfig, batch_tokens: int, sequence_lengt
         weights=4 * parameters + (2 * parameters if compute == "bf16" else 0),
         gradients=4 * parameters,
         optimizer=4 * states,
-        activations=batch_tokens * activation_bytes(config, sequence_length, 2 if compute == "bf16" else 4, depths,
-                                                    indexer_loss, recompute),
-        logits=2 * 4 * chunk + (1 + depths) * 4 * head)
+        activations=batch_tokens
+        * activation_bytes(
+            config, sequence_length, 2 if compute == "bf16" else 4, depths, indexer_loss, recompute
+        ),
+        logits=2 * 4 * chunk + (1 + depths) * 4 * head,
+    )
 
 
 def _matrices(config: ModelConfig, mtp: bool) -> int:

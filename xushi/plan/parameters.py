@@ -1,7 +1,8 @@
-"""How many parameters a model has and how many of them each token uses, exactly and without building it.
+"""How many parameters a model has and how many of them each token uses, exactly and without
+building it.
 
-Not here: the routers' correction biases and the hashed layers' tables, which are buffers that no gradient moves, and
-the time that anything takes.
+Not here: the routers' correction biases and the hashed layers' tables, which are buffers that no
+gradient moves, and the time that anything takes.
 """
 
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ PARTS = ("embedding", "head", *LAYER_PARTS)
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by part. Every part but `mtp` counts the trunk, without the multi-token prediction layers.
+    """Parameters by part. Every part but `mtp` counts the trunk, without the multi-token prediction
+    layers.
 
-    `head` is 0 where the output matrix is the embedding itself. `active` is what one token passes through: everything
-    but the experts that its routers did not choose. `active_without_embedding` leaves out the input embedding, of which
-    a token reads one row; a tied matrix stays counted, as the head.
+    `head` is 0 where the output matrix is the embedding itself. `active` is what one token passes
+    through: everything but the experts that its routers did not choose. `active_without_embedding`
+    leaves out the input embedding, of which a token reads one row; a tied matrix stays counted, as
+    the head.
     """
 
     embedding: int
@@ -57,7 +60,9 @@ class ParameterCount:
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Count as transformers' classes have them, and the MTP layers as the published files have them."""
+    """Count as transformers' classes have them, and the MTP layers as the published files have
+    them.
+    """
     layers = [layer_parts(config, layer) for layer in range(config.num_hidden_layers)]
     counts = {part: sum(parts[part].total for parts in layers) for part in LAYER_PARTS}
     counts["hyper_connections"] += hyper_head(config).total
@@ -69,10 +74,15 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         head=0 if config.tie_word_embeddings else embedding,
         **counts,
         active_experts=sparse * config.num_experts_per_tok * expert_parameters(config),
-        mtp=sum(mtp_layer_parameters(config, config.num_hidden_layers + depth)
-                for depth in range(config.num_nextn_predict_layers)))
+        mtp=sum(
+            mtp_layer_parameters(config, config.num_hidden_layers + depth)
+            for depth in range(config.num_nextn_predict_layers)
+        ),
+    )
 
 
 def mtp_layer_parameters(config: ModelConfig, layer: int) -> int:
-    """One MTP layer: a decoder layer, what joins it to the depth before, and its own norm and in V4 hyper-head."""
+    """One MTP layer: a decoder layer, what joins it to the depth before, and its own norm and in V4
+    hyper-head.
+    """
     return sum(part.total for part in layer_parts(config, layer).values()) + mtp_joint(config).total

@@ -1,4 +1,6 @@
-"""The page's recurring pieces of HTML. What is given as text is escaped here; what is given as html is not."""
+"""The page's recurring pieces of HTML. What is given as text is escaped here; what is given as html
+is not.
+"""
 
 from collections.abc import Sequence
 
@@ -31,12 +33,18 @@ def figure(chart: str, caption: str = "", heading: str = "") -> str:
 
 def facts(pairs: Sequence[tuple[str, str]]) -> str:
     """Terms with their values in a grid; empty values are left out."""
-    items = "".join(f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>" for term, value in pairs if value)
+    items = "".join(
+        f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>"
+        for term, value in pairs
+        if value
+    )
     return f'<dl class="facts">{items}</dl>' if items else ""
 
 
 def text_block(text: str, kind: str = "") -> str:
-    """Text as a model wrote it: spaces and line breaks kept, long lines wrapped, directions kept inside."""
+    """Text as a model wrote it: spaces and line breaks kept, long lines wrapped, directions kept
+    inside.
+    """
     return f'<p class="text said-text{" " + kind if kind else ""}" dir="auto">{escape(text)}</p>'
 
 

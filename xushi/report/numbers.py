@@ -1,4 +1,5 @@
-"""Numbers and texts as a reader wants them: few digits, a unit, nothing rounded into a claim that is not true.
+"""Numbers and texts as a reader wants them: few digits, a unit, nothing rounded into a claim that
+is not true.
 
 Not for: results.json, which keeps every digit, and not for axis ticks (`scales.py`).
 """
@@ -13,13 +14,22 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 
 
 def escape(text: object) -> str:
-    """Text for HTML, attribute values included; control characters and lone surrogates become a replacement sign."""
-    clean = str(text).replace("\r\n", "\n").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    """Text for HTML, attribute values included; control characters and lone surrogates become a
+    replacement sign.
+    """
+    clean = (
+        str(text)
+        .replace("\r\n", "\n")
+        .encode("utf-16", "surrogatepass")
+        .decode("utf-16", "replace")
+    )
     return html.escape(_CONTROL.sub("\ufffd", clean), quote=True)
 
 
 def digits(value: float, significant: int = 3) -> str:
-    """A number with so many significant digits, thousands separated, never in scientific notation above 1e-4."""
+    """A number with so many significant digits, thousands separated, never in scientific notation
+    above 1e-4.
+    """
     if not math.isfinite(value):
         return "not finite"
     if value == 0:

@@ -1,4 +1,5 @@
-"""What a run directory holds, read for the report: numbers, metrics, the recipe, samples; each may be missing.
+"""What a run directory holds, read for the report: numbers, metrics, the recipe, samples; each may
+be missing.
 
 Not for: writing anything into a run.
 """
@@ -29,7 +30,11 @@ class Run:
     def number(self, key: str) -> float | None:
         """A finite number from the results, else None."""
         value = self.results.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
             return None
         return float(value)
 
@@ -40,8 +45,11 @@ class Run:
 
     def series(self, stage: str, name: str) -> list[Point]:
         """(step, value) of a metric; empty where it was not written."""
-        return [] if self.tracking is None else [(float(step), value) for step, value in
-                                                 self.tracking.series(stage, name)]
+        return (
+            []
+            if self.tracking is None
+            else [(float(step), value) for step, value in self.tracking.series(stage, name)]
+        )
 
     def names(self, stage: str) -> list[str]:
         """The metrics of a stage."""
@@ -55,16 +63,25 @@ class Run:
 
 @contextmanager
 def open_run(directory: Path) -> Iterator[Run]:
-    """Read a run directory. Raises `XushiError` where there is nothing to report on or a file is damaged."""
+    """Read a run directory. Raises `XushiError` where there is nothing to report on or a file is
+    damaged.
+    """
     results, store = directory / "results.json", directory / "tracking.sqlite"
     if not results.is_file() and not store.is_file():
-        raise XushiError(f"{directory} holds no run: neither results.json nor tracking.sqlite is there",
-                         "give the directory of a run, for example runs/demo, or start one with xushi run")
+        raise XushiError(
+            f"{directory} holds no run: neither results.json nor tracking.sqlite is there",
+            "give the directory of a run, for example runs/demo, or start one with xushi run",
+        )
     tracking = Tracking(store) if store.is_file() else None
     try:
         recipe = directory / "recipe.toml"
-        yield Run(directory, _read_object(results), _read_samples(directory / "samples.json"),
-                  recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "", tracking)
+        yield Run(
+            directory,
+            _read_object(results),
+            _read_samples(directory / "samples.json"),
+            recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+            tracking,
+        )
     finally:
         if tracking is not None:
             tracking.close()
@@ -76,10 +93,15 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise XushiError(f"{path} cannot be read: {error}", "run the same command again: it writes the file anew", 1) \
-            from None
+        raise XushiError(
+            f"{path} cannot be read: {error}",
+            "run the same command again: it writes the file anew",
+            1,
+        ) from None
     if not isinstance(value, dict):
-        raise XushiError(f"{path} is not a JSON object", "run the same command again: it writes the file anew", 1)
+        raise XushiError(
+            f"{path} is not a JSON object", "run the same command again: it writes the file anew", 1
+        )
     return value
 
 
@@ -87,6 +109,9 @@ def _read_samples(path: Path) -> dict[str, list[dict[str, Any]]]:
     samples = _read_object(path)
     for name, entries in samples.items():
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise XushiError(f"{path}: {name} is not a list of objects",
-                             "run the same command again: it writes the file anew", 1)
+            raise XushiError(
+                f"{path}: {name} is not a list of objects",
+                "run the same command again: it writes the file anew",
+                1,
+            )
     return samples

@@ -1,4 +1,5 @@
-"""Where things go on a chart: domains, round ticks, and thinning a long series without losing its extremes.
+"""Where things go on a chart: domains, round ticks, and thinning a long series without losing its
+extremes.
 
 Pure arithmetic; not for drawing (`charts.py`).
 """
@@ -28,7 +29,9 @@ class Scale:
 
 
 def linear(values: Iterable[float], ticks: int = 5, rounded: bool = False) -> Scale | None:
-    """A scale over the finite values, its ends moved out to ticks where `rounded`; None without finite values."""
+    """A scale over the finite values, its ends moved out to ticks where `rounded`; None without
+    finite values.
+    """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return None
@@ -44,7 +47,9 @@ def linear(values: Iterable[float], ticks: int = 5, rounded: bool = False) -> Sc
 
 
 def logarithmic(values: Iterable[float]) -> Scale | None:
-    """A logarithmic scale over the finite positive values, ticks at powers of ten (1, 2, 5 in short ranges)."""
+    """A logarithmic scale over the finite positive values, ticks at powers of ten (1, 2, 5 in short
+    ranges).
+    """
     finite = [value for value in values if math.isfinite(value) and value > 0]
     if not finite:
         return None
@@ -54,7 +59,12 @@ def logarithmic(values: Iterable[float]) -> Scale | None:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     marks = (1.0,) if math.log10(high / low) > 3 else (1.0, 2.0, 5.0)
     ticks = [mark * 10.0**decade for decade in decades for mark in marks]
-    return Scale(low, high, tuple(tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)), log=True)
+    return Scale(
+        low,
+        high,
+        tuple(tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)),
+        log=True,
+    )
 
 
 def thin(points: Sequence[Point], buckets: int = 300) -> list[Point]:
@@ -71,7 +81,12 @@ def thin(points: Sequence[Point], buckets: int = 300) -> list[Point]:
         if not finite:
             kept.append((points[part[0]][0], math.nan))
             continue
-        ends = {finite[0], finite[-1], min(finite, key=lambda i: points[i][1]), max(finite, key=lambda i: points[i][1])}
+        ends = {
+            finite[0],
+            finite[-1],
+            min(finite, key=lambda i: points[i][1]),
+            max(finite, key=lambda i: points[i][1]),
+        }
         kept.extend(points[i] for i in sorted(ends))
     return kept
 
@@ -88,7 +103,9 @@ def runs(points: Sequence[Point]) -> list[list[Point]]:
 
 
 def smooth(points: Sequence[Point], share: float = 0.02) -> list[Point]:
-    """The mean over the `share` of all points that lies around each, within its stretch of finite values."""
+    """The mean over the `share` of all points that lies around each, within its stretch of finite
+    values.
+    """
     reach = round(len(points) * share / 2)
     result: list[Point] = []
     for stretch in runs(points):
@@ -101,7 +118,9 @@ def smooth(points: Sequence[Point], share: float = 0.02) -> list[Point]:
 
 
 def tick_text(value: float, step: float) -> str:
-    """A tick's label: 0.25, 1.5, 20 k, 3 M; `step` is the distance between ticks and decides the decimals."""
+    """A tick's label: 0.25, 1.5, 20 k, 3 M; `step` is the distance between ticks and decides the
+    decimals.
+    """
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit or (value == 0 and step >= limit):
             scale = 1e3 if unit == "k" else limit
@@ -123,4 +142,6 @@ def _plain(value: float, step: float) -> str:
 
 def _round_step(rough: float) -> float:
     power = 10.0 ** math.floor(math.log10(rough))
-    return next(power * mark for mark in (1.0, 2.0, 2.5, 5.0, 10.0) if power * mark >= rough * (1 - 1e-9))
+    return next(
+        power * mark for mark in (1.0, 2.0, 2.5, 5.0, 10.0) if power * mark >= rough * (1 - 1e-9)
+    )

@@ -1,33 +1,50 @@
-"""The report's look and its few lines of script: one style sheet, light and dark from one table of colours.
+"""The report's look and its few lines of script: one style sheet, light and dark from one table of
+colours.
 
-The series colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart, darkened or lightened
-until text in them can be read on its ground. Not for: what the page says.
+The series colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart,
+darkened or lightened until text in them can be read on its ground. Not for: what the page says.
 """
 
 # name: (light, dark)
 _COLOURS = {
-    "ground": ("#fbfaf7", "#15171b"), "panel": ("#f3f1eb", "#1d2026"), "line": ("#dedad0", "#33373f"),
-    "ink": ("#1d1c1a", "#e9e6df"), "soft": ("#5f5b53", "#a5a29a"), "track": ("#ebe8e0", "#262a31"),
-    "t0": ("#0067a5", "#6db9f0"), "t1": ("#b84a00", "#ff9f61"), "t2": ("#00704f", "#4fd0a7"),
-    "t3": ("#94477e", "#e6a0cf"), "t4": ("#866000", "#e6c05c"), "t5": ("#8a867d", "#7f838c"),
-    "h0": ("#08306b", "#9ecbff"), "h1": ("#4a84bd", "#4a86c2"), "h2": ("#a9c6de", "#2e4a66"),
-    "h3": ("#efece4", "#23272e"), "h4": ("#f5c89b", "#6b4a2b"), "h5": ("#e08a3c", "#c67a34"),
+    "ground": ("#fbfaf7", "#15171b"),
+    "panel": ("#f3f1eb", "#1d2026"),
+    "line": ("#dedad0", "#33373f"),
+    "ink": ("#1d1c1a", "#e9e6df"),
+    "soft": ("#5f5b53", "#a5a29a"),
+    "track": ("#ebe8e0", "#262a31"),
+    "t0": ("#0067a5", "#6db9f0"),
+    "t1": ("#b84a00", "#ff9f61"),
+    "t2": ("#00704f", "#4fd0a7"),
+    "t3": ("#94477e", "#e6a0cf"),
+    "t4": ("#866000", "#e6c05c"),
+    "t5": ("#8a867d", "#7f838c"),
+    "h0": ("#08306b", "#9ecbff"),
+    "h1": ("#4a84bd", "#4a86c2"),
+    "h2": ("#a9c6de", "#2e4a66"),
+    "h3": ("#efece4", "#23272e"),
+    "h4": ("#f5c89b", "#6b4a2b"),
+    "h5": ("#e08a3c", "#c67a34"),
     "h6": ("#a34700", "#ffb071"),
 }
 
 
 def _variables(theme: int) -> str:
     scheme = ("light", "dark")[theme]
-    return f"color-scheme:{scheme};" + "".join(f"--{name}:{pair[theme]};" for name, pair in _COLOURS.items())
+    return f"color-scheme:{scheme};" + "".join(
+        f"--{name}:{pair[theme]};" for name, pair in _COLOURS.items()
+    )
 
 
-STYLE = f"""
+STYLE = (
+    f"""
 :root{{{_variables(0)}}}
 @media (prefers-color-scheme:dark){{:root{{{_variables(1)}}}}}
 :root[data-theme=light]{{{_variables(0)}}}
 :root[data-theme=dark]{{{_variables(1)}}}
 @media print{{:root,:root[data-theme=light],:root[data-theme=dark]{{{_variables(0)}}}}}
-""" + """
+"""
+    + """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
 body{margin:0;background:var(--ground);color:var(--ink);font:1.0625rem/1.62 system-ui,-apple-system,"Segoe UI",Roboto,
@@ -144,6 +161,7 @@ main,header,footer{max-width:none;padding:0}section{margin-top:2.2rem}h2,h3{brea
 pre,.thought{max-height:none;overflow:visible}.bar,.track,.heat path,.legend i,.story i,.story .share,.dot,.thought,pre,
 .story li::before{-webkit-print-color-adjust:exact;print-color-adjust:exact}@page{margin:16mm}}
 """
+)
 
 SCRIPT = """
 (() => {

@@ -12,25 +12,38 @@ def group_advantages(rewards_PS: Tensor, counted_PS: Tensor | None = None) -> Te
 
     Answers that are not `counted` (their verifier failed) enter no mean and have advantage zero.
     """
-    # In float64 equal float32 rewards add up without rounding, so that a group that agrees has advantages of exactly
-    # zero: AdamW would make a full step even of a gradient of rounding errors.
+    # In float64 equal float32 rewards add up without rounding, so that a group that agrees has
+    # advantages of exactly zero: AdamW would make a full step even of a gradient of rounding
+    # errors.
     rewards = rewards_PS.double()
     counted = torch.ones_like(rewards) if counted_PS is None else counted_PS.double()
     mean = (rewards * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
     return ((rewards - mean) * counted).to(rewards_PS.dtype)
 
 
-def grpo_loss(log_p_GT: Tensor, old_log_p_GT: Tensor, advantages_G: Tensor, mask_GT: Tensor, *, clip_low: float,
-              clip_high: float, reference_log_p_GT: Tensor | None = None, kl_weight: float = 0.0,
-              off_policy_limit: float | None = None, token_mean: bool = False) -> Tensor:
-    """-mean over answers of the mean over tokens of min(rho A, clip(rho) A) - kl_weight * rho * k3, a scalar.
+def grpo_loss(
+    log_p_GT: Tensor,
+    old_log_p_GT: Tensor,
+    advantages_G: Tensor,
+    mask_GT: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    reference_log_p_GT: Tensor | None = None,
+    kl_weight: float = 0.0,
+    off_policy_limit: float | None = None,
+    token_mean: bool = False,
+) -> Tensor:
+    """-mean over answers of the mean over tokens of min(rho A, clip(rho) A) - kl_weight * rho * k3,
+    a scalar.
 
-    With `token_mean` the mean is over all tokens at once (DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 8), so that a
-    token's weight does not depend on the length of its answer.
+    With `token_mean` the mean is over all tokens at once (DAPO, Yu et al. 2025, arXiv:2503.14476,
+    eq. 8), so that a token's weight does not depend on the length of its answer.
 
-    rho = p / p_old with p_old as the sampler returned it; k3 = p_ref/p - log(p_ref/p) - 1, whose product with rho has
-    an unbiased gradient (eq. 7). With `off_policy_limit` the clipped term of an answer with negative advantage is
-    dropped when its mean log(p_old/p) exceeds the limit (eqs. 8-9). Matches TRL 1.16's `GRPOTrainer` so configured.
+    rho = p / p_old with p_old as the sampler returned it; k3 = p_ref/p - log(p_ref/p) - 1, whose
+    product with rho has an unbiased gradient (eq. 7). With `off_policy_limit` the clipped term of
+    an answer with negative advantage is dropped when its mean log(p_old/p) exceeds the limit (eqs.
+    8-9). Matches TRL 1.16's `GRPOTrainer` so configured.
     """
     ratio = (log_p_GT - old_log_p_GT).exp()
     advantage = advantages_G[:, None]

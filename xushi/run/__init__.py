@@ -6,5 +6,15 @@ from xushi.run.launch import launch_on_ray, write_slurm_job
 from xushi.run.replay import replay, replay_sentences
 from xushi.run.runner import describe, run
 
-__all__ = ["benchmark_training", "describe", "export_metrics", "launch_on_ray", "named_shape", "replay",
-           "replay_sentences", "run", "sentences", "write_slurm_job"]
+__all__ = [
+    "benchmark_training",
+    "describe",
+    "export_metrics",
+    "launch_on_ray",
+    "named_shape",
+    "replay",
+    "replay_sentences",
+    "run",
+    "sentences",
+    "write_slurm_job",
+]

@@ -1,7 +1,8 @@
 """What every stage of a run is given, and the record of which stages are done.
 
-A stage is done when `stages/<name>.json` holds the key of its inputs: the hash of the parts of the recipe that it
-reads and of the keys of the stages before it. The file is written last, so a kill leaves the stage undone.
+A stage is done when `stages/<name>.json` holds the key of its inputs: the hash of the parts of the
+recipe that it reads and of the keys of the stages before it. The file is written last, so a kill
+leaves the stage undone.
 """
 
 import json
@@ -40,7 +41,11 @@ class RunContext:
     @property
     def op_forms(self) -> str:
         """Which forms of the ops run."""
-        return native.form(self.dtype) if self.layout.device == "cpu" else f"pytorch on {self.layout.device}"
+        return (
+            native.form(self.dtype)
+            if self.layout.device == "cpu"
+            else f"pytorch on {self.layout.device}"
+        )
 
     def path(self, *parts: str) -> Path:
         """A place inside the run directory."""
@@ -56,26 +61,48 @@ class RunContext:
 
     def model_config(self, tokenizer: Tokenizer) -> ModelConfig:
         """The recipe's model with the tokenizer's vocabulary and special tokens."""
-        return self.recipe.model.model_copy(update={
-            "vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.pad_id})
+        return self.recipe.model.model_copy(
+            update={
+                "vocab_size": tokenizer.vocab_size,
+                "bos_token_id": tokenizer.bos_id,
+                "eos_token_id": tokenizer.eos_id,
+                "pad_token_id": tokenizer.pad_id,
+            }
+        )
 
-    def environment(self, min_digits: int | None = None, max_digits: int | None = None) -> Environment:
+    def environment(
+        self, min_digits: int | None = None, max_digits: int | None = None
+    ) -> Environment:
         """The recipe's environment, with other lengths on request."""
         config = self.recipe.environment
-        assert config is not None, "the recipe's validation asks for an environment where a stage needs one"
-        return DigitSum(DigitSumConfig(min_digits=min_digits or config.min_digits,
-                                       max_digits=max_digits or config.max_digits))
+        assert config is not None, (
+            "the recipe's validation asks for an environment where a stage needs one"
+        )
+        return DigitSum(
+            DigitSumConfig(
+                min_digits=min_digits or config.min_digits,
+                max_digits=max_digits or config.max_digits,
+            )
+        )
 
     def trained_model(self, stage: str | None) -> Deepseek:
         """The model at the end of a training stage; freshly initialised for None."""
-        model = Deepseek(self.model_config(self.tokenizer())).initialise(self.recipe.seed).to(self.layout.device)
+        model = (
+            Deepseek(self.model_config(self.tokenizer()))
+            .initialise(self.recipe.seed)
+            .to(self.layout.device)
+        )
         if stage is not None:
             checkpoint = latest_checkpoint(self.checkpoints(stage))
             if checkpoint is None:
-                raise XushiError(f"{self.checkpoints(stage)} holds no checkpoint",
-                                 f"remove {self.path('stages', stage + '.json')} and run the same command again", 1)
-            model.load_state_dict({name: checkpoint.read("model", name) for name in checkpoint.names("model")})
+                raise XushiError(
+                    f"{self.checkpoints(stage)} holds no checkpoint",
+                    f"remove {self.path('stages', stage + '.json')} and run the same command again",
+                    1,
+                )
+            model.load_state_dict(
+                {name: checkpoint.read("model", name) for name in checkpoint.names("model")}
+            )
         return model
 
     def last_stage(self, *stages: str) -> str | None:
@@ -107,10 +134,14 @@ def read_record(context: RunContext, name: str) -> StageRecord | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise XushiError(f"{file} cannot be read: {error!r}", "remove it and run the same command again", 1) from None
+        raise XushiError(
+            f"{file} cannot be read: {error!r}", "remove it and run the same command again", 1
+        ) from None
 
 
 def write_record(context: RunContext, name: str, record: StageRecord) -> None:
     """Mark stage `name` as done."""
-    write_json(context.path("stages", f"{name}.json"),
-               {"key": record.key, "seconds": record.seconds, "results": record.results})
+    write_json(
+        context.path("stages", f"{name}.json"),
+        {"key": record.key, "seconds": record.seconds, "results": record.results},
+    )

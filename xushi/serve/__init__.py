@@ -1,4 +1,5 @@
-"""Floor 6: the models of a run for people and programs: an OpenAI-compatible API, a chat page, a terminal chat.
+"""Floor 6: the models of a run for people and programs: an OpenAI-compatible API, a chat page, a
+terminal chat.
 
 Not here: how tokens are made (engine).
 """

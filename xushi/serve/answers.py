@@ -65,12 +65,16 @@ class Form:
                 choice.tokens.append(event.token)
                 choice.logprobs.append(event.logprob)
             choice.finish_reason = event.finish_reason
-        return {**self._head("chat.completion" if self.chat else "text_completion"),
-                "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
-                "usage": self._usage(counts)}
+        return {
+            **self._head("chat.completion" if self.chat else "text_completion"),
+            "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
+            "usage": self._usage(counts),
+        }
 
     async def stream(self, job: Job, counts: Counts) -> AsyncIterator[bytes]:
-        """The answer as server-sent events; a failure on the way becomes an error object and ends it."""
+        """The answer as server-sent events; a failure on the way becomes an error object and ends
+        it.
+        """
         offsets = [0] * job.choices  # characters of the tokens whose log-probabilities were sent
         if self.chat:
             for index in range(job.choices):
@@ -84,7 +88,9 @@ class Form:
             yield _sse(error.body)
             return
         if self.include_usage:
-            yield _sse({**self._head(self._chunk_object), "choices": [], "usage": self._usage(counts)})
+            yield _sse(
+                {**self._head(self._chunk_object), "choices": [], "usage": self._usage(counts)}
+            )
         yield DONE
 
     def _chunks(self, event: Event, offsets: list[int]) -> Iterator[bytes]:
@@ -92,14 +98,24 @@ class Form:
         logprobs = None
         if self.wants_logprobs and self._is_text(event):
             logprobs = self._logprobs([event.token], [event.logprob], offsets[event.choice])
-            offsets[event.choice] += len(self.tokenizer.token_bytes(event.token).decode("utf-8", "replace"))
-        bodies = [{"delta": {"reasoning_content" if d.channel == "reasoning" else "content": d.text}} if self.chat
-                  else {"text": d.text} for d in event.deltas]
+            offsets[event.choice] += len(
+                self.tokenizer.token_bytes(event.token).decode("utf-8", "replace")
+            )
+        bodies = [
+            {"delta": {"reasoning_content" if d.channel == "reasoning" else "content": d.text}}
+            if self.chat
+            else {"text": d.text}
+            for d in event.deltas
+        ]
         empty: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         if logprobs and not bodies:
-            bodies = [empty]  # its text is held back: half a character, or what may become a stop string
+            bodies = [
+                empty
+            ]  # its text is held back: half a character, or what may become a stop string
         for number, body in enumerate(bodies):
-            yield self._chunk(event.choice, {**body, "logprobs": None if number else logprobs}, None)
+            yield self._chunk(
+                event.choice, {**body, "logprobs": None if number else logprobs}, None
+            )
         if event.finish_reason is not None:
             yield self._chunk(event.choice, {**empty, "logprobs": None}, event.finish_reason)
 
@@ -108,8 +124,10 @@ class Form:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
     def _chunk(self, index: int, body: dict[str, Any], finish_reason: str | None) -> bytes:
-        table = {**self._head(self._chunk_object),
-                 "choices": [{"index": index, "logprobs": None, **body, "finish_reason": finish_reason}]}
+        table = {
+            **self._head(self._chunk_object),
+            "choices": [{"index": index, "logprobs": None, **body, "finish_reason": finish_reason}],
+        }
         if self.include_usage:
             table["usage"] = None
         return _sse(table)
@@ -118,11 +136,18 @@ class Form:
         return {"id": self.identity, "object": kind, "created": self.created, "model": self.model}
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
-        logprobs = self._logprobs(choice.tokens, choice.logprobs, 0) if self.wants_logprobs else None
+        logprobs = (
+            self._logprobs(choice.tokens, choice.logprobs, 0) if self.wants_logprobs else None
+        )
         text: dict[str, Any] = {"text": choice.content}
         if self.chat:
-            text = {"message": {"role": "assistant", "content": choice.content,
-                                "reasoning_content": choice.reasoning or None}}
+            text = {
+                "message": {
+                    "role": "assistant",
+                    "content": choice.content,
+                    "reasoning_content": choice.reasoning or None,
+                }
+            }
         return {"index": index, **text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
     def _logprobs(self, tokens: list[int], logprobs: list[float], offset: int) -> dict[str, Any]:
@@ -144,8 +169,11 @@ async def _events(job: Job) -> AsyncIterator[Event]:
     while left:
         event = await job.events.get()
         if isinstance(event, Failure):
-            raise ApiError(503 if event.is_shutdown else 500, event.message,
-                           code="shutting_down" if event.is_shutdown else "engine_failed")
+            raise ApiError(
+                503 if event.is_shutdown else 500,
+                event.message,
+                code="shutting_down" if event.is_shutdown else "engine_failed",
+            )
         left -= event.finish_reason is not None
         yield event
 

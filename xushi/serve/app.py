@@ -1,7 +1,7 @@
 """The HTTP application: routes, errors, and what happens when a client goes away.
 
-Requests are read by hand (protocol.parse_body), so that every refusal has OpenAI's form. Not here: the process and its
-port (server), the engine's thread (worker).
+Requests are read by hand (protocol.parse_body), so that every refusal has OpenAI's form. Not here:
+the process and its port (server), the engine's thread (worker).
 """
 
 import asyncio
@@ -53,19 +53,35 @@ class _Served:
 
     def describe(self) -> dict[str, Any]:
         """Its entry in /v1/models, with what the chat page needs under `xushi`."""
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "xushi",
-                "xushi": {"chat": self.chat, "context": self.worker.llm.context, **self.card.model_dump()}}
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "xushi",
+            "xushi": {
+                "chat": self.chat,
+                "context": self.worker.llm.context,
+                **self.card.model_dump(),
+            },
+        }
 
 
 def create_app(models: Mapping[str, Path], queue_limit: int = QUEUE_LIMIT) -> FastAPI:
     """Load the export directories and build the application; their threads run while it is started.
 
-    The model called "base" completes text only. `app.state.workers` holds the workers by name. What cannot be loaded
-    is a `XushiError`.
+    The model called "base" completes text only. `app.state.workers` holds the workers by name. What
+    cannot be loaded is a `XushiError`.
     """
-    served = {name: _Served(name, Worker(LLM(path), queue_limit), read_card(name, path),
-                            int((path / "config.json").stat().st_mtime), can_chat(name))
-              for name, path in models.items()}
+    served = {
+        name: _Served(
+            name,
+            Worker(LLM(path), queue_limit),
+            read_card(name, path),
+            int((path / "config.json").stat().st_mtime),
+            can_chat(name),
+        )
+        for name, path in models.items()
+    }
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -87,8 +103,13 @@ def create_app(models: Mapping[str, Path], queue_limit: int = QUEUE_LIMIT) -> Fa
         body = parse_body(ChatBody, await _read_body(request))
         model = _find(served, body.model)
         if not model.chat:
-            raise ApiError(400, f"model {model.name} only completes text and has never seen a conversation; "
-                           "use /v1/completions", "model", "unsupported_model")
+            raise ApiError(
+                400,
+                f"model {model.name} only completes text and has never seen a conversation; "
+                "use /v1/completions",
+                "model",
+                "unsupported_model",
+            )
         if body.max_tokens is not None and body.max_completion_tokens is not None:
             raise ApiError(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
         llm = model.worker.llm
@@ -101,33 +122,60 @@ def create_app(models: Mapping[str, Path], queue_limit: int = QUEUE_LIMIT) -> Fa
     async def completions(request: Request) -> Response:
         body = parse_body(CompletionBody, await _read_body(request))
         model = _find(served, body.model)
-        prompts = await run_in_threadpool(lambda: [model.worker.llm.prompt_ids(prompt) for prompt in body.prompt])
-        return await _answer(request, model, body, prompts, "prompt", body.max_tokens or DEFAULT_COMPLETION_TOKENS)
+        prompts = await run_in_threadpool(
+            lambda: [model.worker.llm.prompt_ids(prompt) for prompt in body.prompt]
+        )
+        return await _answer(
+            request, model, body, prompts, "prompt", body.max_tokens or DEFAULT_COMPLETION_TOKENS
+        )
 
     return app
 
 
-async def _answer(request: Request, model: _Served, body: ChatBody | CompletionBody, prompts: list[list[int]],
-                  prompt_param: str, max_tokens: int) -> Response:
+async def _answer(
+    request: Request,
+    model: _Served,
+    body: ChatBody | CompletionBody,
+    prompts: list[list[int]],
+    prompt_param: str,
+    max_tokens: int,
+) -> Response:
     """Queue the job and answer in the form that was asked for; the job ends with the connection."""
     worker = model.worker
     params = body.params(len(prompts), max_tokens, secrets.randbits(63))
     job = Job(list(zip(prompts, params, strict=True)), isinstance(body, ChatBody))
     if job.choices > worker.queue_limit:
-        raise ApiError(400, f"the request asks for {job.choices} choices and this server allows {worker.queue_limit}",
-                       "n", "invalid_value")
+        raise ApiError(
+            400,
+            f"the request asks for {job.choices} choices and this server allows "
+            f"{worker.queue_limit}",
+            "n",
+            "invalid_value",
+        )
     for prompt, choices in job.prompts:
         _check(worker, prompt, choices[0], prompt_param)
     prefix = "chatcmpl" if job.chat else "cmpl"
     wants_logprobs = body.logprobs is not None and body.logprobs is not False  # 0 asks for them too
-    form = Form(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model.name, job.chat, wants_logprobs,
-                body.include_usage, worker.llm.tokenizer)
+    form = Form(
+        f"{prefix}-{uuid.uuid4().hex}",
+        int(time.time()),
+        model.name,
+        job.chat,
+        wants_logprobs,
+        body.include_usage,
+        worker.llm.tokenizer,
+    )
     counts = Counts(sum(map(len, prompts)))
     try:
         worker.submit(job)
     except Busy:
-        raise ApiError(429, f"the server is busy: {worker.queue_limit} continuations are waiting or running", None,
-                       "queue_full", retry_after=1) from None
+        raise ApiError(
+            429,
+            f"the server is busy: {worker.queue_limit} continuations are waiting or running",
+            None,
+            "queue_full",
+            retry_after=1,
+        ) from None
     if body.stream:
         return _EventStream(form.stream(job, counts), worker, job)
     try:
@@ -141,7 +189,9 @@ def _check(worker: Worker, prompt: list[int], params: SamplingParams, param: str
     try:
         worker.check(prompt, params)
     except ContextLengthError as error:
-        raise ApiError(400, f"{error.problem}; {error.remedy}", param, "context_length_exceeded") from None
+        raise ApiError(
+            400, f"{error.problem}; {error.remedy}", param, "context_length_exceeded"
+        ) from None
     except XushiError as error:
         raise ApiError(400, f"{error.problem}; {error.remedy}", param, "invalid_value") from None
 
@@ -150,8 +200,11 @@ class _EventStream(StreamingResponse):
     """Server-sent events whose job is cancelled however the response ends."""
 
     def __init__(self, content: AsyncIterator[bytes], worker: Worker, job: Job) -> None:
-        super().__init__(content, media_type="text/event-stream",
-                         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(
+            content,
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
         self._worker = worker
         self._job = job
 
@@ -164,6 +217,7 @@ class _EventStream(StreamingResponse):
 
 async def _unless_gone(request: Request, answer: Any) -> dict[str, Any] | None:
     """Wait for the answer, or for the client to hang up: then None."""
+
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
@@ -182,21 +236,30 @@ async def _read_body(request: Request) -> bytes:
     async for piece in request.stream():
         body += piece
         if len(body) > LARGEST_BODY:
-            raise ApiError(413, f"the body is larger than {LARGEST_BODY} bytes", code="body_too_large")
+            raise ApiError(
+                413, f"the body is larger than {LARGEST_BODY} bytes", code="body_too_large"
+            )
     return bytes(body)
 
 
 def _find(served: Mapping[str, _Served], name: str) -> _Served:
     if name not in served:
-        raise ApiError(404, f"there is no model {name!r}; this server has {', '.join(served)}", "model",
-                       "model_not_found")
+        raise ApiError(
+            404,
+            f"there is no model {name!r}; this server has {', '.join(served)}",
+            "model",
+            "model_not_found",
+        )
     return served[name]
 
 
 def _add_information_routes(app: FastAPI, served: Mapping[str, _Served]) -> None:
     html = resources.files("xushi.serve").joinpath("page.html").read_text(encoding="utf-8")
-    headers = {"Content-Security-Policy": _page_policy(html), "X-Content-Type-Options": "nosniff",
-               "Referrer-Policy": "no-referrer"}
+    headers = {
+        "Content-Security-Policy": _page_policy(html),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
 
     @app.get("/")
     async def page() -> Response:
@@ -218,16 +281,24 @@ def _add_information_routes(app: FastAPI, served: Mapping[str, _Served]) -> None
 
 def _page_policy(html: str) -> str:
     """A content security policy that lets the page run its own script and style and nothing else."""
+
     def allow(tag: str) -> str:
         parts = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
-                        for part in parts)
+        return " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+            for part in parts
+        )
 
-    return (f"default-src 'none'; script-src {allow('script')}; style-src {allow('style')}; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    return (
+        f"default-src 'none'; script-src {allow('script')}; style-src {allow('style')}; "
+        "connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
-def _json(table: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def _json(
+    table: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     # Escaped to ASCII, since an echo of the client's own words may hold what has no UTF-8.
     return Response(json.dumps(table), status, headers, "application/json")
 
@@ -248,4 +319,6 @@ def _add_error_forms(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, __: Exception) -> Response:
-        return _json(ApiError(500, "the server failed; its log says why", code="internal_error").body, 500)
+        return _json(
+            ApiError(500, "the server failed; its log says why", code="internal_error").body, 500
+        )

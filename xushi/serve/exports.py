@@ -1,4 +1,6 @@
-"""Which models a run directory offers, and what each says of itself. Not here: loading them (engine.LLM)."""
+"""Which models a run directory offers, and what each says of itself. Not here: loading them
+(engine.LLM).
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +14,9 @@ NAMES = (REASONING, BASE)
 
 
 class ModelCard(StrictConfig):
-    """What a reader of the page is told: one or two plain sentences each, and an input to try. All optional."""
+    """What a reader of the page is told: one or two plain sentences each, and an input to try. All
+    optional.
+    """
 
     title: str = ""
     can: str = ""
@@ -21,9 +25,14 @@ class ModelCard(StrictConfig):
 
 
 DEFAULT_CARDS = {
-    BASE: ModelCard(title="Base", can="It continues text of the kind it was trained on.",
-                    cannot="It cannot converse: it has never seen a conversation."),
-    REASONING: ModelCard(title="Reasoning", can="It thinks aloud, then answers the kind of task it was trained on."),
+    BASE: ModelCard(
+        title="Base",
+        can="It continues text of the kind it was trained on.",
+        cannot="It cannot converse: it has never seen a conversation.",
+    ),
+    REASONING: ModelCard(
+        title="Reasoning", can="It thinks aloud, then answers the kind of task it was trained on."
+    ),
 }
 
 
@@ -33,13 +42,24 @@ def can_chat(name: str) -> bool:
 
 
 def find_exports(run_directory: Path) -> dict[str, Path]:
-    """Export directories of a run by model name, reasoning first; a run without any is a `XushiError`."""
+    """Export directories of a run by model name, reasoning first; a run without any is a
+    `XushiError`.
+    """
     if not run_directory.is_dir():
-        raise XushiError(f"run directory {run_directory} does not exist", "give a directory that xushi run has made")
-    found = {name: path for name in NAMES if ((path := run_directory / "export" / name) / "config.json").is_file()}
+        raise XushiError(
+            f"run directory {run_directory} does not exist",
+            "give a directory that xushi run has made",
+        )
+    found = {
+        name: path
+        for name in NAMES
+        if ((path := run_directory / "export" / name) / "config.json").is_file()
+    }
     if not found:
-        raise XushiError(f"run {run_directory} has no exported model in {run_directory / 'export'}",
-                         "let xushi run finish its pretrain stage first")
+        raise XushiError(
+            f"run {run_directory} has no exported model in {run_directory / 'export'}",
+            "let xushi run finish its pretrain stage first",
+        )
     return found
 
 
@@ -51,7 +71,9 @@ def read_card(name: str, directory: Path) -> ModelCard:
     except FileNotFoundError:
         return DEFAULT_CARDS.get(name, ModelCard(title=name))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise XushiError(f"{path} cannot be read: {error}", "remove it, or export the model again") from None
+        raise XushiError(
+            f"{path} cannot be read: {error}", "remove it, or export the model again"
+        ) from None
     if not isinstance(table, dict):
         raise XushiError(f"{path} is not a JSON object", "remove it, or export the model again")
     return parse(ModelCard, table, str(path))

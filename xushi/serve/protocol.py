@@ -1,7 +1,8 @@
-"""OpenAI's wire format: what a request may hold, and the objects that answer it. Nothing unknown is ever ignored.
+"""OpenAI's wire format: what a request may hold, and the objects that answer it. Nothing unknown is
+ever ignored.
 
-Source: the API reference of OpenAI's chat completions and (legacy) completions; `reasoning_content` is DeepSeek's.
-Not here: routes and connections (app).
+Source: the API reference of OpenAI's chat completions and (legacy) completions; `reasoning_content`
+is DeepSeek's. Not here: routes and connections (app).
 """
 
 import json
@@ -23,13 +24,20 @@ DEFAULT_COMPLETION_TOKENS = 16
 class ApiError(Exception):
     """An error object of the API with its HTTP status."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None,
-                 retry_after: int | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
         kind = {429: "rate_limit_error", 404: "not_found_error"}.get(
-            status, "invalid_request_error" if status < 500 else "server_error")
+            status, "invalid_request_error" if status < 500 else "server_error"
+        )
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -48,8 +56,13 @@ def _content(value: Any) -> Any:
     """A message's content: a string, or a list of text parts, which are joined."""
     if not isinstance(value, list):
         return value
-    if not all(isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"
-               and isinstance(part["text"], str) for part in value):
+    if not all(
+        isinstance(part, dict)
+        and part.keys() == {"type", "text"}
+        and part["type"] == "text"
+        and isinstance(part["text"], str)
+        for part in value
+    ):
         raise ValueError('must be a string or a list of parts {"type": "text", "text": ...}')
     return "".join(part["text"] for part in value)
 
@@ -63,9 +76,15 @@ def _prompts(value: Any) -> Any:
             return value
         if all(_is_id(item) for item in value):
             return [value]
-        if all(isinstance(item, list) and item and all(_is_id(token) for token in item) for item in value):
+        if all(
+            isinstance(item, list) and item and all(_is_id(token) for token in item)
+            for item in value
+        ):
             return value
-    raise ValueError("must be a string, a list of strings, a list of token ids or a list of such lists, not empty")
+    raise ValueError(
+        "must be a string, a list of strings, a list of token ids or a list of such lists, not "
+        "empty"
+    )
 
 
 def _is_id(value: Any) -> bool:
@@ -95,8 +114,11 @@ class _Sampling(_Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: Annotated[Annotated[list[Annotated[Text, Field(min_length=1, max_length=1000)]], Field(max_length=16)] | None,
-                    BeforeValidator(_stops)] = None
+    stop: Annotated[
+        Annotated[list[Annotated[Text, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
+        | None,
+        BeforeValidator(_stops),
+    ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = None  # a client's own mark, which has no effect
@@ -107,21 +129,32 @@ class _Sampling(_Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def params(self, prompts: int, max_tokens: int, drawn_seed: int) -> list[list[SamplingParams]]:
-        """Per prompt the parameters of its n choices. Choice 0 has the seed itself, the others one derived from it."""
+        """Per prompt the parameters of its n choices. Choice 0 has the seed itself, the others one
+        derived from it.
+        """
         seed = drawn_seed if self.seed is None else self.seed
         n = self.n or 1
-        return [[SamplingParams(max_tokens=max_tokens,
-                                temperature=1.0 if self.temperature is None else self.temperature,
-                                top_p=1.0 if self.top_p is None else self.top_p,
-                                seed=derive(seed, "choice", number) if number else seed,
-                                stop=tuple(self.stop or ())) for number in range(prompt * n, (prompt + 1) * n)]
-                for prompt in range(prompts)]
+        return [
+            [
+                SamplingParams(
+                    max_tokens=max_tokens,
+                    temperature=1.0 if self.temperature is None else self.temperature,
+                    top_p=1.0 if self.top_p is None else self.top_p,
+                    seed=derive(seed, "choice", number) if number else seed,
+                    stop=tuple(self.stop or ()),
+                )
+                for number in range(prompt * n, (prompt + 1) * n)
+            ]
+            for prompt in range(prompts)
+        ]
 
 
 class CompletionBody(_Sampling):
     """POST /v1/completions. `logprobs` may be 0: of the sampled tokens alone."""
 
-    prompt: Annotated[Annotated[list[Text | list[int]], Field(max_length=MOST_CHOICES)], BeforeValidator(_prompts)]
+    prompt: Annotated[
+        Annotated[list[Text | list[int]], Field(max_length=MOST_CHOICES)], BeforeValidator(_prompts)
+    ]
     logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
 
 
@@ -134,7 +167,11 @@ class ChatMessage(_Body):
 
     def as_message(self) -> Message:
         """For the tokenizer."""
-        return {"role": self.role, "content": self.content, "reasoning_content": self.reasoning_content}
+        return {
+            "role": self.role,
+            "content": self.content,
+            "reasoning_content": self.reasoning_content,
+        }
 
 
 class ChatBody(_Sampling):
@@ -166,7 +203,11 @@ def parse_body(kind: type[BodyT], raw: bytes) -> BodyT:
     return body
 
 
-_FIELDS = {name for kind in (ChatBody, CompletionBody, ChatMessage, StreamOptions) for name in kind.model_fields}
+_FIELDS = {
+    name
+    for kind in (ChatBody, CompletionBody, ChatMessage, StreamOptions)
+    for name in kind.model_fields
+}
 
 
 def _no_constant(name: str) -> None:
@@ -177,37 +218,74 @@ def _refusal(error: ValidationError) -> ApiError:
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     is_extra = fault["type"] == "extra_forbidden"
     # pydantic also names the branch of a union, which is nothing that the client wrote
-    param = ".".join(str(part) for part in fault["loc"]
-                     if isinstance(part, int) or part in _FIELDS or (is_extra and part == fault["loc"][-1]))
+    param = ".".join(
+        str(part)
+        for part in fault["loc"]
+        if isinstance(part, int) or part in _FIELDS or (is_extra and part == fault["loc"][-1])
+    )
     if is_extra:
-        return ApiError(400, f"unknown or unsupported parameter: {param}", param, "unknown_parameter")
+        return ApiError(
+            400, f"unknown or unsupported parameter: {param}", param, "unknown_parameter"
+        )
     if fault["type"] == "missing":
         return ApiError(400, f"missing parameter: {param}", param, "missing_required_parameter")
     if param in ("top_logprobs", "logprobs"):
-        return ApiError(400, f"{param}: alternatives are not supported, only the sampled tokens' own log-probabilities "
-                        "(chat: logprobs=true, completions: logprobs=0)", param, "unsupported_value")
-    return ApiError(400, f"{param}: {fault['msg'].removeprefix('Value error, ')}", param, "invalid_value")
+        return ApiError(
+            400,
+            f"{param}: alternatives are not supported, only the sampled tokens' own "
+            "log-probabilities "
+            "(chat: logprobs=true, completions: logprobs=0)",
+            param,
+            "unsupported_value",
+        )
+    return ApiError(
+        400, f"{param}: {fault['msg'].removeprefix('Value error, ')}", param, "invalid_value"
+    )
 
 
-def usage(prompt_tokens: int, completion_tokens: int, reasoning_tokens: int | None) -> dict[str, Any]:
+def usage(
+    prompt_tokens: int, completion_tokens: int, reasoning_tokens: int | None
+) -> dict[str, Any]:
     """Token counts; reasoning tokens (chat only) are part of the completion's."""
-    table: dict[str, Any] = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
-                             "total_tokens": prompt_tokens + completion_tokens}
+    table: dict[str, Any] = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
     if reasoning_tokens is not None:
         table["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
     return table
 
 
-def chat_logprobs(tokens: list[int], logprobs: list[float], spell: Callable[[int], bytes]) -> dict[str, Any]:
+def chat_logprobs(
+    tokens: list[int], logprobs: list[float], spell: Callable[[int], bytes]
+) -> dict[str, Any]:
     """The `logprobs` of a chat choice: the answer's tokens, natural logarithms at temperature 1."""
-    return {"content": [{"token": spell(token).decode("utf-8", "replace"), "logprob": logprob,
-                         "bytes": list(spell(token)), "top_logprobs": []}
-                        for token, logprob in zip(tokens, logprobs, strict=True)], "refusal": None}
+    return {
+        "content": [
+            {
+                "token": spell(token).decode("utf-8", "replace"),
+                "logprob": logprob,
+                "bytes": list(spell(token)),
+                "top_logprobs": [],
+            }
+            for token, logprob in zip(tokens, logprobs, strict=True)
+        ],
+        "refusal": None,
+    }
 
 
-def completion_logprobs(tokens: list[int], logprobs: list[float], spell: Callable[[int], bytes], offset: int
-                        ) -> dict[str, Any]:
-    """The `logprobs` of a completion choice; `offset` is how many characters came before these tokens."""
+def completion_logprobs(
+    tokens: list[int], logprobs: list[float], spell: Callable[[int], bytes], offset: int
+) -> dict[str, Any]:
+    """The `logprobs` of a completion choice; `offset` is how many characters came before these
+    tokens.
+    """
     texts = [spell(token).decode("utf-8", "replace") for token in tokens]
     offsets = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]
-    return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
+    return {
+        "tokens": texts,
+        "token_logprobs": logprobs,
+        "top_logprobs": None,
+        "text_offset": offsets,
+    }

@@ -24,8 +24,15 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI) -> None:
         """For an application made by `create_app`."""
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
-                                        timeout_graceful_shutdown=SECONDS_TO_CLOSE))
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=SECONDS_TO_CLOSE,
+            )
+        )
         self._workers: list[Worker] = list(app.state.workers.values())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -36,14 +43,20 @@ class Server(uvicorn.Server):
 
 
 def serve(run_directory: Path, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT) -> None:
-    """Serve a run's models until Ctrl-C. A run without exports, or a port in use, is a `XushiError`."""
+    """Serve a run's models until Ctrl-C. A run without exports, or a port in use, is a
+    `XushiError`.
+    """
     exports = find_exports(run_directory)
     with bind(host, port) as listener:
         app = create_app(exports)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
-        print(f"serving {', '.join(exports)} of {run_directory}\n  page  {address}/\n  API   {address}/v1\n"
-              "Ctrl-C stops", flush=True)
+        print(
+            f"serving {', '.join(exports)} of {run_directory}\n  page  {address}/\n  API   "
+            f"{address}/v1\n"
+            "Ctrl-C stops",
+            flush=True,
+        )
         run(Server(app), listener)
 
 
@@ -55,16 +68,26 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except socket.gaierror as error:
-        raise XushiError(f"host {host!r} has no address: {error.strerror}",
-                         "give --host 127.0.0.1 for this machine alone, --host 0.0.0.0 for everybody") from None
+        raise XushiError(
+            f"host {host!r} has no address: {error.strerror}",
+            "give --host 127.0.0.1 for this machine alone, --host 0.0.0.0 for everybody",
+        ) from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise XushiError(f"port {port} of {host} is in use", f"choose another, for example --port {port + 1}"
-                             if port < 65535 else "choose another with --port") from None
+            raise XushiError(
+                f"port {port} of {host} is in use",
+                f"choose another, for example --port {port + 1}"
+                if port < 65535
+                else "choose another with --port",
+            ) from None
         if error.errno == errno.EACCES:
-            raise XushiError(f"port {port} of {host} may not be used", "choose one above 1023 with --port") from None
-        raise XushiError(f"cannot listen on {host} port {port}: {error.strerror}",
-                         "give --host 127.0.0.1 for this machine alone") from None
+            raise XushiError(
+                f"port {port} of {host} may not be used", "choose one above 1023 with --port"
+            ) from None
+        raise XushiError(
+            f"cannot listen on {host} port {port}: {error.strerror}",
+            "give --host 127.0.0.1 for this machine alone",
+        ) from None
 
 
 def run(server: Server, listener: socket.socket) -> None:

@@ -1,6 +1,7 @@
 """Chat in the terminal: text appears as it is made, thinking dimmed. Not here: HTTP.
 
-On a terminal Ctrl-C stops an answer and Ctrl-D leaves; with another standard input each line is one turn.
+On a terminal Ctrl-C stops an answer and Ctrl-D leaves; with another standard input each line is one
+turn.
 """
 
 import re
@@ -38,7 +39,13 @@ class Terminal:
         """What the models can do, and the keys."""
         for name, path in self._exports.items():
             card = read_card(name, path)
-            print(self._dim(" ".join(part for part in (f"{card.title or name}:", card.can, card.cannot) if part)))
+            print(
+                self._dim(
+                    " ".join(
+                        part for part in (f"{card.title or name}:", card.can, card.cannot) if part
+                    )
+                )
+            )
             if card.example:
                 print(self._dim(f"  for example: {card.example.rstrip()}"))
         if self.chats and BASE in self._exports:
@@ -59,7 +66,11 @@ class Terminal:
             else:
                 self._complete(line)
         except XushiError as error:
-            print(f"{error.problem}\n{error.remedy}, or begin anew with /new" if self._messages else str(error))
+            print(
+                f"{error.problem}\n{error.remedy}, or begin anew with /new"
+                if self._messages
+                else str(error)
+            )
 
     def _chat(self, line: str) -> None:
         llm = self._load(REASONING)
@@ -81,7 +92,8 @@ class Terminal:
     def _show(self, deltas: Iterator[Delta]) -> str:
         """Print an answer as it comes, up to Ctrl-C; returns the answer without its reasoning."""
         stopped = threading.Event()
-        # Not by an exception: that could fall into the middle of a step and leave the engine in disorder.
+        # Not by an exception: that could fall into the middle of a step and leave the engine in
+        # disorder.
         previous = signal.signal(signal.SIGINT, lambda *_: stopped.set())
         answer = ""
         channel = "content"
@@ -108,7 +120,9 @@ class Terminal:
         return self._models[name]
 
     def _params(self, max_tokens: int) -> SamplingParams:
-        return SamplingParams(max_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=secrets.randbits(63))
+        return SamplingParams(
+            max_tokens, temperature=TEMPERATURE, top_p=TOP_P, seed=secrets.randbits(63)
+        )
 
     def _dim(self, text: str) -> str:
         return f"\x1b[2m{text}\x1b[22m" if self._colours and text else text
@@ -135,7 +149,9 @@ def chat(run_directory: Path) -> None:
             print()
             continue
         except UnicodeDecodeError as error:
-            raise XushiError(f"the input is not UTF-8: {error.reason}", "convert it, for example with iconv") from None
+            raise XushiError(
+                f"the input is not UTF-8: {error.reason}", "convert it, for example with iconv"
+            ) from None
         if line.strip():
             terminal.turn(line)
     if interactive:

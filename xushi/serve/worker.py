@@ -1,6 +1,8 @@
-"""One thread per model that owns its engine: jobs go in through a bounded queue, events come out on the event loop.
+"""One thread per model that owns its engine: jobs go in through a bounded queue, events come out on
+the event loop.
 
-A fault inside a step fails the requests of that moment and not the server. Not here: HTTP and JSON (app, protocol).
+A fault inside a step fails the requests of that moment and not the server. Not here: HTTP and JSON
+(app, protocol).
 """
 
 import asyncio
@@ -15,7 +17,8 @@ from xushi.engine import LLM, Delta, Engine, Request, SamplingParams, TextStream
 
 logger = logging.getLogger(__name__)
 
-# Continuations that may be unfinished at once, running or waiting; beyond it a client is told to come back.
+# Continuations that may be unfinished at once, running or waiting; beyond it a client is told to
+# come back.
 QUEUE_LIMIT = 256
 
 
@@ -25,7 +28,9 @@ class Busy(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What one step gave one choice: a token, its model log-probability, its text so far, perhaps the end."""
+    """What one step gave one choice: a token, its model log-probability, its text so far, perhaps
+    the end.
+    """
 
     choice: int
     token: int
@@ -45,7 +50,8 @@ class Failure:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One HTTP request: prompts with the parameters of their choices, numbered through, and where events go.
+    """One HTTP request: prompts with the parameters of their choices, numbered through, and where
+    events go.
 
     Make it on the event loop that reads `events`.
     """
@@ -62,6 +68,7 @@ class Job:
 
     def send(self, events: "list[Event | Failure]") -> None:
         """Hand events to the reader; from any thread."""
+
         def put() -> None:
             for event in events:
                 self.events.put_nowait(event)
@@ -130,7 +137,9 @@ class Worker:
         self._engine.check(prompt_ids, params)
 
     def submit(self, job: Job) -> None:
-        """Queue a job whose prompts have been checked; `Busy` if it does not fit, and then none of it is queued."""
+        """Queue a job whose prompts have been checked; `Busy` if it does not fit, and then none of
+        it is queued.
+        """
         with self._wake:
             if self._unfinished + job.choices > self.queue_limit:
                 raise Busy
@@ -150,7 +159,9 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._submitted or self._cancelled or self._closing or self._engine.has_work):
+                while not (
+                    self._submitted or self._cancelled or self._closing or self._engine.has_work
+                ):
                     self._wake.wait()
                 submitted, self._submitted = self._submitted, []
                 cancelled, self._cancelled = self._cancelled, []
@@ -158,16 +169,24 @@ class Worker:
             try:
                 for job in submitted:
                     self._admit(job)
-                for request in [r for r, choice in self._choices.items() if choice.job in cancelled]:
+                for request in [
+                    r for r, choice in self._choices.items() if choice.job in cancelled
+                ]:
                     self._engine.abort(request)
                     self._forget(request)
                 if closing:
                     self._fail_all(_SHUTDOWN, submitted)
                     return
                 self._deliver(self._engine.step())
-            except Exception as error:  # whatever it is, the other jobs and the next ones must be served
+            except (
+                Exception
+            ) as error:  # whatever it is, the other jobs and the next ones must be served
                 logger.exception("a step of the engine failed")
-                message = error.problem if isinstance(error, XushiError) else "the engine failed; the log says why"
+                message = (
+                    error.problem
+                    if isinstance(error, XushiError)
+                    else "the engine failed; the log says why"
+                )
                 self._engine = Engine(self._engine.model, self._engine.eos_id, self._engine.slots)
                 self._fail_all(Failure(message, False), submitted)
 
@@ -176,8 +195,9 @@ class Worker:
         tokenizer = self.llm.tokenizer
         for prompt_ids, params in job.prompts:
             for request in self._engine.add_group(prompt_ids, params):
-                self._choices[request] = _Choice(job, next(numbers),
-                                                 TextStream(tokenizer, request.params.stop, job.chat))
+                self._choices[request] = _Choice(
+                    job, next(numbers), TextStream(tokenizer, request.params.stop, job.chat)
+                )
 
     def _deliver(self, progressed: list[Request]) -> None:
         """Turn the newest token of each request into an event; one wake-up of the loop per job."""
@@ -193,8 +213,16 @@ class Worker:
             if reason is not None:
                 deltas += text.flush()
                 self._forget(request)
-            outgoing[choice.job].append(Event(choice.index, request.token_ids[-1], request.logprobs[-1], is_reasoning,
-                                              deltas, reason))
+            outgoing[choice.job].append(
+                Event(
+                    choice.index,
+                    request.token_ids[-1],
+                    request.logprobs[-1],
+                    is_reasoning,
+                    deltas,
+                    reason,
+                )
+            )
         for job, events in outgoing.items():
             job.send(events)
 
@@ -204,9 +232,15 @@ class Worker:
             self._unfinished -= 1
 
     def _fail_all(self, failure: Failure, taken: list[Job]) -> None:
-        """Fail every job: those in the engine, those just taken from the queue and those still in it."""
+        """Fail every job: those in the engine, those just taken from the queue and those still in
+        it.
+        """
         with self._wake:
-            jobs = {choice.job for choice in self._choices.values()} | set(taken) | set(self._submitted)
+            jobs = (
+                {choice.job for choice in self._choices.values()}
+                | set(taken)
+                | set(self._submitted)
+            )
             self._choices.clear()
             self._submitted.clear()
             self._unfinished = 0

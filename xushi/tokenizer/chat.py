@@ -1,10 +1,12 @@
-"""The form of a conversation in tokens: DeepSeek-V3.1's, in which one token after `<｜Assistant｜>` decides the mode.
+"""The form of a conversation in tokens: DeepSeek-V3.1's, in which one token after `<｜Assistant｜>`
+decides the mode.
 
     <bos> system <｜User｜> question <｜Assistant｜> <think> reasoning </think> answer <eos>
     <bos> system <｜User｜> question <｜Assistant｜> </think> answer <eos>
 
-Every text is encoded apart from its neighbours, so no text can form a special token. `CHAT_TEMPLATE` says the same to
-other programs. Not here: which messages an API accepts, and whether earlier reasoning is sent again.
+Every text is encoded apart from its neighbours, so no text can form a special token.
+`CHAT_TEMPLATE` says the same to other programs. Not here: which messages an API accepts, and
+whether earlier reasoning is sent again.
 """
 
 from collections.abc import Sequence
@@ -46,10 +48,14 @@ CHAT_TEMPLATE = """\
 """
 
 
-def chat_example(tokenizer: "Tokenizer", messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """Ids of a conversation, and a mask that is True on what an assistant must produce (after its mark, through eos).
+def chat_example(
+    tokenizer: "Tokenizer", messages: Sequence[Message]
+) -> tuple[list[int], list[bool]]:
+    """Ids of a conversation, and a mask that is True on what an assistant must produce (after its
+    mark, through eos).
 
-    System texts stand first, joined by an empty line, wherever they were. An unknown role is a `XushiError`.
+    System texts stand first, joined by an empty line, wherever they were. An unknown role is a
+    `XushiError`.
     """
     ids, mask = [tokenizer.bos_id], [False]
 
@@ -57,7 +63,10 @@ def chat_example(tokenizer: "Tokenizer", messages: Sequence[Message]) -> tuple[l
         ids.extend(more)
         mask.extend([learned] * len(more))
 
-    add(tokenizer.encode("\n\n".join(m["content"] for m in messages if m["role"] == "system")), False)
+    add(
+        tokenizer.encode("\n\n".join(m["content"] for m in messages if m["role"] == "system")),
+        False,
+    )
     for message in messages:
         if message["role"] == "user":
             add([tokenizer.user_id, *tokenizer.encode(message["content"])], False)
@@ -66,24 +75,35 @@ def chat_example(tokenizer: "Tokenizer", messages: Sequence[Message]) -> tuple[l
             reasoning = message.get("reasoning_content")
             if reasoning:
                 add([tokenizer.think_id, *tokenizer.encode(reasoning)], True)
-            add([tokenizer.end_think_id, *tokenizer.encode(message["content"]), tokenizer.eos_id], True)
+            add(
+                [tokenizer.end_think_id, *tokenizer.encode(message["content"]), tokenizer.eos_id],
+                True,
+            )
         elif message["role"] != "system":
-            raise XushiError(f"message has the unknown role {message['role']!r}", "use system, user or assistant")
+            raise XushiError(
+                f"message has the unknown role {message['role']!r}", "use system, user or assistant"
+            )
     return ids, mask
 
 
 def parse_assistant(tokenizer: "Tokenizer", ids: Sequence[int]) -> tuple[str | None, str, bool]:
-    """What follows `<｜Assistant｜>`, taken apart: (reasoning or None, answer, whether eos was reached).
+    """What follows `<｜Assistant｜>`, taken apart: (reasoning or None, answer, whether eos was
+    reached).
 
-    Only what stands after the first `</think>` is an answer: everything before it is reasoning, with or without a
-    `<think>` in front, and without a `</think>` the answer is "". Ids after the first eos do not count.
+    Only what stands after the first `</think>` is an answer: everything before it is reasoning,
+    with or without a `<think>` in front, and without a `</think>` the answer is "". Ids after the
+    first eos do not count.
     """
     ids = list(ids)
     finished = tokenizer.eos_id in ids
     if finished:
-        ids = ids[:ids.index(tokenizer.eos_id)]
+        ids = ids[: ids.index(tokenizer.eos_id)]
     closed = tokenizer.end_think_id in ids
     border = ids.index(tokenizer.end_think_id) if closed else len(ids)
     reasoning = tokenizer.decode(ids[:border], skip_special=True)
     thought = bool(reasoning) or tokenizer.think_id in ids[:border]
-    return reasoning if thought else None, tokenizer.decode(ids[border + 1:], skip_special=True), finished
+    return (
+        reasoning if thought else None,
+        tokenizer.decode(ids[border + 1 :], skip_special=True),
+        finished,
+    )

@@ -1,11 +1,20 @@
-"""The tokenizer's part of a recipe. Not here: special tokens and the chat form, which are the same in every run."""
+"""The tokenizer's part of a recipe. Not here: special tokens and the chat form, which are the same
+in every run.
+"""
 
 from pydantic import model_validator
 
 from xushi.base.config import StrictConfig
 
-SPECIAL_TOKENS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>",
-                  "<think>", "</think>")
+SPECIAL_TOKENS = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜▁pad▁｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<think>",
+    "</think>",
+)
 """In the order of their ids, which begin at 0. Spelled as in DeepSeek-V3.1's published tokenizer."""
 
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
@@ -20,6 +29,8 @@ class TokenizerConfig(StrictConfig):
     @model_validator(mode="after")
     def _large_enough(self) -> "TokenizerConfig":
         if self.vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and "
-                             f"{len(SPECIAL_TOKENS)} special tokens)")
+            raise ValueError(
+                f"vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and "
+                f"{len(SPECIAL_TOKENS)} special tokens)"
+            )
         return self

@@ -1,4 +1,6 @@
-"""Text from ids as they arrive. Not here: the decoding of a whole list, which is `Tokenizer.decode`."""
+"""Text from ids as they arrive. Not here: the decoding of a whole list, which is
+`Tokenizer.decode`.
+"""
 
 import codecs
 from typing import TYPE_CHECKING
@@ -8,7 +10,9 @@ if TYPE_CHECKING:
 
 
 class StreamDecoder:
-    """Holds back the bytes of an unfinished UTF-8 character; all pieces joined are what `Tokenizer.decode` gives."""
+    """Holds back the bytes of an unfinished UTF-8 character; all pieces joined are what
+    `Tokenizer.decode` gives.
+    """
 
     def __init__(self, tokenizer: "Tokenizer", skip_special: bool = False) -> None:
         self._tokenizer = tokenizer

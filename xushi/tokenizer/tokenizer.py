@@ -1,7 +1,9 @@
-"""Byte-level BPE over the `tokenizers` library: train, encode, decode, save in the form that transformers loads.
+"""Byte-level BPE over the `tokenizers` library: train, encode, decode, save in the form that
+transformers loads.
 
-Lossless: decode(encode(text)) == text for every text without lone surrogates. No text can produce a special token.
-Not here: which text it is trained on (the caller's), and how a conversation is laid out (`chat`).
+Lossless: decode(encode(text)) == text for every text without lone surrogates. No text can produce a
+special token. Not here: which text it is trained on (the caller's), and how a conversation is laid
+out (`chat`).
 """
 
 import hashlib
@@ -23,25 +25,30 @@ from xushi.tokenizer.config import SMALLEST_VOCABULARY, SPECIAL_TOKENS
 if TYPE_CHECKING:
     import tokenizers
 
-# Each digit stands alone, so that numbers of any length have one reading; runs of Chinese and Japanese script are kept
-# from gluing to Latin text; then, as in DeepSeek-V3's tokenizer.json: a punctuation mark with the letters after it
-# (`.append`, `_name`), a word with the space before it, punctuation with its line ends, line ends, indentation.
+# Each digit stands alone, so that numbers of any length have one reading; runs of Chinese and
+# Japanese script are kept from gluing to Latin text; then, as in DeepSeek-V3's tokenizer.json: a
+# punctuation mark with the letters after it (`.append`, `_name`), a word with the space before it,
+# punctuation with its line ends, line ends, indentation.
 _DIGIT = r"\p{N}"
 _CJK = r"[\p{Han}\p{Hiragana}\p{Katakana}]+"
-_WORD = (r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
-         r""" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
+_WORD = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
+    r""" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
 
-# The library keeps dozens of bytes per byte of a text in work, so a long text goes through it in pieces.
+# The library keeps dozens of bytes per byte of a text in work, so a long text goes through it in
+# pieces.
 _PIECE_CHARACTERS = 1 << 20
 _BORDER = re.compile(r"\n(?=\S)")
 
 
 class Tokenizer:
-    """Made by `train` or `load`. Ids run from 0 to `vocab_size` - 1: special tokens, the 256 bytes, merges.
+    """Made by `train` or `load`. Ids run from 0 to `vocab_size` - 1: special tokens, the 256 bytes,
+    merges.
 
-    Attributes: `bos_id`, `eos_id`, `pad_id`, `user_id`, `assistant_id`, `think_id`, `end_think_id`, `vocab_size`,
-    `hash` (hex SHA-256 of `tokenizer.json`), `byte_lengths` (int64 [V], how many bytes of text a token stands for;
-    0 for special tokens).
+    Attributes: `bos_id`, `eos_id`, `pad_id`, `user_id`, `assistant_id`, `think_id`, `end_think_id`,
+    `vocab_size`, `hash` (hex SHA-256 of `tokenizer.json`), `byte_lengths` (int64 [V], how many
+    bytes of text a token stands for; 0 for special tokens).
     """
 
     def __init__(self, serialized: str) -> None:
@@ -50,71 +57,112 @@ class Tokenizer:
 
         self._serialized = serialized
         self._backend = Backend.from_str(serialized)
-        # The library does not save this switch. With it, special tokens spelled in a text are ordinary characters.
+        # The library does not save this switch. With it, special tokens spelled in a text are
+        # ordinary characters.
         self._backend.encode_special_tokens = True
         _check_special_tokens(self._backend)
-        self.bos_id, self.eos_id, self.pad_id, self.user_id, self.assistant_id, self.think_id, self.end_think_id = (
-            range(len(SPECIAL_TOKENS)))
+        (
+            self.bos_id,
+            self.eos_id,
+            self.pad_id,
+            self.user_id,
+            self.assistant_id,
+            self.think_id,
+            self.end_think_id,
+        ) = range(len(SPECIAL_TOKENS))
         self.vocab_size: int = self._backend.get_vocab_size()
         self.hash = hashlib.sha256(serialized.encode()).hexdigest()
         self._bytes = _token_bytes(self._backend)
-        self.byte_lengths: npt.NDArray[np.int64] = np.array([len(b) for b in self._bytes], dtype=np.int64)
+        self.byte_lengths: npt.NDArray[np.int64] = np.array(
+            [len(b) for b in self._bytes], dtype=np.int64
+        )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Learn merges from `texts`, deterministically. A merge must occur at least twice.
 
-        `XushiError` if the vocabulary cannot even hold the bytes, or if the text does not allow so many merges.
+        `XushiError` if the vocabulary cannot even hold the bytes, or if the text does not allow so
+        many merges.
         """
         from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Backend
 
         if vocab_size < SMALLEST_VOCABULARY:
-            raise XushiError(f"tokenizer.vocab_size={vocab_size} is less than {SMALLEST_VOCABULARY}, the 256 bytes and "
-                             f"{len(SPECIAL_TOKENS)} special tokens", f"set it to {SMALLEST_VOCABULARY} or more")
+            raise XushiError(
+                f"tokenizer.vocab_size={vocab_size} is less than {SMALLEST_VOCABULARY}, the 256 "
+                "bytes and "
+                f"{len(SPECIAL_TOKENS)} special tokens",
+                f"set it to {SMALLEST_VOCABULARY} or more",
+            )
         backend = Backend(models.BPE())
-        split = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (_DIGIT, _CJK, _WORD)]
+        split = [
+            pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (_DIGIT, _CJK, _WORD)
+        ]
         backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+            [*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, min_frequency=2, show_progress=False,
-            special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-        backend.train_from_iterator((piece for text in texts for piece in _pieces(_encodable(text))), trainer=trainer)
+            vocab_size=vocab_size,
+            min_frequency=2,
+            show_progress=False,
+            special_tokens=[
+                AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS
+            ],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        )
+        backend.train_from_iterator(
+            (piece for text in texts for piece in _pieces(_encodable(text))), trainer=trainer
+        )
         reached = backend.get_vocab_size()
         if reached < vocab_size:
-            raise XushiError(f"tokenizer.vocab_size={vocab_size} is larger than the text allows: it gives {reached}",
-                             f"set tokenizer.vocab_size to {reached} or less, or add text")
+            raise XushiError(
+                f"tokenizer.vocab_size={vocab_size} is larger than the text allows: it gives "
+                f"{reached}",
+                f"set tokenizer.vocab_size to {reached} or less, or add text",
+            )
         return cls(backend.to_str(pretty=True))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without bos or eos; never a special one. A lone surrogate is a `XushiError`."""
+        """Ids of `text` alone, without bos or eos; never a special one. A lone surrogate is a
+        `XushiError`.
+        """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on as many threads as the library takes."""
         pieces = [list(_pieces(_encodable(text))) for text in texts]
-        encodings = iter(self._backend.encode_batch_fast([p for parts in pieces for p in parts],
-                                                         add_special_tokens=False))
+        encodings = iter(
+            self._backend.encode_batch_fast(
+                [p for parts in pieces for p in parts], add_special_tokens=False
+            )
+        )
         return [[token for _ in parts for token in next(encodings).ids] for parts in pieces]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self.spelling(token, skip_special) for token in ids).decode("utf-8", errors="replace")
+        return b"".join(self.spelling(token, skip_special) for token in ids).decode(
+            "utf-8", errors="replace"
+        )
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of text that a token stands for; b"" for a special token."""
         return self._bytes[token]
 
     def spelling(self, token: int, skip_special: bool = False) -> bytes:
-        """What a reader sees of a token: `token_bytes`, or the name of a special token unless those are skipped."""
+        """What a reader sees of a token: `token_bytes`, or the name of a special token unless those
+        are skipped.
+        """
         if token < len(SPECIAL_TOKENS) and not skip_special:
             return SPECIAL_TOKENS[token].encode()
         return self._bytes[token]
 
-    def chat_ids(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation (see `chat`); with the generation prompt they end with `assistant_id`."""
+    def chat_ids(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Ids of a conversation (see `chat`); with the generation prompt they end with
+        `assistant_id`.
+        """
         ids, _ = chat.chat_example(self, messages)
         return [*ids, self.assistant_id] if add_generation_prompt else ids
 
@@ -127,24 +175,29 @@ class Tokenizer:
         return chat.parse_assistant(self, ids)
 
     def save(self, directory: Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer` loads.
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer`
+        loads.
 
-        transformers reads special tokens in plain text unless asked not to: `split_special_tokens=True` when encoding
-        a text, `sanitize_control_tokens=True` in `apply_chat_template`. Setting the first for good in the config would
-        also take apart the tokens that the chat template writes, so it stays off there.
+        transformers reads special tokens in plain text unless asked not to:
+        `split_special_tokens=True` when encoding a text, `sanitize_control_tokens=True` in
+        `apply_chat_template`. Setting the first for good in the config would also take apart the
+        tokens that the chat template writes, so it stays off there.
         """
         write_atomic(directory / "tokenizer.json", self._serialized)
-        write_json(directory / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": SPECIAL_TOKENS[0],
-            "eos_token": SPECIAL_TOKENS[1],
-            "pad_token": SPECIAL_TOKENS[2],
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "split_special_tokens": False,
-            "chat_template": CHAT_TEMPLATE,
-        })
+        write_json(
+            directory / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": SPECIAL_TOKENS[0],
+                "eos_token": SPECIAL_TOKENS[1],
+                "pad_token": SPECIAL_TOKENS[2],
+                "add_bos_token": False,
+                "add_eos_token": False,
+                "clean_up_tokenization_spaces": False,
+                "split_special_tokens": False,
+                "chat_template": CHAT_TEMPLATE,
+            },
+        )
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
@@ -153,9 +206,13 @@ class Tokenizer:
         try:
             serialized = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise XushiError(f"{path} does not exist", "run the tokenizer stage, or give another directory") from None
+            raise XushiError(
+                f"{path} does not exist", "run the tokenizer stage, or give another directory"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise XushiError(f"{path} cannot be read: {error}", "run the tokenizer stage again") from None
+            raise XushiError(
+                f"{path} cannot be read: {error}", "run the tokenizer stage again"
+            ) from None
         try:
             json.loads(serialized)
             return cls(serialized)
@@ -163,21 +220,31 @@ class Tokenizer:
             raise XushiError(f"{path}: {error.problem}", error.remedy) from None
         except Exception as error:  # the library raises plain Exception for whatever it cannot read
             message = " ".join(str(error).split())
-            raise XushiError(f"{path} is damaged: {message}", "run the tokenizer stage again") from None
+            raise XushiError(
+                f"{path} is damaged: {message}", "run the tokenizer stage again"
+            ) from None
 
 
 def _check_special_tokens(backend: "tokenizers.Tokenizer") -> None:
-    added = {index: token.content for index, token in backend.get_added_tokens_decoder().items() if token.special}
+    added = {
+        index: token.content
+        for index, token in backend.get_added_tokens_decoder().items()
+        if token.special
+    }
     if added != dict(enumerate(SPECIAL_TOKENS)):
         raise XushiError("the special tokens are not xushi's", "use a tokenizer that xushi trained")
 
 
 def _token_bytes(backend: "tokenizers.Tokenizer") -> list[bytes]:
-    """The bytes behind each token. Byte-level BPE writes printable Latin-1 bytes as themselves and the other 68 as the
-    characters from U+0100 on, in order (Radford et al. 2019, `bytes_to_unicode` of GPT-2's published encoder)."""
+    """The bytes behind each token. Byte-level BPE writes printable Latin-1 bytes as themselves and
+    the other 68 as the characters from U+0100 on, in order (Radford et al. 2019, `bytes_to_unicode`
+    of GPT-2's published encoder).
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    table = {chr(byte): byte for byte in printable} | {
+        chr(0x100 + i): byte for i, byte in enumerate(others)
+    }
     tokens: list[bytes] = [b""] * backend.get_vocab_size()
     for token, index in backend.get_vocab(with_added_tokens=True).items():
         if index >= len(SPECIAL_TOKENS):
@@ -191,15 +258,19 @@ def _encodable(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise XushiError(f"text has a lone surrogate at character {error.start}, which is no Unicode text",
-                         "remove it, or write the character that was meant") from None
+        raise XushiError(
+            f"text has a lone surrogate at character {error.start}, which is no Unicode text",
+            "remove it, or write the character that was meant",
+        ) from None
     return text
 
 
 def _pieces(text: str, limit: int = _PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a long text where the pre-tokenizer always cuts: between a line feed and what is not white space."""
+    """Cut a long text where the pre-tokenizer always cuts: between a line feed and what is not
+    white space.
+    """
     start = 0
     while border := _BORDER.search(text, start + limit):
-        yield text[start:border.end()]
+        yield text[start : border.end()]
         start = border.end()
     yield text[start:]

@@ -13,9 +13,9 @@ from xushi.model import Deepseek
 def update_router_biases(model: Deepseek, loads: dict[str, Tensor], speed: float) -> None:
     """Once per optimizer step: b_e += speed * sign(mean load - load_e), then the mean is taken off.
 
-    The rule is V3's (arXiv:2412.19437, section 2.1.2) on the batch's global counts; without centring the biases
-    would drift together, since the signs need not sum to zero. Routers without a bias (V2's) are left to the balance
-    loss.
+    The rule is V3's (arXiv:2412.19437, section 2.1.2) on the batch's global counts; without
+    centring the biases would drift together, since the signs need not sum to zero. Routers without
+    a bias (V2's) are left to the balance loss.
     """
     routers = model.routers()
     for name, load_E in loads.items():
@@ -27,7 +27,8 @@ def update_router_biases(model: Deepseek, loads: dict[str, Tensor], speed: float
 
 
 def router_health(model: Deepseek, loads: dict[str, Tensor]) -> dict[str, float]:
-    """Per MoE layer: share of each expert, maximal violation, experts nobody chose, and how far the biases moved.
+    """Per MoE layer: share of each expert, maximal violation, experts nobody chose, and how far the
+    biases moved.
 
     Maximal violation is (largest load - mean) / mean (Wang et al. 2024, arXiv:2408.15664, eq. 4).
     """
@@ -36,7 +37,9 @@ def router_health(model: Deepseek, loads: dict[str, Tensor]) -> dict[str, float]
     for name, load_E in loads.items():
         load_E = load_E.cpu()  # once, not for each figure
         mean = float(load_E.mean())
-        values[f"router.{name}.max_violation"] = (float(load_E.max()) - mean) / mean if mean else 0.0
+        values[f"router.{name}.max_violation"] = (
+            (float(load_E.max()) - mean) / mean if mean else 0.0
+        )
         values[f"router.{name}.dead_experts"] = float((load_E == 0).sum())
         if (bias_E := routers[name].e_score_correction_bias) is not None:
             values[f"router.{name}.bias_drift"] = float(bias_E.abs().max())

@@ -1,9 +1,10 @@
-"""Checkpoints: tensors in safetensors, everything else in a JSON manifest with the files' hashes, renamed into place.
+"""Checkpoints: tensors in safetensors, everything else in a JSON manifest with the files' hashes,
+renamed into place.
 
-A checkpoint counts if its manifest is there, with its own hash, and every file has the hash that stands in it; the
-newest that counts is the one training goes on from. Each process writes the parts of tensors that it holds into files
-of its own, and the manifest says where in the whole they belong, so that any number of processes can read them. While
-training goes on, a thread writes.
+A checkpoint counts if its manifest is there, with its own hash, and every file has the hash that
+stands in it; the newest that counts is the one training goes on from. Each process writes the parts
+of tensors that it holds into files of its own, and the manifest says where in the whole they
+belong, so that any number of processes can read them. While training goes on, a thread writes.
 """
 
 import contextlib
@@ -34,10 +35,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One moment to be saved: `tensors` by group ("model", "optimizer") and name, `state` JSON-able.
+    """One moment to be saved: `tensors` by group ("model", "optimizer") and name, `state`
+    JSON-able.
 
-    `boxes` says of which whole a tensor is a part, by its name; one that is not there is whole. Each of several
-    processes gives what it is to save: no part is another's too.
+    `boxes` says of which whole a tensor is a part, by its name; one that is not there is whole.
+    Each of several processes gives what it is to save: no part is another's too.
     """
 
     step: int
@@ -67,15 +69,22 @@ class SavedCheckpoint:
         places = self._places[group][name]
         wanted = box or Box.whole(places[0][1].shape)
         if wanted.shape != places[0][1].shape:
-            raise XushiError(f"checkpoint {self.path}: {name} is {list(places[0][1].shape)} and the model's is "
-                             f"{list(wanted.shape)}", "it is another model's; choose another run directory")
+            raise XushiError(
+                f"checkpoint {self.path}: {name} is {list(places[0][1].shape)} and the model's is "
+                f"{list(wanted.shape)}",
+                "it is another model's; choose another run directory",
+            )
         result: Tensor | None = None
         for file, held in places:
             common = held.common(wanted)
             if common is None:
                 continue
             with safe_open(self.path / file, framework="pt") as opened:
-                piece: Tensor = opened.get_slice(name)[common.within(held)] if common.size else opened.get_tensor(name)
+                piece: Tensor = (
+                    opened.get_slice(name)[common.within(held)]
+                    if common.size
+                    else opened.get_tensor(name)
+                )
             if common.size == wanted.size:
                 return piece
             result = piece.new_empty(wanted.size) if result is None else result
@@ -88,26 +97,43 @@ class SavedCheckpoint:
     @property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors, whole."""
-        return {group: {name: self.read(group, name) for name in self.names(group)} for group in sorted(self._places)}
+        return {
+            group: {name: self.read(group, name) for name in self.names(group)}
+            for group in sorted(self._places)
+        }
 
 
-def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int = KEEP, keep_every: int = 0,
-                    team: Team | None = None) -> None:
-    """Write `directory`/step-<step> and remove all but the newest `keep` up to it and every `keep_every` steps'.
+def save_checkpoint(
+    directory: Path,
+    checkpoint: Checkpoint,
+    keep: int = KEEP,
+    keep_every: int = 0,
+    team: Team | None = None,
+) -> None:
+    """Write `directory`/step-<step> and remove all but the newest `keep` up to it and every
+    `keep_every` steps'.
 
-    What claims to be newer was passed over as damaged; it counts for nothing here and is replaced in its turn. With a
-    `team` all its processes call this, each with its parts; an error of one is an error of all.
+    What claims to be newer was passed over as damaged; it counts for nothing here and is replaced
+    in its turn. With a `team` all its processes call this, each with its parts; an error of one is
+    an error of all.
     """
     team = team or Team()
     path = directory / f"step-{checkpoint.step:09d}"
     with contextlib.ExitStack() as stack:
-        _together(team, lambda: stack.enter_context(directory_in_place(path)) if team.rank == 0 else None)
+        _together(
+            team, lambda: stack.enter_context(directory_in_place(path)) if team.rank == 0 else None
+        )
         entries = _together(team, lambda: _write_parts(_aside(path), checkpoint, team))
 
         def publish() -> None:
             if team.rank == 0:
                 files = {file: entry for found in entries for file, entry in found.items()}
-                manifest = {"format": FORMAT, "step": checkpoint.step, "state": checkpoint.state, "files": files}
+                manifest = {
+                    "format": FORMAT,
+                    "step": checkpoint.step,
+                    "state": checkpoint.state,
+                    "files": files,
+                }
                 write_json(_aside(path) / MANIFEST, manifest | {"sha256": sha256_json(manifest)})
                 stack.close()
 
@@ -130,13 +156,19 @@ def _together(team: Team, action: Callable[[], Result]) -> list[Result]:
         result = action()
     except Exception as caught:
         error = caught
-    outcomes = team.everyones((result if team.size > 1 else None, None if error is None else str(error)))
+    outcomes = team.everyones(
+        (result if team.size > 1 else None, None if error is None else str(error))
+    )
     if error is not None:
         raise error
     for rank, (_, text) in enumerate(outcomes):
         if text is not None:
             problem, _, remedy = text.partition("\n")
-            raise XushiError(f"process {rank}: {problem}", remedy or "mend it there and run the same command again", 1)
+            raise XushiError(
+                f"process {rank}: {problem}",
+                remedy or "mend it there and run the same command again",
+                1,
+            )
     return [found for found, _ in outcomes] if team.size > 1 else [result]  # type: ignore[list-item]
 
 
@@ -149,22 +181,33 @@ def _write_parts(aside: Path, checkpoint: Checkpoint, team: Team) -> dict[str, A
             part = "" if team.size == 1 else f"-{team.rank:05d}-of-{team.size:05d}"
             file = f"{group}{part}.safetensors"
             save_file(mine, aside / file)
-            boxes = {name: checkpoint.boxes.get(name) or Box.whole(tensor.shape) for name, tensor in mine.items()}
-            entries[file] = {"sha256": sha256_file(aside / file), "group": group,
-                             "tensors": {name: {"shape": box.shape, "start": box.start, "size": box.size}
-                                         for name, box in boxes.items()}}
+            boxes = {
+                name: checkpoint.boxes.get(name) or Box.whole(tensor.shape)
+                for name, tensor in mine.items()
+            }
+            entries[file] = {
+                "sha256": sha256_file(aside / file),
+                "group": group,
+                "tensors": {
+                    name: {"shape": box.shape, "start": box.start, "size": box.size}
+                    for name, box in boxes.items()
+                },
+            }
     return entries
 
 
 class CheckpointWriter:
     """Writes checkpoints in a thread of its own, one at a time; use as a context manager.
 
-    What is saved is copied first, so that training may go on at once. A checkpoint that cannot be written (a full
-    disk) leaves those before it as they are, and training goes on; only if the last one of all could not be written
-    is that a `XushiError`, on leaving. With a `team`, all its processes save the same steps.
+    What is saved is copied first, so that training may go on at once. A checkpoint that cannot be
+    written (a full disk) leaves those before it as they are, and training goes on; only if the last
+    one of all could not be written is that a `XushiError`, on leaving. With a `team`, all its
+    processes save the same steps.
     """
 
-    def __init__(self, directory: Path, keep: int = KEEP, keep_every: int = 0, team: Team | None = None) -> None:
+    def __init__(
+        self, directory: Path, keep: int = KEEP, keep_every: int = 0, team: Team | None = None
+    ) -> None:
         self.directory, self.keep, self.keep_every, self.team = directory, keep, keep_every, team
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -173,11 +216,20 @@ class CheckpointWriter:
         """Begin to write a checkpoint, after the one before it has been written."""
         self._wait()
         if self._error is not None:
-            say(f"{self._error}\ntraining goes on; the next checkpoint is tried at step {checkpoint.step}")
+            say(
+                f"{self._error}\ntraining goes on; the next checkpoint is tried at step "
+                f"{checkpoint.step}"
+            )
             self._error = None
-        copied = Checkpoint(checkpoint.step, {group: {name: tensor.detach().clone() for name, tensor in tensors.items()}
-                                              for group, tensors in checkpoint.tensors.items()}, checkpoint.state,
-                            checkpoint.boxes)
+        copied = Checkpoint(
+            checkpoint.step,
+            {
+                group: {name: tensor.detach().clone() for name, tensor in tensors.items()}
+                for group, tensors in checkpoint.tensors.items()
+            },
+            checkpoint.state,
+            checkpoint.boxes,
+        )
         # Not a daemon: an interpreter that ends in order lets it finish.
         self._thread = threading.Thread(target=self._write, args=(copied,), name="xushi-checkpoint")
         self._thread.start()
@@ -192,8 +244,12 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if kind is None or kind is KeyboardInterrupt:
             self.finish()
         else:
@@ -212,19 +268,26 @@ class CheckpointWriter:
 
 
 def latest_checkpoint(directory: Path, up_to: int | None = None) -> SavedCheckpoint | None:
-    """The newest checkpoint that is whole, of step `up_to` at most, or None where there is none at all.
+    """The newest checkpoint that is whole, of step `up_to` at most, or None where there is none at
+    all.
 
-    A damaged one is passed over with a word to the person; if there are only damaged ones, that is a `XushiError`.
+    A damaged one is passed over with a word to the person; if there are only damaged ones, that is
+    a `XushiError`.
     """
-    candidates = [path for path in _newest_first(directory) if up_to is None or _step(path) <= up_to]
+    candidates = [
+        path for path in _newest_first(directory) if up_to is None or _step(path) <= up_to
+    ]
     for path in candidates:
         problem, manifest = _inspect(path)
         if not problem:
             return SavedCheckpoint(path, manifest)
         say(f"checkpoint {path} is damaged ({problem}); trying the one before it")
     if candidates:
-        raise XushiError(f"no checkpoint in {directory} is whole: {candidates[0].name} {problem}",
-                         f"remove {directory} and run the same command again: this stage starts over", 1)
+        raise XushiError(
+            f"no checkpoint in {directory} is whole: {candidates[0].name} {problem}",
+            f"remove {directory} and run the same command again: this stage starts over",
+            1,
+        )
     return None
 
 
@@ -240,9 +303,15 @@ def _inspect(path: Path) -> tuple[str, dict[str, Any]]:
     """What is wrong with a checkpoint ("" if nothing), and its manifest."""
     try:
         manifest: Mapping[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:  # before anything else is read: another format may have other keys
-            raise XushiError(f"checkpoint {path} has format {manifest['format']}, this version of xushi reads format "
-                             f"{FORMAT}", "use the version of xushi that wrote it, or another run directory")
+        if (
+            manifest["format"] != FORMAT
+        ):  # before anything else is read: another format may have other keys
+            raise XushiError(
+                f"checkpoint {path} has format {manifest['format']}, this version of xushi reads "
+                "format "
+                f"{FORMAT}",
+                "use the version of xushi that wrote it, or another run directory",
+            )
         found = {key: manifest[key] for key in ("format", "step", "state", "files")}
         if manifest["sha256"] != sha256_json(found):
             return f"{MANIFEST} does not have its own hash", {}

@@ -14,9 +14,13 @@ class OptimizationConfig(StrictConfig):
 
     steps: int
     learning_rate: float
-    adamw_learning_rate: float | None = None  # beside Muon, for embedding, head and norms; None: the same rate
+    adamw_learning_rate: float | None = (
+        None  # beside Muon, for embedding, head and norms; None: the same rate
+    )
     optimizer: Literal["muon", "adamw"] = "muon"
-    newton_schulz: Literal["quintic", "hybrid"] = "quintic"  # of muon: five steps, or DeepSeek-V4's ten
+    newton_schulz: Literal["quintic", "hybrid"] = (
+        "quintic"  # of muon: five steps, or DeepSeek-V4's ten
+    )
     muon_per_head: bool = False  # orthogonalise what makes queries, keys and values head by head
     beta1: float = 0.9
     beta2: float = 0.95
@@ -24,18 +28,24 @@ class OptimizationConfig(StrictConfig):
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
     warmup_steps: int = 0
-    schedule: Literal["wsd", "cosine"] = "wsd"  # warm-up, stable, decay; or warm-up and half a cosine
-    decay_fraction: float = 0.0  # of wsd: the last part of the steps, in which the learning rate falls
+    schedule: Literal["wsd", "cosine"] = (
+        "wsd"  # warm-up, stable, decay; or warm-up and half a cosine
+    )
+    decay_fraction: float = (
+        0.0  # of wsd: the last part of the steps, in which the learning rate falls
+    )
     final_rate: float = 0.0  # where it falls to, as a part of the peak
     bias_speed: float = 1e-3  # the router bias's gamma, per optimizer step
     bias_speed_late: float | None = None  # V3's last 500 of 14,800 billion tokens had 0
     bias_late_fraction: float = 0.0  # the last part of the steps, in which that holds
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    # What the backward pass needs of a layer is kept, or its input alone and the layer is run again: less memory for
-    # more time, and the same bits. A dry run says what either costs.
+    # What the backward pass needs of a layer is kept, or its input alone and the layer is run
+    # again: less memory for more time, and the same bits. A dry run says what either costs.
     activations: Literal["keep", "recompute"] = "keep"
     checkpoint_every: int = 100
-    keep_checkpoints: int = 2  # the newest so many; with 1, a damaged newest one starts the stage over
+    keep_checkpoints: int = (
+        2  # the newest so many; with 1, a damaged newest one starts the stage over
+    )
     keep_every: int = 0  # beside them, those of every so many steps; 0: none
 
     @model_validator(mode="after")
@@ -56,33 +66,44 @@ class OptimizationConfig(StrictConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1")
         if self.schedule == "cosine" and (self.decay_fraction or self.warmup_steps >= self.steps):
-            raise ValueError("schedule = \"cosine\" has no decay_fraction, and more steps than warmup_steps")
+            raise ValueError(
+                'schedule = "cosine" has no decay_fraction, and more steps than warmup_steps'
+            )
         if self.keep_every % self.checkpoint_every:
-            raise ValueError(f"keep_every={self.keep_every} is not a multiple of "
-                             f"checkpoint_every={self.checkpoint_every}")
+            raise ValueError(
+                f"keep_every={self.keep_every} is not a multiple of "
+                f"checkpoint_every={self.checkpoint_every}"
+            )
         return self
 
     def rate_at(self, step: int) -> float:
         """The factor on the learning rates at `step` (from 0)."""
         if self.schedule == "cosine":
             return cosine(step, self.steps, self.warmup_steps, self.final_rate)
-        return warmup_stable_decay(step, self.steps, self.warmup_steps, self.decay_fraction, self.final_rate)
+        return warmup_stable_decay(
+            step, self.steps, self.warmup_steps, self.decay_fraction, self.final_rate
+        )
 
     def bias_speed_at(self, step: int) -> float:
         """The router bias's gamma at `step`."""
-        late = self.bias_speed_late is not None and is_late(step, self.steps, self.bias_late_fraction)
+        late = self.bias_speed_late is not None and is_late(
+            step, self.steps, self.bias_late_fraction
+        )
         return (self.bias_speed_late or 0.0) if late else self.bias_speed
 
 
 class LayoutConfig(StrictConfig):
-    """`data` processes share each batch (None: as many as were started allow); groups of `expert` of them the experts.
-    Each of them is `pipeline` processes, which share the layers.
+    """`data` processes share each batch (None: as many as were started allow); groups of `expert`
+    of them the experts. Each of them is `pipeline` processes, which share the layers.
     """
 
     data: int | None = None
     pipeline: int = 1
     expert: int = 1
-    fewest: int | None = None  # with so many processes training may go on where others were lost; None: with all only
+    fewest: int | None = (
+        # with so many processes training may go on where others were lost; None: with all only
+        None
+    )
 
     @model_validator(mode="after")
     def _sound(self) -> "LayoutConfig":
@@ -100,7 +121,9 @@ class ObjectiveConfig(OptimizationConfig):
     mtp_late_fraction: float = 0.0  # the last part of the steps, in which that holds
     balance_weight: float = 1e-4  # the sequence-wise loss's alpha
     indexer_weight: float = 1.0  # the loss of V3.2's and V4's indexers; 0 leaves them as they are
-    qk_clip: float | None = None  # the largest attention score a head may have before it is scaled down; K2 had 100
+    qk_clip: float | None = (
+        None  # the largest attention score a head may have before it is scaled down; K2 had 100
+    )
     on_spike: OnSpike = "warn"  # what is done when the loss jumps
     allow_unbalanced: bool = False  # train a mixture with neither bias nor balance loss
 
@@ -114,13 +137,17 @@ class ObjectiveConfig(OptimizationConfig):
         if not 0 <= self.mtp_late_fraction <= 1:
             raise ValueError("mtp_late_fraction must lie between 0 and 1")
         if self.balance_weight == 0 and self.bias_speed == 0 and not self.allow_unbalanced:
-            raise ValueError("balance_weight and bias_speed are both 0, so a mixture would train unbalanced; "
-                             "set allow_unbalanced = true if that is wanted")
+            raise ValueError(
+                "balance_weight and bias_speed are both 0, so a mixture would train unbalanced; "
+                "set allow_unbalanced = true if that is wanted"
+            )
         return self
 
     def mtp_weight_at(self, step: int) -> float:
         """The weight of the MTP losses at `step` (from 0)."""
-        late = self.mtp_weight_late is not None and is_late(step, self.steps, self.mtp_late_fraction)
+        late = self.mtp_weight_late is not None and is_late(
+            step, self.steps, self.mtp_late_fraction
+        )
         return (self.mtp_weight_late or 0.0) if late else self.mtp_weight
 
 
@@ -130,8 +157,12 @@ class PretrainConfig(ObjectiveConfig):
     batch_tokens: int
     batch_tokens_first: int | None = None  # what the first step takes, to grow from
     batch_ramp_steps: int = 0  # over so many steps
-    indexer_warmup_steps: int = 0  # at first the indexers alone are trained, against dense attention
-    evaluate_every: int = 200  # steps between measurements on `evaluate_tokens` of the held-out text
+    indexer_warmup_steps: int = (
+        0  # at first the indexers alone are trained, against dense attention
+    )
+    evaluate_every: int = (
+        200  # steps between measurements on `evaluate_tokens` of the held-out text
+    )
     evaluate_tokens: int = 16384
 
     @model_validator(mode="after")
@@ -139,16 +170,28 @@ class PretrainConfig(ObjectiveConfig):
         for name in ("batch_tokens", "evaluate_every", "evaluate_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        if (self.batch_tokens_first is None) != (self.batch_ramp_steps == 0) or self.batch_ramp_steps < 0:
-            raise ValueError("a ramp of the batch needs both batch_tokens_first and batch_ramp_steps above 0")
-        if self.batch_tokens_first is not None and not 0 < self.batch_tokens_first <= self.batch_tokens:
+        if (self.batch_tokens_first is None) != (
+            self.batch_ramp_steps == 0
+        ) or self.batch_ramp_steps < 0:
+            raise ValueError(
+                "a ramp of the batch needs both batch_tokens_first and batch_ramp_steps above 0"
+            )
+        if (
+            self.batch_tokens_first is not None
+            and not 0 < self.batch_tokens_first <= self.batch_tokens
+        ):
             raise ValueError("batch_tokens_first must be at least 1 and at most batch_tokens")
         return self
 
     def rows_at(self, step: int, length: int) -> int:
         """The rows of `length` tokens that `step` (from 0) takes."""
         rows = self.batch_tokens // length
-        return ramp(step, self.batch_ramp_steps, (self.batch_tokens_first or self.batch_tokens) // length, rows)
+        return ramp(
+            step,
+            self.batch_ramp_steps,
+            (self.batch_tokens_first or self.batch_tokens) // length,
+            rows,
+        )
 
     def tokens(self, length: int) -> int:
         """What all steps take together, in rows of `length`."""
@@ -156,10 +199,14 @@ class PretrainConfig(ObjectiveConfig):
 
 
 class SFTConfig(ObjectiveConfig):
-    """Supervised fine-tuning on the environment's demonstrations, `batch_examples` per optimizer step."""
+    """Supervised fine-tuning on the environment's demonstrations, `batch_examples` per optimizer
+    step.
+    """
 
     batch_examples: int
-    thinking_share: float = 0.2  # of the demonstrations that are worked, the rest being bare answers
+    thinking_share: float = (
+        0.2  # of the demonstrations that are worked, the rest being bare answers
+    )
     sequence_length: int = 128  # demonstrations are packed into sequences of this many tokens
 
     @model_validator(mode="after")

@@ -1,4 +1,5 @@
-"""Short examples packed into batches: demonstrations for fine-tuning, sampled answers for reinforcement learning.
+"""Short examples packed into batches: demonstrations for fine-tuning, sampled answers for
+reinforcement learning.
 
 Axes: B rows, T tokens of a row.
 """
@@ -14,20 +15,23 @@ from torch import Tensor
 class PackedExamples:
     """A batch in the design's form, and where each example's learned tokens lie in it.
 
-    `places[i]` holds the flat indices (row * T + column) at which example i's learned tokens are targets, in order.
+    `places[i]` holds the flat indices (row * T + column) at which example i's learned tokens are
+    targets, in order.
     """
 
     batch: dict[str, Tensor]
     places: list[list[int]]
 
 
-def pack_examples(examples: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int, pad_id: int
-                  ) -> PackedExamples:
-    """Lay (ids, learned) examples one after another into rows of `length` tokens, each its own segment.
+def pack_examples(
+    examples: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int, pad_id: int
+) -> PackedExamples:
+    """Lay (ids, learned) examples one after another into rows of `length` tokens, each its own
+    segment.
 
-    A row takes examples as long as they fit whole; an example longer than a row gets a row as long as itself, and
-    then all rows are that long. Inputs are all ids but the last, targets all but the first; only learned targets are
-    in the loss mask.
+    A row takes examples as long as they fit whole; an example longer than a row gets a row as long
+    as itself, and then all rows are that long. Inputs are all ids but the last, targets all but the
+    first; only learned targets are in the loss mask.
     """
     length = max([length, *(len(ids) - 1 for ids, _ in examples)])
     rows: list[list[int]] = []  # indices of the examples of each row
@@ -41,7 +45,10 @@ def pack_examples(examples: Sequence[tuple[Sequence[int], Sequence[bool]]], leng
     shape = (len(rows), length)
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     targets = torch.full(shape, pad_id, dtype=torch.int64)
-    positions, segments = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -1, dtype=torch.int64)
+    positions, segments = (
+        torch.zeros(shape, dtype=torch.int64),
+        torch.full(shape, -1, dtype=torch.int64),
+    )
     mask = torch.zeros(shape, dtype=torch.bool)
     places: list[list[int]] = [[] for _ in examples]
     for row, members in enumerate(rows):
@@ -54,7 +61,15 @@ def pack_examples(examples: Sequence[tuple[Sequence[int], Sequence[bool]]], leng
             positions[row, start:end] = torch.arange(end - start)
             segments[row, start:end] = segment
             mask[row, start:end] = torch.tensor(learned[1:])
-            places[index] = [row * length + start + i for i, is_learned in enumerate(learned[1:]) if is_learned]
+            places[index] = [
+                row * length + start + i for i, is_learned in enumerate(learned[1:]) if is_learned
+            ]
             start = end
-    batch = {"tokens": tokens, "targets": targets, "positions": positions, "segments": segments, "loss_mask": mask}
+    batch = {
+        "tokens": tokens,
+        "targets": targets,
+        "positions": positions,
+        "segments": segments,
+        "loss_mask": mask,
+    }
     return PackedExamples(batch, places)

@@ -1,4 +1,5 @@
-"""What keeps one bad batch from spoiling a run: losses and gradients that are not finite, and losses that jump.
+"""What keeps one bad batch from spoiling a run: losses and gradients that are not finite, and
+losses that jump.
 
 Not here: what is done about a jump that is answered by going back (loop).
 """
@@ -12,8 +13,9 @@ OnSpike = Literal["warn", "skip", "rollback"]
 LIMIT_IN_A_ROW = 3  # steps withheld one after another: then it is not one batch that is at fault
 LIMIT_OF_ROLLBACKS = 3  # to the same checkpoint
 
-# A loss is a spike if it lies so many deviations above its running mean. A step's loss is an average over thousands of
-# tokens, so that six are chance less than once in a million steps; the floor keeps a loss that hardly varies quiet.
+# A loss is a spike if it lies so many deviations above its running mean. A step's loss is an
+# average over thousands of tokens, so that six are chance less than once in a million steps; the
+# floor keeps a loss that hardly varies quiet.
 DEVIATIONS = 6.0
 SMALLEST_DEVIATION = 0.02  # of the mean
 MEMORY = 0.98  # of the running mean from step to step: about fifty steps
@@ -65,20 +67,31 @@ class Guard:
         self.in_a_row = 0  # of these, the last ones without one that was applied between
 
     def judge(self, loss: float, total: float) -> Problem | None:
-        """What is wrong with a step's loss: `loss` is compared with the earlier ones, `total` is differentiated."""
+        """What is wrong with a step's loss: `loss` is compared with the earlier ones, `total` is
+        differentiated.
+        """
         if not math.isfinite(total):
             return Problem("not finite", f"the loss is not finite ({total})")
         if self.scale.is_spike(loss):
-            return Problem("spike", f"the loss jumps to {loss:.4g} from {self.scale.mean:.4g} "
-                                    f"(deviation {self.scale.deviation:.2g})")
+            return Problem(
+                "spike",
+                f"the loss jumps to {loss:.4g} from {self.scale.mean:.4g} "
+                f"(deviation {self.scale.deviation:.2g})",
+            )
         return None
 
     def judge_gradient(self, norm: float) -> Problem | None:
         """What is wrong with its gradient."""
-        return None if math.isfinite(norm) else Problem("not finite", f"the gradient is not finite ({norm})")
+        return (
+            None
+            if math.isfinite(norm)
+            else Problem("not finite", f"the gradient is not finite ({norm})")
+        )
 
     def withholds(self, problem: Problem | None) -> bool:
-        """Whether the update is left out: for what is not finite always, for a spike if the recipe says so."""
+        """Whether the update is left out: for what is not finite always, for a spike if the recipe
+        says so.
+        """
         return problem is not None and (problem.kind == "not finite" or self.on_spike != "warn")
 
     def count(self, loss: float, problem: Problem | None) -> None:

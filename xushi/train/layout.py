@@ -1,11 +1,14 @@
-"""How training is spread over processes: which rows of a batch and which part of each parameter a process has.
+"""How training is spread over processes: which rows of a batch and which part of each parameter a
+process has.
 
-The model stays as it was written for one: FSDP2 gathers a layer's parameters around its use and adds up gradients, and
-experts get a dispatch. Everything else asks the layout. Not here: the loop, and how parts become files (checkpoint).
+The model stays as it was written for one: FSDP2 gathers a layer's parameters around its use and
+adds up gradients, and experts get a dispatch. Everything else asks the layout. Not here: the loop,
+and how parts become files (checkpoint).
 
-Processes stand in `pipeline` rows of `data`: a row is a stage, which has some of the layers, and a column shares the
-rows of its part of the batch. Within a stage a group of `expert` neighbours shares out the experts; `replica` = data /
-expert such groups hold the same ones. Parameters of experts are sharded over the replicas, all others over all of data.
+Processes stand in `pipeline` rows of `data`: a row is a stage, which has some of the layers, and a
+column shares the rows of its part of the batch. Within a stage a group of `expert` neighbours
+shares out the experts; `replica` = data / expert such groups hold the same ones. Parameters of
+experts are sharded over the replicas, all others over all of data.
 """
 
 import os
@@ -45,8 +48,9 @@ class Box:
         return cls(tuple(shape), (0,) * len(shape), tuple(shape))
 
     def along(self, axis: int, parts: int, number: int) -> "Box":
-        """Part `number` of `parts` along an axis, as torch.chunk and FSDP2 cut: all as long as the first but the last
-        ones."""
+        """Part `number` of `parts` along an axis, as torch.chunk and FSDP2 cut: all as long as the
+        first but the last ones.
+        """
         length = -(-self.size[axis] // parts)
         begin = min(number * length, self.size[axis])
         start, size = list(self.start), list(self.size)
@@ -62,13 +66,20 @@ class Box:
     def common(self, other: "Box") -> "Box | None":
         """What lies in both, or None."""
         start = tuple(map(max, self.start, other.start))
-        size = tuple(min(a + n, b + m) - s for a, n, b, m, s in
-                     zip(self.start, self.size, other.start, other.size, start, strict=True))
+        size = tuple(
+            min(a + n, b + m) - s
+            for a, n, b, m, s in zip(
+                self.start, self.size, other.start, other.size, start, strict=True
+            )
+        )
         return Box(self.shape, start, size) if all(n > 0 for n in size) else None
 
     def within(self, outer: "Box") -> tuple[slice, ...]:
         """Its slices of a tensor that holds `outer`."""
-        return tuple(slice(a - b, a - b + n) for a, n, b in zip(self.start, self.size, outer.start, strict=True))
+        return tuple(
+            slice(a - b, a - b + n)
+            for a, n, b in zip(self.start, self.size, outer.start, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -94,8 +105,8 @@ class Team:
 
 @dataclass
 class Layout:
-    """One process's view: `rank` of `data` in stage `stage` of `pipeline`; experts are shared by groups of `expert`.
-    Alone, nothing is spread.
+    """One process's view: `rank` of `data` in stage `stage` of `pipeline`; experts are shared by
+    groups of `expert`. Alone, nothing is spread.
     """
 
     data: int = 1
@@ -104,14 +115,21 @@ class Layout:
     rank: int = 0
     stage: int = 0
     device: str = "cpu"  # "cuda": this process's GPU
-    meshes: "dict[str, DeviceMesh]" = field(default_factory=dict)  # of one axis each: "data", "replica", "expert"
-    ways: dict[int, dist.ProcessGroup] = field(default_factory=dict)  # for what goes on a stage (1) and back (-1)
-    # The first and the last stage both have the embedding, where the last needs it, and add up its gradients here.
+    meshes: "dict[str, DeviceMesh]" = field(
+        default_factory=dict
+    )  # of one axis each: "data", "replica", "expert"
+    ways: dict[int, dist.ProcessGroup] = field(
+        default_factory=dict
+    )  # for what goes on a stage (1) and back (-1)
+    # The first and the last stage both have the embedding, where the last needs it, and add up its
+    # gradients here.
     sharers: dist.ProcessGroup | None = None
     shared: nn.Parameter | None = None
     team: Team = field(default_factory=Team)  # all of them, for small things
     writers: Team = field(default_factory=Team)  # the same, for the threads that write checkpoints
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the whole parameters, once a model is spread
+    shapes: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # of the whole parameters, once a model is spread
 
     @property
     def replica(self) -> int:
@@ -148,7 +166,9 @@ class Layout:
         return result
 
     def add_shared_gradients(self) -> None:
-        """Give the first and the last stage the sum of their gradients of the embedding, if either has one."""
+        """Give the first and the last stage the sum of their gradients of the embedding, if either
+        has one.
+        """
         if self.shared is None:
             return
         with torch.no_grad():
@@ -162,13 +182,19 @@ class Layout:
                 self.shared.grad = None
 
     def rows(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This process's rows of a whole batch; rows of padding are put below where they do not divide."""
+        """This process's rows of a whole batch; rows of padding are put below where they do not
+        divide.
+        """
         if self.data == 1:
             return dict(batch)
         missing = -len(batch["tokens"]) % self.data
         fill = {"segments": -1}
-        whole = {name: torch.cat([t, t.new_full((missing, *t.shape[1:]), fill.get(name, 0))]) if missing else t
-                 for name, t in batch.items()}
+        whole = {
+            name: torch.cat([t, t.new_full((missing, *t.shape[1:]), fill.get(name, 0))])
+            if missing
+            else t
+            for name, t in batch.items()
+        }
         return {name: tensor.chunk(self.data)[self.rank] for name, tensor in whole.items()}
 
     def box(self, name: str, rank: int | None = None) -> Box:
@@ -183,13 +209,19 @@ class Layout:
         return box.along(expert_axis(box.size[0], self.replica), self.replica, rank // self.expert)
 
     def spread(self, model: Deepseek) -> Deepseek:
-        """Leave in `model` this process's part of each parameter, and let it run as if all were there."""
+        """Leave in `model` this process's part of each parameter, and let it run as if all were
+        there.
+        """
         if self.pipeline > 1:
             model.keep_layers(*stage_layers(model.config, self.pipeline)[self.stage])
         self.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         if self.data > 1:
             self._shard(model)
-        if self.pipeline > 1 and needs_embedding_twice(model.config) and (model.begins or model.ends):
+        if (
+            self.pipeline > 1
+            and needs_embedding_twice(model.config)
+            and (model.begins or model.ends)
+        ):
             self.shared = model.get_parameter("model.embed_tokens.weight")
         return model
 
@@ -199,14 +231,19 @@ class Layout:
         from torch.distributed.tensor import Shard
 
         data, replica = self.meshes["data"], self.meshes["replica"]
-        # A pipeline's pieces follow each other: gathering parameters anew for each would cost more than it saves.
+        # A pipeline's pieces follow each other: gathering parameters anew for each would cost more
+        # than it saves.
         reshard = self.pipeline == 1
         for layer in model.model.layers.values():
             if isinstance(layer.mlp, MixtureOfExperts):
                 self._share_out(layer.mlp.experts)
                 cut = Shard(expert_axis(layer.mlp.experts.gate_up_proj.shape[0], self.replica))
-                fully_shard(layer.mlp.experts, mesh=replica, shard_placement_fn=_always(cut),
-                            reshard_after_forward=reshard)
+                fully_shard(
+                    layer.mlp.experts,
+                    mesh=replica,
+                    shard_placement_fn=_always(cut),
+                    reshard_after_forward=reshard,
+                )
             fully_shard(layer, mesh=data, reshard_after_forward=reshard)
             if hasattr(layer, "predict"):
                 register_fsdp_forward_method(layer, "predict")
@@ -214,7 +251,9 @@ class Layout:
         register_fsdp_forward_method(model, "hidden")
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)  # the processes' losses add up to the batch's
+                module.set_gradient_divide_factor(
+                    1.0
+                )  # the processes' losses add up to the batch's
                 module.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies
         for name, parameter in model.named_parameters():
             assert tuple(local(parameter).shape) == self.box(name).size, name
@@ -226,7 +265,11 @@ class Layout:
         here = experts.gate_up_proj.shape[0] // self.expert
         first = self.rank % self.expert * here
         for name in ("gate_up_proj", "down_proj"):
-            setattr(experts, name, nn.Parameter(getattr(experts, name).detach()[first:first + here].clone()))
+            setattr(
+                experts,
+                name,
+                nn.Parameter(getattr(experts, name).detach()[first : first + here].clone()),
+            )
         experts.dispatch = ExpertDispatch(self.group("expert"), here)
 
 
@@ -244,7 +287,9 @@ def _always(placement: "Shard") -> "Callable[[nn.Parameter], Shard]":
 
 
 def expert_axis(experts: int, replica: int) -> int:
-    """The axis along which replicas cut stacked experts: whole experts where they divide, else their rows."""
+    """The axis along which replicas cut stacked experts: whole experts where they divide, else
+    their rows.
+    """
     return 0 if experts % replica == 0 else 1
 
 
@@ -254,12 +299,17 @@ def started_processes() -> tuple[int, int]:
 
 
 def stage_layers(model: ModelConfig, stages: int) -> list[tuple[int, int]]:
-    """(first, end) of each stage's layers of the trunk: as even as can be, MTP layers and the head counting as layers
-    of the last stage; each has one at least.
+    """(first, end) of each stage's layers of the trunk: as even as can be, MTP layers and the head
+    counting as layers of the last stage; each has one at least.
     """
     depth, behind = model.num_hidden_layers, model.num_nextn_predict_layers + 1
-    ends = [min(max(round((depth + behind) * (stage + 1) / stages), stage + 1), depth - (stages - 1 - stage))
-            for stage in range(stages)]
+    ends = [
+        min(
+            max(round((depth + behind) * (stage + 1) / stages), stage + 1),
+            depth - (stages - 1 - stage),
+        )
+        for stage in range(stages)
+    ]
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
@@ -269,80 +319,130 @@ def needs_embedding_twice(model: ModelConfig) -> bool:
 
 
 def check_layout(config: LayoutConfig, model: ModelConfig, processes: int, rows: int = 0) -> None:
-    """Raise a `XushiError` with the nearest layout that works if this one does not fit processes, model or batch.
+    """Raise a `XushiError` with the nearest layout that works if this one does not fit processes,
+    model or batch.
 
-    `rows` of a whole batch must divide, or some processes would wait for others at each step; `fewest` allows that.
+    `rows` of a whole batch must divide, or some processes would wait for others at each step;
+    `fewest` allows that.
     """
     if processes < (config.fewest or 1):
-        raise XushiError(f"layout.fewest={config.fewest} and {processes} processes were started",
-                         f"start {config.fewest}, or set layout.fewest={processes}")
+        raise XushiError(
+            f"layout.fewest={config.fewest} and {processes} processes were started",
+            f"start {config.fewest}, or set layout.fewest={processes}",
+        )
     stages, depth = config.pipeline, model.num_hidden_layers
     if stages > depth:
-        raise XushiError(f"layout.pipeline={stages} has more stages than the model's {depth} layers",
-                         f"set layout.pipeline={depth} or less")
+        raise XushiError(
+            f"layout.pipeline={stages} has more stages than the model's {depth} layers",
+            f"set layout.pipeline={depth} or less",
+        )
     if processes % stages:
-        divisor = min((n for n in range(1, min(depth, processes) + 1) if processes % n == 0),
-                      key=lambda n: (abs(n - stages), n))
-        raise XushiError(f"layout.pipeline={stages} does not divide the {processes} processes that were started",
-                         f"set layout.pipeline={divisor}, or start a multiple of {stages}")
+        divisor = min(
+            (n for n in range(1, min(depth, processes) + 1) if processes % n == 0),
+            key=lambda n: (abs(n - stages), n),
+        )
+        raise XushiError(
+            f"layout.pipeline={stages} does not divide the {processes} processes that were started",
+            f"set layout.pipeline={divisor}, or start a multiple of {stages}",
+        )
     data = config.data or processes // stages
     if data * stages != processes:
-        raise XushiError(f"layout.data={data} times layout.pipeline={stages} is {data * stages}, and {processes} "
-                         "processes were started", f"start {data * stages} (torchrun --nproc-per-node {data * stages})"
-                         f", or set layout.data={processes // stages}")
+        raise XushiError(
+            f"layout.data={data} times layout.pipeline={stages} is {data * stages}, and "
+            f"{processes} "
+            "processes were started",
+            f"start {data * stages} (torchrun --nproc-per-node {data * stages})"
+            f", or set layout.data={processes // stages}",
+        )
     if rows % data and config.fewest is None:
-        divisor = min((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: (abs(n - data), n))
-        raise XushiError(f"a batch of {rows} rows does not divide among layout.data={data} processes",
-                         f"start {divisor * stages} processes, take {-(-rows // data) * data} rows "
-                         "(pretrain.batch_tokens), or set layout.fewest, which allows unequal shares")
-    experts = model.n_routed_experts if any(map(model.is_moe, range(model.num_hidden_layers))) else 1
-    fitting = [n for n in range(1, data + 1)
-               if data % n == 0 and experts % n == 0 and _divides(model, experts // n, data // n)]
+        divisor = min(
+            (n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: (abs(n - data), n)
+        )
+        raise XushiError(
+            f"a batch of {rows} rows does not divide among layout.data={data} processes",
+            f"start {divisor * stages} processes, take {-(-rows // data) * data} rows "
+            "(pretrain.batch_tokens), or set layout.fewest, which allows unequal shares",
+        )
+    experts = (
+        model.n_routed_experts if any(map(model.is_moe, range(model.num_hidden_layers))) else 1
+    )
+    fitting = [
+        n
+        for n in range(1, data + 1)
+        if data % n == 0 and experts % n == 0 and _divides(model, experts // n, data // n)
+    ]
     if config.expert not in fitting:
         nearest = min(fitting, key=lambda n: (abs(n - config.expert), n)) if fitting else None
-        remedy = (f"set layout.expert={nearest}" if nearest is not None else
-                  "start a number of processes that divides the experts or their width")
-        raise XushiError(f"layout.expert={config.expert} does not work with layout.data={data} and {experts} experts "
-                         f"of width {model.moe_intermediate_size}", remedy)
+        remedy = (
+            f"set layout.expert={nearest}"
+            if nearest is not None
+            else "start a number of processes that divides the experts or their width"
+        )
+        raise XushiError(
+            f"layout.expert={config.expert} does not work with layout.data={data} and {experts} "
+            "experts "
+            f"of width {model.moe_intermediate_size}",
+            remedy,
+        )
 
 
 def _divides(model: ModelConfig, here: int, replica: int) -> bool:
-    """Whether `here` experts can be cut for so many replicas: FSDP2 cuts other axes than the first evenly only."""
-    return here % replica == 0 or not (2 * model.moe_intermediate_size % replica or model.hidden_size % replica)
+    """Whether `here` experts can be cut for so many replicas: FSDP2 cuts other axes than the first
+    evenly only.
+    """
+    return here % replica == 0 or not (
+        2 * model.moe_intermediate_size % replica or model.hidden_size % replica
+    )
 
 
 def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu", rows: int = 0) -> Layout:
-    """The layout of the processes that were started, this one among them; alone where there is but one.
+    """The layout of the processes that were started, this one among them; alone where there is but
+    one.
 
     Raises `XushiError` as `check_layout` does, and for more processes than GPUs.
     """
     rank, processes = started_processes()
     check_layout(config, model, processes, rows)
     if device == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that products have the same bits each time
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # so that products have the same bits each time
         torch.use_deterministic_algorithms(True)
         number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if number >= there:
-            raise XushiError(f"process {rank} is number {number} of its machine (from 0), which has {there} GPUs",
-                             'start one process for each GPU, or set device = "cpu"')
+            raise XushiError(
+                f"process {rank} is number {number} of its machine (from 0), which has {there} "
+                "GPUs",
+                'start one process for each GPU, or set device = "cpu"',
+            )
         torch.cuda.set_device(number)
     if processes == 1:
         return Layout(device=device)
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
-                                timeout=timedelta(seconds=SECONDS_TO_WAIT))
+        dist.init_process_group(
+            "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+            timeout=timedelta(seconds=SECONDS_TO_WAIT),
+        )
     from torch.distributed.device_mesh import init_device_mesh
 
     stages, forever = config.pipeline, timedelta(seconds=SECONDS_TO_WAIT)
     data = processes // stages
     stage, place = divmod(rank, data)
     trunk = init_device_mesh(device, (stages, data), mesh_dim_names=("stage", "data"))
-    experts = init_device_mesh(device, (stages, data // config.expert, config.expert),
-                               mesh_dim_names=("stage", "replica", "expert"))
+    experts = init_device_mesh(
+        device,
+        (stages, data // config.expert, config.expert),
+        mesh_dim_names=("stage", "replica", "expert"),
+    )
     meshes = {"data": trunk["data"], "replica": experts["replica"], "expert": experts["expert"]}
-    # Objects travel by gloo on any device, and the writing threads must not meet the training's own calls.
-    talk, write = (Team(rank, processes, dist.new_group(backend="gloo", timeout=forever)) for _ in range(2))
-    layout = Layout(data, stages, config.expert, place, stage, device, meshes, team=talk, writers=write)
+    # Objects travel by gloo on any device, and the writing threads must not meet the training's own
+    # calls.
+    talk, write = (
+        Team(rank, processes, dist.new_group(backend="gloo", timeout=forever)) for _ in range(2)
+    )
+    layout = Layout(
+        data, stages, config.expert, place, stage, device, meshes, team=talk, writers=write
+    )
     if stages > 1:
         layout.ways = {way: dist.new_group(timeout=forever) for way in (-1, 1)}
         for column in range(data):

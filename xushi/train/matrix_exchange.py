@@ -1,5 +1,6 @@
-"""Whole matrices out of parts that are spread over processes: each is put together by one process, worked on there, and
-its parts go back. So Newton-Schulz is computed once per matrix, and the work is shared.
+"""Whole matrices out of parts that are spread over processes: each is put together by one process,
+worked on there, and its parts go back. So Newton-Schulz is computed once per matrix, and the work
+is shared.
 """
 
 from collections.abc import Callable
@@ -17,12 +18,21 @@ class MatrixExchange:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
 
-    def on_whole_matrices(self, parts: dict[str, Tensor], work: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-                          ) -> dict[str, Tensor]:
-        """`work` on whole matrices, on this process's share of them; its results in the parts that came in."""
+    def on_whole_matrices(
+        self, parts: dict[str, Tensor], work: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """`work` on whole matrices, on this process's share of them; its results in the parts that
+        came in.
+        """
         here = {name: part for name, part in parts.items() if self._has_whole_matrices(name)}
-        spread = {axis: [name for name in parts if name not in here and (".experts." in name) == (axis == "replica")]
-                  for axis in ("data", "replica")}
+        spread = {
+            axis: [
+                name
+                for name in parts
+                if name not in here and (".experts." in name) == (axis == "replica")
+            ]
+            for axis in ("data", "replica")
+        }
         owners = {axis: self._owners(names, axis) for axis, names in spread.items()}
         whole = dict(here)
         for axis, names in spread.items():
@@ -32,16 +42,25 @@ class MatrixExchange:
         found = {name: results[name] for name in here}
         for axis, names in spread.items():
             if names:
-                found |= self._scatter(axis, {name: results[name] for name in names if name in results},
-                                       {name: parts[name] for name in names}, owners[axis])
+                found |= self._scatter(
+                    axis,
+                    {name: results[name] for name in names if name in results},
+                    {name: parts[name] for name in names},
+                    owners[axis],
+                )
         return found
 
     def _has_whole_matrices(self, name: str) -> bool:
-        """Whether every process holds whole matrices of a parameter; the same answer in all of them."""
+        """Whether every process holds whole matrices of a parameter; the same answer in all of
+        them.
+        """
         layout = self.layout
         if layout.data == 1:
             return True
-        return ".experts." in name and expert_axis(layout.shapes[name][0] // layout.expert, layout.replica) == 0
+        return (
+            ".experts." in name
+            and expert_axis(layout.shapes[name][0] // layout.expert, layout.replica) == 0
+        )
 
     def _members(self, axis: str) -> list[int]:
         """The ranks of this process's group along an axis, in order."""
@@ -51,21 +70,32 @@ class MatrixExchange:
         return list(range(layout.rank % layout.expert, layout.data, layout.expert))
 
     def _owners(self, names: list[str], axis: str) -> dict[str, int]:
-        """Who puts which matrix together, as places in the group: the largest first, to who has least so far."""
+        """Who puts which matrix together, as places in the group: the largest first, to who has
+        least so far.
+        """
         load = [0] * len(self._members(axis))
         owners = {}
-        for name in sorted(names, key=lambda name: (-torch.Size(self.layout.shapes[name]).numel(), name)):
+        for name in sorted(
+            names, key=lambda name: (-torch.Size(self.layout.shapes[name]).numel(), name)
+        ):
             owners[name] = load.index(min(load))
             load[owners[name]] += torch.Size(self.layout.shapes[name]).numel()
         return owners
 
-    def _gather(self, axis: str, parts: dict[str, Tensor], owners: dict[str, int]) -> dict[str, Tensor]:
+    def _gather(
+        self, axis: str, parts: dict[str, Tensor], owners: dict[str, int]
+    ) -> dict[str, Tensor]:
         members = self._members(axis)
         me = members.index(self.layout.rank)
         mine = [name for name in parts if owners[name] == me]
-        outgoing = [[parts[name] for name in parts if owners[name] == other] for other in range(len(members))]
+        outgoing = [
+            [parts[name] for name in parts if owners[name] == other]
+            for other in range(len(members))
+        ]
         incoming = [[self._group_box(name, rank) for name in mine] for rank in members]
-        received = self._swap(axis, outgoing, [[box.size for box in boxes] for boxes in incoming], parts)
+        received = self._swap(
+            axis, outgoing, [[box.size for box in boxes] for boxes in incoming], parts
+        )
         whole = {}
         for place, name in enumerate(mine):
             whole[name] = next(iter(parts.values())).new_empty(self._group_shape(name))
@@ -73,27 +103,51 @@ class MatrixExchange:
                 whole[name][boxes[place].slices] = pieces[place]
         return whole
 
-    def _scatter(self, axis: str, whole: dict[str, Tensor], parts: dict[str, Tensor], owners: dict[str, int]
-                 ) -> dict[str, Tensor]:
+    def _scatter(
+        self, axis: str, whole: dict[str, Tensor], parts: dict[str, Tensor], owners: dict[str, int]
+    ) -> dict[str, Tensor]:
         members = self._members(axis)
         me = members.index(self.layout.rank)
         mine = [name for name in parts if owners[name] == me]
-        outgoing = [[whole[name][self._group_box(name, rank).slices] for name in mine] for rank in members]
-        wanted = [[name for name in parts if owners[name] == other] for other in range(len(members))]
-        received = self._swap(axis, outgoing, [[tuple(parts[name].shape) for name in names] for names in wanted], parts)
-        return {name: piece for names, pieces in zip(wanted, received, strict=True)
-                for name, piece in zip(names, pieces, strict=True)}
+        outgoing = [
+            [whole[name][self._group_box(name, rank).slices] for name in mine] for rank in members
+        ]
+        wanted = [
+            [name for name in parts if owners[name] == other] for other in range(len(members))
+        ]
+        received = self._swap(
+            axis,
+            outgoing,
+            [[tuple(parts[name].shape) for name in names] for names in wanted],
+            parts,
+        )
+        return {
+            name: piece
+            for names, pieces in zip(wanted, received, strict=True)
+            for name, piece in zip(names, pieces, strict=True)
+        }
 
-    def _swap(self, axis: str, outgoing: list[list[Tensor]], shapes: list[list[tuple[int, ...]]],
-              like: dict[str, Tensor]) -> list[list[Tensor]]:
+    def _swap(
+        self,
+        axis: str,
+        outgoing: list[list[Tensor]],
+        shapes: list[list[tuple[int, ...]]],
+        like: dict[str, Tensor],
+    ) -> list[list[Tensor]]:
         """Send each member its tensors; what the members sent, cut into these shapes."""
         example = next(iter(like.values()))
         sizes = [[torch.Size(shape).numel() for shape in group] for group in shapes]
-        flat = torch.cat([example.new_empty(0), *(tensor.flatten() for group in outgoing for tensor in group)])
+        flat = torch.cat(
+            [example.new_empty(0), *(tensor.flatten() for group in outgoing for tensor in group)]
+        )
         result = example.new_empty(sum(map(sum, sizes)))
-        dist.all_to_all_single(result, flat, [sum(group) for group in sizes],
-                               [sum(tensor.numel() for tensor in group) for group in outgoing],
-                               group=self.layout.group(axis))
+        dist.all_to_all_single(
+            result,
+            flat,
+            [sum(group) for group in sizes],
+            [sum(tensor.numel() for tensor in group) for group in outgoing],
+            group=self.layout.group(axis),
+        )
         pieces = iter(torch.split(result, [size for group in sizes for size in group]))
         return [[next(pieces).view(shape) for shape in group] for group in shapes]
 
@@ -105,4 +159,8 @@ class MatrixExchange:
     def _group_box(self, name: str, rank: int) -> Box:
         """A member's part of that."""
         box, shape = self.layout.box(name, rank), self._group_shape(name)
-        return Box(shape, (box.start[0] % shape[0] if ".experts." in name else box.start[0], *box.start[1:]), box.size)
+        return Box(
+            shape,
+            (box.start[0] % shape[0] if ".experts." in name else box.start[0], *box.start[1:]),
+            box.size,
+        )

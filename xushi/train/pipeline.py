@@ -1,9 +1,10 @@
-"""A pipeline of stages: each process holds some of the layers, and a batch goes through them in pieces.
+"""A pipeline of stages: each process holds some of the layers, and a batch goes through them in
+pieces.
 
-One forward, one backward (Narayanan et al. 2021, arXiv:2104.04473, section 2.2): a stage begins with as many pieces as
-there are stages behind it and then alternates, so that it keeps no more of them than that. Every stage reads the
-batch itself; only the residual travels, and its gradient back. Losses of a stage's own layers (balance, indexers) are
-differentiated where they are.
+One forward, one backward (Narayanan et al. 2021, arXiv:2104.04473, section 2.2): a stage begins
+with as many pieces as there are stages behind it and then alternates, so that it keeps no more of
+them than that. Every stage reads the batch itself; only the residual travels, and its gradient
+back. Losses of a stage's own layers (balance, indexers) are differentiated where they are.
 
 Axes: B rows, T tokens, S streams, D hidden.
 """
@@ -30,12 +31,19 @@ def cut(batch: dict[str, Tensor], layout: Layout) -> list[dict[str, Tensor]]:
     return [{name: part[i] for name, part in parts.items()} for i in range(pieces)]
 
 
-def run_pipeline(model: Deepseek, batch: dict[str, Tensor], layout: Layout, loss: Loss, gradients_travel: bool = True
-                 ) -> LossParts:
-    """Forward and backward of all pieces through this process's stage; gradients are left in the parameters.
+def run_pipeline(
+    model: Deepseek,
+    batch: dict[str, Tensor],
+    layout: Layout,
+    loss: Loss,
+    gradients_travel: bool = True,
+) -> LossParts:
+    """Forward and backward of all pieces through this process's stage; gradients are left in the
+    parameters.
 
-    `loss` gives a piece's parts from its tensors and the residual of the stage before. Returned are their sums over the
-    pieces, of this stage. Without `gradients_travel` what a stage takes in is not differentiated.
+    `loss` gives a piece's parts from its tensors and the residual of the stage before. Returned are
+    their sums over the pieces, of this stage. Without `gradients_travel` what a stage takes in is
+    not differentiated.
     """
     pieces, sent = cut(batch, layout), _Sent()
     ahead = min(len(pieces), layout.pipeline - 1 - layout.stage)
@@ -62,7 +70,9 @@ def run_pipeline(model: Deepseek, batch: dict[str, Tensor], layout: Layout, loss
     return _sum_of(done)
 
 
-def run_stage(model: Deepseek, layout: Layout, tokens_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor) -> Hidden:
+def run_stage(
+    model: Deepseek, layout: Layout, tokens_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor
+) -> Hidden:
     """The trunk's forward through all stages, without gradients: what this stage gives."""
     residual = _incoming(model, {"tokens": tokens_BT}, layout)
     hidden = model.hidden(tokens_BT, positions_BT, segments_BT, residual=residual)
@@ -77,17 +87,28 @@ def _incoming(model: Deepseek, piece: dict[str, Tensor], layout: Layout) -> Tens
         return None
     config, tokens_BT = model.config, piece["tokens"]
     streams = (config.hc_mult,) if config.is_v4 else ()
-    return _receive(tokens_BT.new_empty((*tokens_BT.shape, *streams, config.hidden_size),
-                                        dtype=next(model.parameters()).dtype), layout, -1)
+    return _receive(
+        tokens_BT.new_empty(
+            (*tokens_BT.shape, *streams, config.hidden_size), dtype=next(model.parameters()).dtype
+        ),
+        layout,
+        -1,
+    )
 
 
 def _backward(parts: LossParts, layout: Layout, gradients_travel: bool) -> None:
-    """Differentiate a piece's own losses, and what was passed on by its gradient from the next stage."""
+    """Differentiate a piece's own losses, and what was passed on by its gradient from the next
+    stage.
+    """
     roots, gradients = [parts.total], [torch.ones_like(parts.total)]
     if parts.residual is not None and gradients_travel:
         roots.append(parts.residual)
         gradients.append(_receive(torch.empty_like(parts.residual), layout, 1))
-    pairs = [(root, gradient) for root, gradient in zip(roots, gradients, strict=True) if root.requires_grad]
+    pairs = [
+        (root, gradient)
+        for root, gradient in zip(roots, gradients, strict=True)
+        if root.requires_grad
+    ]
     if pairs:  # a stage of dense layers has nothing to learn while indexers warm up
         torch.autograd.backward([root for root, _ in pairs], [gradient for _, gradient in pairs])
 
@@ -103,7 +124,9 @@ def _synchronise(model: Deepseek, last: bool) -> None:
 
 
 def _receive(empty: Tensor, layout: Layout, direction: int) -> Tensor:
-    """Fill a tensor from the stage before (-1) or the next (1); what flows one way has a group of its own."""
+    """Fill a tensor from the stage before (-1) or the next (1); what flows one way has a group of
+    its own.
+    """
     dist.recv(empty, layout.neighbour(direction), group=layout.ways[-direction])
     return empty
 
@@ -112,14 +135,19 @@ class _Sent:
     """What is on its way: two tensors each way at most, so that no more is kept."""
 
     def __init__(self) -> None:
-        self._on_the_way: dict[int, deque[tuple[dist.Work | None, Tensor]]] = {-1: deque(), 1: deque()}
+        self._on_the_way: dict[int, deque[tuple[dist.Work | None, Tensor]]] = {
+            -1: deque(),
+            1: deque(),
+        }
 
     def send(self, tensor: Tensor, layout: Layout, direction: int) -> None:
         """To the stage before (-1) or the next (1)."""
         tensor, queue = tensor.contiguous(), self._on_the_way[direction]
         if len(queue) == 2:
             _wait(queue.popleft())
-        queue.append((dist.isend(tensor, layout.neighbour(direction), group=layout.ways[direction]), tensor))
+        queue.append(
+            (dist.isend(tensor, layout.neighbour(direction), group=layout.ways[direction]), tensor)
+        )
 
     def finish(self) -> None:
         """Until all has arrived."""
@@ -138,6 +166,8 @@ def _sum_of(parts: list[LossParts]) -> LossParts:
         return torch.stack(values).sum(0)
 
     loads = {name: added([part.loads[name] for part in parts]) for name in parts[0].loads}
-    sums = {name: added([getattr(part, name).detach() for part in parts])
-            for name in ("total", "next_token", "mtp", "balance", "indexer")}
+    sums = {
+        name: added([getattr(part, name).detach() for part in parts])
+        for name in ("total", "next_token", "mtp", "balance", "indexer")
+    }
     return LossParts(**sums, loads=loads)

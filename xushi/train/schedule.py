@@ -1,10 +1,15 @@
-"""What changes from step to step: learning rate, batch size, and the settings that training ends with."""
+"""What changes from step to step: learning rate, batch size, and the settings that training ends
+with.
+"""
 
 import math
 
 
-def warmup_stable_decay(step: int, steps: int, warmup: int, decay_fraction: float, final: float = 0.0) -> float:
-    """The factor on the peak learning rate at `step` (0-based) of `steps`: linear up, constant, linear down to `final`.
+def warmup_stable_decay(
+    step: int, steps: int, warmup: int, decay_fraction: float, final: float = 0.0
+) -> float:
+    """The factor on the peak learning rate at `step` (0-based) of `steps`: linear up, constant,
+    linear down to `final`.
 
     MiniCPM's (Hu et al. 2024, arXiv:2404.06395).
     """
@@ -15,7 +20,9 @@ def warmup_stable_decay(step: int, steps: int, warmup: int, decay_fraction: floa
 
 
 def cosine(step: int, steps: int, warmup: int, final: float = 0.0) -> float:
-    """The same factor: linear up, then half a cosine down to `final` (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+    """The same factor: linear up, then half a cosine down to `final` (Loshchilov and Hutter 2017,
+    arXiv:1608.03983).
+    """
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / (steps - warmup)

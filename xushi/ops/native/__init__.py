@@ -1,6 +1,8 @@
-"""The C++ forms of ops: float32 and bfloat16 on a CPU, compiled once per machine with any C++17 compiler it has.
+"""The C++ forms of ops: float32 and bfloat16 on a CPU, compiled once per machine with any C++17
+compiler it has.
 
-Without a compiler, or on a processor without AVX2 or NEON, there are none and the PyTorch forms run.
+Without a compiler, or on a processor without AVX2 or NEON, there are none and the PyTorch forms
+run.
 """
 
 from xushi.ops.native.build import form, load, status
@@ -18,6 +20,19 @@ from xushi.ops.native.functions import (
     serves,
 )
 
-__all__ = ["NativeAttention", "NativeCrossEntropy", "NativeExperts", "NativeLatentAttention", "NativeLinear",
-           "NativeLogProbabilities", "NativeNorm", "NativeSwiglu", "adamw", "form", "load", "newton_schulz", "serves",
-           "status"]
+__all__ = [
+    "NativeAttention",
+    "NativeCrossEntropy",
+    "NativeExperts",
+    "NativeLatentAttention",
+    "NativeLinear",
+    "NativeLogProbabilities",
+    "NativeNorm",
+    "NativeSwiglu",
+    "adamw",
+    "form",
+    "load",
+    "newton_schulz",
+    "serves",
+    "status",
+]
