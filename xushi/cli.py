@@ -21,7 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import typer
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 
 app = typer.Typer(
     name="xushi",
@@ -140,7 +140,7 @@ def launch(
     from xushi.run.launch import Launch, launch_on_ray, write_slurm_job
 
     if slurm == (ray is not None):
-        raise XushiError("a launch is either --slurm or --ray ADDRESS", "give one of them")
+        raise BadInput("a launch is either --slurm or --ray ADDRESS", "give one of them")
     file = recipe or default_recipe()
     loaded = load_recipe(file, assignments or [])
     directory = out or Path("runs") / loaded.name
@@ -271,9 +271,9 @@ def bench_train(
     from xushi.run import benchmark_training, named_shape, sentences
 
     if dtype not in ("auto", "fp32", "bf16"):
-        raise XushiError(f"--dtype {dtype} is not known", "give auto, fp32 or bf16")
+        raise BadInput(f"--dtype {dtype} is not known", "give auto, fp32 or bf16")
     if rounds < 1:
-        raise XushiError(f"--rounds {rounds} times nothing", "give at least 1")
+        raise BadInput(f"--rounds {rounds} times nothing", "give at least 1")
     shape = named_shape(name)
     keep_freed_memory()
     result = benchmark_training(shape if dtype == "auto" else shape.but(dtype=dtype), rounds)
@@ -297,7 +297,7 @@ def inspect(
     from xushi.plan import group_layers, inspect_model
 
     if context < 1:
-        raise XushiError(f"--context {context} is not a length", "give at least 1")
+        raise BadInput(f"--context {context} is not a length", "give at least 1")
     counted = inspect_model(
         read_config(model) if Path(model).is_dir() else preset(model), context, mtp
     )

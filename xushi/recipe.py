@@ -8,7 +8,7 @@ import tomli_w
 from pydantic import ConfigDict, Field, model_validator
 
 from xushi.base.config import StrictConfig, override, parse, read_toml
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.base.files import sha256_json
 from xushi.base.progress import say
 from xushi.data.config import DataConfig, SourceConfig
@@ -283,12 +283,12 @@ def load_recipe(
 
 def _use_text(table: dict[str, Any], text: str, stages: list[str] | None) -> None:
     if not text.strip():
-        raise XushiError(
+        raise BadInput(
             "--text is empty", "give a file, a directory or a pattern such as '~/notes/**/*.md'"
         )
     for name in ("data", "tokenizer", "pretrain"):
         if not isinstance(table.setdefault(name, {}), dict):
-            raise XushiError(f"{name} is not a table", f"write it as [{name}]")
+            raise BadInput(f"{name} is not a table", f"write it as [{name}]")
     source = {"name": "text", "kind": "text", "glob": text}
     table["data"]["sources"] = [source]
     table["name"] = "text"

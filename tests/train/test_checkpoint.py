@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import Failed, XushiError
 from xushi.train import checkpoint as module
 from xushi.train.checkpoint import (
     FORMAT,
@@ -299,7 +299,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, *which: int) -> None:
     def save(*arguments) -> None:
         written[0] += 1
         if written[0] in which:
-            raise XushiError("no space left", "free some")
+            raise Failed("no space left", "free some")
         real(*arguments)
 
     monkeypatch.setattr(module, "save_checkpoint", save)

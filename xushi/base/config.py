@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 
 
 class StrictConfig(BaseModel):
@@ -39,17 +39,17 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise XushiError(
+        raise BadInput(
             f"recipe {path} does not exist",
             "give the path of a recipe, for example recipes/demo.toml",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise XushiError(
+        raise BadInput(
             f"recipe {path} cannot be read: {error}",
             "check the path, its permissions and its encoding (UTF-8)",
         ) from None
     except tomllib.TOMLDecodeError as error:
-        raise XushiError(
+        raise BadInput(
             f"recipe {path} is not valid TOML: {error}",
             "mend that line; strings need quotes, lists need brackets",
         ) from None
@@ -61,7 +61,7 @@ def override(table: dict[str, Any], assignment: str) -> None:
     """
     key, sign, text = assignment.partition("=")
     if not sign or not key.strip():
-        raise XushiError(
+        raise BadInput(
             f"--set {assignment!r} is not of the form key=value",
             "write for example --set pretrain.steps=200",
         )
@@ -73,7 +73,7 @@ def override(table: dict[str, Any], assignment: str) -> None:
     for part in path:
         inner = table.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise XushiError(
+            raise BadInput(
                 f"--set {assignment!r}: {part} is not a table",
                 "see the keys with xushi run --dry-run",
             )
@@ -102,15 +102,15 @@ def _as_xushi_error(error: ValidationError, model: type[BaseModel], where: str) 
             if close
             else f"known keys there: {', '.join(sorted(known))}"
         )
-        return XushiError(f"{where}: unknown key {key}", remedy)
+        return BadInput(f"{where}: unknown key {key}", remedy)
     if fault["type"] == "missing":
-        return XushiError(
+        return BadInput(
             f"{where}: key {key} is missing", "add it to the recipe, or give it with --set"
         )
     given = fault.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
     message = _PLAIN.get(fault["type"], fault["msg"].removeprefix("Value error, "))
-    return XushiError(
+    return BadInput(
         f"{where}: {key or 'recipe'}: {message}{shown}",
         "correct that value in the recipe or with --set",
     )

@@ -1,16 +1,28 @@
-"""The one exception a user may see: what is wrong and where, and what to do about it."""
+"""The exceptions that a user may see: what is wrong and where, and what to do about it."""
 
 
 class XushiError(Exception):
-    """Something the user can mend.
+    """Something the user can correct; raise one of the two subclasses.
 
-    `problem` is one line that says what is wrong and where (file, key, line); `remedy` is one line
-    that says what to do. `exit_code` follows the command line's contract: 2 for bad input, 1 for a
-    failure.
+    `problem` is one line that says what is wrong and where (file, key, line). `remedy` is one line
+    that says what to do. The command line prints both and exits with `exit_code`.
     """
 
-    def __init__(self, problem: str, remedy: str, exit_code: int = 2) -> None:
+    exit_code: int
+
+    def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(f"{problem}\n{remedy}")
         self.problem = problem
         self.remedy = remedy
-        self.exit_code = exit_code
+
+
+class BadInput(XushiError):
+    """The input is wrong: an argument, a recipe, a file that the user gave."""
+
+    exit_code = 2
+
+
+class Failed(XushiError):
+    """The input may be right, but the work failed: a full disk, a damaged file, a lost process."""
+
+    exit_code = 1

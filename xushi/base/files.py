@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import Failed
 
 
 @contextlib.contextmanager
@@ -20,19 +20,18 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise XushiError(*_full(path), exit_code=1) from None
+            raise Failed(*_full(path)) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise XushiError(
+            raise Failed(
                 f"{path} cannot be written: {error.strerror}",
                 "choose a place you may write to",
-                exit_code=1,
             ) from None
         raise
     except Exception as error:
         if "No space left on device" in str(
             error
         ):  # safetensors wraps the system's error in one of its own
-            raise XushiError(*_full(path), exit_code=1) from None
+            raise Failed(*_full(path)) from None
         raise
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 
 OLDEST_TORCH = (2, 11)
 GIB = 2**30
@@ -105,7 +105,7 @@ def chosen_device(device: str) -> str:
 
     there = torch.cuda.is_available()
     if device == "cuda" and not there:
-        raise XushiError(
+        raise BadInput(
             'device = "cuda", and PyTorch sees no GPU',
             'set device = "cpu", or install a PyTorch with CUDA and see that nvidia-smi lists the '
             "GPU",

@@ -17,7 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import Failed
 from xushi.base.files import disk_errors
 
 METRICS = "metrics.jsonl"  # beside the store: the same metrics, a line a step
@@ -66,10 +66,9 @@ class Tracking:
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.executescript(_TABLES)
         except sqlite3.DatabaseError as error:
-            raise XushiError(
+            raise Failed(
                 f"tracking store {path} cannot be used: {error}",
                 "move it away to start a new one; checkpoints are not touched by this",
-                1,
             ) from None
 
     def event(self, stage: str, name: str, **details: Any) -> None:
@@ -226,13 +225,11 @@ class Tracking:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 if "full" in str(error):
-                    raise XushiError(
+                    raise Failed(
                         f"no space left on the disk that holds {self.path}",
                         "free some space and run the same command again",
-                        1,
                     ) from None
-                raise XushiError(
+                raise Failed(
                     f"tracking store {self.path} cannot be written: {error}",
                     "see that no other run uses this directory and that it may be written",
-                    1,
                 ) from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.data import packing
 from xushi.data.mixture import Mixture
 from xushi.data.packing import PackedSource, Span, byte_span
@@ -101,7 +101,7 @@ class TokenDataset:
                 update={"train": [s for s in manifest.train if s.name in only]}
             )
             if not manifest.train:
-                raise XushiError(
+                raise BadInput(
                     f"{directory} has no training tokens of {', '.join(only)}",
                     "give the recipe such a source, or train on the others",
                 )

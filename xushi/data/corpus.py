@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from xushi.base.config import StrictConfig, parse
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.base.files import directory_in_place, write_json
 from xushi.data.config import DataConfig
 from xushi.data.documents import Document, read_documents, write_documents
@@ -101,7 +101,7 @@ def build_corpus(
     configured = {source.name for source in config.sources}
     for name in extra:
         if name in configured:
-            raise XushiError(
+            raise BadInput(
                 f"source {name} has the name of an environment's transcripts", "rename the source"
             )
     found = {source.name: read_source(source) for source in config.sources}
@@ -141,7 +141,7 @@ def heldout_bytes(directory: Path) -> bytes:
     try:
         return (directory / "heldout.bin").read_bytes()
     except OSError as error:
-        raise XushiError(
+        raise BadInput(
             f"{directory / 'heldout.bin'} cannot be read: {error.strerror}", "run the data stage"
         ) from None
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 
 _SHARD_BYTES = 64 << 20
 _ROW_GROUP_BYTES = 4 << 20
@@ -118,7 +118,7 @@ def read_documents(directory: Path, name: str) -> Iterator[Document]:
 
     shards = sorted(directory.glob(f"{name}-*.parquet"))
     if not shards:
-        raise XushiError(f"{directory} holds no {name} documents", "run the data stage")
+        raise BadInput(f"{directory} holds no {name} documents", "run the data stage")
     for shard in shards:
         try:
             with pq.ParquetFile(shard) as file:
@@ -132,7 +132,7 @@ def read_documents(directory: Path, name: str) -> Iterator[Document]:
                             json.loads(row["meta"]),
                         )
         except (OSError, pa.ArrowException) as error:
-            raise XushiError(
+            raise BadInput(
                 f"{shard} is damaged: {' '.join(str(error).split())}", "run the data stage again"
             ) from None
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import Literal
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.data.documents import Document, make_document
 
 LEAST, MOST = 0.05, 0.08
@@ -53,7 +53,7 @@ def hold_out(documents: Sequence[Document], fraction: float, salt: str) -> Holdo
     """
     total = sum(len(document.text.encode()) for document in documents)
     if total < SMALLEST_CORPUS:
-        raise XushiError(
+        raise BadInput(
             f"the sources hold {total} bytes of text, too little to hold any of it out for "
             "evaluation",
             f"give at least {SMALLEST_CORPUS} bytes; a useful model needs millions",
@@ -125,7 +125,7 @@ def _tails(documents: Sequence[Document], total: int, fraction: float) -> Holdou
                     )
                 )
     if not LEAST * total <= held <= MOST * total:
-        raise XushiError(
+        raise BadInput(
             "the documents are too short to hold out a part of each",
             "give longer texts, or more of them",
         )

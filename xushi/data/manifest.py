@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -16,9 +16,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise XushiError(f"{path} does not exist", "run the data stage") from None
+        raise BadInput(f"{path} does not exist", "run the data stage") from None
     except (OSError, ValueError) as error:
-        raise XushiError(f"{path} is damaged: {error}", "run the data stage again") from None
+        raise BadInput(f"{path} is damaged: {error}", "run the data stage again") from None
     if not isinstance(table, dict):
-        raise XushiError(f"{path} is damaged: it holds no table", "run the data stage again")
+        raise BadInput(f"{path} is damaged: it holds no table", "run the data stage again")
     return table

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.data.config import SourceConfig, canonical_package
 from xushi.data.documents import Document, make_document
 
@@ -74,7 +74,7 @@ def read_source(source: SourceConfig) -> SourceFiles:
         _read_glob(source, found)
     if not found.documents:
         left_out = f" ({'; '.join(found.notes)})" if found.notes else ""
-        raise XushiError(
+        raise BadInput(
             f"source {source.name} holds no text{left_out}",
             "give it files with text, or leave it out",
         )
@@ -121,7 +121,7 @@ def _match(source: SourceConfig, found: SourceFiles) -> tuple[Path, list[Path], 
         if os.path.isfile(match)
     }
     if not paths:
-        raise XushiError(
+        raise BadInput(
             f"source {source.name}: no file matches {source.glob!r} (in {os.getcwd()})",
             "correct the glob; ** goes into folders, and a folder's name takes all text files in "
             "it",
@@ -151,7 +151,7 @@ def _walk(root: Path, found: SourceFiles) -> list[Path]:
 
 
 def _unreadable(error: OSError) -> None:
-    raise XushiError(
+    raise BadInput(
         f"{error.filename} cannot be read: {error.strerror}", "check its permissions, or exclude it"
     ) from None
 
@@ -166,7 +166,7 @@ def _bytes_of(path: Path, most: int = -1) -> bytes:
         with open(path, "rb") as file:
             return file.read(most)
     except OSError as error:
-        raise XushiError(
+        raise BadInput(
             f"{path} cannot be read: {error.strerror}", "check its permissions, or exclude it"
         ) from None
 
@@ -187,7 +187,7 @@ def _text_of(data: bytes, where: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise XushiError(
+        raise BadInput(
             f"{where} is not UTF-8 (byte {error.start}, line {line})",
             "convert it (iconv -t utf-8), or exclude it",
         ) from None
@@ -205,10 +205,10 @@ def _read_jsonl(source: SourceConfig, path: Path, inside: str) -> Iterator[Docum
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise XushiError(f"{where} is not JSON: {error}", "mend or remove that line") from None
+            raise BadInput(f"{where} is not JSON: {error}", "mend or remove that line") from None
         text = row.get(source.field) if isinstance(row, dict) else None
         if not isinstance(text, str):
-            raise XushiError(
+            raise BadInput(
                 f"{where} has no text under {source.field!r}",
                 f"mend that line, or name the right key with field in source {source.name}",
             )
@@ -219,7 +219,7 @@ def _encodable(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise XushiError(
+        raise BadInput(
             f"{where} holds a lone surrogate (half a character)", "mend or remove that line"
         ) from None
     return text
@@ -233,7 +233,7 @@ def _read_parquet(source: SourceConfig, path: Path, inside: str) -> Iterator[Doc
         with pq.ParquetFile(path) as file:
             columns = file.schema_arrow
             if source.field not in columns.names:
-                raise XushiError(
+                raise BadInput(
                     f"{path} has no column {source.field!r} (it has {', '.join(columns.names)})",
                     f"name the right column with field in source {source.name}",
                 )
@@ -242,13 +242,13 @@ def _read_parquet(source: SourceConfig, path: Path, inside: str) -> Iterator[Doc
                 for text in batch.column(0).to_pylist():
                     number += 1
                     if not isinstance(text, str):
-                        raise XushiError(
+                        raise BadInput(
                             f"{path}, row {number} of column {source.field!r} is no text",
                             "remove the row, or name a column of strings",
                         )
                     yield make_document(source.name, text, {"path": inside, "row": number})
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise XushiError(
+        raise BadInput(
             f"{path} cannot be read as Parquet: {' '.join(str(error).split())}",
             "check the file, or exclude it",
         ) from None
@@ -283,7 +283,7 @@ def _package_files(name: str, source: str) -> list[tuple[str, Path]]:
     try:
         distribution = importlib.metadata.distribution(name)
     except (importlib.metadata.PackageNotFoundError, ValueError):
-        raise XushiError(
+        raise BadInput(
             f"source {source}: the package {name!r} is not installed", f"pip install {name}"
         ) from None
     record = [PurePosixPath(file) for file in distribution.files or []]
@@ -293,7 +293,7 @@ def _package_files(name: str, source: str) -> list[tuple[str, Path]]:
         if file.suffix == ".py" and ".." not in file.parts and not file.is_absolute()
     ]
     if not files:
-        raise XushiError(
+        raise BadInput(
             f"source {source}: the package {name!r} has no Python source in its RECORD",
             f"install it from a wheel (pip install --force-reinstall {name}), or leave it out",
         )

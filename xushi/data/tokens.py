@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from xushi.base.config import StrictConfig, parse
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.base.files import directory_in_place, write_json
 from xushi.data.corpus import load_summary
 from xushi.data.documents import Document, read_documents
@@ -153,14 +153,14 @@ def open_source(directory: Path, manifest: TokenManifest, source: TokenSource) -
         index = pq.read_table(directory / f"{source.name}.parquet", columns=["uid", "end"])
         size = path.stat().st_size
     except (OSError, pa.ArrowException) as error:
-        raise XushiError(
+        raise BadInput(
             f"tokens of {source.name} in {directory} cannot be read: "
             f"{' '.join(str(error).split())}",
             "run the data stage again",
         ) from None
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     if size != source.tokens * dtype.itemsize or index.num_rows != source.documents:
-        raise XushiError(
+        raise BadInput(
             f"{path} does not have the size that the manifest gives", "run the data stage again"
         )
     starts = np.concatenate(
@@ -178,9 +178,9 @@ def load_byte_lengths(directory: Path, manifest: TokenManifest) -> Ints:
     try:
         lengths = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise XushiError(f"{path} cannot be read: {error}", "run the data stage again") from None
+        raise BadInput(f"{path} cannot be read: {error}", "run the data stage again") from None
     if lengths.shape != (manifest.vocab_size,):
-        raise XushiError(
+        raise BadInput(
             f"{path} does not have the size that the manifest gives", "run the data stage again"
         )
     return np.asarray(lengths, dtype=np.int64)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.engine.engine import Engine, Request
 from xushi.engine.params import SamplingParams
 from xushi.model import Deepseek
@@ -27,7 +27,7 @@ def generate_ids(
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
-        raise XushiError(
+        raise BadInput(
             f"{len(prompts)} prompts and {len(each)} sampling parameters",
             "give one for all or one each",
         )

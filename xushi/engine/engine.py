@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 from xushi.engine.params import SamplingParams
 from xushi.engine.sampling import request_uniforms, sample, sampling_key
 from xushi.model import Deepseek, LatentCache
@@ -125,13 +125,13 @@ class Engine:
         it.
         """
         if not prompt_ids:
-            raise XushiError(
+            raise BadInput(
                 "the prompt has no tokens", "give at least one, for example the beginning of text"
             )
         size = self.model.config.vocab_size
         if min(prompt_ids) < 0 or max(prompt_ids) >= size:
             wrong = next(token for token in prompt_ids if not 0 <= token < size)
-            raise XushiError(
+            raise BadInput(
                 f"the prompt holds token id {wrong}, and the vocabulary has {size}",
                 f"use ids from 0 to {size - 1}",
             )
@@ -139,7 +139,7 @@ class Engine:
             raise ContextLengthError(len(prompt_ids), self.context)
         need = len(prompt_ids) + self._room(prompt_ids, params) - 1
         if need > self.slots:
-            raise XushiError(
+            raise BadInput(
                 f"the request needs {need} places in the cache, which has {self.slots}",
                 "shorten the prompt, lower max_tokens or give the engine more slots",
             )

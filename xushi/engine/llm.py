@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.engine.engine import Engine, FinishReason, Request
 from xushi.engine.params import SamplingParams
 from xushi.engine.text import Delta, TextStream
@@ -57,7 +57,7 @@ def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[
     used.
     """
     if not messages:
-        raise XushiError("the conversation has no messages", "give at least one of role user")
+        raise BadInput("the conversation has no messages", "give at least one of role user")
     return tokenizer.chat_ids([{"role": m["role"], "content": m["content"]} for m in messages])
 
 
@@ -70,7 +70,7 @@ class LLM:
         self.tokenizer = Tokenizer.load(Path(path))
         model = load_pretrained(path)
         if self.tokenizer.vocab_size > model.config.vocab_size:
-            raise XushiError(
+            raise BadInput(
                 f"{path}: the tokenizer has {self.tokenizer.vocab_size} tokens and the model "
                 f"{model.config.vocab_size}",
                 "export model and tokenizer of one run together",
@@ -93,7 +93,7 @@ class LLM:
         listed: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
         each = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(listed):
-            raise XushiError(
+            raise BadInput(
                 f"{len(listed)} prompts and {len(each)} sampling parameters",
                 "give one for all or one each",
             )

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class SamplingParams:
         if isinstance(self.stop, str) or not all(
             isinstance(text, str) and text for text in self.stop
         ):
-            raise XushiError(
+            raise BadInput(
                 f"sampling parameter stop is {self.stop!r}",
                 "give a tuple of strings that are not empty",
             )
@@ -48,9 +48,9 @@ def _whole(name: str, value: int, least: int | None) -> None:
         or (least is not None and value < least)
     ):
         bound = "" if least is None else f" of at least {least}"
-        raise XushiError(f"sampling parameter {name} is {value!r}", f"give a whole number{bound}")
+        raise BadInput(f"sampling parameter {name} is {value!r}", f"give a whole number{bound}")
 
 
 def _number(name: str, value: float, inside: bool, wanted: str) -> None:
     if isinstance(value, bool) or not inside or not math.isfinite(value):
-        raise XushiError(f"sampling parameter {name} is {value!r}", f"give {wanted}")
+        raise BadInput(f"sampling parameter {name} is {value!r}", f"give {wanted}")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import Failed
 from xushi.base.seeds import derive, uniforms
 from xushi.engine.params import SamplingParams
 
@@ -71,10 +71,9 @@ def sample(
     chosen = torch.from_numpy(tokens).to(logits_MV.device)
     model = logprobs_MV.gather(1, chosen[:, None])[:, 0].double().cpu().numpy()
     if not np.isfinite(model).all():
-        raise XushiError(
+        raise Failed(
             "the model's logits are not finite numbers, so no token can be drawn",
             "its weights are damaged or diverged: load an earlier checkpoint",
-            1,
         )
     return Sampled(tokens.tolist(), model.tolist(), own.tolist())
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pydantic import model_validator
 
 from xushi.base.config import StrictConfig
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.base.seeds import derive
 from xushi.envs.environment import Environment, Message, Score, Step, Task, check_split, split_of
 
@@ -133,7 +133,7 @@ class DigitSum(Environment):
     def demonstration(self, split: str, index: int, thinking_share: float) -> Sequence[Message]:
         """The running sums and the answer with probability `thinking_share`, else the bare answer."""
         if not 0.0 <= thinking_share <= 1.0:
-            raise XushiError(
+            raise BadInput(
                 f"thinking_share={thinking_share} is not a share", "give a number from 0 to 1"
             )
         task = self.task(split, index)

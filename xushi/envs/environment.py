@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.base.seeds import derive
 
 SPLITS = ("train", "validation", "test")
@@ -119,6 +119,6 @@ def split_of(name: str, version: int, instance: str) -> str:
 def check_split(split: str, index: int) -> None:
     """A `XushiError` for a split that is not or an index below 0."""
     if split not in SPLITS:
-        raise XushiError(f"there is no split {split!r}", f"use one of {', '.join(SPLITS)}")
+        raise BadInput(f"there is no split {split!r}", f"use one of {', '.join(SPLITS)}")
     if index < 0:
-        raise XushiError(f"task index {index} is below 0", "count tasks from 0")
+        raise BadInput(f"task index {index} is below 0", "count tasks from 0")

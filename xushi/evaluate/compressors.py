@@ -13,7 +13,7 @@ from typing import Literal
 
 import zstandard
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 
 Method = Literal["gzip", "xz", "zstd"]
 
@@ -116,7 +116,7 @@ def _largest_dictionary(memory_bytes: int) -> int:
 
 def _refuse_empty(data: bytes) -> None:
     if not data:
-        raise XushiError(
+        raise BadInput(
             "there is no held-out text to compress: it is 0 bytes long",
             "give more text, or hold out a larger share of it",
         )

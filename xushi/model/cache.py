@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import Failed
 from xushi.model.config import ModelConfig
 
 
@@ -138,10 +138,9 @@ class LatentCache:
         """
         need = sum(len(tokens) for _, tokens in additions)
         if need > self.available:
-            raise XushiError(
+            raise Failed(
                 f"the cache has {self.available} free slots and {need} are needed",
                 "ask for fewer or shorter sequences at once, or give the cache more slots",
-                1,
             )
         tokens_N: list[int] = []
         rows: list[int] = []

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, Failed
 from xushi.base.files import disk_errors, fsync_path
 from xushi.model.attention import LATENT_NORM_EPS
 from xushi.model.config import ModelConfig, RopeScaling
@@ -61,9 +61,9 @@ def export_gguf(directory: str | Path, path: str | Path, kind: str = "bf16") -> 
     gguf = _library()
     directory, path = Path(directory), Path(path)
     if kind not in KINDS:
-        raise XushiError(f"there is no GGUF type {kind!r} here", f"use one of {', '.join(KINDS)}")
+        raise BadInput(f"there is no GGUF type {kind!r} here", f"use one of {', '.join(KINDS)}")
     if path.exists():
-        raise XushiError(f"{path} exists already", "give another name, or remove it first")
+        raise BadInput(f"{path} exists already", "give another name, or remove it first")
     config = read_config(directory)
     _refuse_inexpressible(config, directory)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DEEPSEEK2])
@@ -99,7 +99,7 @@ def _library() -> Any:
     try:
         import gguf
     except ModuleNotFoundError:
-        raise XushiError(
+        raise BadInput(
             "the package gguf is not installed, and a GGUF export needs it",
             "pip install 'xushi[gguf]'",
         ) from None
@@ -136,7 +136,7 @@ def _refuse_inexpressible(config: ModelConfig, directory: Path) -> None:
         }
     for reason, holds in reasons.items():
         if holds:
-            raise XushiError(
+            raise BadInput(
                 f"{directory / 'config.json'}: llama.cpp's deepseek2 cannot express this model: "
                 f"{reason}",
                 "serve the directory itself, with xushi, transformers or vLLM",
@@ -216,12 +216,12 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise XushiError(
+        raise BadInput(
             f"{path} does not exist",
             "give a directory with a tokenizer, such as runs/NAME/export/base",
         ) from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise XushiError(
+        raise BadInput(
             f"{path} cannot be read: {error}", "get the file again, it is damaged"
         ) from None
 
@@ -239,7 +239,7 @@ def _add_tokenizer(writer: "gguf.GGUFWriter", config: ModelConfig, directory: Pa
         ]
         template = settings.get("chat_template")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise XushiError(
+        raise BadInput(
             f"{path} or its tokenizer_config.json is not a byte-level BPE tokenizer's: {error!r}",
             "use a tokenizer that xushi trained",
         ) from None
@@ -273,7 +273,7 @@ def _check_pre_tokenizer(pre_tokenizer: dict[str, Any], path: Path) -> None:
         if step["type"] == "Split"
     )
     if patterns[:2] != _OURS:
-        raise XushiError(
+        raise BadInput(
             f"{path}: nobody has compared its pre-tokenizer with llama.cpp's",
             "use a tokenizer that xushi trained",
         )
@@ -297,7 +297,7 @@ def _tokens(table: dict[str, Any], size: int, path: Path) -> tuple[list[str], li
     ]
     for token, index, kind in entries:
         if not 0 <= index < size:
-            raise XushiError(
+            raise BadInput(
                 f"{path}: token {token!r} has the id {index}, and config.json's vocab_size is "
                 f"{size}",
                 "the tokenizer does not belong to this model; get both from one place",
@@ -394,11 +394,10 @@ def _write_aside(
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(path.parent).free) < total:
-            raise XushiError(
+            raise Failed(
                 f"{path} would take {total:,} bytes, and no space is left for them: {free:,} are "
                 "free",
                 "free some space, or choose another disk",
-                exit_code=1,
             )
         aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:

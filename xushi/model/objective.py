@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.model.deepseek import Deepseek, Hidden
 from xushi.ops import RouterChoice, cross_entropy
 
@@ -266,7 +266,7 @@ def pretraining_loss(
     if divergences:
         indexer = indexer_loss(divergences)
     elif indexer_warmup and model.begins and model.ends:
-        raise XushiError(
+        raise BadInput(
             "indexer_warmup_steps without an indexer that learns",
             "it is for deepseek_v32 models and "
             "deepseek_v4 models with sparse layers, and for an indexer_weight above 0",

@@ -4,7 +4,7 @@ Values are those of the released models (V2: arXiv:2405.04434; V3: arXiv:2412.19
 config, not weights.
 """
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.model.config import ModelConfig, RopeScaling
 
 
@@ -103,7 +103,7 @@ PRESETS = {
 def preset(name: str) -> ModelConfig:
     """The config of a published model; an unknown name is a `XushiError` that lists the known ones."""
     if name not in PRESETS:
-        raise XushiError(
+        raise BadInput(
             f"there is no preset {name!r}, and no directory of that name",
             f"the presets are {', '.join(PRESETS)}",
         )

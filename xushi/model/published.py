@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xushi.base.config import parse
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.model.config import ABSENT, ModelConfig, RopeScaling
 
 _CLASSES = {
@@ -108,17 +108,17 @@ def from_published(table: dict[str, Any], where: str) -> ModelConfig:
     if (
         "model_type" not in table
     ):  # every other key has a default, those of the model with 671B parameters
-        raise XushiError(f"{where} has no model_type", f"{_REMEDY}, or get it again")
+        raise BadInput(f"{where} has no model_type", f"{_REMEDY}, or get it again")
     kind = table["model_type"]
     if not isinstance(kind, str) or kind not in _CLASSES:
-        raise XushiError(
+        raise BadInput(
             f"{where}: model_type is {kind!r}, and only {', '.join(_CLASSES)} are implemented",
             _REMEDY,
         )
     table = _as_v4(table, where) if kind == "deepseek_v4" else table
     for key in _SHAPES_OF.get(kind, ()):
         if key not in table:
-            raise XushiError(
+            raise BadInput(
                 f"{where} has no {key}", f"get the file again; a {kind} has no default for it"
             )
     if kind == "deepseek_v2":
@@ -131,7 +131,7 @@ def from_published(table: dict[str, Any], where: str) -> ModelConfig:
     }
     for key, value in fixed.items():
         if table.get(key, value) != value:
-            raise XushiError(
+            raise BadInput(
                 f"{where}: {key} is {table[key]!r}, and only {value!r} is implemented", _REMEDY
             )
     # What a kind has not is left out unasked where its value is another kind's habit and changes
@@ -167,7 +167,7 @@ def _as_v4(table: dict[str, Any], where: str) -> dict[str, Any]:
     }
     rates: Any = table.get("compress_rates") or {}
     if not isinstance(rates, dict):
-        raise XushiError(
+        raise BadInput(
             f"{where}: compress_rates is {rates!r}, not a table",
             "get the file again, it is damaged",
         )
@@ -185,13 +185,13 @@ def _as_v4(table: dict[str, Any], where: str) -> dict[str, Any]:
             _LAYER_TYPES[2]: table.get("compress_rate_hca", 128),
         }
         if unknown := [kind for kind in kinds if not isinstance(kind, str) or kind not in ratio]:
-            raise XushiError(
+            raise BadInput(
                 f"{where}: layer_types holds {unknown[0]!r}, which is not implemented", _REMEDY
             )
         table["compress_ratios"] = [ratio[kind] for kind in kinds]
     if "compress_ratios" not in table:
         # transformers then takes another schedule than any released model's.
-        raise XushiError(
+        raise BadInput(
             f"{where} has neither compress_ratios nor layer_types",
             "add the model's own schedule; there is no default that fits them all",
         )
@@ -212,7 +212,7 @@ def _as_v4(table: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(types := table.get("mlp_layer_types"), list):
         table["num_hash_layers"] = hashed = types.count("hash_moe")
         if types != ["hash_moe"] * hashed + ["moe"] * (len(types) - hashed):
-            raise XushiError(
+            raise BadInput(
                 f"{where}: mlp_layer_types is not hash_moe layers before moe layers", _REMEDY
             )
     width, share = table.get("head_dim"), table.get("partial_rotary_factor")
@@ -238,7 +238,7 @@ def _v4_rope(table: dict[str, Any], where: str) -> dict[str, Any]:
     ):
         main, compress = rope["main"], rope["compress"]
         if main.get("rope_type", "default") != "default":
-            raise XushiError(
+            raise BadInput(
                 f"{where}: rope_parameters.main is {main['rope_type']!r}; only default is "
                 "implemented",
                 _REMEDY,
@@ -252,7 +252,7 @@ def _v4_rope(table: dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(scaling, dict):
         # Here YaRN scales nothing but the frequencies; transformers says so with a factor of 1.
         if scaling.get("attention_factor", 1.0) != 1.0:
-            raise XushiError(
+            raise BadInput(
                 f"{where}: rope_scaling's attention_factor is {scaling['attention_factor']!r}; a "
                 "deepseek_v4 has 1.0",
                 _REMEDY,
@@ -283,7 +283,7 @@ def _dense_layers(table: dict[str, Any], where: str) -> dict[str, Any]:
         return {}
     dense = types.count("dense")
     if types != ["dense"] * dense + ["sparse"] * (len(types) - dense):
-        raise XushiError(
+        raise BadInput(
             f"{where}: mlp_layer_types has dense layers after sparse ones",
             "only models whose first layers are dense are implemented",
         )
@@ -295,12 +295,10 @@ def _scaling(scaling: Any, where: str) -> Any:
         return scaling
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind != "yarn":
-        raise XushiError(
-            f"{where}: rope_scaling of type {kind!r} is not implemented", "only yarn is"
-        )
+        raise BadInput(f"{where}: rope_scaling of type {kind!r} is not implemented", "only yarn is")
     for key, published in (("attention_factor", None), ("truncate", True)):
         if scaling.get(key, published) != published:
-            raise XushiError(
+            raise BadInput(
                 f"{where}: rope_scaling's {key} is {scaling[key]!r}, which is not implemented",
                 "use a checkpoint without it, as the published ones are",
             )
@@ -317,13 +315,13 @@ def read_config(path: str | Path) -> ModelConfig:
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise XushiError(
+        raise BadInput(
             f"{file} does not exist", "give a directory in the Hugging Face layout"
         ) from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise XushiError(
+        raise BadInput(
             f"{file} cannot be read: {error}", "get the file again, it is damaged"
         ) from None
     if not isinstance(table, dict):
-        raise XushiError(f"{file} is not a JSON object", "get the file again, it is damaged")
+        raise BadInput(f"{file} is not a JSON object", "get the file again, it is damaged")
     return from_published(table, str(file))

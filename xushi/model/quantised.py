@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.model.shards import Stored, shown
 
 FP8_BLOCK = (128, 128)
@@ -57,12 +57,12 @@ def fp8_block(table: dict[str, Any], where: str) -> tuple[int, int]:
     if quantised is None:
         return FP8_BLOCK
     if not isinstance(quantised, dict):
-        raise XushiError(
+        raise BadInput(
             f"{where}: quantization_config is {shown(quantised)}, not a table", "get the file again"
         )
     for key, value in (("quant_method", "fp8"), ("fmt", "e4m3")):
         if quantised.get(key, value) != value:
-            raise XushiError(
+            raise BadInput(
                 f"{where}: quantization_config.{key} is {shown(repr(quantised[key]))}, and only "
                 f"{value!r} is implemented",
                 "use DeepSeek's own FP8 checkpoint, or one in bfloat16",
@@ -75,7 +75,7 @@ def fp8_block(table: dict[str, Any], where: str) -> tuple[int, int]:
         or len(block) != 2
         or not all(type(x) is int and 0 < x < 2**31 for x in block)
     ):
-        raise XushiError(
+        raise BadInput(
             f"{where}: quantization_config.weight_block_size is {shown(block)}, not two whole "
             "numbers",
             "DeepSeek's are [128, 128]",
@@ -110,27 +110,27 @@ def check_weight(
     packed = stored.dtype in PACKED
     wanted = (*shape[:-1], math.ceil(shape[-1] / 2)) if packed and is_expert else shape
     if stored.shape != wanted:
-        raise XushiError(
+        raise BadInput(
             f"{where} has shape {list(stored.shape)}, config.json asks for {list(wanted)}", _REMEDY
         )
     if stored.dtype in PLAIN:
         if scale is not None:
-            raise XushiError(
+            raise BadInput(
                 f"{scale.file} holds {shown(scale.name)}, a scale, and {shown(stored.name)} is in "
                 f"{kind}",
                 _REMEDY,
             )
         return
     if not (packed and is_expert) and not (stored.dtype == torch.float8_e4m3fn and len(shape) == 2):
-        raise XushiError(f"{where} is in {kind}, which is no dtype for it", _REMEDY)
+        raise BadInput(f"{where} is in {kind}, which is no dtype for it", _REMEDY)
     if scale is None:
-        raise XushiError(
+        raise BadInput(
             f"{where} is in {kind} and there is no scale for it",
             "get the checkpoint again; without its scales it is not the model",
         )
     kinds = {torch.float8_e8m0fnu} if packed else {torch.float8_e8m0fnu, torch.float32}
     if scale.dtype not in kinds:
-        raise XushiError(
+        raise BadInput(
             f"{scale.file}: {shown(scale.name)} is in {str(scale.dtype).removeprefix('torch.')}, "
             "which is "
             f"no dtype for a scale of {kind}",
@@ -139,7 +139,7 @@ def check_weight(
     rows, columns = block_of(stored, fp8)
     grid = (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns))
     if scale.shape != grid:
-        raise XushiError(
+        raise BadInput(
             f"{scale.file}: {shown(scale.name)} has shape {list(scale.shape)}; blocks of "
             f"{rows}x{columns} "
             f"make {list(grid)}",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 
 INDEX_FILE = "model.safetensors.index.json"
 LARGEST_JSON = 100_000_000  # bytes; the format's own limit for a header
@@ -64,7 +64,7 @@ class Stored:
             while len(left):
                 count = stream.readinto(left)
                 if not count:
-                    raise XushiError(
+                    raise BadInput(
                         f"{self.file} cannot be read: it ends within {shown(self.name)}", _DAMAGED
                     )
                 left = left[count:]
@@ -82,11 +82,11 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise XushiError(
+        raise BadInput(
             f"{file} does not exist", "get the checkpoint again, a file is missing"
         ) from None
     except OSError as error:
-        raise XushiError(f"{file} cannot be read: {error.strerror or error}", _DAMAGED) from None
+        raise BadInput(f"{file} cannot be read: {error.strerror or error}", _DAMAGED) from None
 
 
 def checked_file(directory: Path, name: object, limit: int | None = None) -> tuple[Path, int]:
@@ -98,7 +98,7 @@ def checked_file(directory: Path, name: object, limit: int | None = None) -> tup
         and name not in (".", "..")
     )
     if not usual:
-        raise XushiError(
+        raise BadInput(
             f"{directory} has an index that names {shown(repr(name))}, which is not a file of its "
             "own "
             "directory",
@@ -106,16 +106,16 @@ def checked_file(directory: Path, name: object, limit: int | None = None) -> tup
         )
     file = directory / str(name)
     if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(directory)):
-        raise XushiError(
+        raise BadInput(
             f"{shown(str(file))} is a link that leads out of its directory",
             "copy the files themselves into the directory (a download with --local-dir does)",
         )
     with _reading(file):
         status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):
-        raise XushiError(f"{file} cannot be read: it is not a file", _DAMAGED)
+        raise BadInput(f"{file} cannot be read: it is not a file", _DAMAGED)
     if limit is not None and status.st_size > limit:
-        raise XushiError(
+        raise BadInput(
             f"{file} cannot be read: it has {status.st_size} bytes, and {limit} are the limit",
             _DAMAGED,
         )
@@ -141,9 +141,9 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
         ValueError,
         RecursionError,
     ) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise XushiError(f"{where} cannot be read: {shown(str(error))}", _DAMAGED) from None
+        raise BadInput(f"{where} cannot be read: {shown(str(error))}", _DAMAGED) from None
     if not isinstance(table, dict):
-        raise XushiError(f"{where} cannot be read: it is not a JSON object", _DAMAGED)
+        raise BadInput(f"{where} cannot be read: it is not a JSON object", _DAMAGED)
     return table
 
 
@@ -162,13 +162,13 @@ def read_header(file: Path, size: int, limit: int) -> list[Stored]:
     with _reading(file), open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 2 <= length <= size - 8:
-            raise XushiError(
+            raise BadInput(
                 f"{file} cannot be read: its header should have {length} bytes, the file has "
                 f"{size}",
                 _DAMAGED,
             )
         if length > limit:
-            raise XushiError(
+            raise BadInput(
                 f"{file} cannot be read: a header of {length} bytes, and {limit} are the limit "
                 "for this "
                 "config.json",
@@ -183,13 +183,13 @@ def read_header(file: Path, size: int, limit: int) -> list[Stored]:
     for entry in entries:
         if entry.begin != end:
             fault = "overlaps" if entry.begin < end else "leaves a gap after"
-            raise XushiError(
+            raise BadInput(
                 f"{file} cannot be read: {shown(entry.name)} {fault} what stands before it",
                 _DAMAGED,
             )
         end += entry.size
     if end != size:
-        raise XushiError(
+        raise BadInput(
             f"{file} cannot be read: its header describes {end} bytes, the file has {size}",
             _DAMAGED,
         )
@@ -207,20 +207,20 @@ def _entry(file: Path, name: str, entry: Any, data: int) -> Stored:
     where = f"{file} cannot be read: {shown(name)}"
     keys = ("dtype", "shape", "data_offsets")
     if not isinstance(entry, dict) or set(entry) != set(keys):
-        raise XushiError(f"{where} is not described by dtype, shape and data_offsets", _DAMAGED)
+        raise BadInput(f"{where} is not described by dtype, shape and data_offsets", _DAMAGED)
     kind, shape, offsets = (entry[key] for key in keys)
     if not isinstance(kind, str) or kind not in DTYPES:
-        raise XushiError(
+        raise BadInput(
             f"{where} has dtype {shown(kind)}, which no DeepSeek weights come in",
             f"use a checkpoint in {', '.join(DTYPES)}",
         )
     if not whole(shape) or not whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise XushiError(
+        raise BadInput(
             f"{where} has shape {shown(shape)} and data_offsets {shown(offsets)}", _DAMAGED
         )
     size = math.prod(shape) * DTYPES[kind].itemsize
     if size != offsets[1] - offsets[0]:
-        raise XushiError(
+        raise BadInput(
             f"{where} has shape {shape} in {kind}, {size} bytes, and {offsets[1] - offsets[0]} "
             "are there",
             _DAMAGED,
@@ -236,7 +236,7 @@ def read_headers(directory: Path, limit: int) -> dict[str, Stored]:
         file, size = checked_file(directory, name)
         for stored in read_header(file, size, limit):
             if stored.name in found:
-                raise XushiError(
+                raise BadInput(
                     f"{file} holds {shown(stored.name)}, and so does "
                     f"{found[stored.name].file.name}",
                     "remove the file that does not belong to this checkpoint",
@@ -251,7 +251,7 @@ def _agree(index: Path, weight_map: dict[str, Any], found: dict[str, Stored]) ->
     for tensor in sorted(weight_map.keys() | found.keys()):
         said, place = weight_map.get(tensor), found[tensor].file.name if tensor in found else None
         if said != place:
-            raise XushiError(
+            raise BadInput(
                 f"{index} says that {shown(tensor)} is in {shown(said)}, and it is in {place}",
                 "get the checkpoint again, its files do not belong together",
             )
@@ -262,12 +262,12 @@ def _shard_names(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if os.path.lexists(directory / INDEX_FILE):
         weight_map = read_json(directory, INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise XushiError(
+            raise BadInput(
                 f"{directory / INDEX_FILE} cannot be read: it has no weight_map", _DAMAGED
             )
         for tensor, name in weight_map.items():
             if not isinstance(name, str) or not name.endswith(".safetensors"):
-                raise XushiError(
+                raise BadInput(
                     f"{directory / INDEX_FILE} puts {shown(tensor)} into {shown(repr(name))}, and "
                     "only "
                     "safetensors are ever read",
@@ -280,16 +280,16 @@ def _shard_names(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if "model.safetensors" in files or len(files) == 1:
         return None, ["model.safetensors" if "model.safetensors" in files else files[0]]
     if files:
-        raise XushiError(
+        raise BadInput(
             f"{directory} holds {len(files)} safetensors files and no {INDEX_FILE}",
             "get the index too; slices for model-parallel inference must be put together first",
         )
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
-        raise XushiError(
+        raise BadInput(
             f"{directory / pickles[0]} is a pickle, which can run anything and is never read",
             "get the checkpoint in safetensors",
         )
-    raise XushiError(
+    raise BadInput(
         f"{directory / 'model.safetensors'} does not exist",
         "give a directory with safetensors weights",
     )

@@ -19,7 +19,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, Failed, XushiError
 from xushi.base.files import disk_errors, fsync_path, write_json
 from xushi.base.machine import inspect
 from xushi.model.config import ModelConfig
@@ -81,7 +81,7 @@ def load_pretrained(
     """
     directory = Path(path)
     if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise XushiError(
+        raise BadInput(
             f"{directory} cannot be loaded as {dtype}",
             "give torch.bfloat16, float16, float32 or float64",
         )
@@ -117,7 +117,7 @@ def _by_canonical_name(
             continue
         canonical, is_scale = canonical_name(name, config)
         if canonical in found[is_scale]:
-            raise XushiError(
+            raise BadInput(
                 f"{tensor.file} holds {shown(name)}, which is "
                 f"{shown(found[is_scale][canonical].name)} by "
                 "another name",
@@ -130,7 +130,7 @@ def _by_canonical_name(
         and found[0]
         and not any((layer_of(canonical) or 0) >= depth for canonical in found[0])
     ):
-        raise XushiError(
+        raise BadInput(
             f"{directory} holds no MTP layers, and its config.json says "
             f"num_nextn_predict_layers={extra}",
             "set num_nextn_predict_layers to 0 in config.json (num_mtp_layers, where it says that)",
@@ -144,7 +144,7 @@ def _without_memory(
     """The model on the meta device, its parameters in the dtypes that they will have."""
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     if layers * 8 > tensors:  # a layer has more, so this bounds the work that a config can ask for
-        raise XushiError(
+        raise BadInput(
             f"{directory / 'config.json'} describes {layers} layers, and the files hold {tensors} "
             "tensors",
             _ELSEWHERE,
@@ -158,7 +158,7 @@ def _without_memory(
         ValueError,
         ArithmeticError,
     ) as error:  # sizes and numbers that cannot be
-        raise XushiError(
+        raise BadInput(
             f"{directory / 'config.json'} describes a model that cannot be built: "
             f"{shown(str(error).partition(chr(10))[0])}",
             "get the file again, it is damaged",
@@ -183,7 +183,7 @@ def _match(
     for name, place in places(state):
         stored, scale = weights.pop(name, None), scales.pop(name, None)
         if stored is None:
-            raise XushiError(
+            raise BadInput(
                 f"{directory} lacks {written_name(name, config, 'published')}", _ELSEWHERE
             )
         if place.parameter.endswith(".tid2eid"):
@@ -204,7 +204,7 @@ def _match(
             )
     for left in (weights, scales):
         for stored in left.values():
-            raise XushiError(
+            raise BadInput(
                 f"{stored.file} holds {shown(stored.name)}, which this config.json does not "
                 "describe",
                 _ELSEWHERE,
@@ -218,7 +218,7 @@ def _check_table(stored: Stored, scale: Stored | None, place: Place) -> None:
         or stored.shape != place.shape
         or scale is not None
     ):
-        raise XushiError(
+        raise BadInput(
             f"{stored.file}: {shown(stored.name)} is {stored.dtype} of shape {list(stored.shape)}; "
             f"config.json asks for whole numbers of shape {list(place.shape)}",
             _ELSEWHERE,
@@ -236,10 +236,9 @@ def _memory_errors(directory: Path) -> Iterator[None]:
 
 
 def _too_large(directory: Path, why: str) -> XushiError:
-    return XushiError(
+    return Failed(
         f"the model of {directory} does not fit into memory: {why}",
         "use a machine with more memory, a smaller dtype or a smaller checkpoint",
-        1,
     )
 
 
@@ -261,7 +260,7 @@ def _fill(part: Part, tensor: Tensor, config: ModelConfig) -> None:
     if not values.dtype.is_floating_point and not bool(
         ((values >= 0) & (values < config.n_routed_experts)).all()
     ):
-        raise XushiError(
+        raise BadInput(
             f"{part.stored.file}: {shown(part.stored.name)} sends a token to an expert that is "
             "not there; "
             f"config.json says n_routed_experts={config.n_routed_experts}",
@@ -307,7 +306,7 @@ def save_pretrained(
     """
     directory, config = Path(path), model.config
     if names not in get_args(Naming):
-        raise XushiError(
+        raise BadInput(
             f"{directory} cannot be written in the names {names!r}",
             f"the names are {' and '.join(get_args(Naming))}",
         )
@@ -373,7 +372,7 @@ def _aside(directory: Path) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise XushiError(
+        raise BadInput(
             f"{directory} cannot be written: {error.filename} is in the way",
             "give a directory that is free, or one with a checkpoint to replace",
         ) from None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, Failed
 from xushi.base.tracking import Tracking
 from xushi.report.scales import Point
 
@@ -68,7 +68,7 @@ def open_run(directory: Path) -> Iterator[Run]:
     """
     results, store = directory / "results.json", directory / "tracking.sqlite"
     if not results.is_file() and not store.is_file():
-        raise XushiError(
+        raise BadInput(
             f"{directory} holds no run: neither results.json nor tracking.sqlite is there",
             "give the directory of a run, for example runs/demo, or start one with xushi run",
         )
@@ -93,14 +93,13 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise XushiError(
+        raise Failed(
             f"{path} cannot be read: {error}",
             "run the same command again: it writes the file anew",
-            1,
         ) from None
     if not isinstance(value, dict):
-        raise XushiError(
-            f"{path} is not a JSON object", "run the same command again: it writes the file anew", 1
+        raise Failed(
+            f"{path} is not a JSON object", "run the same command again: it writes the file anew"
         )
     return value
 
@@ -109,9 +108,8 @@ def _read_samples(path: Path) -> dict[str, list[dict[str, Any]]]:
     samples = _read_object(path)
     for name, entries in samples.items():
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise XushiError(
+            raise Failed(
                 f"{path}: {name} is not a list of objects",
                 "run the same command again: it writes the file anew",
-                1,
             )
     return samples

@@ -288,7 +288,7 @@ def rl(context: RunContext) -> dict[str, Any]:
 
 def train_control(context: RunContext, steps: int = 0) -> None:
     """Continue the fine-tuning for so many steps, of which the first process knows."""
-    config, steps = context.recipe.sft, context.layout.team.firsts(steps)
+    config, steps = context.recipe.sft, context.layout.team.broadcast(steps)
     assert config is not None, "control runs only after sft"
     train(
         "control",

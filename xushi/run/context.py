@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import Failed
 from xushi.base.files import sha256_json, write_json
 from xushi.base.tracking import Tracking
 from xushi.envs import DigitSum, DigitSumConfig, Environment
@@ -95,10 +95,9 @@ class RunContext:
         if stage is not None:
             checkpoint = latest_checkpoint(self.checkpoints(stage))
             if checkpoint is None:
-                raise XushiError(
+                raise Failed(
                     f"{self.checkpoints(stage)} holds no checkpoint",
                     f"remove {self.path('stages', stage + '.json')} and run the same command again",
-                    1,
                 )
             model.load_state_dict(
                 {name: checkpoint.read("model", name) for name in checkpoint.names("model")}
@@ -134,8 +133,8 @@ def read_record(context: RunContext, name: str) -> StageRecord | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise XushiError(
-            f"{file} cannot be read: {error!r}", "remove it and run the same command again", 1
+        raise Failed(
+            f"{file} cannot be read: {error!r}", "remove it and run the same command again"
         ) from None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.base.machine import GIB, chosen_device, inspect
 from xushi.plan import (
     count_parameters,
@@ -107,10 +107,10 @@ def check_memory(
     for changes, said in _smaller(recipe):
         fits = _bytes_per_process(recipe, layout, recipe.pretrain.model_copy(update=changes))
         if fits <= room:
-            raise XushiError(
+            raise BadInput(
                 problem, f"with {said} it is about {fits / GIB:,.1f} GiB; or use more machines"
             )
-    raise XushiError(
+    raise BadInput(
         problem,
         "weights, gradients and moments alone are too much for any batch: use a smaller model, "
         "or more machines",

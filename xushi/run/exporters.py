@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.base.progress import say
 from xushi.base.tracking import Tracking
 
@@ -38,11 +38,11 @@ def export_metrics(
     installed is a `XushiError`.
     """
     if place not in PLACES:
-        raise XushiError(
+        raise BadInput(
             f"metrics cannot be exported to {place!r}", f"give one of {', '.join(PLACES)}"
         )
     if not (directory / "tracking.sqlite").is_file():
-        raise XushiError(f"{directory} is no run directory", "give one, such as runs/demo")
+        raise BadInput(f"{directory} is no run directory", "give one, such as runs/demo")
     if place == "trackio":
         os.environ["TRACKIO_DIR"] = str(
             (out or directory / place).resolve()
@@ -50,7 +50,7 @@ def export_metrics(
     try:
         package = import_module(PLACES[place])
     except ImportError as error:
-        raise XushiError(
+        raise BadInput(
             f"{place} is not installed ({error})", f"pip install 'xushi[{place}]'"
         ) from None
     out = out or directory / place

@@ -24,7 +24,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, Failed, XushiError
 from xushi.base.files import write_atomic
 from xushi.base.progress import say
 from xushi.recipe import Recipe
@@ -62,7 +62,7 @@ def check_launch(recipe: Recipe, launch: Launch) -> None:
     that may be left.
     """
     if launch.nodes < 1 or launch.processes < 1 or launch.restarts < 0:
-        raise XushiError(
+        raise BadInput(
             "nodes and processes must be at least 1 and restarts at least 0",
             "correct these options",
         )
@@ -72,7 +72,7 @@ def check_launch(recipe: Recipe, launch: Launch) -> None:
             check_layout(recipe.layout, recipe.model, nodes * launch.processes, recipe.rows)
         except XushiError as error:
             left = "" if nodes == launch.nodes else f", which may be left of {launch.nodes},"
-            raise XushiError(
+            raise BadInput(
                 f"with {nodes} nodes of {launch.processes} processes{left} {error.problem}",
                 error.remedy if not left else f"{error.remedy}; or set layout.fewest higher",
             ) from None
@@ -134,11 +134,11 @@ def launch_on_ray(recipe: Recipe, launch: Launch, address: str, gpus: bool) -> N
     try:
         ray = import_module("ray")
     except ImportError as error:
-        raise XushiError(f"ray is not installed ({error})", "pip install 'xushi[ray]'") from None
+        raise BadInput(f"ray is not installed ({error})", "pip install 'xushi[ray]'") from None
     try:
         ray.init(address=address, log_to_driver=True, ignore_reinit_error=True)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise XushiError(
+        raise BadInput(
             f"no Ray cluster answers at {address}: {error}",
             "start one with ray start --head, and give its address, or auto on one of its machines",
         ) from None
@@ -154,10 +154,9 @@ def launch_on_ray(recipe: Recipe, launch: Launch, address: str, gpus: bool) -> N
         while count >= fewest and not _fits(recipe, count):
             count -= 1
         if count < fewest:
-            raise XushiError(
+            raise Failed(
                 f"the Ray cluster has room for {count} processes, and {fewest} are needed",
                 "add machines, or set layout.fewest lower",
-                1,
             )
         say(f"attempt {attempt + 1}: {count} processes on {sum(map(bool, room))} machines")
         if (problem := _attempt(ray, launch, count, {f"num_{resource.lower()}s": each})) is None:
@@ -166,10 +165,9 @@ def launch_on_ray(recipe: Recipe, launch: Launch, address: str, gpus: bool) -> N
             f"{problem}; what is left goes on from the last checkpoint in {SECONDS_TO_NOTICE:.0f} s"
         )
         time.sleep(SECONDS_TO_NOTICE)
-    raise XushiError(
+    raise Failed(
         f"the run was started {launch.restarts + 1} times and did not come to its end",
         "see what its processes said; the same command goes on from the last checkpoint",
-        1,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, Failed
 from xushi.base.machine import chosen_device
 from xushi.base.progress import StepProgress, say
 from xushi.base.tracking import BatchRecord, Tracking
@@ -36,11 +36,11 @@ def replay(
     The result is JSON-able. A run or a step that is not there is a `XushiError`.
     """
     if stage not in STAGES:
-        raise XushiError(
+        raise BadInput(
             f"stage {stage!r} has no steps to replay", f"give one of {', '.join(STAGES)}"
         )
     if not (directory / "tracking.sqlite").is_file():
-        raise XushiError(f"{directory} is no run directory", "give one, such as runs/demo")
+        raise BadInput(f"{directory} is no run directory", "give one, such as runs/demo")
     tracking = Tracking(directory / "tracking.sqlite")
     try:
         recipe = load_recipe(directory / "recipe.toml", [])
@@ -53,7 +53,7 @@ def replay(
         way = tracking.batches(stage, step)
         if not way:
             steps = [number for number, _ in tracking.series(stage, "loss")]
-            raise XushiError(
+            raise BadInput(
                 f"{directory} has no step {step} of stage {stage}",
                 f"give one from 1 to {steps[-1]}" if steps else "run that stage first",
             )
@@ -104,7 +104,7 @@ def _loss(
     first = state.restore(latest_checkpoint(context.checkpoints(stage), up_to=way[-1].step - 1))
     figures: dict[str, float] = {}
     if way[0].step > first + 1:
-        raise XushiError(
+        raise BadInput(
             f"the tracking store has nothing before step {way[0].step} of stage {stage}, and the "
             "last "
             f"checkpoint before that is of step {first}",
@@ -122,10 +122,9 @@ def _loss(
 def _logged(data: Data, record: BatchRecord) -> dict[str, Tensor]:
     batch = data.batches(record.cursor, record.pieces)
     if batch_hash(batch) != record.hash:
-        raise XushiError(
+        raise Failed(
             f"the batch of step {record.step} is not the one that was trained on: its hash differs",
             "the run's data or tokenizer was changed since; --no-loss shows what is there now",
-            1,
         )
     return batch
 

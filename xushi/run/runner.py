@@ -15,7 +15,7 @@ import torch
 
 from xushi import __version__
 from xushi.base.allocator import keep_freed_memory
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, Failed
 from xushi.base.files import disk_errors, write_atomic, write_json
 from xushi.base.machine import children_peak_memory_bytes, chosen_device, inspect
 from xushi.base.progress import say
@@ -65,7 +65,7 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
         cores = max(1, machine.usable_cores // processes_here)
         processes = layout.data * layout.pipeline
         name = "threads" if processes == 1 else f"threads.{processes}"
-        threads = layout.team.firsts(tracking.decide("run", name, recipe.threads or cores))
+        threads = layout.team.broadcast(tracking.decide("run", name, recipe.threads or cores))
         torch.set_num_threads(threads)
         spread = {"data": layout.data, "pipeline": layout.pipeline, "expert": layout.expert}
         if (before := tracking.decide("run", "layout", spread)) != spread:
@@ -86,7 +86,7 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
             results = _run_stages(context)
         finally:
             tracking.close()
-        layout.team.firsts("end")
+        layout.team.broadcast("end")
         return results
 
 
@@ -103,10 +103,10 @@ def _follow(context: RunContext) -> None:
 def _heard(context: RunContext) -> Any:
     """What the first process says next."""
     try:
-        return context.layout.team.firsts(None)
+        return context.layout.team.broadcast(None)
     except RuntimeError:  # torch's error of a lost connection
-        raise XushiError(
-            "the first process has ended", "it said why: mend that, start all again", 1
+        raise Failed(
+            "the first process has ended", "it said why: mend that, start all again"
         ) from None
 
 
@@ -204,7 +204,7 @@ def _run_stage(context: RunContext, name: str, stage: Stage, key: str) -> StageR
     context.tracking.event(name, "started", version=__version__)
     began = time.monotonic()
     if name in building.TOGETHER:
-        context.layout.team.firsts(name)
+        context.layout.team.broadcast(name)
     try:
         results = stage(context)
     finally:
@@ -231,10 +231,9 @@ def _own(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise XushiError(
+            raise Failed(
                 f"{directory} is in use by another xushi run",
                 "wait for it, or choose another --out",
-                1,
             ) from None
         yield
     finally:
@@ -249,24 +248,22 @@ def _claim(recipe: Recipe, directory: Path, update: bool) -> None:
             table = json.loads(file.read_text(encoding="utf-8"))
             found, owner = table["format"], table["recipe_hash"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise XushiError(
+            raise BadInput(
                 f"{file} cannot be read: {error!r}", "choose another --out, or remove the directory"
             ) from None
         if found != RUN_FORMAT:
-            raise XushiError(
+            raise BadInput(
                 f"{directory} was made by xushi {table.get('version', '?')} (run format {found}; "
                 "this "
                 f"version reads format {RUN_FORMAT})",
                 "use that version, or choose another --out",
             )
         if owner != recipe.hash and not update:
-            raise XushiError(
+            raise BadInput(
                 f"{directory} was made by another recipe (its own is {directory / 'recipe.toml'})",
                 "choose another --out, or add --update to run the stages that changed again",
             )
     elif any(path.name != ".lock" for path in directory.iterdir()):
-        raise XushiError(
-            f"{directory} is not empty and is no run directory", "choose another --out"
-        )
+        raise BadInput(f"{directory} is not empty and is no run directory", "choose another --out")
     write_atomic(directory / "recipe.toml", recipe.to_toml())
     write_json(file, {"format": RUN_FORMAT, "recipe_hash": recipe.hash, "version": __version__})

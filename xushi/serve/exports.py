@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from xushi.base.config import StrictConfig, parse
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 
 BASE = "base"
 REASONING = "reasoning"
@@ -46,7 +46,7 @@ def find_exports(run_directory: Path) -> dict[str, Path]:
     `XushiError`.
     """
     if not run_directory.is_dir():
-        raise XushiError(
+        raise BadInput(
             f"run directory {run_directory} does not exist",
             "give a directory that xushi run has made",
         )
@@ -56,7 +56,7 @@ def find_exports(run_directory: Path) -> dict[str, Path]:
         if ((path := run_directory / "export" / name) / "config.json").is_file()
     }
     if not found:
-        raise XushiError(
+        raise BadInput(
             f"run {run_directory} has no exported model in {run_directory / 'export'}",
             "let xushi run finish its pretrain stage first",
         )
@@ -71,9 +71,9 @@ def read_card(name: str, directory: Path) -> ModelCard:
     except FileNotFoundError:
         return DEFAULT_CARDS.get(name, ModelCard(title=name))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise XushiError(
+        raise BadInput(
             f"{path} cannot be read: {error}", "remove it, or export the model again"
         ) from None
     if not isinstance(table, dict):
-        raise XushiError(f"{path} is not a JSON object", "remove it, or export the model again")
+        raise BadInput(f"{path} is not a JSON object", "remove it, or export the model again")
     return parse(ModelCard, table, str(path))

@@ -8,7 +8,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, Failed
 from xushi.serve.app import create_app
 from xushi.serve.exports import find_exports
 from xushi.serve.worker import Worker
@@ -63,28 +63,28 @@ def serve(run_directory: Path, host: str = DEFAULT_HOST, port: int = DEFAULT_POR
 def bind(host: str, port: int) -> socket.socket:
     """A socket that holds the port, or a `XushiError` that says what to do."""
     if not 0 <= port <= 65535:
-        raise XushiError(f"port {port} does not exist", "choose one from 1024 to 65535 with --port")
+        raise BadInput(f"port {port} does not exist", "choose one from 1024 to 65535 with --port")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except socket.gaierror as error:
-        raise XushiError(
+        raise BadInput(
             f"host {host!r} has no address: {error.strerror}",
             "give --host 127.0.0.1 for this machine alone, --host 0.0.0.0 for everybody",
         ) from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise XushiError(
+            raise BadInput(
                 f"port {port} of {host} is in use",
                 f"choose another, for example --port {port + 1}"
                 if port < 65535
                 else "choose another with --port",
             ) from None
         if error.errno == errno.EACCES:
-            raise XushiError(
+            raise BadInput(
                 f"port {port} of {host} may not be used", "choose one above 1023 with --port"
             ) from None
-        raise XushiError(
+        raise BadInput(
             f"cannot listen on {host} port {port}: {error.strerror}",
             "give --host 127.0.0.1 for this machine alone",
         ) from None
@@ -97,4 +97,4 @@ def run(server: Server, listener: socket.socket) -> None:
     except KeyboardInterrupt:
         return  # uvicorn raises it again after it has closed everything
     if not server.started:
-        raise XushiError("the server could not start", "its log above says why", 1)
+        raise Failed("the server could not start", "its log above says why")

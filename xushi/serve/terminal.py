@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 from xushi.engine import LLM, Delta, SamplingParams
 from xushi.serve.exports import BASE, REASONING, find_exports, read_card
 from xushi.tokenizer import Message
@@ -84,7 +84,7 @@ class Terminal:
 
     def _complete(self, text: str) -> None:
         if BASE not in self._exports:
-            raise XushiError("this run has no base model", "run its pretrain stage with xushi run")
+            raise BadInput("this run has no base model", "run its pretrain stage with xushi run")
         llm = self._load(BASE)
         print(self._dim(_plain(text)), end="", flush=True)
         self._show(llm.stream(text, self._params(COMPLETION_TOKENS)))
@@ -149,7 +149,7 @@ def chat(run_directory: Path) -> None:
             print()
             continue
         except UnicodeDecodeError as error:
-            raise XushiError(
+            raise BadInput(
                 f"the input is not UTF-8: {error.reason}", "convert it, for example with iconv"
             ) from None
         if line.strip():

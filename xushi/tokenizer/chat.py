@@ -12,7 +12,7 @@ whether earlier reasoning is sent again.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NotRequired, TypedDict
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 
 if TYPE_CHECKING:
     from xushi.tokenizer.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def chat_example(
                 True,
             )
         elif message["role"] != "system":
-            raise XushiError(
+            raise BadInput(
                 f"message has the unknown role {message['role']!r}", "use system, user or assistant"
             )
     return ids, mask

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 from xushi.base.files import write_atomic, write_json
 from xushi.tokenizer import chat
 from xushi.tokenizer.chat import CHAT_TEMPLATE, Message
@@ -88,7 +88,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         if vocab_size < SMALLEST_VOCABULARY:
-            raise XushiError(
+            raise BadInput(
                 f"tokenizer.vocab_size={vocab_size} is less than {SMALLEST_VOCABULARY}, the 256 "
                 "bytes and "
                 f"{len(SPECIAL_TOKENS)} special tokens",
@@ -116,7 +116,7 @@ class Tokenizer:
         )
         reached = backend.get_vocab_size()
         if reached < vocab_size:
-            raise XushiError(
+            raise BadInput(
                 f"tokenizer.vocab_size={vocab_size} is larger than the text allows: it gives "
                 f"{reached}",
                 f"set tokenizer.vocab_size to {reached} or less, or add text",
@@ -206,21 +206,21 @@ class Tokenizer:
         try:
             serialized = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise XushiError(
+            raise BadInput(
                 f"{path} does not exist", "run the tokenizer stage, or give another directory"
             ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise XushiError(
+            raise BadInput(
                 f"{path} cannot be read: {error}", "run the tokenizer stage again"
             ) from None
         try:
             json.loads(serialized)
             return cls(serialized)
         except XushiError as error:
-            raise XushiError(f"{path}: {error.problem}", error.remedy) from None
+            raise BadInput(f"{path}: {error.problem}", error.remedy) from None
         except Exception as error:  # the library raises plain Exception for whatever it cannot read
             message = " ".join(str(error).split())
-            raise XushiError(
+            raise BadInput(
                 f"{path} is damaged: {message}", "run the tokenizer stage again"
             ) from None
 
@@ -232,7 +232,7 @@ def _check_special_tokens(backend: "tokenizers.Tokenizer") -> None:
         if token.special
     }
     if added != dict(enumerate(SPECIAL_TOKENS)):
-        raise XushiError("the special tokens are not xushi's", "use a tokenizer that xushi trained")
+        raise BadInput("the special tokens are not xushi's", "use a tokenizer that xushi trained")
 
 
 def _token_bytes(backend: "tokenizers.Tokenizer") -> list[bytes]:
@@ -250,7 +250,7 @@ def _token_bytes(backend: "tokenizers.Tokenizer") -> list[bytes]:
         if index >= len(SPECIAL_TOKENS):
             tokens[index] = bytes(table[character] for character in token)
     if not {bytes([byte]) for byte in range(256)} <= set(tokens):
-        raise XushiError("the vocabulary lacks single bytes", "use a tokenizer that xushi trained")
+        raise BadInput("the vocabulary lacks single bytes", "use a tokenizer that xushi trained")
     return tokens
 
 
@@ -258,7 +258,7 @@ def _encodable(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise XushiError(
+        raise BadInput(
             f"text has a lone surrogate at character {error.start}, which is no Unicode text",
             "remove it, or write the character that was meant",
         ) from None

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, Failed
 from xushi.base.files import directory_in_place, disk_errors, sha256_file, sha256_json, write_json
 from xushi.base.progress import say
 from xushi.train.layout import Box, Team
@@ -69,7 +69,7 @@ class SavedCheckpoint:
         places = self._places[group][name]
         wanted = box or Box.whole(places[0][1].shape)
         if wanted.shape != places[0][1].shape:
-            raise XushiError(
+            raise BadInput(
                 f"checkpoint {self.path}: {name} is {list(places[0][1].shape)} and the model's is "
                 f"{list(wanted.shape)}",
                 "it is another model's; choose another run directory",
@@ -156,7 +156,7 @@ def _together(team: Team, action: Callable[[], Result]) -> list[Result]:
         result = action()
     except Exception as caught:
         error = caught
-    outcomes = team.everyones(
+    outcomes = team.gather(
         (result if team.size > 1 else None, None if error is None else str(error))
     )
     if error is not None:
@@ -164,10 +164,9 @@ def _together(team: Team, action: Callable[[], Result]) -> list[Result]:
     for rank, (_, text) in enumerate(outcomes):
         if text is not None:
             problem, _, remedy = text.partition("\n")
-            raise XushiError(
+            raise Failed(
                 f"process {rank}: {problem}",
                 remedy or "mend it there and run the same command again",
-                1,
             )
     return [found for found, _ in outcomes] if team.size > 1 else [result]  # type: ignore[list-item]
 
@@ -283,10 +282,9 @@ def latest_checkpoint(directory: Path, up_to: int | None = None) -> SavedCheckpo
             return SavedCheckpoint(path, manifest)
         say(f"checkpoint {path} is damaged ({problem}); trying the one before it")
     if candidates:
-        raise XushiError(
+        raise Failed(
             f"no checkpoint in {directory} is whole: {candidates[0].name} {problem}",
             f"remove {directory} and run the same command again: this stage starts over",
-            1,
         )
     return None
 
@@ -306,7 +304,7 @@ def _inspect(path: Path) -> tuple[str, dict[str, Any]]:
         if (
             manifest["format"] != FORMAT
         ):  # before anything else is read: another format may have other keys
-            raise XushiError(
+            raise BadInput(
                 f"checkpoint {path} has format {manifest['format']}, this version of xushi reads "
                 "format "
                 f"{FORMAT}",

@@ -90,7 +90,7 @@ class Heartbeat:
             store = None
             if first:
                 store = TCPStore(_host(), 0, is_master=True, wait_for_workers=False)
-            host, port = self.team.firsts((_host(), store.port if store else 0))
+            host, port = self.team.broadcast((_host(), store.port if store else 0))
             store = store or TCPStore(host, port, is_master=False, timeout=timedelta(seconds=10))
             self._answered = time.monotonic()
             self._heard = dict.fromkeys(range(self.team.size), self._answered)
@@ -117,7 +117,7 @@ class Heartbeat:
                 with contextlib.suppress(
                     RuntimeError
                 ):  # somebody died after the last step: nothing is lost
-                    self.team.everyones(
+                    self.team.gather(
                         None
                     )  # the store at the first process must outlive the others' last look
             self._ended.set()

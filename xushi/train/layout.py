@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput
 from xushi.model import Deepseek, ModelConfig
 from xushi.model.moe import Experts, MixtureOfExperts
 from xushi.train.config import LayoutConfig
@@ -90,7 +90,7 @@ class Team:
     size: int = 1
     group: dist.ProcessGroup | None = None
 
-    def everyones(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """What each process gave, in their order."""
         if self.group is None:
             return [value]
@@ -98,9 +98,9 @@ class Team:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def firsts(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What the first process gave."""
-        return self.everyones(value)[0]
+        return self.gather(value)[0]
 
 
 @dataclass
@@ -326,13 +326,13 @@ def check_layout(config: LayoutConfig, model: ModelConfig, processes: int, rows:
     `fewest` allows that.
     """
     if processes < (config.fewest or 1):
-        raise XushiError(
+        raise BadInput(
             f"layout.fewest={config.fewest} and {processes} processes were started",
             f"start {config.fewest}, or set layout.fewest={processes}",
         )
     stages, depth = config.pipeline, model.num_hidden_layers
     if stages > depth:
-        raise XushiError(
+        raise BadInput(
             f"layout.pipeline={stages} has more stages than the model's {depth} layers",
             f"set layout.pipeline={depth} or less",
         )
@@ -341,13 +341,13 @@ def check_layout(config: LayoutConfig, model: ModelConfig, processes: int, rows:
             (n for n in range(1, min(depth, processes) + 1) if processes % n == 0),
             key=lambda n: (abs(n - stages), n),
         )
-        raise XushiError(
+        raise BadInput(
             f"layout.pipeline={stages} does not divide the {processes} processes that were started",
             f"set layout.pipeline={divisor}, or start a multiple of {stages}",
         )
     data = config.data or processes // stages
     if data * stages != processes:
-        raise XushiError(
+        raise BadInput(
             f"layout.data={data} times layout.pipeline={stages} is {data * stages}, and "
             f"{processes} "
             "processes were started",
@@ -358,7 +358,7 @@ def check_layout(config: LayoutConfig, model: ModelConfig, processes: int, rows:
         divisor = min(
             (n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: (abs(n - data), n)
         )
-        raise XushiError(
+        raise BadInput(
             f"a batch of {rows} rows does not divide among layout.data={data} processes",
             f"start {divisor * stages} processes, take {-(-rows // data) * data} rows "
             "(pretrain.batch_tokens), or set layout.fewest, which allows unequal shares",
@@ -378,7 +378,7 @@ def check_layout(config: LayoutConfig, model: ModelConfig, processes: int, rows:
             if nearest is not None
             else "start a number of processes that divides the experts or their width"
         )
-        raise XushiError(
+        raise BadInput(
             f"layout.expert={config.expert} does not work with layout.data={data} and {experts} "
             "experts "
             f"of width {model.moe_intermediate_size}",
@@ -410,7 +410,7 @@ def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu", rows: in
         torch.use_deterministic_algorithms(True)
         number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if number >= there:
-            raise XushiError(
+            raise BadInput(
                 f"process {rank} is number {number} of its machine (from 0), which has {there} "
                 "GPUs",
                 'start one process for each GPU, or set device = "cpu"',

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import Failed
 from xushi.base.files import write_atomic
 from xushi.base.interrupt import StopRequest, finish_step_first
 from xushi.base.machine import best_training_dtype, measure_matrix_gflops, peak_memory_bytes
@@ -153,16 +153,15 @@ class TrainingState:
         boxes, layout = self.boxes, self.layout
         for group, tensors in self.tensors.items():
             everywhere = (
-                set[str]().union(*layout.team.everyones(set(tensors)))
+                set[str]().union(*layout.team.gather(set(tensors)))
                 if layout.pipeline > 1
                 else set(tensors)
             )
             if different := set(checkpoint.names(group)) ^ everywhere:
-                raise XushiError(
+                raise Failed(
                     f"checkpoint {checkpoint.path} is of another model or optimizer: "
                     f"{min(different)} is in one of them only",
                     "choose another run directory",
-                    1,
                 )
             for name, tensor in tensors.items():
                 tensor.copy_(checkpoint.read(group, name, boxes.get(name, Box.whole(tensor.shape))))
@@ -280,7 +279,7 @@ def training_step(
         figures |= clip_scores(model, config.qk_clip, layout)
     if piped:  # each stage knows its own routers
         figures = {
-            name: number for part in layout.team.everyones(figures) for name, number in part.items()
+            name: number for part in layout.team.gather(figures) for name, number in part.items()
         }
     return {
         "loss": loss,
@@ -323,13 +322,12 @@ def report_problem(
                     {name: tensor.contiguous() for name, tensor in batch.items()}
                 ),
             )
-        raise XushiError(
+        raise Failed(
             f"{stage} step {step}: {problem.text}, the {LIMIT_IN_A_ROW}rd step in a row without "
             "an update",
             f"{file} is the batch, {directory} has the checkpoints from before; with a lower "
             "learning_rate or more warmup_steps, and --update, the stage starts over and removes "
             "them",
-            1,
         )
 
 
@@ -388,11 +386,10 @@ def train(
         except RuntimeError as error:  # what torch raises when a process does not answer
             if not (lost := heart.who_is_gone()):
                 raise
-            raise XushiError(
+            raise Failed(
                 f"{stage}: {lost} died",
                 "run the same command again: it goes on from the last "
                 "checkpoint, with as many processes as you start",
-                1,
             ) from error
 
 
@@ -408,7 +405,7 @@ def _steps(
     stop: StopRequest,
 ) -> dict[str, float]:
     layout, model, rollbacks = state.layout, state.model, Counter[int]()
-    ceiling = sum(layout.team.everyones(_flops_per_second(state)))
+    ceiling = sum(layout.team.gather(_flops_per_second(state)))
     step = first = state.restore(_agreed_checkpoint(directory, layout))
     metrics: dict[str, float] = {}
     began, trained = time.monotonic(), 0.0
@@ -426,9 +423,9 @@ def _steps(
             cursor, pieces = state.cursor, data.per_step(step)
             batch, hashes = data.share(cursor, pieces, layout)
             heart.at(step, "step")
-            digest = joined_hash([row for part in layout.team.everyones(hashes) for row in part])
+            digest = joined_hash([row for part in layout.team.gather(hashes) for row in part])
             metrics, problem = training_step(state, config, step, batch)
-            stops = any(layout.team.everyones(stop.requested))
+            stops = any(layout.team.gather(stop.requested))
             flops = train_flops_per_token(
                 model.config, batch["tokens"].shape[1], bool(config.mtp_weight_at(step))
             )
@@ -458,7 +455,7 @@ def _steps(
             if stops:
                 raise KeyboardInterrupt
     if any(
-        layout.team.everyones(stop.requested)
+        layout.team.gather(stop.requested)
     ):  # asked for while the last step was evaluated and saved
         raise KeyboardInterrupt
     return metrics
@@ -486,15 +483,14 @@ def _agreed_checkpoint(directory: Path, layout: Layout) -> SavedCheckpoint | Non
     `XushiError`.
     """
     found = latest_checkpoint(directory) if layout.is_first else None
-    step = layout.team.firsts(found.step if found else None)
+    step = layout.team.broadcast(found.step if found else None)
     if layout.is_first or step is None:
         return found
     found = latest_checkpoint(directory, up_to=step)
     if found is None or found.step != step:
-        raise XushiError(
+        raise Failed(
             f"process {layout.rank} does not see the checkpoint of step {step} in {directory}",
             "all processes need the same file system; run the same command again",
-            1,
         )
     return found
 
@@ -515,11 +511,10 @@ def _roll_back(
     back = state.restore(_agreed_checkpoint(writer.directory, state.layout))
     rollbacks[back] += 1
     if rollbacks[back] > LIMIT_OF_ROLLBACKS:
-        raise XushiError(
+        raise Failed(
             f"{stage} step {step}: the loss jumps after {LIMIT_OF_ROLLBACKS} returns to step "
             f"{back}",
             'lower learning_rate, or set on_spike to "warn" if the data itself changes there',
-            1,
         )
     tracking.event(
         stage,
