@@ -57,7 +57,7 @@ def test_what_cannot_be_loaded_is_told(folder, spec, problem):
 def test_a_file_that_fails_is_told_each_time(folder):
     (folder / "broken.py").write_text("1 / 0\n")
     for _ in range(2):
-        with pytest.raises(BadInput, match="broken.py failed: ZeroDivisionError"):
+        with pytest.raises(BadInput, match=r"broken\.py failed: ZeroDivisionError"):
             load_class("broken.py:Square", Shape, folder)
 
 
