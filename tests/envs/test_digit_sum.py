@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from xushi.base.errors import XushiError
-from xushi.envs import SPLITS, DigitSum, DigitSumConfig, Message, transcript_text
+from xushi.base.messages import Message
+from xushi.envs import SPLITS, DigitSum, DigitSumConfig, transcript_text
 from xushi.envs.digit_sum import running_sums
 from xushi.envs.environment import split_of
 

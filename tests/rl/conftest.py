@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from xushi.base.messages import Message
 from xushi.base.tracking import Tracking
-from xushi.envs import Environment, Message, Score, Step, Task
+from xushi.envs import Environment, Score, Step, Task
 from xushi.model import Deepseek, ModelConfig
-from xushi.tokenizer import Tokenizer
+from xushi.tokenizer import Tokenizer, chat_examples
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
 from xushi.train import Data, ObjectiveConfig, pack_examples, train
 
@@ -85,15 +86,7 @@ def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepsee
     def batch(cursor: int, count: int) -> dict[str, torch.Tensor]:
         examples = []
         for index in range(cursor, cursor + count):
-            question, answer = environment.demonstration("train", index, 0.0)
-            examples.append(
-                tokenizer.chat_example(
-                    [
-                        {"role": "user", "content": question.content},
-                        {"role": "assistant", "content": answer.content},
-                    ]
-                )
-            )
+            examples += chat_examples(tokenizer, environment.demonstration("train", index, 0.0))
         return pack_examples(examples, 32, tokenizer.pad_id).batch
 
     place = tmp_path_factory.mktemp("sft")

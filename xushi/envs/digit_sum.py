@@ -11,8 +11,9 @@ from pydantic import model_validator
 
 from xushi.base.config import StrictConfig
 from xushi.base.errors import BadInput
+from xushi.base.messages import Message
 from xushi.base.seeds import derive
-from xushi.envs.environment import Environment, Message, Score, Step, Task, check_split, split_of
+from xushi.envs.environment import Environment, Score, Step, Task, check_split, split_of
 
 _DIGITS = "0123456789"
 

@@ -11,22 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xushi.base.errors import BadInput
+from xushi.base.messages import Message
 from xushi.base.seeds import derive
 
 SPLITS = ("train", "validation", "test")
 # Of a hundred instances: the first go to validation, the next to test, the rest to training.
 _VALIDATION, _TEST = 10, 10
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn. `reasoning` is what an assistant thought before its answer; None means that it did
-    not think.
-    """
-
-    role: str  # "system", "user" or "assistant"
-    content: str
-    reasoning: str | None = None
 
 
 @dataclass(frozen=True)

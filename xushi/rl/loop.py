@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xushi.base.interrupt import finish_step_first
+from xushi.base.messages import Message
 from xushi.base.progress import StepProgress, say
 from xushi.base.seeds import derive
 from xushi.base.tracking import Tracking
@@ -27,7 +28,7 @@ from xushi.model.objective import expert_loads
 from xushi.ops import token_log_probabilities
 from xushi.rl.config import RLConfig
 from xushi.rl.grpo import group_advantages, grpo_loss
-from xushi.tokenizer import Tokenizer
+from xushi.tokenizer import Tokenizer, encode_chat
 from xushi.train import (
     CheckpointWriter,
     PackedExamples,
@@ -90,7 +91,7 @@ def sample_rollout(
 
 
 def _prompt_ids(tokenizer: Tokenizer, environment: Environment, task: Task) -> list[int]:
-    return tokenizer.chat_ids([{"role": "user", "content": environment.reset(task)}])
+    return encode_chat(tokenizer, [Message("user", environment.reset(task))])
 
 
 @dataclass(frozen=True)
