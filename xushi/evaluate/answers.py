@@ -34,7 +34,7 @@ def score_answer(
     """
     reasoning, content, finished = tokenizer.parse_assistant(token_ids)
     said = Message("assistant", content if finished else "", reasoning)
-    return environment.score(task, [Message("user", environment.reset(task)), said])
+    return environment.score(task, [Message("user", _question(environment, task)), said])
 
 
 def answer_tasks(
@@ -54,7 +54,7 @@ def answer_tasks(
     """
     forced = [tokenizer.think_id] if think else []
     prompts = [
-        [*tokenizer.chat_ids([{"role": "user", "content": environment.reset(task)}]), *forced]
+        [*tokenizer.chat_ids([{"role": "user", "content": _question(environment, task)}]), *forced]
         for task in tasks
         for _ in range(samples)
     ]
@@ -79,3 +79,9 @@ def answer_tasks(
             )
         )
     return answers
+
+
+def _question(environment: Environment, task: Task) -> str:
+    question = environment.reply(task, ())
+    assert question is not None, "an episode begins with its question"
+    return question.content

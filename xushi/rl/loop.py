@@ -90,7 +90,9 @@ def sample_rollout(
 
 
 def _prompt_ids(tokenizer: Tokenizer, environment: Environment, task: Task) -> list[int]:
-    return tokenizer.chat_ids([{"role": "user", "content": environment.reset(task)}])
+    question = environment.reply(task, ())
+    assert question is not None, "an episode begins with its question"
+    return tokenizer.chat_ids([{"role": "user", "content": question.content}])
 
 
 @dataclass(frozen=True)
