@@ -36,7 +36,7 @@ def score_answer(
     answer, finished = parse_assistant(tokenizer, token_ids)
     if not finished:
         answer = replace(answer, content="")
-    return environment.score(task, [Message("user", environment.reset(task)), answer])
+    return environment.score(task, [Message("user", _question(environment, task)), answer])
 
 
 def answer_tasks(
@@ -56,7 +56,7 @@ def answer_tasks(
     """
     forced = [tokenizer.think_id] if think else []
     prompts = [
-        [*encode_chat(tokenizer, [Message("user", environment.reset(task))]), *forced]
+        [*encode_chat(tokenizer, [Message("user", _question(environment, task))]), *forced]
         for task in tasks
         for _ in range(samples)
     ]
@@ -85,3 +85,9 @@ def answer_tasks(
             )
         )
     return answers
+
+
+def _question(environment: Environment, task: Task) -> str:
+    question = environment.reply(task, ())
+    assert question is not None, "an episode begins with its question"
+    return question.content

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from xushi.base.interrupt import finish_step_first
-from xushi.base.messages import Message
 from xushi.base.progress import StepProgress, say
 from xushi.base.seeds import derive
 from xushi.base.tracking import Tracking
@@ -91,7 +90,9 @@ def sample_rollout(
 
 
 def _prompt_ids(tokenizer: Tokenizer, environment: Environment, task: Task) -> list[int]:
-    return encode_chat(tokenizer, [Message("user", environment.reset(task))])
+    question = environment.reply(task, ())
+    assert question is not None, "an episode begins with its question"
+    return encode_chat(tokenizer, [question])
 
 
 @dataclass(frozen=True)

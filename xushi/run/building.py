@@ -24,7 +24,7 @@ from xushi.data import (
     training_texts,
 )
 from xushi.data.config import DataConfig
-from xushi.envs import Environment, transcript_text
+from xushi.envs import Environment
 from xushi.evaluate import total_bits
 from xushi.rl import reinforce
 from xushi.run.context import RunContext
@@ -54,7 +54,7 @@ def _transcripts(context: RunContext) -> dict[str, ExtraSource]:
     documents = [
         make_document(
             TRANSCRIPTS,
-            transcript_text(environment.demonstration("train", index, 1.0)),
+            environment.text(environment.demonstration("train", index, 1.0)),
             {"path": f"{environment.name}/{index}"},
         )
         for index in range(config.transcripts)
