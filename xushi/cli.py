@@ -71,7 +71,7 @@ def run_command(
     """Run a recipe: every stage from raw text to a served model; the same command goes on after an
     interruption.
     """
-    from xushi.recipe import load_recipe
+    from xushi.run.recipe import load_recipe
     from xushi.report import write_report
     from xushi.run import describe, run
 
@@ -136,7 +136,7 @@ def launch(
     """Run a recipe on many machines; with layout.fewest in it, on those that are left when some are
     lost.
     """
-    from xushi.recipe import load_recipe
+    from xushi.run.recipe import load_recipe
     from xushi.run.launch import Launch, launch_on_ray, write_slurm_job
 
     if slurm == (ray is not None):

@@ -14,7 +14,7 @@ import pytest
 
 from xushi.base.errors import XushiError
 from xushi.engine import LLM, SamplingParams
-from xushi.recipe import load_recipe
+from xushi.run.recipe import load_recipe
 from xushi.run import run
 from xushi.train.checkpoint import latest_checkpoint
 

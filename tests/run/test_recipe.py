@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from xushi.base.config import read_toml
 from xushi.base.errors import XushiError
 from xushi.envs import DigitSum, DigitSumConfig
-from xushi.recipe import MOST_EPOCHS, TRAINING_STAGES, Recipe, load_recipe
+from xushi.run.recipe import MOST_EPOCHS, TRAINING_STAGES, Recipe, load_recipe
 from xushi.tokenizer import Tokenizer, chat_examples
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +117,7 @@ def test_the_hash_is_of_what_the_recipe_says_and_not_of_how_it_is_written(tmp_pa
     spelled_out = load_recipe(MINIATURE, ["rl.clip_low=0.2"])  # the default
     assert spelled_out.hash == expected
     script = (
-        "from pathlib import Path; from xushi.recipe import load_recipe; "
+        "from pathlib import Path; from xushi.run.recipe import load_recipe; "
         f"print(load_recipe(Path({str(MINIATURE)!r}), []).hash)"
     )
     printed = subprocess.run(
@@ -198,7 +198,7 @@ def test_a_small_text_gets_a_vocabulary_and_steps_that_fit_it(
 def test_more_text_never_fits_less_and_never_more_than_the_recipe_says(
     tmp_path_factory: pytest.TempPathFactory, one: int, other: int
 ) -> None:
-    from xushi.recipe import _fit_to_text
+    from xushi.run.recipe import _fit_to_text
 
     asked = load_recipe(MINIATURE, [])
     fitted = []
