@@ -17,10 +17,8 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, create_mod
 from xushi.base.config import StrictConfig, override, parse, read_toml
 from xushi.base.errors import BadInput
 from xushi.base.files import sha256_file, sha256_json
-from xushi.base.plugins import is_file_spec, load_class, plugin_file
-from xushi.base.progress import say
-from xushi.data.config import DataConfig, SourceConfig
-from xushi.data.sources import read_source
+from xushi.base.plugins import is_file_spec, load_class
+from xushi.data.config import DataConfig
 from xushi.envs import Environment, environment_class
 from xushi.evaluate.config import EvaluateConfig
 from xushi.model.config import ModelConfig
@@ -28,7 +26,7 @@ from xushi.rl.config import RLConfig
 from xushi.run.recipe_files import collect_files, file_specs
 from xushi.run.recipe_text import use_text
 from xushi.run.stages import RECIPE_STAGES, STAGES, Stage, in_order
-from xushi.tokenizer.config import SMALLEST_VOCABULARY, TokenizerConfig
+from xushi.tokenizer.config import TokenizerConfig
 from xushi.train.config import LayoutConfig, PretrainConfig, SFTConfig
 
 # A model's config has these and a recipe's does not: they follow from the tokenizer.

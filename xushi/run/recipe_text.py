@@ -15,6 +15,7 @@ BYTES_PER_VOCABULARY_ENTRY = 100
 BYTES_PER_TOKEN = 2  # about what so small a vocabulary reaches
 MOST_EPOCHS = 8  # passes over the text; see docs/run.md
 
+
 def use_text(table: dict[str, Any], text: str, stages: list[str] | None) -> None:
     if not text.strip():
         raise BadInput(

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from xushi.run.stages.base import Fact, Results, Stage
+from xushi.run.stages.control import Control
 from xushi.run.stages.data import Data
 from xushi.run.stages.evaluate import Evaluate
 from xushi.run.stages.export import Export
 from xushi.run.stages.pretrain import Pretrain
 from xushi.run.stages.rl import RL
-from xushi.run.stages.control import Control
 from xushi.run.stages.sft import SFT
 from xushi.run.stages.tokenizer import TrainTokenizer
 from xushi.run.stages.training import TrainingStage

@@ -24,9 +24,9 @@ from xushi.evaluate import (
 from xushi.model import Deepseek
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results
+from xushi.run.stages.control import Control
 from xushi.run.stages.pretrain import Pretrain
 from xushi.run.stages.rl import RL
-from xushi.run.stages.control import Control
 from xushi.run.stages.training import ModelStage, last_main_stage
 
 if TYPE_CHECKING:
@@ -122,8 +122,7 @@ class Evaluate(ModelStage):
     def _bits(self, place: RunPlace) -> BitsFigures:
         text = heldout_bytes(place.corpus)
         model = self.trained_model(place, self.base)
-        batches = (vars(batch) for batch in heldout_batches(place.tokens, 32))
-        own = total_bits(model, batches) / len(text)
+        own = total_bits(model, heldout_batches(place.tokens, 32)) / len(text)
         others = {name: bits_per_byte(text, name) for name in ("gzip", "xz", "zstd")}
         primed = None
         if self.config.xz_primed:

@@ -72,9 +72,7 @@ class Export(ModelStage):
                 self._write(model, tokenizer, name, aside / name)
                 difference = max(difference, _difference(model, aside / name))
         return ExportResults(
-            export=ExportFigures(
-                models=", ".join(self.models), max_logit_difference=difference
-            )
+            export=ExportFigures(models=", ".join(self.models), max_logit_difference=difference)
         )
 
     def _write(self, model: Deepseek, tokenizer: Tokenizer, name: str, directory: Path) -> None:

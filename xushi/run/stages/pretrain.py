@@ -4,12 +4,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from xushi.base.seeds import derive
 from xushi.base.tracking import BatchRecord
 from xushi.data import TokenDataset, find_documents, heldout_batches, load_summary
 from xushi.evaluate import total_bits
+from xushi.model import Batch
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results
 from xushi.run.stages.checks import check_batch, check_model_training
@@ -76,7 +76,7 @@ class Pretrain(TrainingStage):
         """The batches: one item is one row."""
         dataset = self.dataset(place)
         return Data(
-            lambda cursor, count: vars(dataset.batch(cursor, count)),
+            dataset.batch,
             lambda step: self.config.rows_at(step, self.sequence_length),
             piecewise=True,
         )
@@ -104,13 +104,13 @@ class Pretrain(TrainingStage):
             layout,
         )
 
-    def _heldout_part(self, place: RunPlace) -> tuple[list[dict[str, Tensor]], float]:
+    def _heldout_part(self, place: RunPlace) -> tuple[list[Batch], float]:
         """About `evaluate_tokens` of the held-out text, spread over it, and its size in bytes."""
         rows = max(1, self.config.evaluate_tokens // self.sequence_length)
-        batches = [vars(batch) for batch in heldout_batches(place.tokens, 8)]
+        batches = list(heldout_batches(place.tokens, 8))
         chosen = batches[:: max(1, len(batches) * 8 // rows)]
-        wanted = sum(int(batch["loss_mask"].sum()) for batch in chosen)
-        total = sum(int(batch["loss_mask"].sum()) for batch in batches)
+        wanted = sum(int(batch.loss_mask.sum()) for batch in chosen)
+        total = sum(int(batch.loss_mask.sum()) for batch in batches)
         return chosen, load_summary(place.corpus).heldout_bytes * wanted / total
 
     def results(self, place: RunPlace) -> PretrainResults:

@@ -2,16 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from xushi.base.tracking import BatchRecord
 from xushi.envs import Environment
+from xushi.model import Batch
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results
 from xushi.run.stages.checks import check_length, check_model_training
 from xushi.run.stages.lengths import check_episode_length, mean_demonstration_tokens
 from xushi.run.stages.training import TrainingStage, end_mean
-from xushi.tokenizer import Tokenizer
+from xushi.tokenizer import Tokenizer, chat_examples
 from xushi.train import Data, SFTConfig, pack_examples, train
 
 if TYPE_CHECKING:
@@ -101,12 +100,13 @@ def demonstrations(
 ) -> Data:
     """Demonstrations from number `first` on; an item is one demonstration."""
 
-    def batch(cursor: int, count: int) -> dict[str, Tensor]:
+    def batch(cursor: int, count: int) -> Batch:
         examples = [
-            tokenizer.chat_example(
-                environment.demonstration("train", index, config.thinking_share)
-            )
+            example
             for index in range(first + cursor, first + cursor + count)
+            for example in chat_examples(
+                tokenizer, environment.demonstration("train", index, config.thinking_share)
+            )
         ]
         return pack_examples(examples, config.sequence_length, tokenizer.pad_id).batch
 
