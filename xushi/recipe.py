@@ -46,39 +46,36 @@ class EnvironmentConfig(StrictConfig):
     digits.
     """
 
-    min_digits: int = 4
-    max_digits: int = 8
-    transcripts: int = 0  # worked examples as plain text beside the pretraining text
-    transcript_weight: float = (
-        1.0  # how often their tokens are seen, relative to a source of weight 1
-    )
+    min_digits: int = Field(4, ge=2, le=1000)
+    max_digits: int = Field(8, ge=2, le=1000)
+    # Worked examples as plain text beside the pretraining text.
+    transcripts: int = Field(0, ge=0, le=100_000_000)
+    # How often their tokens are seen, relative to a source of weight 1.
+    transcript_weight: float = Field(1.0, ge=1e-6, le=1e6)
 
     @model_validator(mode="after")
     def _sound(self) -> "EnvironmentConfig":
         _check_digits(self.min_digits, self.max_digits)
-        if self.transcripts < 0 or not self.transcript_weight > 0:
-            raise ValueError(
-                "transcripts must not be negative and transcript_weight must be above 0"
-            )
         return self
 
 
 class EvaluateConfig(StrictConfig):
     """What is measured at the end."""
 
-    tasks: int = 200  # per measurement, none of them ever trained on
-    samples: int = 8
-    min_digits: int = 6  # the length of the tasks that are scored
-    max_digits: int = 8
-    longer_digits: int = 10  # tasks of one digit more than were trained up to this are scored apart
-    max_tokens: int = 32
+    # Per measurement; none of them is ever trained on.
+    tasks: int = Field(200, ge=1, le=10_000_000)
+    samples: int = Field(8, ge=1, le=100_000)
+    # The length of the tasks that are scored.
+    min_digits: int = Field(6, ge=2, le=1000)
+    max_digits: int = Field(8, ge=2, le=1000)
+    # Tasks of one digit more than were trained, up to this many, are scored apart.
+    longer_digits: int = Field(10, ge=0, le=1000)
+    max_tokens: int = Field(32, ge=1, le=10_000_000)
     xz_primed: bool = True  # xz given the training text first: about a second per MB of it
 
     @model_validator(mode="after")
     def _sound(self) -> "EvaluateConfig":
         _check_digits(self.min_digits, self.max_digits)
-        if min(self.tasks, self.samples, self.max_tokens) < 1:
-            raise ValueError("tasks, samples and max_tokens must be at least 1")
         return self
 
 
@@ -87,13 +84,14 @@ class Recipe(StrictConfig):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
-    name: str
-    seed: int = 0
-    threads: int | None = None  # None: as many as the machine has cores for us, at the first start
+    name: str = Field(max_length=100)
+    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
+    # None: as many as the machine has cores for us at the first start.
+    threads: int | None = Field(None, ge=1, le=10_000)
     device: Literal["auto", "cpu", "cuda"] = (
         "auto"  # where it trains; auto: on the GPU where there is one
     )
-    stages: list[str] = Field(default_factory=lambda: list(TRAINING_STAGES))
+    stages: list[str] = Field(default_factory=lambda: list(TRAINING_STAGES), max_length=100)
     without: str | None = None  # the stage that this run leaves out, as a control
     data: DataConfig
     tokenizer: TokenizerConfig
@@ -124,10 +122,6 @@ class Recipe(StrictConfig):
             raise ValueError(
                 f"name = {self.name!r} cannot name a directory; use letters, digits, '_', '.' and "
                 "'-'"
-            )
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(
-                f"threads = {self.threads} must be at least 1; left out, it is the number of cores"
             )
         self._check_stages()
         self._check_lengths()
