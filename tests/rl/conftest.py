@@ -8,11 +8,8 @@ from xushi.base.config import StrictConfig
 from xushi.base.messages import Message
 from xushi.base.tracking import Tracking
 from xushi.envs import Card, Environment, Score, Task
-from xushi.model import Deepseek, ModelConfig
-from xushi.tokenizer import Tokenizer, chat_examples
-from xushi.envs import Environment, Message, Score, Step, Task
 from xushi.model import Batch, Deepseek, ModelConfig
-from xushi.tokenizer import Tokenizer
+from xushi.tokenizer import Tokenizer, chat_examples
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
 from xushi.train import Data, ObjectiveConfig, pack_examples, train
 

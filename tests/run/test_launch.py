@@ -13,8 +13,8 @@ import pytest
 
 from xushi.base.errors import XushiError
 from xushi.base.tracking import Tracking
-from xushi.run.recipe import load_recipe
 from xushi.run.launch import Launch, check_launch, write_slurm_job
+from xushi.run.recipe import load_recipe
 
 from .conftest import MINIATURE, ROOT, read_results, xushi
 from .test_torchrun import hashes

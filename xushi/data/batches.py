@@ -100,14 +100,13 @@ class TokenDataset:
     @property
     def tokens_per_epoch(self) -> int:
         """Target tokens after which a source of weight 1 has been seen once: each source's, times
-        its weight.
+        its weight. At least 1.
         """
-        return round(
-            sum(
-                packed.targets * source.weight
-                for packed, source in zip(self._sources, self.manifest.train, strict=True)
-            )
+        weighted = sum(
+            packed.targets * source.weight
+            for packed, source in zip(self._sources, self.manifest.train, strict=True)
         )
+        return max(1, round(weighted))
 
     def batch(self, cursor: int, sequences: int) -> "Batch":
         """The sequences `cursor` to `cursor` + `sequences` - 1. How they are grouped into batches

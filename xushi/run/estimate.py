@@ -16,6 +16,7 @@ from xushi.plan import (
     train_flops_per_token,
     training_memory_bytes,
 )
+from xushi.plan.memory import TrainingMemory
 from xushi.run.benchmark import Shape, training_step
 from xushi.run.recipe import Recipe
 from xushi.train import PIECES_PER_STAGE, Layout, PretrainConfig, chosen_dtype

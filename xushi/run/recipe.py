@@ -40,9 +40,11 @@ class EnvironmentTable(StrictConfig):
     environment: ClassVar[type[Environment]]
 
     kind: str  # a name, or "file.py:Class"
-    transcripts: int = Field(0, ge=0)  # episodes as plain text beside the pretraining text
+    transcripts: int = Field(
+        0, ge=0, le=100_000_000
+    )  # episodes as plain text beside the pretraining text
     # How often the transcripts' tokens are seen, relative to a source of weight 1.
-    transcript_weight: float = Field(1.0, gt=0, le=1e9)
+    transcript_weight: float = Field(1.0, ge=1e-6, le=1e6)
     # The class's version or its file's hash. It is set when the recipe is read.
     code: str = ""
 
@@ -71,20 +73,20 @@ class Recipe(StrictConfig):
     tables as fields.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     # Stages from files, by their entry in `stages`.
     file_stages: ClassVar[Mapping[str, type[Stage]]] = {}
     # Where the recipe's files are, by the name that the recipe gives them.
     _files: dict[str, Path] = PrivateAttr(default_factory=dict)
 
-    name: str
-    seed: int = 0
+    name: str = Field(max_length=100)
+    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
     # None: as many as there are cores for this process, at the first start.
-    threads: int | None = Field(None, ge=1, le=4096)
+    threads: int | None = Field(None, ge=1, le=10_000)
     # Where it trains; auto: on the GPU where there is one.
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    stages: list[str] = Field(default_factory=lambda: list(RECIPE_STAGES))
+    stages: list[str] = Field(default_factory=lambda: list(RECIPE_STAGES), max_length=100)
     without: str | None = None  # the stage that this run leaves out, as a control
     data: DataConfig
     tokenizer: TokenizerConfig

@@ -38,8 +38,8 @@ def collect_files(table: dict[str, Any], folder: Path) -> dict[str, Path]:
 
     stages = table.get("stages")
     if isinstance(stages, list):
-        file_specs = file_specs(table)
-        table["stages"] = [collect(s) if s in file_specs else s for s in stages]
+        specs = file_specs(table)
+        table["stages"] = [collect(entry) if entry in specs else entry for entry in stages]
     environment = table.get("environment")
     if isinstance(environment, dict):
         kind = environment.get("kind")

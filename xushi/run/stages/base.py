@@ -82,6 +82,7 @@ class Stage(ABC):
     @classmethod
     def check(cls, recipe: "Recipe") -> None:
         """Raise ValueError if the recipe names this stage and contradicts itself about it."""
+        return
 
     def reads(self) -> dict[str, Any]:
         """What is hashed into the stage's key: every attribute, so that none can be forgotten."""

@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from xushi.base.tracking import BatchRecord
+from xushi.model import Batch
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results
 from xushi.run.stages.rl import RL
 from xushi.run.stages.sft import SFT, demonstration_spans, demonstrations
 from xushi.run.stages.training import TrainingStage, training_seconds
-from xushi.train import train
+from xushi.train import Data, LanguageModelStep, Step
 
 if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
@@ -69,19 +70,19 @@ class Control(TrainingStage):
         kept = tracking.decide(self.name, "steps", wanted) if place.layout.is_first else 0
         return int(place.layout.team.broadcast(kept))
 
-    def train(self, place: RunPlace) -> None:
-        """Continue the fine-tuning with demonstrations that it has not seen."""
+    def data(self, place: RunPlace) -> Data:
+        """Demonstrations that fine-tuning has not seen."""
+        environment = self.environment.make()
+        return demonstrations(environment, place.tokenizer(), self.config, self.first)
+
+    def step(self, place: RunPlace) -> Step:
+        """The step of fine-tuning, for as many steps as were decided."""
         config = self.config.model_copy(update={"steps": self.steps(place)})
-        tokenizer, environment = place.tokenizer(), self.environment.make()
-        train(
-            self.name,
-            self.trained_model(place, self.start),
-            config,
-            demonstrations(environment, tokenizer, self.config, self.first),
-            place.checkpoints(self.name),
-            place.tracking,
-            layout=place.layout,
-        )
+        return LanguageModelStep(config, self.data(place))
+
+    def batch(self, place: RunPlace, record: BatchRecord) -> Batch:
+        """The packed demonstrations of a step."""
+        return self.data(place).batches(record.cursor, record.items)
 
     def results(self, place: RunPlace) -> ControlResults:
         """The steps."""

@@ -1,6 +1,9 @@
 """Pretraining: from random weights, on the corpus."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,16 +12,18 @@ from xushi.base.seeds import derive
 from xushi.base.tracking import BatchRecord
 from xushi.data import TokenDataset, find_documents, heldout_batches, load_summary
 from xushi.evaluate import total_bits
-from xushi.model import Batch
+from xushi.model import Batch, Deepseek
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results
 from xushi.run.stages.checks import check_batch, check_model_training
 from xushi.run.stages.data import TRANSCRIPTS
 from xushi.run.stages.training import TrainingStage, end_mean, training_seconds
-from xushi.train import Data, run_stage, train
+from xushi.train import Data, Evaluation, LanguageModelStep, Layout, Step, run_stage
 
 if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
+
+ROWS_AT_ONCE = 8  # in a measurement on held-out text
 
 
 class PretrainFigures(Results):
@@ -81,37 +86,20 @@ class Pretrain(TrainingStage):
             piecewise=True,
         )
 
-    def train(self, place: RunPlace) -> None:
-        """Train on the corpus, measuring a part of the held-out text now and then."""
-        layout = place.layout
-        batches, size = self._heldout_part(place)
-        model = self.trained_model(place, self.start)
+    def step(self, place: RunPlace) -> Step:
+        """Next-token prediction on the corpus."""
+        return LanguageModelStep(self.config, self.data(place))
 
-        def evaluate() -> dict[str, float]:
-            run = partial(run_stage, model, layout) if layout.pipeline > 1 else None
-            bits = total_bits(model, [layout.rows(batch) for batch in batches], run)
-            total = layout.grand_total(torch.tensor(bits, dtype=torch.float64))
-            return {"heldout_bits_per_byte": float(total) / size}
-
-        train(
-            self.name,
-            model,
-            self.config,
-            self.data(place),
-            place.checkpoints(self.name),
-            place.tracking,
-            (self.config.evaluate_every, evaluate),
-            layout,
-        )
-
-    def _heldout_part(self, place: RunPlace) -> tuple[list[Batch], float]:
-        """About `evaluate_tokens` of the held-out text, spread over it, and its size in bytes."""
+    def evaluation(self, place: RunPlace, model: Deepseek) -> Evaluation:
+        """Bits per byte of a part of the held-out text."""
         rows = max(1, self.config.evaluate_tokens // self.sequence_length)
-        batches = list(heldout_batches(place.tokens, 8))
-        chosen = batches[:: max(1, len(batches) * 8 // rows)]
-        wanted = sum(int(batch.loss_mask.sum()) for batch in chosen)
-        total = sum(int(batch.loss_mask.sum()) for batch in batches)
-        return chosen, load_summary(place.corpus).heldout_bytes * wanted / total
+        batches, share = heldout_part(place.tokens, rows)
+        size = load_summary(place.corpus).heldout_bytes * share
+        return HeldOut(model, place.layout, batches, size, self.config.evaluate_every)
+
+    def batch(self, place: RunPlace, record: BatchRecord) -> Batch:
+        """The rows of a step."""
+        return self.data(place).batches(record.cursor, record.items)
 
     def results(self, place: RunPlace) -> PretrainResults:
         """Losses, tokens and speed."""
@@ -151,3 +139,30 @@ class Pretrain(TrainingStage):
                 }
             )
         return spans
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Bits per byte of `batches`, which stand for `size` bytes of held-out text."""
+
+    model: Deepseek
+    layout: Layout
+    batches: Sequence[Batch]
+    size: float
+    every: int
+
+    def measure(self) -> dict[str, float]:
+        """Each process measures its rows; the bits are summed over all of them."""
+        layout = self.layout
+        run = partial(run_stage, self.model, layout) if layout.pipeline > 1 else None
+        bits = total_bits(self.model, [layout.rows(batch) for batch in self.batches], run)
+        total = layout.grand_total(torch.tensor(bits, dtype=torch.float64))
+        return {"heldout_bits_per_byte": float(total) / self.size}
+
+
+def heldout_part(tokens: Path, rows: int) -> tuple[list[Batch], float]:
+    """About `rows` rows of the held-out stream, spread over it, and their share of its tokens."""
+    batches = list(heldout_batches(tokens, ROWS_AT_ONCE))
+    chosen = batches[:: max(1, len(batches) * ROWS_AT_ONCE // rows)]
+    wanted = sum(int(batch.loss_mask.sum()) for batch in chosen)
+    return chosen, wanted / sum(int(batch.loss_mask.sum()) for batch in batches)

@@ -11,7 +11,7 @@ from xushi.run.stages.checks import check_length, check_model_training
 from xushi.run.stages.lengths import check_episode_length, mean_demonstration_tokens
 from xushi.run.stages.training import TrainingStage, end_mean
 from xushi.tokenizer import Tokenizer, chat_examples
-from xushi.train import Data, SFTConfig, pack_examples, train
+from xushi.train import Data, LanguageModelStep, SFTConfig, Step, pack_examples
 
 if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
@@ -68,17 +68,13 @@ class SFT(TrainingStage):
         """Demonstrations, fresh ones at every step; the cursor counts them."""
         return demonstrations(self.environment.make(), place.tokenizer(), self.config)
 
-    def train(self, place: RunPlace) -> None:
-        """Fine-tune the model of the stage before."""
-        train(
-            self.name,
-            self.trained_model(place, self.start),
-            self.config,
-            self.data(place),
-            place.checkpoints(self.name),
-            place.tracking,
-            layout=place.layout,
-        )
+    def step(self, place: RunPlace) -> Step:
+        """Next-token prediction on what an assistant must produce."""
+        return LanguageModelStep(self.config, self.data(place))
+
+    def batch(self, place: RunPlace, record: BatchRecord) -> Batch:
+        """The packed demonstrations of a step."""
+        return self.data(place).batches(record.cursor, record.items)
 
     def results(self, place: RunPlace) -> SFTResults:
         """Steps, examples and loss."""

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from xushi.base.errors import Failed
 from xushi.base.tracking import BatchRecord, Tracking
-from xushi.model import Deepseek, ModelConfig
+from xushi.model import Batch, Deepseek, ModelConfig
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Results, Stage
 from xushi.tokenizer import Tokenizer
-from xushi.train import Layout, latest_checkpoint
+from xushi.train import Evaluation, Layout, Step, Training, latest_checkpoint
 
 if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
@@ -70,21 +70,46 @@ class TrainingStage(ModelStage):
         return True
 
     def run(self, place: RunPlace) -> Results:
-        """Train, then say what came of it."""
-        self.train(place)
+        """Train to the end, from the last checkpoint if there is one; then say what came of it."""
+        self.training(place).run()
         return self.results(place)
 
+    def training(self, place: RunPlace) -> Training:
+        """The stage's training, before its first step or after its last checkpoint."""
+        model = self.trained_model(place, self.start)
+        return Training(
+            self.name,
+            model,
+            self.step(place),
+            place.checkpoints(self.name),
+            place.tracking,
+            self.layout(place),
+            self.evaluation(place, model),
+        )
+
+    def layout(self, place: RunPlace) -> Layout:
+        """The processes that train: those of the run, or this one alone."""
+        return place.layout if self.together(place.layout) else Layout(device=place.layout.device)
+
     @abstractmethod
-    def train(self, place: RunPlace) -> None:
-        """Train to the end, from the last checkpoint if there is one."""
+    def step(self, place: RunPlace) -> Step:
+        """What is computed at each step."""
+
+    def evaluation(self, place: RunPlace, model: Deepseek) -> Evaluation | None:
+        """What is measured on the model while it is trained."""
+        return None
 
     @abstractmethod
     def results(self, place: RunPlace) -> Results:
         """What the tracking store holds of the training that has just ended."""
 
-    @abstractmethod
+    def batch(self, place: RunPlace, record: BatchRecord) -> Batch | None:
+        """The batch of a step, for `xushi replay`; None if it depends on the weights."""
+        return None
+
     def spans(self, place: RunPlace, record: BatchRecord) -> list[dict[str, Any]]:
         """What a step was trained on, item by item, JSON-able, for `xushi replay`."""
+        return []
 
 
 def last_main_stage(recipe: "Recipe", before: type[Stage] | None = None) -> str | None:
