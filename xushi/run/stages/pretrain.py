@@ -83,7 +83,7 @@ class Pretrain(TrainingStage):
         return Data(
             dataset.batch,
             lambda step: self.config.rows_at(step, self.sequence_length),
-            piecewise=True,
+            row_per_item=True,
         )
 
     def step(self, place: RunPlace) -> Step:
