@@ -38,6 +38,7 @@ class OptimizationConfig(StrictConfig):
     bias_speed: float = 1e-3  # the router bias's gamma, per optimizer step
     bias_speed_late: float | None = None  # V3's last 500 of 14,800 billion tokens had 0
     bias_late_fraction: float = 0.0  # the last part of the steps, in which that holds
+    on_spike: OnSpike = "warn"  # what is done when the loss jumps
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     # What the backward pass needs of a layer is kept, or its input alone and the layer is run
     # again: less memory for more time, and the same bits. A dry run says what either costs.
@@ -124,7 +125,6 @@ class ObjectiveConfig(OptimizationConfig):
     qk_clip: float | None = (
         None  # the largest attention score a head may have before it is scaled down; K2 had 100
     )
-    on_spike: OnSpike = "warn"  # what is done when the loss jumps
     allow_unbalanced: bool = False  # train a mixture with neither bias nor balance loss
 
     @model_validator(mode="after")
@@ -142,6 +142,10 @@ class ObjectiveConfig(OptimizationConfig):
                 "set allow_unbalanced = true if that is wanted"
             )
         return self
+
+    def trains_indexers_alone(self, step: int) -> bool:
+        """Whether `step` (from 0) belongs to the indexers' warm-up; there is one in pretraining only."""
+        return False
 
     def mtp_weight_at(self, step: int) -> float:
         """The weight of the MTP losses at `step` (from 0)."""
@@ -182,6 +186,10 @@ class PretrainConfig(ObjectiveConfig):
         ):
             raise ValueError("batch_tokens_first must be at least 1 and at most batch_tokens")
         return self
+
+    def trains_indexers_alone(self, step: int) -> bool:
+        """Whether `step` (from 0) belongs to the indexers' warm-up."""
+        return step < self.indexer_warmup_steps
 
     def rows_at(self, step: int, length: int) -> int:
         """The rows of `length` tokens that `step` (from 0) takes."""
