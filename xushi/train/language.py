@@ -55,9 +55,7 @@ class LanguageModelStep(Step):
         self.config = config
         self.data = data
 
-    def take(
-        self, state: TrainingState, number: int, phase: Callable[[str], None]
-    ) -> StepResult:
+    def take(self, state: TrainingState, number: int, phase: Callable[[str], None]) -> StepResult:
         """See `Step`; an item is what `Data` says."""
         items = self.data.per_step(number)
         batch, hashes = self.data.share(state.cursor, items, state.layout)

@@ -49,9 +49,7 @@ class Step(ABC):
     config: OptimizationConfig
 
     @abstractmethod
-    def take(
-        self, state: TrainingState, number: int, phase: Callable[[str], None]
-    ) -> StepResult:
+    def take(self, state: TrainingState, number: int, phase: Callable[[str], None]) -> StepResult:
         """Do step `number` (from 0) on the data from `state.cursor` on, and update the model.
 
         The step begins in phase "batch". Call `phase("step")` before waiting for other processes,
@@ -63,7 +61,7 @@ class Step(ABC):
         """What else decides later steps, JSON-able; it goes into the checkpoint."""
         return {}
 
-    def load(self, saved: dict[str, Any]) -> None:
+    def load(self, saved: dict[str, Any]) -> None:  # noqa: B027 (most steps have nothing to load)
         """Go on from what `saved` returned; {} before the first step."""
 
 

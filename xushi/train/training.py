@@ -261,8 +261,10 @@ class Training:
 
     def _report_lost(self, text: str) -> None:
         self.tracking.event(self.stage, "process_lost", text=text)
-        say(f"{self.stage}: {text}; the run ends, and the same command goes on from the last "
-            "checkpoint")
+        say(
+            f"{self.stage}: {text}; the run ends, and the same command goes on from the last "
+            "checkpoint"
+        )
 
     def _say(self, text: str) -> None:
         if self.layout.is_first:

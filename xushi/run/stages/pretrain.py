@@ -78,7 +78,7 @@ class Pretrain(TrainingStage):
         return Data(
             dataset.batch,
             lambda step: self.config.rows_at(step, self.sequence_length),
-            piecewise=True,
+            row_per_item=True,
         )
 
     def train(self, place: RunPlace) -> None:
