@@ -39,7 +39,7 @@ class Batch:
     loss_mask: "torch.Tensor"
 
 
-def _batch(rows: Sequence[packing.Sequence]) -> Batch:
+def _batch(rows: Sequence[packing.PackedRow]) -> Batch:
     import torch
 
     return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
