@@ -42,7 +42,7 @@ def doctor_report(forms: str, directory: Path | None = None) -> list[Finding]:
         Finding(
             "op forms",
             forms,
-            "where no compiled form works, PyTorch's is used; neither a compiler nor a GPU is required",
+            "PyTorch's is used where no compiled form works; no compiler and no GPU is required",
         ),
         Finding(
             "compilers",
@@ -116,7 +116,7 @@ def _torch_findings(dtype: str) -> list[Finding]:
             Finding(
                 f"matrix product {name}",
                 f"{measure_matrix_gflops(name):.0f} GFLOP/s",
-                f"measured with {torch.get_num_threads()} threads; training cannot be faster than this",
+                f"measured with {torch.get_num_threads()} threads; the limit for training here",
             )
         )
     if torch.cuda.is_available():

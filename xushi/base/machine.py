@@ -103,7 +103,7 @@ def chosen_device(device: str) -> str:
     if device == "cuda" and not has_gpu:
         raise BadInput(
             'device = "cuda", but PyTorch finds no GPU',
-            'set device = "cpu", or install PyTorch with CUDA and check that nvidia-smi lists the GPU',
+            'set device = "cpu", or install PyTorch with CUDA and check nvidia-smi',
         )
     if device == "auto":
         return "cuda" if has_gpu else "cpu"
