@@ -140,8 +140,8 @@ class Side:
             return json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
             raise SystemExit(
-                f"{self.side} exited with status {self.process.wait()}\n-9 means that there was too "
-                "little memory (the three sides of M need 20 GiB); other errors are printed above"
+                f"{self.side} exited with status {self.process.wait()}\n-9 means too little "
+                "memory (the three sides of M need 20 GiB); other errors are printed above"
             ) from None
 
     def seconds(self, sequences: int) -> float:
