@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from xushi.base.config import StrictConfig
+from xushi.base.messages import Message
 from xushi.base.tracking import Tracking
-from xushi.envs import Environment, Message, Score, Step, Task
+from xushi.envs import Card, Environment, Score, Task
 from xushi.model import Deepseek, ModelConfig
-from xushi.tokenizer import Tokenizer
+from xushi.tokenizer import Tokenizer, chat_examples
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
 from xushi.train import Data, ObjectiveConfig, pack_examples, train
 
@@ -40,15 +42,13 @@ class EvenDigit(Environment):
 
     name = "even_digit"
     version = 1
+    Config = StrictConfig
 
     def task(self, split: str, index: int) -> Task:
         return Task(self.name, self.version, split, index, str(index % 10), "", {})
 
-    def reset(self, task: Task) -> str:
-        return task.prompt
-
-    def step(self, task: Task, action: str) -> Step:
-        return Step("", True)
+    def reply(self, task: Task, transcript: Sequence[Message]) -> Message | None:
+        return None if transcript else Message("user", task.prompt)
 
     def score(self, task: Task, transcript: Sequence[Message]) -> Score:
         content = transcript[-1].content
@@ -64,6 +64,15 @@ class EvenDigit(Environment):
 
     def demonstration(self, split: str, index: int, thinking_share: float) -> Sequence[Message]:
         return [Message("user", str(index % 10)), Message("assistant", str(index * 7 // 10 % 10))]
+
+    def text(self, transcript: Sequence[Message]) -> str:
+        return "=".join(message.content for message in transcript)
+
+    def longest_transcript(self) -> Sequence[Message]:
+        return self.solve(self.task("test", 0))
+
+    def card(self) -> Card:
+        return Card("even digits", "It says an even digit.", "", "4", "digits")
 
 
 @pytest.fixture(scope="session")
@@ -85,15 +94,7 @@ def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepsee
     def batch(cursor: int, count: int) -> dict[str, torch.Tensor]:
         examples = []
         for index in range(cursor, cursor + count):
-            question, answer = environment.demonstration("train", index, 0.0)
-            examples.append(
-                tokenizer.chat_example(
-                    [
-                        {"role": "user", "content": question.content},
-                        {"role": "assistant", "content": answer.content},
-                    ]
-                )
-            )
+            examples += chat_examples(tokenizer, environment.demonstration("train", index, 0.0))
         return pack_examples(examples, 32, tokenizer.pad_id).batch
 
     place = tmp_path_factory.mktemp("sft")

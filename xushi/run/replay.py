@@ -19,7 +19,7 @@ from xushi.base.progress import StepProgress, say
 from xushi.base.tracking import BatchRecord, Tracking
 from xushi.data import batch_hash, find_documents
 from xushi.recipe import load_recipe
-from xushi.run.building import TrainingInputs, chat_messages, dataset_of, training_inputs
+from xushi.run.building import TrainingInputs, dataset_of, training_inputs
 from xushi.run.context import RunContext
 from xushi.train import Data, LayoutConfig, TrainingState, join, latest_checkpoint, training_step
 
@@ -58,12 +58,12 @@ def replay(
                 f"give one from 1 to {steps[-1]}" if steps else "run that stage first",
             )
         inputs, record = training_inputs(context, stage), way[-1]
-        batch = inputs.data.batches(record.cursor, record.pieces)
+        batch = inputs.data.batches(record.cursor, record.items)
         result: dict[str, Any] = {
             "stage": stage,
             "step": step,
             "cursor": record.cursor,
-            "pieces": record.pieces,
+            "items": record.items,
             "problem": record.problem,
             "batch_hash": batch_hash(batch),
             "batch_hash_logged": record.hash,
@@ -120,7 +120,7 @@ def _loss(
 
 
 def _logged(data: Data, record: BatchRecord) -> dict[str, Tensor]:
-    batch = data.batches(record.cursor, record.pieces)
+    batch = data.batches(record.cursor, record.items)
     if batch_hash(batch) != record.hash:
         raise Failed(
             f"the batch of step {record.step} is not the one that was trained on: its hash differs",
@@ -131,7 +131,7 @@ def _logged(data: Data, record: BatchRecord) -> dict[str, Tensor]:
 
 def _spans(context: RunContext, stage: str, record: BatchRecord) -> list[dict[str, Any]]:
     """Every piece of a document in the batch, in order, with its text."""
-    numbers = range(record.cursor, record.cursor + record.pieces)
+    numbers = range(record.cursor, record.cursor + record.items)
     if stage == "sft":
         return [_demonstration(context, number) for number in numbers]
     dataset = dataset_of(context)
@@ -161,10 +161,9 @@ def _demonstration(context: RunContext, number: int) -> dict[str, Any]:
     config = context.recipe.sft
     assert config is not None, "the stage has run"
     environment = context.environment()
-    messages = chat_messages(environment.demonstration("train", number, config.thinking_share))
+    messages = environment.demonstration("train", number, config.thinking_share)
     text = "\n".join(
-        f"{message['role']}: {message.get('reasoning_content', '')}{message['content']}"
-        for message in messages
+        f"{message.role}: {message.reasoning or ''}{message.content}" for message in messages
     )
     return {
         "sequence": number,
@@ -180,7 +179,7 @@ def replay_sentences(result: dict[str, Any]) -> str:
     """A `replay` for a person: a head, then a line for every piece of a document."""
     same_batch = result["batch_hash"] == result["batch_hash_logged"]
     lines = [
-        f"{result['stage']} step {result['step']}: {result['pieces']} pieces of data from number "
+        f"{result['stage']} step {result['step']}: {result['items']} items of data from number "
         f"{result['cursor']} on, {result['tokens']:,} target tokens",
         f"batch {result['batch_hash'][:16]}, "
         + ("as logged" if same_batch else f"NOT as logged ({result['batch_hash_logged'][:16]})"),
