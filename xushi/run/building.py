@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from xushi.base.seeds import derive
 from xushi.data import (
@@ -26,6 +25,7 @@ from xushi.data import (
 from xushi.data.config import DataConfig
 from xushi.envs import Environment
 from xushi.evaluate import total_bits
+from xushi.model import Batch
 from xushi.rl import reinforce
 from xushi.run.context import RunContext
 from xushi.tokenizer import Tokenizer, chat_examples
@@ -103,17 +103,15 @@ def dataset_of(context: RunContext) -> TokenDataset:
     return TokenDataset.open(directory, derive(context.recipe.seed, "data") >> 1, sources)
 
 
-def _heldout_part(
-    context: RunContext, config: PretrainConfig
-) -> tuple[list[dict[str, Tensor]], float]:
+def _heldout_part(context: RunContext, config: PretrainConfig) -> tuple[list[Batch], float]:
     """About `evaluate_tokens` of the held-out stream, spread over it, and their share of its bytes."""
     length = context.recipe.data.sequence_length
     rows = max(1, config.evaluate_tokens // length)
-    batches = [vars(batch) for batch in heldout_batches(context.path("data", "tokens"), 8)]
+    batches = list(heldout_batches(context.path("data", "tokens"), 8))
     step = max(1, len(batches) * 8 // rows)
     chosen = batches[::step]
-    wanted = sum(int(batch["loss_mask"].sum()) for batch in chosen)
-    total = sum(int(batch["loss_mask"].sum()) for batch in batches)
+    wanted = sum(int(batch.loss_mask.sum()) for batch in chosen)
+    total = sum(int(batch.loss_mask.sum()) for batch in batches)
     return chosen, load_summary(context.path("data", "corpus")).heldout_bytes * wanted / total
 
 
@@ -135,7 +133,7 @@ def training_inputs(context: RunContext, stage: str) -> TrainingInputs:
             pretraining,
             None,
             Data(
-                lambda cursor, count: vars(dataset.batch(cursor, count)),
+                dataset.batch,
                 lambda step: pretraining.rows_at(step, length),
                 piecewise=True,
             ),
@@ -213,7 +211,7 @@ def demonstrations(
     """Demonstrations, fresh ones at every step; the cursor counts them from number `first` on."""
     environment: Environment = context.environment()
 
-    def batch(cursor: int, count: int) -> dict[str, Tensor]:
+    def batch(cursor: int, count: int) -> Batch:
         examples = [
             example
             for index in range(first + cursor, first + cursor + count)

@@ -54,7 +54,7 @@ def evaluate(context: RunContext) -> dict[str, Any]:
 def _bits(context: RunContext) -> dict[str, Any]:
     text = heldout_bytes(context.path("data", "corpus"))
     model = context.trained_model(context.last_stage("pretrain"))
-    batches = (vars(batch) for batch in heldout_batches(context.path("data", "tokens"), 32))
+    batches = heldout_batches(context.path("data", "tokens"), 32)
     results: dict[str, Any] = {"evaluate.bits_per_byte": total_bits(model, batches) / len(text)}
     for name in ("gzip", "xz", "zstd"):
         results[f"evaluate.bits_per_byte_{name}"] = bits_per_byte(text, name)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from xushi.base.errors import BadInput, Failed
 from xushi.base.machine import chosen_device
 from xushi.base.progress import StepProgress, say
 from xushi.base.tracking import BatchRecord, Tracking
 from xushi.data import batch_hash, find_documents
+from xushi.model import Batch
 from xushi.recipe import load_recipe
 from xushi.run.building import TrainingInputs, dataset_of, training_inputs
 from xushi.run.context import RunContext
@@ -67,7 +67,7 @@ def replay(
             "problem": record.problem,
             "batch_hash": batch_hash(batch),
             "batch_hash_logged": record.hash,
-            "tokens": int(batch["loss_mask"].sum()),
+            "tokens": int(batch.loss_mask.sum()),
             "spans": _spans(context, stage, record),
         }
         if compute_loss:
@@ -119,7 +119,7 @@ def _loss(
     return {"loss": loss if math.isfinite(loss) else None, "trained_from_step": first}
 
 
-def _logged(data: Data, record: BatchRecord) -> dict[str, Tensor]:
+def _logged(data: Data, record: BatchRecord) -> Batch:
     batch = data.batches(record.cursor, record.items)
     if batch_hash(batch) != record.hash:
         raise Failed(
