@@ -233,7 +233,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print findings as JSON")] = False,
 ) -> None:
     """Say what this machine can do, and what to do where it cannot."""
-    from xushi.base.machine import best_training_dtype, doctor_report
+    from xushi.base.doctor import doctor_report
+    from xushi.base.machine import best_training_dtype
 
     try:
         from xushi.ops import native
