@@ -82,8 +82,8 @@ def _answers(context: RunContext, samples: dict[str, Any]) -> dict[str, Any]:
     longer = [further.task("test", index) for index in range(config.tasks)]
     results: dict[str, Any] = {
         "rl.tasks": len(tasks),
-        "rl.digits": f"{config.min_digits} to {config.max_digits}",
-        "rl.longer_digits": f"{longest + 1} to {max(longest + 1, config.longer_digits)}",
+        "rl.tasks_are": environment.card().tasks,
+        "rl.longer_tasks_are": further.card().tasks,
     }
 
     before = context.trained_model(context.last_stage("pretrain", "sft"))
