@@ -183,7 +183,7 @@ def test_curves_run_over_the_tokens_that_each_step_recorded_else_over_steps(
 @pytest.mark.parametrize(
     ("rule", "groups", "expected"),
     [
-        ("groups", "a/one, a/two", "is trained on: a/one, a/two."),
+        ("groups", "a/one, a/two", "text trained on: a/one, a/two."),
         (
             "groups",
             ", ".join(f"g/{i}" for i in range(15)),

@@ -77,7 +77,8 @@ class Run:
 @contextmanager
 def open_run(directory: Path) -> Iterator[Run]:
     """Read a run directory. Raises `XushiError` if it holds no run or a file in it is damaged."""
-    results, store = directory / "results.json", directory / "tracking.sqlite"
+    results = directory / "results.json"
+    store = directory / "tracking.sqlite"
     if not results.is_file() and not store.is_file():
         raise BadInput(
             f"{directory} holds no run: neither results.json nor tracking.sqlite is there",

@@ -73,7 +73,7 @@ def _heldout(run: Run) -> str:
         return ""
     more = len(names) - _GROUPS_SHOWN
     return (
-        "Held out whole, so that nothing like them is trained on: "
+        "Held out whole, with none of their text trained on: "
         + ", ".join(names[:_GROUPS_SHOWN])
         + (f" and {count(more)} more." if more > 0 else ".")
     )
