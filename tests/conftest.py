@@ -1,5 +1,5 @@
-"""What every test shares: no network, few threads, and property tests that draw the same examples
-each time.
+"""What every test shares: no network, few threads, property tests that draw the same examples each
+time, and one run of the miniature recipe.
 """
 
 import os
@@ -13,18 +13,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 from hypothesis import settings
 
+from .miniature import Chain, run_miniature
+
 settings.register_profile("xushi", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("xushi")
 
 
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The miniature run, made once for all tests that look at what it leaves behind."""
+    return run_miniature(tmp_path_factory.mktemp("chain") / "miniature")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With two processes, tests of a file stay together, and so do those that look at the one chain
-    in miniature.
-    """
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            place = Path(item.path)
-            item.add_marker(
-                pytest.mark.xdist_group("run" if place.parent.name == "run" else place.name)
-            )
+    """With two processes, tests of a file run in one, and so do all that look at the miniature run."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        place = Path(item.path)
+        shared = place.parent.name == "run" or "chain" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("run" if shared else place.name))
