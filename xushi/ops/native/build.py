@@ -5,6 +5,7 @@ Nothing here raises: where there is no library, `status` says in a line why, and
 run.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from xushi.base.artifacts import cache_directory
 from xushi.base.files import sha256_file
 from xushi.base.machine import inspect
 from xushi.base.progress import say
@@ -92,14 +94,6 @@ def load(dtype: str = "fp32") -> ctypes.CDLL | None:
     return _loaded(dtype).library
 
 
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: XUSHI_CACHE, or xushi in the user's cache directory."""
-    if said := os.environ.get("XUSHI_CACHE"):
-        return Path(said)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "xushi"
-
-
 def source_hash(flags: tuple[str, ...]) -> str:
     """Of every source file and the flags."""
     digest = hashlib.sha256(repr(flags).encode())
@@ -144,16 +138,17 @@ def _library(form: Form, dtype: str, compilers: tuple[str, ...]) -> tuple[ctypes
     if isinstance(library := _open(BUILT / file, lanes), str):
         said = ""
         try:
-            path = cache_directory() / file
-            if isinstance(library := _open(path, lanes), str):  # not there yet, or damaged
+            path = cache_directory() / "kernels" / file
+            if isinstance(library := _open(path, lanes), str):  # missing or damaged
                 if problem := _compile(compilers, _flags(form, dtype), path):
                     return None, problem
                 library = _open(path, lanes)
+            with contextlib.suppress(OSError):  # the time of its last use, for `xushi cache`
+                os.utime(path)
         except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
             return None, (
                 f"compiled kernels cannot be kept ({error}); set XUSHI_CACHE to a directory that "
-                "can be "
-                "written"
+                "can be written"
             )
         if isinstance(library, str):
             return None, (
