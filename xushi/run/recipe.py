@@ -274,6 +274,8 @@ def _environment_of(
     own = table.get("environment")
     if not isinstance(own, dict):
         return None
+    if "code" in own:
+        raise BadInput(f"{where}: unknown key environment.code", "leave it out")
     kind = own.get("kind")
     if not isinstance(kind, str):
         raise BadInput(
