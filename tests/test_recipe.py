@@ -15,8 +15,7 @@ from xushi.base.config import read_toml
 from xushi.base.errors import XushiError
 from xushi.envs import DigitSum, DigitSumConfig
 from xushi.recipe import MOST_EPOCHS, TRAINING_STAGES, Recipe, load_recipe
-from xushi.run.building import chat_messages
-from xushi.tokenizer import Tokenizer
+from xushi.tokenizer import Tokenizer, chat_examples
 
 ROOT = Path(__file__).parent.parent
 MINIATURE = ROOT / "tests" / "miniature.toml"
@@ -168,7 +167,7 @@ def test_a_stage_needs_its_table(tmp_path: Path) -> None:
 
 def test_the_length_of_a_worked_answer_is_counted_right() -> None:
     task = DigitSum(DigitSumConfig(min_digits=9, max_digits=9)).demonstration("train", 0, 1.0)
-    ids, _ = Tokenizer.train(["0"], 263).chat_example(chat_messages(task))
+    [(ids, _)] = chat_examples(Tokenizer.train(["0"], 263), task)
     assert len(ids) == 2 * 9 + 7
 
 

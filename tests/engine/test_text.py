@@ -3,6 +3,7 @@ from hypothesis import strategies as st
 
 from xushi.engine import TextStream
 from xushi.engine.text import StopFinder
+from xushi.tokenizer import parse_assistant
 
 
 def split(stream, ids):
@@ -59,9 +60,9 @@ def test_chat_agrees_with_parse_assistant(tokenizer, ids):
     ids = [token for token in ids if token != tokenizer.eos_id]
     stream = TextStream(tokenizer, chat=True)
     parts = split(stream, ids)
-    reasoning, content, _ = tokenizer.parse_assistant(ids)
-    assert parts == {"reasoning": reasoning or "", "content": content}
-    assert stream.thought == (reasoning is not None)
+    message, _ = parse_assistant(tokenizer, ids)
+    assert parts == {"reasoning": message.reasoning or "", "content": message.content}
+    assert stream.thought == (message.reasoning is not None)
 
 
 @given(st.text(max_size=20))

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from xushi.base.config import StrictConfig
+from xushi.base.messages import Message
 from xushi.base.tracking import Tracking
-from xushi.envs import Card, Environment, Message, Score, Task
+from xushi.envs import Card, Environment, Score, Task
 from xushi.model import Deepseek, ModelConfig
-from xushi.tokenizer import Tokenizer
+from xushi.tokenizer import Tokenizer, chat_examples
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
 from xushi.train import Data, ObjectiveConfig, pack_examples, train
 
@@ -93,15 +94,7 @@ def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepsee
     def batch(cursor: int, count: int) -> dict[str, torch.Tensor]:
         examples = []
         for index in range(cursor, cursor + count):
-            question, answer = environment.demonstration("train", index, 0.0)
-            examples.append(
-                tokenizer.chat_example(
-                    [
-                        {"role": "user", "content": question.content},
-                        {"role": "assistant", "content": answer.content},
-                    ]
-                )
-            )
+            examples += chat_examples(tokenizer, environment.demonstration("train", index, 0.0))
         return pack_examples(examples, 32, tokenizer.pad_id).batch
 
     place = tmp_path_factory.mktemp("sft")

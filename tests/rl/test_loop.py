@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from xushi.base.messages import Message
 from xushi.base.tracking import Tracking
 from xushi.engine import Request
 from xushi.envs import Score
@@ -18,6 +19,7 @@ from xushi.ops import RouterChoice
 from xushi.rl import RLConfig, grpo_loss, reinforce
 from xushi.rl import loop as module
 from xushi.rl.loop import Rollout, policy_loss, sample_rollout
+from xushi.tokenizer import encode_chat, parse_assistant
 from xushi.train import PackedExamples, pack_examples
 
 CONFIG = RLConfig(
@@ -77,8 +79,9 @@ def test_a_rollout_is_scored_answers(rollout, tokenizer, environment) -> None:
     for index, answer in enumerate(rollout.answers):
         p, s = divmod(index, 8)
         task = environment.task("train", p)
-        assert answer.prompt_ids == tokenizer.chat_ids([{"role": "user", "content": task.prompt}])
-        _, content, finished = tokenizer.parse_assistant(answer.token_ids)
+        assert answer.prompt_ids == encode_chat(tokenizer, [Message("user", task.prompt)])
+        message, finished = parse_assistant(tokenizer, answer.token_ids)
+        content = message.content
         assert rollout.rewards_PS[p, s] == (finished and content in ("2", "4", "6", "8"))
         assert rollout.counted_PS[p, s] == (not finished or content != "0")
     assert 0.1 < rollout.rewards_PS.mean() < 0.9 and not rollout.counted_PS.all()

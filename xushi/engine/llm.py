@@ -3,16 +3,18 @@
 Not here: many clients at once (serve), training-time sampling on bare ids (batch).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from xushi.base.errors import BadInput
+from xushi.base.messages import Message
 from xushi.engine.engine import Engine, FinishReason, Request
 from xushi.engine.params import SamplingParams
 from xushi.engine.text import Delta, TextStream
 from xushi.model import ModelConfig, load_pretrained
-from xushi.tokenizer import Message, Tokenizer
+from xushi.tokenizer import Tokenizer, encode_chat
 
 # Room for this many conversations of full length, unless that is more than so many tokens.
 DEFAULT_CONVERSATIONS = 8
@@ -50,15 +52,6 @@ def default_slots(config: ModelConfig) -> int:
     """Cache slots for a model when nobody says how many: always enough for one full context."""
     context = config.max_position_embeddings
     return max(context, min(DEFAULT_CONVERSATIONS * context, DEFAULT_SLOTS_LIMIT))
-
-
-def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """The prompt for the next answer. Earlier reasoning is left out, as the published models are
-    used.
-    """
-    if not messages:
-        raise BadInput("the conversation has no messages", "give at least one of role user")
-    return tokenizer.chat_ids([{"role": m["role"], "content": m["content"]} for m in messages])
 
 
 class LLM:
@@ -110,9 +103,11 @@ class LLM:
             for text, request, stream in zip(texts, requests, streams, strict=True)
         ]
 
-    def chat(self, messages: Sequence[Message], params: SamplingParams) -> ChatCompletion:
+    def chat(
+        self, messages: Sequence[Message | Mapping[str, Any]], params: SamplingParams
+    ) -> ChatCompletion:
         """The model's answer to a conversation."""
-        request = self.engine.add(conversation_ids(self.tokenizer, messages), params)
+        request = self.engine.add(self.conversation_ids(messages), params)
         stream = TextStream(self.tokenizer, params.stop, chat=True)
         parts = {"reasoning": "", "content": ""}
         for _, delta in self._run([request], [stream]):
@@ -129,9 +124,11 @@ class LLM:
         for _, delta in self._run([request], [TextStream(self.tokenizer, params.stop)]):
             yield delta
 
-    def stream_chat(self, messages: Sequence[Message], params: SamplingParams) -> Iterator[Delta]:
+    def stream_chat(
+        self, messages: Sequence[Message | Mapping[str, Any]], params: SamplingParams
+    ) -> Iterator[Delta]:
         """`chat`, piece by piece; closing the iterator ends the request."""
-        request = self.engine.add(conversation_ids(self.tokenizer, messages), params)
+        request = self.engine.add(self.conversation_ids(messages), params)
         for _, delta in self._run([request], [TextStream(self.tokenizer, params.stop, chat=True)]):
             yield delta
 
@@ -142,6 +139,16 @@ class LLM:
         if isinstance(prompt, str):
             return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
         return list(prompt)
+
+    def conversation_ids(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
+        """The prompt for the next answer; earlier reasoning is left out.
+
+        Mappings are read by `Message.from_dict`.
+        """
+        if not messages:
+            raise BadInput("the conversation has no messages", "give at least one of role user")
+        read = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
+        return encode_chat(self.tokenizer, [replace(m, reasoning=None) for m in read])
 
     def _run(
         self, requests: list[Request], streams: list[TextStream]

@@ -1,13 +1,14 @@
 """How well a model answers an environment's tasks: greedy accuracy, avg@k, pass@k, length."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from xushi.base.messages import Message
 from xushi.base.seeds import derive
 from xushi.engine import SamplingParams, generate_ids
-from xushi.envs import Environment, Message, Score, Task
+from xushi.envs import Environment, Score, Task
 from xushi.model import Deepseek
-from xushi.tokenizer import Tokenizer
+from xushi.tokenizer import Tokenizer, encode_chat, parse_assistant
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ def score_answer(
     """The verdict on a sampled answer; one that never ended has given no final answer, whatever
     stands in it.
     """
-    reasoning, content, finished = tokenizer.parse_assistant(token_ids)
-    said = Message("assistant", content if finished else "", reasoning)
-    return environment.score(task, [Message("user", _question(environment, task)), said])
+    answer, finished = parse_assistant(tokenizer, token_ids)
+    if not finished:
+        answer = replace(answer, content="")
+    return environment.score(task, [Message("user", _question(environment, task)), answer])
 
 
 def answer_tasks(
@@ -54,7 +56,7 @@ def answer_tasks(
     """
     forced = [tokenizer.think_id] if think else []
     prompts = [
-        [*tokenizer.chat_ids([{"role": "user", "content": _question(environment, task)}]), *forced]
+        [*encode_chat(tokenizer, [Message("user", _question(environment, task))]), *forced]
         for task in tasks
         for _ in range(samples)
     ]
@@ -72,10 +74,14 @@ def answer_tasks(
     for number, request in enumerate(requests):
         task = tasks[number // samples]
         ids = [*forced, *request.token_ids]
-        reasoning, content, _ = tokenizer.parse_assistant(ids)
+        answer, _ = parse_assistant(tokenizer, ids)
         answers[number // samples].append(
             Answer(
-                task, reasoning, content, score_answer(environment, task, tokenizer, ids), len(ids)
+                task,
+                answer.reasoning,
+                answer.content,
+                score_answer(environment, task, tokenizer, ids),
+                len(ids),
             )
         )
     return answers

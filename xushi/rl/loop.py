@@ -27,7 +27,7 @@ from xushi.model.objective import expert_loads
 from xushi.ops import token_log_probabilities
 from xushi.rl.config import RLConfig
 from xushi.rl.grpo import group_advantages, grpo_loss
-from xushi.tokenizer import Tokenizer
+from xushi.tokenizer import Tokenizer, encode_chat
 from xushi.train import (
     CheckpointWriter,
     PackedExamples,
@@ -92,7 +92,7 @@ def sample_rollout(
 def _prompt_ids(tokenizer: Tokenizer, environment: Environment, task: Task) -> list[int]:
     question = environment.reply(task, ())
     assert question is not None, "an episode begins with its question"
-    return tokenizer.chat_ids([{"role": "user", "content": question.content}])
+    return encode_chat(tokenizer, [question])
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ and its control.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,11 +25,10 @@ from xushi.data import (
 )
 from xushi.data.config import DataConfig
 from xushi.envs import Environment
-from xushi.envs import Message as EnvironmentMessage
 from xushi.evaluate import total_bits
 from xushi.rl import reinforce
 from xushi.run.context import RunContext
-from xushi.tokenizer import Message, Tokenizer
+from xushi.tokenizer import Tokenizer, chat_examples
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
 from xushi.train import (
     Data,
@@ -42,17 +41,6 @@ from xushi.train import (
 )
 
 TRANSCRIPTS = "transcripts"  # the name of the environment's source
-
-
-def chat_messages(messages: Sequence[EnvironmentMessage]) -> list[Message]:
-    """An environment's messages in the tokenizer's form."""
-    result: list[Message] = []
-    for message in messages:
-        written: Message = {"role": message.role, "content": message.content}  # type: ignore[typeddict-item]
-        if message.reasoning is not None:
-            written["reasoning_content"] = message.reasoning
-        result.append(written)
-    return result
 
 
 def _transcripts(context: RunContext) -> dict[str, ExtraSource]:
@@ -227,10 +215,11 @@ def demonstrations(
 
     def batch(cursor: int, count: int) -> dict[str, Tensor]:
         examples = [
-            tokens.chat_example(
-                chat_messages(environment.demonstration("train", index, config.thinking_share))
-            )
+            example
             for index in range(first + cursor, first + cursor + count)
+            for example in chat_examples(
+                tokens, environment.demonstration("train", index, config.thinking_share)
+            )
         ]
         return pack_examples(examples, config.sequence_length, tokens.pad_id).batch
 

@@ -19,7 +19,7 @@ from xushi.base.progress import StepProgress, say
 from xushi.base.tracking import BatchRecord, Tracking
 from xushi.data import batch_hash, find_documents
 from xushi.recipe import load_recipe
-from xushi.run.building import TrainingInputs, chat_messages, dataset_of, training_inputs
+from xushi.run.building import TrainingInputs, dataset_of, training_inputs
 from xushi.run.context import RunContext
 from xushi.train import Data, LayoutConfig, TrainingState, join, latest_checkpoint, training_step
 
@@ -161,10 +161,9 @@ def _demonstration(context: RunContext, number: int) -> dict[str, Any]:
     config = context.recipe.sft
     assert config is not None, "the stage has run"
     environment = context.environment()
-    messages = chat_messages(environment.demonstration("train", number, config.thinking_share))
+    messages = environment.demonstration("train", number, config.thinking_share)
     text = "\n".join(
-        f"{message['role']}: {message.get('reasoning_content', '')}{message['content']}"
-        for message in messages
+        f"{message.role}: {message.reasoning or ''}{message.content}" for message in messages
     )
     return {
         "sequence": number,

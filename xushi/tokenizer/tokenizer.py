@@ -18,9 +18,8 @@ import numpy.typing as npt
 
 from xushi.base.errors import BadInput, XushiError
 from xushi.base.files import write_atomic, write_json
-from xushi.tokenizer import chat
-from xushi.tokenizer.chat import CHAT_TEMPLATE, Message
 from xushi.tokenizer.config import SMALLEST_VOCABULARY, SPECIAL_TOKENS
+from xushi.tokenizer.template import CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     import tokenizers
@@ -156,23 +155,6 @@ class Tokenizer:
         if token < len(SPECIAL_TOKENS) and not skip_special:
             return SPECIAL_TOKENS[token].encode()
         return self._bytes[token]
-
-    def chat_ids(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True
-    ) -> list[int]:
-        """Ids of a conversation (see `chat`); with the generation prompt they end with
-        `assistant_id`.
-        """
-        ids, _ = chat.chat_example(self, messages)
-        return [*ids, self.assistant_id] if add_generation_prompt else ids
-
-    def chat_example(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Ids and the mask of what an assistant must produce; see `chat.chat_example`."""
-        return chat.chat_example(self, messages)
-
-    def parse_assistant(self, ids: Sequence[int]) -> tuple[str | None, str, bool]:
-        """(reasoning or None, answer, finished) of generated ids; see `chat.parse_assistant`."""
-        return chat.parse_assistant(self, ids)
 
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer`
