@@ -71,9 +71,9 @@ def run_command(
     """Run a recipe: every stage from raw text to a served model; the same command goes on after an
     interruption.
     """
-    from xushi.recipe import load_recipe
     from xushi.report import write_report
     from xushi.run import describe, run
+    from xushi.run.recipe import load_recipe
 
     loaded = load_recipe(
         recipe or default_recipe(),
@@ -136,8 +136,8 @@ def launch(
     """Run a recipe on many machines; with layout.fewest in it, on those that are left when some are
     lost.
     """
-    from xushi.recipe import load_recipe
     from xushi.run.launch import Launch, launch_on_ray, write_slurm_job
+    from xushi.run.recipe import load_recipe
 
     if slurm == (ray is not None):
         raise BadInput("a launch is either --slurm or --ray ADDRESS", "give one of them")

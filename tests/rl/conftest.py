@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 
 import pytest
-import torch
 
 from xushi.base.config import StrictConfig
 from xushi.base.messages import Message
 from xushi.base.tracking import Tracking
 from xushi.envs import Card, Environment, Score, Task
-from xushi.model import Deepseek, ModelConfig
+from xushi.model import Batch, Deepseek, ModelConfig
 from xushi.tokenizer import Tokenizer, chat_examples
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
 from xushi.train import Data, ObjectiveConfig, pack_examples, train
@@ -91,7 +90,7 @@ def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepsee
     ten are right.
     """
 
-    def batch(cursor: int, count: int) -> dict[str, torch.Tensor]:
+    def batch(cursor: int, count: int) -> Batch:
         examples = []
         for index in range(cursor, cursor + count):
             examples += chat_examples(tokenizer, environment.demonstration("train", index, 0.0))

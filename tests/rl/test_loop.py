@@ -156,8 +156,8 @@ def test_the_update_goes_through_the_experts_that_sampled(fine_tuned, tokenizer,
     moved = [choice.indices_Nk for choice in policy_choice(model, tokenizer, rollout)]
     assert all(torch.equal(a, b) for a, b in zip(chosen, moved, strict=True))
     batch = pack(rollout, tokenizer).batch
-    free = model.hidden(batch["tokens"], batch["positions"], batch["segments"]).routing
-    assert not torch.equal(free[0].indices_Nk[(batch["segments"] >= 0).flatten()], moved[0])
+    free = model.hidden(batch.tokens, batch.positions, batch.segments).routing
+    assert not torch.equal(free[0].indices_Nk[(batch.segments >= 0).flatten()], moved[0])
 
 
 def pack(rollout: Rollout, tokenizer) -> PackedExamples:
@@ -177,7 +177,7 @@ def policy_choice(model: Deepseek, tokenizer, rollout: Rollout) -> list[RouterCh
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "hidden", lambda *inputs: seen.append(hidden(*inputs)) or seen[-1])
         policy_loss(model, tokenizer, CONFIG, rollout)
-    inside = (pack(rollout, tokenizer).batch["segments"] >= 0).flatten()
+    inside = (pack(rollout, tokenizer).batch.segments >= 0).flatten()
     return [replace(choice, indices_Nk=choice.indices_Nk[inside]) for choice in seen[0].routing]
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xushi.model import Deepseek, ModelConfig, pretraining_loss
+from xushi.model import Batch, Deepseek, ModelConfig, pretraining_loss
 from xushi.train import Data, ObjectiveConfig, PretrainConfig, train
 from xushi.train.checkpoint import latest_checkpoint, save_checkpoint
 from xushi.train.loop import TrainingState, chosen_dtype, optimizer_step, set_compute, training_step
@@ -37,7 +36,7 @@ class Killed(Exception):
     """Stands for the process's end: nothing of the loop runs after it."""
 
 
-def numbered(batches: Callable[[int], dict[str, Tensor]]) -> Data:
+def numbered(batches: Callable[[int], Batch]) -> Data:
     """One batch a step: the cursor is its number."""
     return Data(lambda cursor, _: batches(cursor))
 
@@ -57,7 +56,7 @@ def run(tiny_model, batches, tracking) -> Callable[..., dict[str, bytes]]:
     def go(
         directory: Path, stop: Callable[[int], None] = lambda step: None, **changes: object
     ) -> dict[str, bytes]:
-        def watched(step: int) -> dict[str, Tensor]:
+        def watched(step: int) -> Batch:
             stop(step)
             return batches(step)
 
@@ -306,7 +305,7 @@ def test_no_step_accumulates_by_index_put(
 
 def test_ten_steps_on_two_threads_give_the_same_bits(batches, tiny_model) -> None:
     """Rows enough that two threads share the work."""
-    many = {name: torch.cat([batches(step)[name] for step in range(40)]) for name in batches(0)}
+    many = Batch(*map(torch.cat, zip(*(batches(step) for step in range(40)), strict=True)))
     before, first = torch.get_num_threads(), None
     torch.set_num_threads(2)
     try:
@@ -366,7 +365,7 @@ def test_the_other_kinds_resume_to_the_same_bits(
     """Killed within the indexers' warm-up and after it."""
 
     def go(directory: Path, end: int | None = None) -> dict[str, bytes]:
-        def watched(step: int) -> dict[str, Tensor]:
+        def watched(step: int) -> Batch:
             if step == end:
                 raise Killed
             return batches(step)

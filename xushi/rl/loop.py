@@ -22,7 +22,7 @@ from xushi.base.tracking import Tracking
 from xushi.engine import Request, SamplingParams, generate_ids
 from xushi.envs import Environment, Task
 from xushi.evaluate import score_answer
-from xushi.model import Deepseek
+from xushi.model import Batch, Deepseek
 from xushi.model.objective import expert_loads
 from xushi.ops import token_log_probabilities
 from xushi.rl.config import RLConfig
@@ -100,7 +100,7 @@ class PolicyLoss:
     """GRPO's loss on a rollout, the batch it was computed on, its figures, and the experts' loads."""
 
     total: Tensor
-    batch: dict[str, Tensor]
+    batch: Batch
     figures: dict[str, float]
     loads: dict[str, Tensor]
 
@@ -117,7 +117,7 @@ def sampled_experts(answers: Sequence[Request], packed: PackedExamples) -> list[
         torch.stack(answer.routed_experts or [], 1) for answer in answers
     ]  # [MoE layers, places, k]
     shape = routed[0].shape
-    experts = torch.full((shape[0], packed.batch["tokens"].numel(), shape[2]), -1)
+    experts = torch.full((shape[0], packed.batch.tokens.numel(), shape[2]), -1)
     for answer, places, chosen in zip(answers, packed.places, routed, strict=True):
         start = places[0] - (len(answer.prompt_ids) - 1)
         experts[:, start : start + chosen.shape[1]] = chosen
@@ -138,17 +138,17 @@ def policy_loss(
         tokenizer.pad_id,
     )
     device = model.device
-    batch = {name: tensor.to(device) for name, tensor in packed.batch.items()}
+    batch = packed.batch.to(device)
     experts = sampled_experts(answers, packed)
     trunk = model.hidden(
-        batch["tokens"], batch["positions"], batch["segments"], [e.to(device) for e in experts]
+        batch.tokens, batch.positions, batch.segments, [e.to(device) for e in experts]
     )
     places = torch.tensor([place for example in packed.places for place in example], device=device)
     hidden_ND = trunk.hidden_BTD.flatten(0, 1).index_select(0, places)
     log_p_N = token_log_probabilities(
         hidden_ND.to(model.compute_dtype or hidden_ND.dtype),
         model.head_VD,
-        batch["targets"].flatten().index_select(0, places),
+        batch.targets.flatten().index_select(0, places),
     )
     lengths = torch.tensor([len(a.token_ids) for a in answers])
     row_N = torch.repeat_interleave(torch.arange(len(answers)), lengths).to(device)
@@ -192,7 +192,7 @@ def policy_loss(
         ),
         "logprob_difference": float(difference),
     }
-    valid_N = (batch["segments"] >= 0).flatten()
+    valid_N = (batch.segments >= 0).flatten()
     names = [name for name in model.routers() if int(name) < model.config.num_hidden_layers]
     loads = {
         name: expert_loads(choice, valid_N)

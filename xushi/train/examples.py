@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+
+from xushi.model import Batch
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class PackedExamples:
     targets, in order.
     """
 
-    batch: dict[str, Tensor]
+    batch: Batch
     places: list[list[int]]
 
 
@@ -65,11 +66,4 @@ def pack_examples(
                 row * length + start + i for i, is_learned in enumerate(learned[1:]) if is_learned
             ]
             start = end
-    batch = {
-        "tokens": tokens,
-        "targets": targets,
-        "positions": positions,
-        "segments": segments,
-        "loss_mask": mask,
-    }
-    return PackedExamples(batch, places)
+    return PackedExamples(Batch(tokens, targets, mask, positions, segments), places)

@@ -22,7 +22,7 @@ from xushi.base.machine import best_training_dtype, measure_matrix_gflops, peak_
 from xushi.base.progress import StepProgress, say
 from xushi.base.tracking import Tracking
 from xushi.data import joined_hash, row_hashes
-from xushi.model import Deepseek, LossCounts, LossParts, pretraining_loss
+from xushi.model import Batch, Deepseek, LossCounts, LossParts, pretraining_loss
 from xushi.plan import train_flops_per_token
 from xushi.train.balance import router_health, update_router_biases
 from xushi.train.checkpoint import Checkpoint, CheckpointWriter, SavedCheckpoint, latest_checkpoint
@@ -224,13 +224,13 @@ def guarded_update(
 
 
 def training_step(
-    state: TrainingState, config: ObjectiveConfig, step: int, batch: dict[str, Tensor]
+    state: TrainingState, config: ObjectiveConfig, step: int, batch: Batch
 ) -> tuple[dict[str, float], Problem | None]:
     """Step number `step` (from 0) on this process's rows of a batch: what to track of the whole
     batch, and what was wrong if anything.
     """
     layout, model = state.layout, state.model
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    batch = batch.to(model.device)
     warmup = config.indexer_warmup_steps if isinstance(config, PretrainConfig) else 0
     warming = step < warmup
     if warmup and step == warmup:
@@ -238,7 +238,7 @@ def training_step(
     counts = LossCounts.of(batch, model.config.num_nextn_predict_layers)
     counts = LossCounts(*layout.total(torch.stack([counts.targets, counts.fed])))
 
-    def loss_of(rows: dict[str, Tensor], residual: Tensor | None = None) -> LossParts:
+    def loss_of(rows: Batch, residual: Tensor | None = None) -> LossParts:
         return pretraining_loss(
             model,
             rows,
@@ -296,7 +296,7 @@ def report_problem(
     step: int,
     state: TrainingState,
     problem: Problem,
-    batch: dict[str, Tensor],
+    batch: Batch,
     directory: Path,
     tracking: Tracking,
 ) -> None:
@@ -319,7 +319,7 @@ def report_problem(
             write_atomic(
                 file,
                 safetensors.torch.save(
-                    {name: tensor.contiguous() for name, tensor in batch.items()}
+                    {name: tensor.contiguous() for name, tensor in batch._asdict().items()}
                 ),
             )
         raise Failed(
@@ -338,13 +338,11 @@ class Data:
     of its own, whatever the others are.
     """
 
-    batches: Callable[[int, int], dict[str, Tensor]]
+    batches: Callable[[int, int], Batch]
     per_step: Callable[[int], int] = lambda _: 1
     piecewise: bool = False
 
-    def share(
-        self, cursor: int, pieces: int, layout: Layout
-    ) -> tuple[dict[str, Tensor], list[bytes]]:
+    def share(self, cursor: int, pieces: int, layout: Layout) -> tuple[Batch, list[bytes]]:
         """This process's rows of the batch of so many pieces, and the hashes of rows that are this
         process's to give: all processes' together are the batch's.
         """
@@ -427,7 +425,7 @@ def _steps(
             metrics, problem = training_step(state, config, step, batch)
             stops = any(layout.team.gather(stop.requested))
             flops = train_flops_per_token(
-                model.config, batch["tokens"].shape[1], bool(config.mtp_weight_at(step))
+                model.config, batch.tokens.shape[1], bool(config.mtp_weight_at(step))
             )
             state.cursor += pieces
             step += 1
