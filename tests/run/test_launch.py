@@ -61,9 +61,9 @@ def test_the_job_file_says_what_was_asked(tmp_path: Path) -> None:
         (
             ["layout.expert=2", "layout.fewest=1"],
             Launch(2, 1, 3, ()),
-            "with 1 nodes of 1 processes, which may be left of 2, layout.expert=2 does not work",
+            "1 nodes of 1 processes, which layout.fewest allows when nodes are lost: layout.expert=2",
         ),
-        (["layout.data=3"], Launch(2, 1, 3, ()), "with 2 nodes of 1 processes layout.data=3"),
+        (["layout.data=3"], Launch(2, 1, 3, ()), "2 nodes of 1 processes: layout.data=3"),
         (["layout.fewest=3"], Launch(2, 1, 3, ()), "layout.fewest=3 and 2 processes"),
         ([], Launch(0, 1, 3, ()), "nodes and processes must be at least 1"),
     ],

@@ -295,7 +295,7 @@ def test_a_text_before_reasoning_keeps_the_environment_and_its_steps(tmp_path: P
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "--text is empty"), ("nowhere/*.md", "no file matches"), ("nothing", "holds no text")],
+    [("", "--text is empty"), ("nowhere/*.md", "no file matches"), ("nothing", "has no text")],
 )
 def test_a_text_that_is_none(
     text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -28,13 +28,14 @@ from xushi.train import (
     TrainingState,
     heartbeat,
     join,
+    language,
     latest_checkpoint,
-    loop,
-    train,
+    training_step,
 )
 from xushi.train.layout import local
-from xushi.train.loop import training_step
 from xushi.train.pipeline import run_pipeline
+
+from .conftest import train
 
 THIRD = ModelConfig(
     vocab_size=40,
@@ -272,7 +273,7 @@ def resumed(kind: str, layout: Layout, directory: Path, steps: int, total: int =
 
 def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
     """Six steps, in the third of which the last process alone has a loss that is not a number."""
-    real, steps, tracked = loop.pretraining_loss, [0], []
+    real, steps, tracked = language.pretraining_loss, [0], []
 
     def loss(*arguments: object, **settings: object):
         parts = real(*arguments, **settings)
@@ -288,7 +289,7 @@ def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
         def metrics(self, stage, step, values):
             tracked.append(dict(values))
 
-    loop.pretraining_loss = loss
+    language.pretraining_loss = loss
     config = CONFIG.model_copy(update={"steps": 6, "activations": "recompute"})
     train(
         "test",
@@ -299,7 +300,7 @@ def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
         Remembering(None),
         layout=layout,
     )
-    loop.pretraining_loss = real
+    language.pretraining_loss = real
     return tracked
 
 

@@ -1,4 +1,4 @@
-"""Floor 3: from raw text to batches, with the way back from every token to the byte it came from."""
+"""From raw text to batches, with a record of which bytes every token came from."""
 
 from xushi.data.batches import (
     TokenDataset,

@@ -23,12 +23,12 @@ if TYPE_CHECKING:  # torch takes a second to load, and making a corpus does with
     from xushi.model import Batch
 
 
-def _batch(rows: Sequence[packing.Sequence]) -> "Batch":
+def _batch(rows: Sequence[packing.PackedRow]) -> "Batch":
     import torch
 
     from xushi.model import Batch
 
-    columns = zip(packing.Sequence._fields, zip(*rows, strict=True), strict=True)
+    columns = zip(packing.PackedRow._fields, zip(*rows, strict=True), strict=True)
     return Batch(
         **{name.removesuffix("_T"): torch.from_numpy(np.stack(column)) for name, column in columns}
     )

@@ -36,6 +36,7 @@ class OptimizationConfig(StrictConfig):
     # In the last `bias_late_fraction` of the steps; V3's last 500 of 14,800 billion tokens had 0.
     bias_speed_late: float | None = Field(None, ge=0, le=100)
     bias_late_fraction: float = Field(0.0, ge=0, le=1)
+    on_spike: OnSpike = "warn"  # what is done when the loss jumps
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     # "keep": a layer keeps what its backward pass needs. "recompute": it keeps its input and runs
     # again, which takes less memory and more time and gives the same bits. A dry run tells both.
@@ -98,7 +99,6 @@ class ObjectiveConfig(OptimizationConfig):
     indexer_weight: float = Field(1.0, ge=0, le=1000)
     # The largest attention score a head may have before it is scaled down; K2 had 100.
     qk_clip: float | None = Field(None, gt=0, le=1e9)
-    on_spike: OnSpike = "warn"  # what is done when the loss jumps
     allow_unbalanced: bool = False  # train a mixture with neither bias nor balance loss
 
     @model_validator(mode="after")
@@ -109,6 +109,10 @@ class ObjectiveConfig(OptimizationConfig):
                 "set allow_unbalanced = true if that is wanted"
             )
         return self
+
+    def trains_indexers_alone(self, step: int) -> bool:
+        """Whether `step` (from 0) belongs to the indexers' warm-up; there is one in pretraining only."""
+        return False
 
     def mtp_weight_at(self, step: int) -> float:
         """The weight of the MTP losses at `step` (from 0)."""
@@ -140,6 +144,10 @@ class PretrainConfig(ObjectiveConfig):
         if self.batch_tokens_first is not None and self.batch_tokens_first > self.batch_tokens:
             raise ValueError("batch_tokens_first must be at most batch_tokens")
         return self
+
+    def trains_indexers_alone(self, step: int) -> bool:
+        """Whether `step` (from 0) belongs to the indexers' warm-up."""
+        return step < self.indexer_warmup_steps
 
     def rows_at(self, step: int, length: int) -> int:
         """The rows of `length` tokens that `step` (from 0) takes."""
