@@ -106,6 +106,23 @@ def test_sha256_json_does_not_depend_on_order():
     assert files.sha256_json({"a": 1}) != files.sha256_json({"a": 1.5})
 
 
+@pytest.mark.parametrize(("content", "words"), [
+    (None, "does not exist"), (b"{", "cannot be read"), (b"\xff{}", "cannot be read"),
+    (b"", "cannot be read"), (b"[]", "not a JSON object"), (b"[" * 100_000, "cannot be read"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read"),
+])  # fmt: skip
+def test_json_that_cannot_be_read(tmp_path, content, words):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(XushiError, match=words) as error:
+        files.read_json(path, "make it again")
+    assert str(path) in error.value.problem and error.value.remedy == "make it again"
+    with pytest.raises(XushiError, match="cannot be read"):
+        files.read_json(tmp_path, "")
+
+
 def test_write_json(tmp_path):
     files.write_json(tmp_path / "a.json", {"b": "虚", "a": 1})
+    assert files.read_json(tmp_path / "a.json", "") == {"a": 1, "b": "虚"}
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "a": 1,\n  "b": "虚"\n}\n'

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from xushi.base.errors import Failed
+from xushi.base.errors import BadInput, Failed
 
 
 @contextlib.contextmanager
@@ -74,6 +74,21 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` of sorted, indented JSON."""
     write_atomic(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file. A missing, unreadable or damaged file is a `BadInput` with
+    `remedy`; where a file may be missing, ask before.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path} does not exist", remedy) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path} cannot be read: {error}", remedy) from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} cannot be read: it is not a JSON object", remedy)
+    return value
 
 
 @contextlib.contextmanager
