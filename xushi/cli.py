@@ -249,6 +249,29 @@ def doctor(
         print(f"{finding.name:<12} {finding.value}\n{'':<12} {finding.verdict}")
 
 
+@app.command()
+def cache(
+    empty: Annotated[bool, typer.Option("--empty", help="remove what no process uses")] = False,
+    older_than: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DAYS", min=0, help="with --empty: only what was not used for so long"
+        ),
+    ] = None,
+) -> None:
+    """Show what is kept for all runs (corpora, tokens, compiled kernels), and remove it."""
+    from xushi.base.artifacts import Artifacts, cache_directory, cache_table
+
+    if older_than is not None and not empty:
+        raise BadInput("--older-than goes with --empty", "add --empty, or leave it out")
+    kept = Artifacts()
+    if empty:
+        removed = kept.empty(older_than or 0.0)
+        print(f"removed {len(removed)} entries, {sum(entry.bytes for entry in removed):,} bytes")
+    entries = kept.entries()
+    print(f"{cache_directory()}\n{cache_table(entries)}")
+
+
 @bench_app.command("train")
 def bench_train(
     name: Annotated[

@@ -21,8 +21,9 @@ def keys_of(recipe: Recipe) -> dict[str, str]:
 
 
 def changed_stages(*assignments: str) -> set[str]:
-    before, after = keys_of(load_recipe(MINIATURE, [])), keys_of(
-        load_recipe(MINIATURE, list(assignments))
+    before, after = (
+        keys_of(load_recipe(MINIATURE, [])),
+        keys_of(load_recipe(MINIATURE, list(assignments))),
     )
     return {name for name in before if before[name] != after.get(name)}
 
