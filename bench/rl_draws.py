@@ -23,7 +23,7 @@ import torch
 from xushi.base.seeds import derive
 from xushi.base.tracking import Tracking
 from xushi.evaluate import answer_tasks
-from xushi.recipe import load_recipe
+from xushi.run.recipe import load_recipe
 from xushi.rl import reinforce
 from xushi.run.context import RunContext
 

@@ -1,8 +1,11 @@
-"""What every test shares: no network, few threads, and property tests that draw the same examples
-each time.
+"""What every test shares: no network, few threads, an empty cache of its own for the session, and
+property tests that draw the same examples each time.
 """
 
+import contextlib
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Before any library reads them.
@@ -15,6 +18,25 @@ from hypothesis import settings
 
 settings.register_profile("xushi", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("xushi")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the session an empty cache; workers of pytest-xdist share their controller's.
+
+    Compiled kernels are taken from, and kept in, the user's own cache: to compile them takes as long
+    as many tests.
+    """
+    if hasattr(config, "workerinput"):
+        return
+    from xushi.base.artifacts import cache_directory
+
+    cache = Path(tempfile.mkdtemp(prefix="xushi-cache-"))
+    with contextlib.suppress(OSError, RuntimeError):  # no home directory, or a read-only one
+        kernels = cache_directory() / "kernels"
+        kernels.mkdir(parents=True, exist_ok=True)
+        (cache / "kernels").symlink_to(kernels.absolute())
+    os.environ["XUSHI_CACHE"] = str(cache)
+    config.add_cleanup(lambda: shutil.rmtree(cache))
 
 
 @pytest.hookimpl(tryfirst=True)

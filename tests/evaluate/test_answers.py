@@ -7,9 +7,11 @@ The model is random: it answers nonsense, but the same nonsense.
 import pytest
 import torch
 
-from xushi.envs import DigitSum, DigitSumConfig, Message
+from xushi.base.messages import Message
+from xushi.envs import DigitSum, DigitSumConfig
 from xushi.evaluate import answer_tasks, score_answer
 from xushi.evaluate import answers as module
+from xushi.tokenizer import encode_chat, parse_assistant
 
 ENVIRONMENT = DigitSum(DigitSumConfig(min_digits=2, max_digits=4))
 TASKS = [ENVIRONMENT.task("test", index) for index in range(6)]
@@ -26,7 +28,7 @@ def said(answers) -> list[list[tuple]]:
 
 def greedy_ids(model, tokenizer, task, forced: list[int], limit: int) -> list[int]:
     """The most probable token again and again, with the whole forward."""
-    ids = [*tokenizer.chat_ids([{"role": "user", "content": task.prompt}]), *forced]
+    ids = [*encode_chat(tokenizer, [Message("user", task.prompt)]), *forced]
     start = len(ids)
     with torch.no_grad():
         while len(ids) - start < limit and ids[-1] != tokenizer.eos_id:
@@ -40,8 +42,9 @@ def test_greedy_takes_the_most_probable_token(think: bool, model, tokenizer) -> 
         TASKS, ask(model, tokenizer, samples=1, temperature=0.0, think=think), strict=True
     ):
         ids = greedy_ids(model, tokenizer, task, [tokenizer.think_id] if think else [], 12)
-        reasoning, content, _ = tokenizer.parse_assistant(ids)
-        assert (answer.reasoning, answer.content, answer.tokens) == (reasoning, content, len(ids))
+        message, _ = parse_assistant(tokenizer, ids)
+        assert answer.tokens == len(ids)
+        assert (answer.reasoning, answer.content) == (message.reasoning, message.content)
         assert answer.task is task and answer.score == score_answer(
             ENVIRONMENT, task, tokenizer, ids
         )
@@ -92,7 +95,7 @@ def test_forced_thinking_begins_the_answer(model, tokenizer, monkeypatch) -> Non
         prompts.clear()
         answers = ask(model, tokenizer, think=think)
         plain = [
-            tokenizer.chat_ids([{"role": "user", "content": task.prompt}])
+            encode_chat(tokenizer, [Message("user", task.prompt)])
             for task in TASKS
             for _ in range(3)
         ]

@@ -379,7 +379,7 @@ FAULTS = {
     "an activation's scale": (put(f"{SHARED}.activation_scale", torch.ones(1)), "activation_scale"),
     "other blocks than the files'": (
         config(weight_block_size=[128, 128]),
-        "blocks of 128x128 make [1, 1]",
+        "blocks of 128x128 need [1, 1]",
     ),
     "blocks of none": (config(weight_block_size=[0, 128]), "weight_block_size"),
     "blocks of three": (config(weight_block_size=[16, 32, 1]), "weight_block_size"),

@@ -335,21 +335,20 @@ def test_a_build_is_kept_and_a_damaged_one_is_made_again(
 ) -> None:
     monkeypatch.setenv("XUSHI_CACHE", str(tmp_path / "deep" / "cache"))
     assert build.build_and_load("fp32").library is not None
-    (library,) = (tmp_path / "deep" / "cache").glob("*.so")
-    written = library.stat().st_mtime_ns
-    assert (
-        build.build_and_load("fp32").library is not None and library.stat().st_mtime_ns == written
-    )
+    (library,) = (tmp_path / "deep" / "cache" / "kernels").glob("*.so")
+    written = library.stat().st_ino
+    assert build.build_and_load("fp32").library is not None and library.stat().st_ino == written
     # Another directory, because dlopen would return the library that is already open at this path.
     monkeypatch.setenv("XUSHI_CACHE", str(tmp_path))
-    damaged = tmp_path / library.name
+    (tmp_path / "kernels").mkdir()
+    damaged = tmp_path / "kernels" / library.name
     damaged.write_bytes(library.read_bytes()[:5000])
     damaged.with_suffix(".sha256").write_text(library.with_suffix(".sha256").read_text())
     assert (
         build.build_and_load("fp32").library is not None
         and damaged.stat().st_size == library.stat().st_size
     )
-    assert not list(tmp_path.glob("tmp*"))
+    assert not list((tmp_path / "kernels").glob("tmp*"))
 
 
 AVX2 = frozenset({"avx2", "fma"})
@@ -385,7 +384,7 @@ def test_a_broken_compiler_means_slower_and_a_plain_line(
         loaded.library is None and message in loaded.line and "the PyTorch forms run" in loaded.line
     )
     assert "\n" not in loaded.line
-    assert name == "one that writes nothing" or not list((tmp_path / "cache").glob("*"))
+    assert name == "one that writes nothing" or not list((tmp_path / "cache").rglob("*.so"))
 
 
 class Machine:
@@ -494,5 +493,5 @@ def test_a_library_of_another_width_is_not_used(
     """As if the cache had been copied from another machine: the library is compiled again."""
     monkeypatch.setenv("XUSHI_CACHE", str(tmp_path))
     assert build.build_and_load("fp32").library is not None
-    (library,) = tmp_path.glob("*.so")
+    (library,) = (tmp_path / "kernels").glob("*.so")
     assert "another vector width" in build._open(library, 1)

@@ -13,8 +13,8 @@ import pytest
 
 from xushi.base.errors import XushiError
 from xushi.base.tracking import Tracking
-from xushi.recipe import load_recipe
 from xushi.run.launch import Launch, check_launch, write_slurm_job
+from xushi.run.recipe import load_recipe
 
 from .conftest import MINIATURE, ROOT, read_results, xushi
 from .test_torchrun import hashes
@@ -156,7 +156,7 @@ def test_a_lost_machine_of_a_ray_cluster(tmp_path: Path, chain) -> None:
 import threading, time
 from pathlib import Path
 from ray.cluster_utils import Cluster
-from xushi.recipe import load_recipe
+from xushi.run.recipe import load_recipe
 from xushi.run.launch import Launch, launch_on_ray
 
 cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1}})

@@ -46,7 +46,7 @@ def test_chat_equals_the_engine_on_its_own(client, reasoning, seed):
     )
     assert choice.message.reasoning_content == (expected.reasoning_content or None)
     assert whole.usage.completion_tokens == len(expected.token_ids)
-    assert whole.usage.prompt_tokens == len(reasoning.tokenizer.chat_ids(QUESTION))
+    assert whole.usage.prompt_tokens == len(reasoning.conversation_ids(QUESTION))
     told = [entry.logprob for entry in choice.logprobs.content]
     end = reasoning.tokenizer.end_think_id
     thought = (

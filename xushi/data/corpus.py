@@ -18,11 +18,10 @@ from typing import Literal, NamedTuple
 
 from xushi.base.config import StrictConfig, parse
 from xushi.base.errors import BadInput
-from xushi.base.files import directory_in_place, write_json
+from xushi.base.files import directory_in_place, read_json, write_json
 from xushi.data.config import DataConfig
 from xushi.data.documents import Document, read_documents, write_documents
 from xushi.data.holdout import Holdout, group_of, hold_out, place_of
-from xushi.data.manifest import read_manifest
 from xushi.data.sources import SourceFiles, read_source
 
 # Raised when a step decides otherwise than before on the same documents.
@@ -126,9 +125,8 @@ def build_corpus(
 
 def load_summary(directory: Path) -> CorpusSummary:
     """The summary of a corpus that `build_corpus` wrote."""
-    return parse(
-        CorpusSummary, read_manifest(directory / "summary.json"), str(directory / "summary.json")
-    )
+    path = directory / "summary.json"
+    return parse(CorpusSummary, read_json(path, "run the data stage again"), str(path))
 
 
 def training_texts(directory: Path) -> Iterator[str]:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from xushi.base.machine import inspect, measure_matrix_gflops, peak_memory_bytes
 from xushi.base.progress import say
-from xushi.model import Deepseek, ModelConfig
+from xushi.model import Batch, Deepseek, ModelConfig
 from xushi.ops import native
 from xushi.plan import train_flops_per_token
-from xushi.recipe import load_recipe
+from xushi.run.recipe import load_recipe
 from xushi.train import PretrainConfig, TrainingState, chosen_dtype
 from xushi.train import training_step as one_step
 
@@ -123,13 +123,13 @@ def training_step(shape: Shape, device: str = "cpu") -> Callable[[Tensor], None]
     state = TrainingState.begin(model, settings)
 
     def step(tokens: Tensor) -> None:
-        batch = {
-            "tokens": tokens,
-            "targets": tokens.roll(-1, 1),
-            "segments": torch.zeros_like(tokens),
-            "positions": torch.arange(tokens.shape[1]).expand_as(tokens),
-            "loss_mask": torch.ones_like(tokens, dtype=torch.bool),
-        }
+        batch = Batch(
+            tokens,
+            targets=tokens.roll(-1, 1),
+            loss_mask=torch.ones_like(tokens, dtype=torch.bool),
+            positions=torch.arange(tokens.shape[1]).expand_as(tokens),
+            segments=torch.zeros_like(tokens),
+        )
         one_step(state, settings, 0, batch)
         if device == "cuda":
             torch.cuda.synchronize()

@@ -27,7 +27,7 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from xushi.base.errors import XushiError
-from xushi.engine import LLM, ContextLengthError, SamplingParams, conversation_ids
+from xushi.engine import LLM, ContextLengthError, SamplingParams
 from xushi.serve.answers import Counts, Form
 from xushi.serve.exports import ModelCard, can_chat, read_card
 from xushi.serve.protocol import (
@@ -114,7 +114,7 @@ def create_app(models: Mapping[str, Path], queue_limit: int = QUEUE_LIMIT) -> Fa
             raise ApiError(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
         llm = model.worker.llm
         messages = [message.as_message() for message in body.messages]
-        prompt = await run_in_threadpool(conversation_ids, llm.tokenizer, messages)
+        prompt = await run_in_threadpool(llm.conversation_ids, messages)
         max_tokens = body.max_completion_tokens or body.max_tokens or llm.context
         return await _answer(request, model, body, [prompt], "messages", max_tokens)
 

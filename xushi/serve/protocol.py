@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from xushi.base.messages import Message
 from xushi.base.seeds import derive
 from xushi.engine import SamplingParams
-from xushi.tokenizer import Message
 
 LARGEST_BODY = 1 << 20  # bytes
 MOST_CHOICES = 64
@@ -166,12 +166,8 @@ class ChatMessage(_Body):
     reasoning_content: Text | None = None
 
     def as_message(self) -> Message:
-        """For the tokenizer."""
-        return {
-            "role": self.role,
-            "content": self.content,
-            "reasoning_content": self.reasoning_content,
-        }
+        """The message in the form that the tokenizer takes."""
+        return Message(self.role, self.content, self.reasoning_content)
 
 
 class ChatBody(_Sampling):

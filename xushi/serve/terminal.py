@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xushi.base.errors import BadInput, XushiError
+from xushi.base.messages import Message
 from xushi.engine import LLM, Delta, SamplingParams
 from xushi.serve.exports import BASE, REASONING, find_exports, read_card
-from xushi.tokenizer import Message
 
 # DeepSeek-R1's recommended sampling (its model card, "Usage Recommendations").
 TEMPERATURE, TOP_P = 0.6, 0.95
@@ -74,13 +74,13 @@ class Terminal:
 
     def _chat(self, line: str) -> None:
         llm = self._load(REASONING)
-        self._messages.append({"role": "user", "content": line})
+        self._messages.append(Message("user", line))
         try:
             answer = self._show(llm.stream_chat(self._messages, self._params(llm.context)))
         except XushiError:
             self._messages.pop()
             raise
-        self._messages.append({"role": "assistant", "content": answer})
+        self._messages.append(Message("assistant", answer))
 
     def _complete(self, text: str) -> None:
         if BASE not in self._exports:

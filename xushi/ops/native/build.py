@@ -4,6 +4,7 @@
 and the PyTorch forms run.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from xushi.base.artifacts import cache_directory
 from xushi.base.files import sha256_file
 from xushi.base.machine import inspect
 from xushi.base.progress import say
@@ -107,14 +109,6 @@ def load(dtype: str = "fp32") -> ctypes.CDLL | None:
     return _loaded(dtype).library
 
 
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: XUSHI_CACHE, or xushi in the user's cache directory."""
-    if configured := os.environ.get("XUSHI_CACHE"):
-        return Path(configured)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "xushi"
-
-
 def source_hash(flags: tuple[str, ...]) -> str:
     """Hash of the compiler flags and every source file: 16 hex digits."""
     digest = hashlib.sha256(repr(flags).encode())
@@ -173,12 +167,14 @@ def _library(
 def _cached_library(build: Build, dtype: str, compilers: tuple[str, ...]) -> ctypes.CDLL | str:
     """The library from the cache, compiled if missing or damaged; or why it cannot be had."""
     try:
-        path = cache_directory() / _file_name(build, dtype)
+        path = cache_directory() / "kernels" / _file_name(build, dtype)
         library = _open(path, build.lanes)
         if isinstance(library, str):
             if problem := _compile(compilers, _flags(build, dtype), path):
                 return problem
             library = _open(path, build.lanes)
+        with contextlib.suppress(OSError):  # the time of the last use, which `xushi cache` shows
+            os.utime(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         return (
             f"compiled kernels cannot be stored ({error}); set XUSHI_CACHE to a writable directory"
