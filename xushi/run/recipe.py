@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, create_mod
 from xushi.base.config import StrictConfig, override, parse, read_toml
 from xushi.base.errors import BadInput
 from xushi.base.files import sha256_json
-from xushi.base.plugins import is_file_spec, load_class
+from xushi.base.plugins import code_of, is_file_spec, load_class
 from xushi.data.config import DataConfig
 from xushi.envs import Environment, environment_class
 from xushi.evaluate.config import EvaluateConfig
