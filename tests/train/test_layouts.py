@@ -95,7 +95,6 @@ def together(
 @cache
 def alone(kind: str) -> dict[str, Any]:
     """What one process finds, and the choices that it made."""
-    torch.set_num_threads(1)
     state = TrainingState.begin(model_of(kind), config_of(kind))
     choices = Choices(state.model, Layout())
     figures = losses(kind, state, choices)
