@@ -71,9 +71,9 @@ def run_command(
     """Run a recipe: every stage from raw text to a served model; the same command goes on after an
     interruption.
     """
-    from xushi.recipe import load_recipe
     from xushi.report import write_report
     from xushi.run import describe, run
+    from xushi.run.recipe import load_recipe
 
     loaded = load_recipe(
         recipe or default_recipe(),
@@ -136,8 +136,8 @@ def launch(
     """Run a recipe on many machines; with layout.fewest in it, on those that are left when some are
     lost.
     """
-    from xushi.recipe import load_recipe
     from xushi.run.launch import Launch, launch_on_ray, write_slurm_job
+    from xushi.run.recipe import load_recipe
 
     if slurm == (ray is not None):
         raise BadInput("a launch is either --slurm or --ray ADDRESS", "give one of them")
@@ -233,7 +233,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print findings as JSON")] = False,
 ) -> None:
     """Say what this machine can do, and what to do where it cannot."""
-    from xushi.base.machine import best_training_dtype, doctor_report
+    from xushi.base.doctor import doctor_report
+    from xushi.base.machine import best_training_dtype
 
     try:
         from xushi.ops import native
@@ -247,6 +248,29 @@ def doctor(
         return
     for finding in findings:
         print(f"{finding.name:<12} {finding.value}\n{'':<12} {finding.verdict}")
+
+
+@app.command()
+def cache(
+    empty: Annotated[bool, typer.Option("--empty", help="remove what no process uses")] = False,
+    older_than: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DAYS", min=0, help="with --empty: only what was not used for so long"
+        ),
+    ] = None,
+) -> None:
+    """Show what is kept for all runs (corpora, tokens, compiled kernels), and remove it."""
+    from xushi.base.artifacts import Artifacts, cache_directory, cache_table
+
+    if older_than is not None and not empty:
+        raise BadInput("--older-than goes with --empty", "add --empty, or leave it out")
+    kept = Artifacts()
+    if empty:
+        removed = kept.empty(older_than or 0.0)
+        print(f"removed {len(removed)} entries, {sum(entry.bytes for entry in removed):,} bytes")
+    entries = kept.entries()
+    print(f"{cache_directory()}\n{cache_table(entries)}")
 
 
 @bench_app.command("train")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xushi.evaluate import total_bits
-from xushi.model import Deepseek
+from xushi.model import Batch, Deepseek
 from xushi.train import pack_examples
 
 
@@ -19,7 +19,7 @@ def documents(seed: int, lengths: list[int], vocabulary: int) -> list[list[int]]
     return [torch.randint(0, vocabulary, (n,), generator=g).tolist() for n in lengths]
 
 
-def packed(texts: list[list[int]], width: int) -> dict[str, torch.Tensor]:
+def packed(texts: list[list[int]], width: int) -> Batch:
     return pack_examples([(ids, [True] * len(ids)) for ids in texts], width, 0).batch
 
 
@@ -38,16 +38,9 @@ def test_batching_does_not_matter(width: int, size: int, order: list[int], model
     shuffled = [texts[i] for i in order]
     parts = [packed(shuffled[i : i + size], width) for i in range(0, 5, size)]
     assert total_bits(model, parts) == pytest.approx(whole, rel=1e-6)
-    rows = {
-        name: torch.cat(
-            [p[name] for p in parts if p["tokens"].shape[1] == parts[0]["tokens"].shape[1]]
-        )
-        for name in parts[0]
-    }
-    by_row = [
-        {name: tensor[i : i + 1] for name, tensor in rows.items()}
-        for i in range(len(rows["tokens"]))
-    ]
+    alike = [p for p in parts if p.tokens.shape[1] == parts[0].tokens.shape[1]]
+    rows = Batch(*map(torch.cat, zip(*alike, strict=True)))
+    by_row = rows.split(rows.rows)
     assert total_bits(model, by_row) == pytest.approx(total_bits(model, [rows]), rel=1e-6)
 
 

@@ -147,7 +147,7 @@ def test_no_pickle_anywhere(chain: Chain) -> None:
 
 
 def test_the_stored_recipe_is_the_whole_recipe(chain: Chain) -> None:
-    from xushi.recipe import load_recipe
+    from xushi.run.recipe import load_recipe
 
     stored = load_recipe(chain.directory / "recipe.toml", [])
     assert stored == load_recipe(MINIATURE, [])

@@ -1,7 +1,6 @@
-"""Floor 3: from raw text to batches, with the way back from every token to the byte it came from."""
+"""From raw text to batches, with a record of which bytes every token came from."""
 
 from xushi.data.batches import (
-    Batch,
     TokenDataset,
     batch_hash,
     heldout_batches,
@@ -23,7 +22,6 @@ from xushi.data.packing import Span, byte_span
 from xushi.data.tokens import TokenManifest, load_manifest, tokenize_corpus
 
 __all__ = [
-    "Batch",
     "CorpusSummary",
     "DataConfig",
     "Document",

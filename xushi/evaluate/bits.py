@@ -5,34 +5,32 @@ included; the bytes are those of the raw text, without any separators.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from xushi.model import Deepseek, Hidden, next_token_loss
+from xushi.model import Batch, Deepseek, Hidden, next_token_loss
 
 
 @torch.no_grad()
 def total_bits(
     model: Deepseek,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Batch],
     run: Callable[[Tensor, Tensor, Tensor], Hidden] | None = None,
 ) -> float:
-    """-log2 p of all target tokens of `batches` (the design's tensors), summed in float64.
+    """-log2 p of all target tokens of `batches`, summed in float64.
 
     `run` stands for the model's own `hidden` where that is spread over a pipeline, whose last stage
     has the sum.
     """
     nats = 0.0
     for whole in batches:
-        batch = {name: tensor.to(model.device) for name, tensor in whole.items()}
-        hidden = (run or model.hidden)(
-            batch["tokens"], batch["positions"], batch["segments"]
-        ).hidden_BTD
+        batch = whole.to(model.device)
+        hidden = (run or model.hidden)(batch.tokens, batch.positions, batch.segments).hidden_BTD
         if not model.ends:
             continue
         nats += float(
-            next_token_loss(model, hidden, batch["targets"], batch["loss_mask"].to(torch.float32))
+            next_token_loss(model, hidden, batch.targets, batch.loss_mask.to(torch.float32))
         )
     return nats / math.log(2)

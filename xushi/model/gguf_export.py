@@ -12,7 +12,6 @@ matrix reads, E expert.
 """
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from xushi.base.errors import BadInput, Failed
-from xushi.base.files import disk_errors, fsync_path
+from xushi.base.files import disk_errors, fsync_path, read_json
 from xushi.model.attention import LATENT_NORM_EPS
 from xushi.model.config import ModelConfig, RopeScaling
 from xushi.model.deepseek import Deepseek
@@ -212,24 +211,12 @@ def _add_experts(writer: "gguf.GGUFWriter", config: ModelConfig) -> None:
         writer.add_expert_group_used_count(config.topk_group)
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(
-            f"{path} does not exist",
-            "give a directory with a tokenizer, such as runs/NAME/export/base",
-        ) from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise BadInput(
-            f"{path} cannot be read: {error}", "get the file again, it is damaged"
-        ) from None
-
-
 def _add_tokenizer(writer: "gguf.GGUFWriter", config: ModelConfig, directory: Path) -> None:
     """tokenizer.json and the chat template of tokenizer_config.json, in llama.cpp's terms."""
     path = directory / "tokenizer.json"
-    table, settings = _read_json(path), _read_json(directory / "tokenizer_config.json")
+    remedy = "give a directory with an undamaged tokenizer, such as runs/NAME/export/base"
+    table = read_json(path, remedy)
+    settings = read_json(directory / "tokenizer_config.json", remedy)
     try:
         _check_pre_tokenizer(table["pre_tokenizer"], path)
         tokens, types = _tokens(table, config.vocab_size, path)

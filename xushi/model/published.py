@@ -5,12 +5,12 @@ What an architecture is not gets a `XushiError` that names the key; nothing is g
 could be wrong.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from xushi.base.config import parse
 from xushi.base.errors import BadInput
+from xushi.base.files import read_json
 from xushi.model.config import ABSENT, ModelConfig, RopeScaling
 
 _CLASSES = {
@@ -312,16 +312,5 @@ def _scaling(scaling: Any, where: str) -> Any:
 def read_config(path: str | Path) -> ModelConfig:
     """The `ModelConfig` of a checkpoint directory's config.json."""
     file = Path(path) / "config.json"
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(
-            f"{file} does not exist", "give a directory in the Hugging Face layout"
-        ) from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise BadInput(
-            f"{file} cannot be read: {error}", "get the file again, it is damaged"
-        ) from None
-    if not isinstance(table, dict):
-        raise BadInput(f"{file} is not a JSON object", "get the file again, it is damaged")
+    table = read_json(file, "give a directory in the Hugging Face layout, its files undamaged")
     return from_published(table, str(file))

@@ -4,17 +4,20 @@ the way.
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from xushi.base.config import read_toml
 from xushi.base.errors import XushiError
 from xushi.envs import DigitSum, DigitSumConfig
-from xushi.recipe import MOST_EPOCHS, TRAINING_STAGES, Recipe, load_recipe
+from xushi.run.recipe import MOST_EPOCHS, TRAINING_STAGES, Recipe, load_recipe
 from xushi.tokenizer import Tokenizer, chat_examples
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +120,7 @@ def test_the_hash_is_of_what_the_recipe_says_and_not_of_how_it_is_written(tmp_pa
     spelled_out = load_recipe(MINIATURE, ["rl.clip_low=0.2"])  # the default
     assert spelled_out.hash == expected
     script = (
-        "from pathlib import Path; from xushi.recipe import load_recipe; "
+        "from pathlib import Path; from xushi.run.recipe import load_recipe; "
         f"print(load_recipe(Path({str(MINIATURE)!r}), []).hash)"
     )
     printed = subprocess.run(
@@ -144,7 +147,18 @@ def test_the_hash_is_of_what_the_recipe_says_and_not_of_how_it_is_written(tmp_pa
         ("name='a/b'", "cannot name a directory"),
         ("name='..'", "cannot name a directory"),
         ("name=''", "cannot name a directory"),
-        ("threads=0", "must be at least 1"),
+        ("threads=0", "threads: must be at least 1 (got 0)"),
+        # Numbers that are too large for anything are refused here, not after an hour of counting.
+        ("threads=1_000_000_000_000", "threads: must be at most 10000 (got 1000000000000)"),
+        ("pretrain.steps=1_000_000_000_000_000_000", "pretrain.steps: must be at most 100000000"),
+        ("pretrain.steps=0x" + "f" * 5000, "pretrain.steps: must be at most"),
+        ("pretrain.learning_rate=0x" + "f" * 5000, "pretrain.learning_rate: must be a number"),
+        ("pretrain.learning_rate=inf", "pretrain.learning_rate: must be a finite number (got inf)"),
+        ("pretrain.learning_rate=nan", "pretrain.learning_rate: must be a finite number (got nan)"),
+        ("rl.temperature=1e-300", "rl.temperature: must be at least 0.01 (got 1e-300)"),
+        ("name='" + "a" * 300 + "'", "name: must have at most 100 characters"),
+        ("pretrain.optimizer='sgd'", "pretrain.optimizer: must be 'muon' or 'adamw' (got 'sgd')"),
+        ("'a\\nb'=3", "unknown key"),
         ("environment.max_digits=40", "a worked answer to a number of 40 digits takes 87 tokens"),
         ("stages=['data', 'tokenizer', 'pretrain', 'rl']", "needs stage sft"),
     ],
@@ -154,6 +168,42 @@ def test_what_a_recipe_may_not_say(assignment: str, said: str) -> None:
         load_recipe(MINIATURE, [assignment])
     assert said in caught.value.problem and caught.value.exit_code == 2
     assert "\n" not in caught.value.problem + caught.value.remedy
+    assert len(caught.value.problem) < 400
+
+
+def bounds_of(config: type[BaseModel], path: str = "") -> Iterator[tuple[str, type, set[str]]]:
+    """(key, type, names of its bounds) of every field of a config and of the configs inside it."""
+    for name, field in config.model_fields.items():
+        kinds = {field.annotation, *get_args(field.annotation)}
+        kinds |= {inner for kind in kinds for inner in get_args(kind)}
+        limits = {limit for part in field.metadata for limit in ("ge", "gt", "le", "lt", "max_length")
+                  if hasattr(part, limit)}  # fmt: skip
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from bounds_of(kind, f"{path}{name}.")
+            elif kind in (int, float, list):
+                yield path + name, kind, limits
+
+
+def test_every_number_of_a_recipe_is_bounded_where_it_is_declared() -> None:
+    found = list(bounds_of(Recipe))
+    assert len(found) > 100
+    for key, kind, limits in found:
+        if key == "model.compress_ratios":
+            assert "max_length" in limits  # its numbers are checked against the two rates
+        elif kind is list:
+            assert "max_length" in limits, key
+        else:
+            assert limits & {"ge", "gt"} and limits & {"le", "lt"}, key
+
+
+def test_the_largest_numbers_are_counted_at_once() -> None:
+    most = ["pretrain.steps=100_000_000", "pretrain.batch_tokens=1_000_000_000_000"]
+    pretrain = load_recipe(MINIATURE, most).pretrain
+    assert pretrain.tokens(64) == 10**20
+    growing = pretrain.model_copy(update={"steps": 7, "batch_tokens": 640,
+                                          "batch_tokens_first": 128, "batch_ramp_steps": 5})  # fmt: skip
+    assert growing.tokens(64) == 64 * sum(growing.rows_at(step, 64) for step in range(7))
 
 
 def test_a_stage_needs_its_table(tmp_path: Path) -> None:
@@ -198,7 +248,7 @@ def test_a_small_text_gets_a_vocabulary_and_steps_that_fit_it(
 def test_more_text_never_fits_less_and_never_more_than_the_recipe_says(
     tmp_path_factory: pytest.TempPathFactory, one: int, other: int
 ) -> None:
-    from xushi.recipe import _fit_to_text
+    from xushi.run.recipe import _fit_to_text
 
     asked = load_recipe(MINIATURE, [])
     fitted = []
@@ -245,7 +295,7 @@ def test_a_text_before_reasoning_keeps_the_environment_and_its_steps(tmp_path: P
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "--text is empty"), ("nowhere/*.md", "no file matches"), ("nothing", "holds no text")],
+    [("", "--text is empty"), ("nowhere/*.md", "no file matches"), ("nothing", "has no text")],
 )
 def test_a_text_that_is_none(
     text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,16 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xushi.model import Deepseek, ModelConfig, pretraining_loss
-from xushi.train import Data, ObjectiveConfig, PretrainConfig, train
+from xushi.model import Batch, Deepseek, ModelConfig, pretraining_loss
+from xushi.train import (
+    Data,
+    ObjectiveConfig,
+    PretrainConfig,
+    StepLoss,
+    TrainingState,
+    chosen_dtype,
+    training_step,
+)
 from xushi.train.checkpoint import latest_checkpoint, save_checkpoint
-from xushi.train.loop import TrainingState, chosen_dtype, optimizer_step, set_compute, training_step
 from xushi.train.optimizer import Norms
+from xushi.train.state import set_compute
+from xushi.train.step import optimizer_step
 
-from .conftest import TINY
+from .conftest import TINY, train
 
 STEPS = 7
 SETTINGS = {
@@ -37,7 +45,7 @@ class Killed(Exception):
     """Stands for the process's end: nothing of the loop runs after it."""
 
 
-def numbered(batches: Callable[[int], dict[str, Tensor]]) -> Data:
+def numbered(batches: Callable[[int], Batch]) -> Data:
     """One batch a step: the cursor is its number."""
     return Data(lambda cursor, _: batches(cursor))
 
@@ -57,7 +65,7 @@ def run(tiny_model, batches, tracking) -> Callable[..., dict[str, bytes]]:
     def go(
         directory: Path, stop: Callable[[int], None] = lambda step: None, **changes: object
     ) -> dict[str, bytes]:
-        def watched(step: int) -> dict[str, Tensor]:
+        def watched(step: int) -> Batch:
             stop(step)
             return batches(step)
 
@@ -147,11 +155,13 @@ def test_what_is_tracked(run, tracking, tmp_path) -> None:
 
 
 def test_evaluation_at_its_steps_and_at_the_end(tiny_model, batches, tracking, tmp_path) -> None:
-    measured: list[int] = []
+    class Counting:
+        every = 3
+        measured = 0
 
-    def evaluate() -> dict[str, float]:
-        measured.append(len(measured))
-        return {"quality": float(len(measured))}
+        def measure(self) -> dict[str, float]:
+            self.measured += 1
+            return {"quality": float(self.measured)}
 
     metrics = train(
         "test",
@@ -160,7 +170,7 @@ def test_evaluation_at_its_steps_and_at_the_end(tiny_model, batches, tracking, t
         numbered(batches),
         tmp_path,
         tracking,
-        (3, evaluate),
+        Counting(),
     )
     assert (
         tracking.series("test", "quality") == [(3, 1.0), (6, 2.0), (7, 3.0)]
@@ -208,7 +218,8 @@ def test_a_step_moves_biases_against_the_loads(tiny_model, batches) -> None:
     parts = pretraining_loss(model, batches(0), mtp_weight=0.3, balance_weight=1e-4)
     parts.total.backward()
     state = TrainingState.begin(model, config)
-    figures = optimizer_step(state, config, 0, parts.loads, Norms(1.5, {"experts": 1.2}))
+    loss = StepLoss(parts.total, 0.0, 0.0, parts.loads)
+    figures = optimizer_step(state, config, 0, loss, Norms(1.5, {"experts": 1.2}))
     for name, load in parts.loads.items():
         bias = model.routers()[name].e_score_correction_bias
         if load.max() > load.min():
@@ -240,6 +251,8 @@ def test_everything_a_step_depends_on_is_in_the_checkpoint(tiny_model, batches, 
         "optimizer_steps": 2,
         "cursor": 10,
         "guard": state.guard.state,
+        "step": {},
+        "stopped": "",
     }
     assert state.guard.scale.seen == 2
     assert set(checkpoint.tensors["model"]) == set(state.model.state_dict())
@@ -306,7 +319,7 @@ def test_no_step_accumulates_by_index_put(
 
 def test_ten_steps_on_two_threads_give_the_same_bits(batches, tiny_model) -> None:
     """Rows enough that two threads share the work."""
-    many = {name: torch.cat([batches(step)[name] for step in range(40)]) for name in batches(0)}
+    many = Batch(*map(torch.cat, zip(*(batches(step) for step in range(40)), strict=True)))
     before, first = torch.get_num_threads(), None
     torch.set_num_threads(2)
     try:
@@ -366,7 +379,7 @@ def test_the_other_kinds_resume_to_the_same_bits(
     """Killed within the indexers' warm-up and after it."""
 
     def go(directory: Path, end: int | None = None) -> dict[str, bytes]:
-        def watched(step: int) -> dict[str, Tensor]:
+        def watched(step: int) -> Batch:
             if step == end:
                 raise Killed
             return batches(step)

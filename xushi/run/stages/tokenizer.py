@@ -1,0 +1,77 @@
+"""The tokenizer stage: a vocabulary is trained on the training text, and the corpus is encoded."""
+
+from typing import TYPE_CHECKING
+
+from xushi.data import load_manifest, load_summary, tokenize_corpus, training_texts
+from xushi.run.place import RunPlace
+from xushi.run.stages.base import Fact, Results, Stage
+from xushi.tokenizer import Tokenizer
+from xushi.tokenizer.config import SMALLEST_VOCABULARY
+
+if TYPE_CHECKING:
+    from xushi.run.recipe import Recipe
+
+
+class TokenizerFigures(Results):
+    """The vocabulary. `bytes_per_token` is measured on the held-out text."""
+
+    vocab_size: int
+    sha256: str
+    bytes_per_token: float
+
+
+class TokenFigures(Results):
+    """The corpus in tokens."""
+
+    train_tokens: int
+    heldout_tokens: int
+
+
+class TokenizerResults(Results):
+    """What the tokenizer stage returns."""
+
+    tokenizer: TokenizerFigures
+    data: TokenFigures
+
+
+class TrainTokenizer(Stage):
+    """Reads data/corpus; writes tokenizer/ and data/tokens. Left out, every byte is a token."""
+
+    name = "tokenizer"
+    title = "Tokenizer"
+    section = "data"
+    required = True
+    facts = (
+        Fact("tokenizer.vocab_size", "{} tokens in the vocabulary"),
+        Fact("tokenizer.bytes_per_token", "{} bytes of text in one token", "digits"),
+    )
+
+    def __init__(self, recipe: "Recipe") -> None:
+        self.vocab_size = (
+            recipe.tokenizer.vocab_size if recipe.runs(self.name) else SMALLEST_VOCABULARY
+        )
+        self.sequence_length = recipe.data.sequence_length
+
+    @classmethod
+    def wanted(cls, recipe: "Recipe") -> bool:
+        """Always: left out as a control, the vocabulary has the single bytes only."""
+        return True
+
+    def run(self, place: RunPlace) -> TokenizerResults:
+        """Train the tokenizer and write the corpus as tokens."""
+        trained = Tokenizer.train(training_texts(place.corpus), self.vocab_size)
+        trained.save(place.path("tokenizer"))
+        tokenize_corpus(place.corpus, trained, place.tokens, self.sequence_length)
+        manifest = load_manifest(place.tokens)
+        heldout_bytes = load_summary(place.corpus).heldout_bytes
+        return TokenizerResults(
+            tokenizer=TokenizerFigures(
+                vocab_size=trained.vocab_size,
+                sha256=trained.hash,
+                bytes_per_token=heldout_bytes / max(1, manifest.heldout.tokens),
+            ),
+            data=TokenFigures(
+                train_tokens=sum(source.tokens for source in manifest.train),
+                heldout_tokens=manifest.heldout.tokens,
+            ),
+        )
