@@ -19,6 +19,14 @@ from xushi.data.corpus import (
 )
 from xushi.data.documents import Document, find_documents, make_document, read_documents
 from xushi.data.packing import Span, byte_span
+from xushi.data.shared import (
+    corpus_key,
+    obtain_corpus,
+    obtain_tokenizer,
+    obtain_tokens,
+    tokenizer_key,
+    tokens_key,
+)
 from xushi.data.tokens import TokenManifest, load_manifest, tokenize_corpus
 
 __all__ = [
@@ -34,6 +42,7 @@ __all__ = [
     "batch_hash",
     "build_corpus",
     "byte_span",
+    "corpus_key",
     "find_documents",
     "heldout_batches",
     "heldout_bytes",
@@ -41,8 +50,13 @@ __all__ = [
     "load_manifest",
     "load_summary",
     "make_document",
+    "obtain_corpus",
+    "obtain_tokenizer",
+    "obtain_tokens",
     "read_documents",
     "row_hashes",
     "tokenize_corpus",
+    "tokenizer_key",
+    "tokens_key",
     "training_texts",
 ]
