@@ -1,6 +1,7 @@
 """From raw text to batches, with a record of which bytes every token came from."""
 
 from xushi.data.batches import (
+    HeldoutText,
     TokenDataset,
     batch_hash,
     heldout_batches,
@@ -34,6 +35,7 @@ __all__ = [
     "DataConfig",
     "Document",
     "ExtraSource",
+    "HeldoutText",
     "SourceConfig",
     "SourceSummary",
     "Span",
