@@ -4,9 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from xushi.cli import main
 
 ROOT = Path(__file__).parent.parent
 MINIATURE = ROOT / "tests" / "miniature.toml"
