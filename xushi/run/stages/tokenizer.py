@@ -51,6 +51,8 @@ class TrainTokenizer(Stage):
             recipe.tokenizer.vocab_size if recipe.runs(self.name) else SMALLEST_VOCABULARY
         )
         self.sequence_length = recipe.data.sequence_length
+        environment = recipe.environment
+        self.tools = bool(environment and environment.environment.tools)  # has tool tokens
 
     @classmethod
     def wanted(cls, recipe: "Recipe") -> bool:
@@ -59,7 +61,7 @@ class TrainTokenizer(Stage):
 
     def run(self, place: RunPlace) -> TokenizerResults:
         """Train the tokenizer and write the corpus as tokens."""
-        trained = Tokenizer.train(training_texts(place.corpus), self.vocab_size)
+        trained = Tokenizer.train(training_texts(place.corpus), self.vocab_size, self.tools)
         trained.save(place.path("tokenizer"))
         tokenize_corpus(place.corpus, trained, place.tokens, self.sequence_length)
         manifest = load_manifest(place.tokens)
