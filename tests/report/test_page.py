@@ -4,6 +4,7 @@ every edge case. What a full run shows is tested on a real one (`test_real_run.p
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,35 @@ def test_a_model_without_mtp_has_no_word_of_it(tmp_path: Path) -> None:
     assert "(MTP)" not in page.text and "multi-token" not in page.text
 
 
+@pytest.mark.parametrize(("model", "place"), [(1.9, 1), (1.5, 3), (1.55, 3), (1.2, 4), (2.0, 0)])
+def test_the_bars_of_bits_per_byte_go_from_most_to_fewest(
+    tmp_path: Path, model: float, place: int
+) -> None:
+    page = _page(write_run(tmp_path, RESULTS | {"evaluate.bits_per_byte": model}))
+    bars = page.one(id="bits").one("svg", "bars")
+    others = ["gzip -9", "zstd -19", "xz -9", "xz -9 after the training text"]
+    labels = [node.text for node in bars.all("text", "label")]
+    assert labels == [*others[:place], "this model", *others[place:]]
+
+
+@pytest.mark.parametrize(
+    ("first", "early", "last", "above"),
+    # In the third case the axis is cut off, and rounding takes it above the first values again.
+    [(9.0, 2.0, 2.0, True), (2.5, 2.0, 2.0, False), (2.8, 2.2, 0.0, False), (2.0, 2.0, 2.0, False)],
+)
+def test_what_lies_above_the_frame_is_said(
+    tmp_path: Path, first: float, early: float, last: float, above: bool
+) -> None:
+    fall = (early - last) / 100
+    loss = [(step, first if step < 3 else early - fall * step) for step in range(1, 101)]
+    page = _page(write_run(tmp_path, {}, {"pretrain": {"loss": loss}, "sft": {"loss": loss}}))
+    for name in ("pretrain", "sft"):
+        section = page.one("section", id=name)
+        top = float(section.all("svg", "plot")[0].attributes["data-y"].split()[1])
+        assert (first > top) == above
+        assert ("The first values, up to 9.00, lie above the frame." in section.text) == above
+
+
 def test_every_number_of_samples_has_its_rates(tmp_path: Path) -> None:
     results = {
         "rl.steps": 5,
@@ -154,17 +184,17 @@ def test_every_number_of_samples_has_its_rates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "label", "last"),
+    ("targets", "label", "places"),
     [
-        ([(1, 100.0), (2, 200.0), (3, 400.0)], "target tokens", 700.0),
-        ([(1, 100.0), (3, 400.0)], "step", 3.0),
-        ([(1, 100.0), (2, math.nan), (3, 400.0)], "step", 3.0),
-        ([(1, 100.0), (2, 200.0)], "step", 3.0),
-        ([], "step", 3.0),
+        ([(1, 100.0), (2, 200.0), (3, 400.0)], "target tokens", [100, 300, 700]),
+        ([(1, 100.0), (3, 400.0)], "step", [1, 2, 3]),
+        ([(1, 100.0), (2, math.nan), (3, 400.0)], "step", [1, 2, 3]),
+        ([(1, 100.0), (2, 200.0)], "step", [1, 2, 3]),
+        ([], "step", [1, 2, 3]),
     ],
 )
 def test_curves_run_over_the_tokens_that_each_step_recorded_else_over_steps(
-    tmp_path: Path, targets: list[tuple[int, float]], label: str, last: float
+    tmp_path: Path, targets: list[tuple[int, float]], label: str, places: list[float]
 ) -> None:
     series = {"loss": [(1, 3.0), (2, 2.0), (3, 1.0)]}
     if targets:
@@ -177,7 +207,9 @@ def test_curves_run_over_the_tokens_that_each_step_recorded_else_over_steps(
     tracking.close()
     plot = _page(directory).one("svg", "plot")
     assert plot.attributes["data-name"] == label
-    assert float(plot.attributes["data-x"].split()[1]) == last
+    low, high = (float(end) for end in plot.attributes["data-x"].split())
+    drawn = re.findall(r"(-?[\d.]+),", plot.all("path", "line")[0].attributes["d"])
+    assert [low + float(x) / 1000 * (high - low) for x in drawn] == pytest.approx(places, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -416,7 +416,7 @@ def test_the_training_loss(shown: Shown) -> None:
     _check_line(plot, lines[2][1], _mean(_over_tokens(shown, "mtp_loss"), 0.02))
     figures = shown.section("pretrain").all("figure")
     caption = plain(next(node.text for node in figures if plot in node.all()))
-    above = re.search(r"The first steps start at (.+), above the frame", caption)
+    above = re.search(r"The first values, up to (\S+), lie above the frame", caption)
     top = float(plot.attributes["data-y"].split()[1])
     highest = max(y for _, y in loss)
     assert (above is not None) == (highest > top)
@@ -540,7 +540,9 @@ def test_the_bars_of_bits_per_byte_go_from_most_to_fewest(shown: Shown) -> None:
         assert row.width == pytest.approx(100 * value / (1.02 * max(values)), abs=0.006)
         assert row.tip == f"{row.label}: {row.value}" and row.whisker is None
     caption = plain(shown.section("bits").one("figcaption").text)
-    match = re.search(r"the same (.+?) of held-out text.* given (.+?) of training text", caption)
+    match = re.search(
+        r"the same (.+?) of held-out text.* given (.+?) of the training text", caption
+    )
     assert match is not None
     assert says(match[1], shown.results["data.heldout_bytes"])
     assert says(match[2], shown.results["evaluate.xz_primed_training_bytes"])
@@ -548,7 +550,7 @@ def test_the_bars_of_bits_per_byte_go_from_most_to_fewest(shown: Shown) -> None:
 
 def test_the_bars_before_and_after_reinforcement_learning(shown: Shown) -> None:
     rows = _bars(shown.section("rl").one("svg", "bars"))
-    longer = f"Greedy, longer than trained on: {shown.results['rl.longer_tasks_are']}"
+    longer = f"Greedy, tasks longer than trained on: {shown.results['rl.longer_tasks_are']}"
     groups = {
         "greedy": "Greedy: the one most likely answer",
         "avg8": "avg@8: the mean of 8 sampled answers",
