@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from xushi.data import load_manifest, load_summary, obtain_tokenizer, obtain_tokens
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results, Stage
-from xushi.tokenizer.config import SMALLEST_VOCABULARY
+from xushi.tokenizer.config import smallest_vocabulary
 
 if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
@@ -49,12 +49,12 @@ class TrainTokenizer(Stage):
     )
 
     def __init__(self, recipe: "Recipe") -> None:
-        self.vocab_size = (
-            recipe.tokenizer.vocab_size if recipe.runs(self.name) else SMALLEST_VOCABULARY
-        )
-        self.sequence_length = recipe.data.sequence_length
         environment = recipe.environment
         self.tools = environment is not None and bool(environment.make().tools)
+        self.sequence_length = recipe.data.sequence_length
+        self.vocab_size = smallest_vocabulary(self.tools)
+        if recipe.runs(self.name):
+            self.vocab_size = recipe.tokenizer.vocab_size
 
     @classmethod
     def wanted(cls, recipe: "Recipe") -> bool:
