@@ -51,7 +51,7 @@ def cache(
     ] = None,
 ) -> None:
     """Show what is kept for all runs (corpora, tokens, compiled kernels), and remove it."""
-    from xushi.base.artifacts import Artifacts, cache_directory
+    from xushi.base.artifacts import Artifacts, cache_directory, cache_table
 
     if older_than is not None and not empty:
         raise BadInput("--older-than goes with --empty", "add --empty, or leave it out")
@@ -105,7 +105,7 @@ def env_check(
     as_json: JsonOption = False,
 ) -> None:
     """Prove an environment's contract, without a model; exit code 1 if a promise is broken."""
-    from xushi.envs.check import as_lines, check_environment, kept
+    from xushi.envs.check import as_lines, as_table, check_environment, kept
 
     findings = check_environment(kind, Path.cwd())
     print(json.dumps(as_table(findings)) if as_json else as_lines(findings))
