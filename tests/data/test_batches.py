@@ -1,4 +1,4 @@
-"""Batches: pure functions of (seed, cursor), once per epoch, and back to the bytes they came from."""
+"""Batches are functions of (seed, cursor), cover an epoch once, and lead back to their bytes."""
 
 from pathlib import Path
 

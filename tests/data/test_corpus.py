@@ -109,7 +109,7 @@ def test_hash_sees_paths_and_contents(tmp_path: Path) -> None:
         file.write("x")
     hashes.append(build_corpus(config(tmp_path / "in"), {}, tmp_path / "corpus").sha256)
     assert len(set(hashes)) == 3
-    # Neither the salt nor the fraction is part of what the text is.
+    # The hash is of the text only, so it does not depend on the salt.
     assert (
         build_corpus(config(tmp_path / "in", salt="other"), {}, tmp_path / "corpus").sha256
         == hashes[-1]

@@ -1,4 +1,4 @@
-"""Missing and damaged JSON files of the room."""
+"""Missing and damaged JSON files of `xushi.data`."""
 
 from pathlib import Path
 
