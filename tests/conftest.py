@@ -1,21 +1,26 @@
-"""What every test shares: no network, one thread, fresh examples for property tests, and a run that
-fails where a whole file of tests no longer runs.
+"""What every test shares: no network, one thread, an empty cache for the session, fresh examples for
+property tests, one run of the miniature recipe, and a session that fails where a whole file of tests
+no longer runs.
 """
 
+import contextlib
 import os
 import random
+import shutil
 import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 # Before any library reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "1"  # `make test` has two processes, each of one thread
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from hypothesis import settings
+
+from .miniature import Chain, run_miniature
 
 settings.register_profile("xushi", deadline=None, max_examples=50, print_blob=True)
 settings.load_profile("xushi")
@@ -30,22 +35,41 @@ outcomes: defaultdict[str, set[str]] = defaultdict(set)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Property tests draw other examples in each run, from a seed that is printed when one fails."""
+    """Property tests draw other examples in each run, from a seed that is printed when one fails.
+
+    The session has an empty cache, which workers of pytest-xdist share. Compiled kernels are taken
+    from, and kept in, the user's own cache: to compile them takes as long as many tests.
+    """
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+    if hasattr(config, "workerinput"):
+        return
+    from xushi.base.artifacts import cache_directory
+
+    cache = Path(tempfile.mkdtemp(prefix="xushi-cache-"))
+    with contextlib.suppress(OSError, RuntimeError):  # no home directory, or a read-only one
+        kernels = cache_directory() / "kernels"
+        kernels.mkdir(parents=True, exist_ok=True)
+        (cache / "kernels").symlink_to(kernels.absolute())
+    os.environ["XUSHI_CACHE"] = str(cache)
+    config.add_cleanup(lambda: shutil.rmtree(cache))
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The miniature run, made once for all tests that look at what it leaves behind."""
+    return run_miniature(tmp_path_factory.mktemp("chain") / "miniature")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With two processes, tests of a file stay together, and so do those that look at the one chain
-    in miniature.
-    """
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            place = Path(item.path)
-            item.add_marker(
-                pytest.mark.xdist_group("run" if place.parent.name == "run" else place.name)
-            )
+    """With two processes, tests of a file run in one, and so do all that look at the miniature run."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        place = Path(item.path)
+        shared = place.parent.name == "run" or "chain" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("run" if shared else place.name))
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:

@@ -5,7 +5,7 @@ hold.
 import pytest
 import torch
 
-from xushi.model import PRESETS, preset
+from xushi.model import PRESETS, Batch, preset
 from xushi.model.config import ModelConfig
 from xushi.model.deepseek import Deepseek
 from xushi.model.objective import pretraining_loss
@@ -71,13 +71,13 @@ def kept_by_autograd(
     segments, positions = torch.arange(length) * documents // length, torch.arange(length)
     for document in range(documents):
         positions[segments == document] -= int(positions[segments == document][0])
-    batch = {
-        "tokens": tokens,
-        "targets": tokens.roll(-1, 1),
-        "positions": positions.expand(rows, length),
-        "segments": segments.expand(rows, length),
-        "loss_mask": torch.ones_like(tokens, dtype=torch.bool),
-    }
+    batch = Batch(
+        tokens=tokens,
+        targets=tokens.roll(-1, 1),
+        positions=positions.expand(rows, length),
+        segments=segments.expand(rows, length),
+        loss_mask=torch.ones_like(tokens, dtype=torch.bool),
+    )
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = pretraining_loss(
             model,

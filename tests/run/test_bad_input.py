@@ -16,8 +16,8 @@ import pytest
 
 from xushi.base.errors import XushiError
 from xushi.engine import LLM, SamplingParams
-from xushi.recipe import load_recipe
 from xushi.run import run
+from xushi.run.recipe import load_recipe
 from xushi.train.checkpoint import latest_checkpoint
 
 from .conftest import MINIATURE, ROOT, XUSHI, Chain, xushi, xushi_here
@@ -46,7 +46,7 @@ SECOND = [
     [
         ("pretrain.stepz=3", "unknown key pretrain.stepz"),
         ("pretrain.steps='many'", "pretrain.steps"),
-        ("pretrain.steps=0", "steps must be at least 1"),
+        ("pretrain.steps=0", "pretrain.steps: must be at least 1 (got 0)"),
         ("nonsense", "is not of the form key=value"),
         ("pretrain.batch_tokens=1000", "not a multiple of"),
         ("model.num_experts_per_tok=99", "exceeds the experts"),
@@ -63,11 +63,11 @@ SECOND = [
         ("pretrain.indexer_warmup_steps=3", "needs a model with indexers"),
         ("stages=['data']", "must hold data, tokenizer and pretrain"),
         ("without='sleep'", "not one of this run's stages"),
-        ("environment.min_digits=1", "digits go from"),
-        ("data.heldout=0.5", "heldout must lie between"),
-        ("tokenizer.vocab_size=100", "vocab_size must be at least"),
+        ("environment.min_digits=1", "environment.min_digits: must be at least 2 (got 1)"),
+        ("data.heldout=0.5", "data.heldout: must be at most 0.08 (got 0.5)"),
+        ("tokenizer.vocab_size=100", "tokenizer.vocab_size: must be at least 263 (got 100)"),
         ("sft.thinking_share=2.0", "thinking_share"),
-        ("rl.samples=1", "samples must be at least 2"),
+        ("rl.samples=1", "rl.samples: must be at least 2 (got 1)"),
     ],
 )
 def test_a_wrong_recipe_is_refused(assignment: str, said: str) -> None:

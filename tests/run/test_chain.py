@@ -108,7 +108,7 @@ def test_transformers_answers_with_the_same_tokens(chain: Chain) -> None:
     for number in ("123", "998", "407"):
         messages = [{"role": "user", "content": number}]
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert ids == llm.tokenizer.chat_ids(messages)
+        assert ids == llm.conversation_ids(messages)
         theirs = model.generate(torch.tensor([ids]), max_new_tokens=10, do_sample=False)[
             0, len(ids) :
         ].tolist()
@@ -147,7 +147,7 @@ def test_no_pickle_anywhere(chain: Chain) -> None:
 
 
 def test_the_stored_recipe_is_the_whole_recipe(chain: Chain) -> None:
-    from xushi.recipe import load_recipe
+    from xushi.run.recipe import load_recipe
 
     stored = load_recipe(chain.directory / "recipe.toml", [])
     assert stored == load_recipe(MINIATURE, [])

@@ -26,7 +26,7 @@ def test_a_step_is_computed_again_to_the_bit(chain: Chain) -> None:
 
 def test_the_spans_are_the_bytes_of_the_sources(chain: Chain) -> None:
     result = replay(chain.directory, 120, compute_loss=False)
-    assert result["cursor"] == 119 * 16 and result["pieces"] == 16 and "loss" not in result
+    assert result["cursor"] == 119 * 16 and result["items"] == 16 and "loss" not in result
     assert {span["sequence"] for span in result["spans"]} == set(range(119 * 16, 120 * 16))
     read = 0
     for step in range(1, 30):

@@ -3,10 +3,8 @@
 """
 
 import codecs
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from xushi.tokenizer.tokenizer import Tokenizer
+from xushi.tokenizer.tokenizer import Tokenizer
 
 
 class StreamDecoder:
@@ -14,7 +12,7 @@ class StreamDecoder:
     `Tokenizer.decode` gives.
     """
 
-    def __init__(self, tokenizer: "Tokenizer", skip_special: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

@@ -1,0 +1,56 @@
+"""Messages in the OpenAI form: what is written is read back, and a wrong value is named."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xushi.base.errors import XushiError
+from xushi.base.messages import Message, ToolCall
+
+CALLS = st.lists(st.builds(ToolCall, st.text(), st.text()), max_size=2).map(tuple)
+MESSAGES = st.builds(Message, st.text(), st.text(), st.none() | st.text(), CALLS)
+
+
+@given(message=MESSAGES)
+def test_what_is_written_is_read_back(message: Message) -> None:
+    assert Message.from_dict(message.to_dict()) == message
+
+
+def test_the_form_is_openai_s() -> None:
+    message = Message("assistant", "", "r", (ToolCall("add", '{"a": 1}'),))
+    function = {"name": "add", "arguments": '{"a": 1}'}
+    assert message.to_dict() == {
+        "role": "assistant",
+        "content": "",
+        "reasoning_content": "r",
+        "tool_calls": [{"type": "function", "function": function}],
+    }
+    assert Message("user", "q").to_dict() == {"role": "user", "content": "q"}
+    assert Message.from_dict({**message.to_dict(), "content": None, "refusal": None}) == message
+    assert Message.from_dict({"role": "tool", "content": "3", "tool_call_id": "x"}) == Message(
+        "tool", "3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("mapping", "problem"),
+    [
+        ("hello", "a message is 'hello'"),
+        ({"content": "x"}, "role is 'None'"),
+        ({"role": "user"}, "content is 'None'"),
+        ({"role": "user", "content": 3}, "content is '3'"),
+        ({"role": "assistant", "content": "x", "reasoning_content": 3}, "reasoning_content is '3'"),
+        ({"role": "assistant", "tool_calls": {"name": "f"}}, "tool_calls is"),
+        ({"role": "assistant", "tool_calls": ["f"]}, "tool call is 'f'"),
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "name is 'None'"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+            "arguments is '{}'",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named(mapping: Any, problem: str) -> None:
+    with pytest.raises(XushiError, match=problem):
+        Message.from_dict(mapping)
