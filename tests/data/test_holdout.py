@@ -30,7 +30,7 @@ def corpora(draw: st.DrawFn) -> list[Document]:
     """
     lengths = draw(
         st.lists(
-            st.one_of(st.integers(1, 60), st.integers(1, 3000), st.integers(20_000, 60_000)),
+            st.one_of(st.integers(1, 60), st.integers(1, 3000), st.integers(10_000, 30_000)),
             min_size=1,
             max_size=16,
         )
