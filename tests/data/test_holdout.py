@@ -26,7 +26,7 @@ def corpora(draw: st.DrawFn) -> list[Document]:
     """Single books, few large groups, many small ones, and mixtures; in packages or not."""
     lengths = draw(
         st.lists(
-            st.one_of(st.integers(1, 60), st.integers(1, 3000), st.integers(20_000, 60_000)),
+            st.one_of(st.integers(1, 60), st.integers(1, 3000), st.integers(10_000, 30_000)),
             min_size=1,
             max_size=16,
         )
