@@ -253,6 +253,15 @@ def test_what_is_broken_is_told_with_its_task(tmp_path: Path) -> None:
     assert "solve of train task 3 scores wrong" in found_here(tmp_path, source)["solve"]["text"]
 
 
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    """It keeps the contract, and the page shows what the check says of it."""
+    page = Path(__file__).parents[2].joinpath("docs", "envs.md").read_text(encoding="utf-8")
+    source = page.split("```python\n")[1].split("```")[0]
+    write(tmp_path, source)
+    findings = check_environment("game.py:Reverse", tmp_path)
+    assert as_lines(findings) in page
+
+
 def test_a_file_that_is_not_there_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="does not exist"):
         check_environment("nothing.py:Counting", tmp_path)

@@ -39,10 +39,9 @@ class EnvironmentTable(StrictConfig):
     # The class that `kind` names. Each class has a subclass of this one, made by `_table_of`.
     environment: ClassVar[type[Environment]]
 
-    kind: str  # a name, or "file.py:Class"
-    transcripts: int = Field(
-        0, ge=0, le=100_000_000
-    )  # episodes as plain text beside the pretraining text
+    kind: str = Field(max_length=1000)  # a name, or "file.py:Class"
+    # Episodes as plain text beside the pretraining text.
+    transcripts: int = Field(0, ge=0, le=100_000_000)
     # How often the transcripts' tokens are seen, relative to a source of weight 1.
     transcript_weight: float = Field(1.0, ge=1e-6, le=1e6)
     # The class's version or its file's hash. It is set when the recipe is read.
