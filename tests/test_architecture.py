@@ -17,7 +17,7 @@ FLOORS = {
     "data": 3, "envs": 3, "engine": 3, "plan": 3,
     "evaluate": 4,
     "train": 5,
-    "serve": 6, "rl": 6, "ladder": 6,
+    "serve": 6, "rl": 6,
     "run": 7, "report": 7,
     "cli": 8,
 }  # fmt: skip

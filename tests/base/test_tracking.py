@@ -128,7 +128,56 @@ def test_without_a_place_nothing_is_kept() -> None:
     assert not store.series("pretrain", "loss") and not store.events()
 
 
-def test_the_way_to_a_step_leads_over_what_counted(tmp_path) -> None:
+def test_a_new_attempt_hides_what_earlier_ones_wrote(tracking):
+    """A recipe of 4 steps follows one of 10: nothing of the longer one may be read as the new one's."""
+    for step in range(1, 11):
+        tracking.metrics("pretrain", step, {"loss": 10.0, "old": 1.0})
+        tracking.batch("pretrain", step, step - 1, 1, f"old {step}", "")
+    tracking.decide("pretrain", "steps", 10)
+    tracking.metrics("sft", 1, {"loss": 5.0})
+    tracking.begin("pretrain", "key of the second recipe")
+    assert tracking.series("pretrain", "loss") == [] and tracking.names("pretrain") == []
+    assert tracking.decided("pretrain", "steps") is None and not tracking.batches("pretrain", 10)
+    for step in range(1, 5):
+        tracking.metrics("pretrain", step, {"loss": 1.0})
+        tracking.batch("pretrain", step, step - 1, 1, f"new {step}", "")
+    assert tracking.series("pretrain", "loss") == [(step, 1.0) for step in range(1, 5)]
+    assert [record.hash for record in tracking.batches("pretrain", 4)][-1] == "new 4"
+    assert not tracking.batches("pretrain", 10)
+    assert tracking.decide("pretrain", "steps", 4) == 4
+    assert tracking.series("sft", "loss") == [(1, 5.0)]  # other stages keep theirs
+
+
+def test_another_process_sees_the_new_attempt(tracking):
+    reader = Tracking(tracking.path)
+    tracking.metrics("pretrain", 1, {"loss": 10.0})
+    assert reader.series("pretrain", "loss") == [(1, 10.0)]
+    tracking.begin("pretrain", "another key")
+    assert reader.series("pretrain", "loss") == []
+    reader.close()
+
+
+def test_a_decision_of_zero_is_a_decision(tracking):
+    assert tracking.decide("control", "steps", 0) == 0
+    assert tracking.decide("control", "steps", 7) == 0
+
+
+def test_a_store_damaged_inside_is_told(tmp_path):
+    path = tmp_path / "tracking.sqlite"
+    store = Tracking(path)
+    for step in range(3000):
+        store.metrics("pretrain", step, {"loss": 1.0})
+    store._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store.close()
+    content = bytearray(path.read_bytes())
+    content[8192:-4096] = b"\xff" * (len(content) - 12288)
+    path.write_bytes(content)
+    with pytest.raises(XushiError, match="cannot be used"):
+        damaged = Tracking(path)
+        damaged.series("pretrain", "loss")
+
+
+def test_the_records_of_a_step_lead_over_what_counted(tmp_path) -> None:
     """Steps 1 to 4; back to 2 with other data; killed in 5 and begun again from 4."""
     store = Tracking(tmp_path / "tracking.sqlite")
     for step, cursor in [(1, 0), (2, 1), (3, 2), (4, 3), (3, 4), (4, 5), (5, 6), (5, 6), (6, 7)]:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from xushi.base.tracking import Tracking
 from xushi.engine import SamplingParams, generate_ids
-from xushi.model import Deepseek, pretraining_loss
+from xushi.model import Batch, Deepseek, pretraining_loss
 from xushi.ops import routed_experts, routed_experts_reference
-from xushi.train import Data, Layout, LayoutConfig, join, latest_checkpoint, train
+from xushi.train import Data, Layout, LayoutConfig, join, latest_checkpoint
 
+from ..train.conftest import train
 from ..train.layouts import CONFIG, MODELS, ROWS, THIRD, batch, model_of
 
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -30,7 +31,7 @@ def layout() -> Layout:
 
 
 def gradients(model: Deepseek) -> dict[str, Tensor]:
-    rows = {name: tensor.to(model.device) for name, tensor in batch(0, ROWS).items()}
+    rows = batch(0, ROWS).to(model.device)
     pretraining_loss(model, rows, mtp_weight=0.3, balance_weight=0.01).total.backward()
     return {
         name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None
@@ -95,7 +96,7 @@ def test_grouped_products_are_the_references(limit: float | None, layout: Layout
 
 
 def trained(layout: Layout, directory: Path, stops: int | None = None) -> None:
-    def batches(cursor: int, count: int) -> dict[str, Tensor]:
+    def batches(cursor: int, count: int) -> Batch:
         if stops is not None and cursor // ROWS >= stops:
             raise KeyboardInterrupt
         return batch(cursor, count)

@@ -12,26 +12,26 @@ import torch
 from torch import Tensor
 
 from xushi.base.errors import XushiError
-from xushi.model import Deepseek, pretraining_loss
+from xushi.model import Batch, Deepseek, pretraining_loss
 
 KINDS = ("deepseek_v32", "deepseek_v4")
 LENGTH = 11
 
 
-def batch_of(model: Deepseek, seed: int, rows: int = 2) -> dict[str, Tensor]:
+def batch_of(model: Deepseek, seed: int, rows: int = 2) -> Batch:
     ids = torch.randint(
         0,
         model.config.vocab_size,
         (rows, LENGTH + 1),
         generator=torch.Generator().manual_seed(seed),
     )
-    return {
-        "tokens": ids[:, :-1],
-        "targets": ids[:, 1:],
-        "loss_mask": torch.ones(rows, LENGTH, dtype=torch.bool),
-        "positions": torch.arange(LENGTH).expand(rows, -1),
-        "segments": torch.zeros(rows, LENGTH, dtype=torch.int64),
-    }
+    return Batch(
+        tokens=ids[:, :-1],
+        targets=ids[:, 1:],
+        loss_mask=torch.ones(rows, LENGTH, dtype=torch.bool),
+        positions=torch.arange(LENGTH).expand(rows, -1),
+        segments=torch.zeros(rows, LENGTH, dtype=torch.int64),
+    )
 
 
 def rms(x: Tensor, weight: Tensor | float, eps: float) -> Tensor:
@@ -214,12 +214,10 @@ def one_layer(kind: str, random_model, tiny_of, **changes: object) -> Deepseek:
 def test_the_divergence_is_the_papers(kind: str, dense: bool, random_model, tiny_of) -> None:
     model = one_layer(kind, random_model, tiny_of)
     batch = batch_of(model, 7, rows=1)
-    got = model.hidden(
-        batch["tokens"], batch["positions"], dense=dense, index_loss=True
-    ).index_divergence
+    got = model.hidden(batch.tokens, batch.positions, dense=dense, index_loss=True).index_divergence
     assert len(got) == 1 and got[0].shape == (1, LENGTH)
     layer = model.decoder_layers[0]
-    residual, _ = layer.attn_hc.read(model.embed(batch["tokens"]))
+    residual, _ = layer.attn_hc.read(model.embed(batch.tokens))
     inputs = list(layer.input_layernorm(residual)[0].detach())
     weights = {name: p.detach() for name, p in layer.self_attn.named_parameters()}
     want = (expected_v32 if kind == "deepseek_v32" else expected_v4)(
@@ -295,9 +293,9 @@ def test_the_warm_up_attends_to_everything(kind: str, random_model, tiny_of) -> 
     model = random_model(tiny_of(kind), 43)
     batch = batch_of(model, 10)
     whole = random_model(tiny_of(kind, index_topk=1000), 43)
-    dense = model.hidden(batch["tokens"], dense=True).hidden_BTD
-    torch.testing.assert_close(dense, whole.hidden(batch["tokens"]).hidden_BTD, rtol=0, atol=0)
-    assert (dense - model.hidden(batch["tokens"]).hidden_BTD).abs().max() > 1e-3
+    dense = model.hidden(batch.tokens, dense=True).hidden_BTD
+    torch.testing.assert_close(dense, whole.hidden(batch.tokens).hidden_BTD, rtol=0, atol=0)
+    assert (dense - model.hidden(batch.tokens).hidden_BTD).abs().max() > 1e-3
 
 
 def test_a_warm_up_of_nothing_is_refused(random_model, tiny) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from xushi.model import Deepseek, pretraining_loss, save_pretrained
+from xushi.model import Batch, Deepseek, pretraining_loss, save_pretrained
 from xushi.model.objective import sequence_balance_loss
 from xushi.ops import RouterChoice
 
@@ -233,7 +233,7 @@ def paper_loss(
     return means[0] + mtp_weight * mtp + balance_weight * balanced, parts, loads
 
 
-def pack(rows: list[list[Document]], length: int, pad: int = 0) -> dict[str, Tensor]:
+def pack(rows: list[list[Document]], length: int, pad: int = 0) -> Batch:
     """The design's batch: documents of a row one after another, what is left padded."""
     columns: dict[str, list[list[int]]] = {
         name: [] for name in ("tokens", "targets", "loss_mask", "positions", "segments")
@@ -260,7 +260,7 @@ def pack(rows: list[list[Document]], length: int, pad: int = 0) -> dict[str, Ten
             ("segments", -1),
         ):
             columns[name].append(row[name] + [filler] * left)
-    return {name: torch.tensor(values) for name, values in columns.items()}
+    return Batch(**{name: torch.tensor(values) for name, values in columns.items()})
 
 
 def random_documents(
@@ -352,7 +352,7 @@ def test_the_whole_objective_is_the_papers(
 
 def parts_and_gradients(
     model: Deepseek,
-    batch: dict[str, Tensor],
+    batch: Batch,
     mtp_weight: float,
     balance_weight: float,
     indexer_weight: float = 0.0,
@@ -395,7 +395,7 @@ def test_a_packed_batch_is_its_documents_weighted_by_their_tokens(
     documents = random_documents(32, [9, 3, 12, 5, 1, 8], 50)
     _, without = parts_and_gradients(model, pack([documents[:3], documents[3:]], 26), 0.0, 0.0)
 
-    def of(batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    def of(batch: Batch) -> tuple[float, dict[str, Tensor]]:
         parts, whole = parts_and_gradients(model, batch, *weights)
         _, base = parts_and_gradients(model, batch, 0.0, 0.0)
         return float(getattr(parts, part)), whole if part == "next_token" else {
@@ -540,13 +540,13 @@ def test_recomputed_activations_give_the_same_bits(kind, dtype, random_model, ti
         tokens = torch.arange(40).remainder(model.config.vocab_size).view(2, 20)
         parts = pretraining_loss(
             model,
-            {
-                "tokens": tokens,
-                "targets": tokens.roll(-1, 1),
-                "positions": torch.arange(20).expand(2, 20),
-                "segments": torch.zeros_like(tokens),
-                "loss_mask": tokens >= 0,
-            },
+            Batch(
+                tokens=tokens,
+                targets=tokens.roll(-1, 1),
+                positions=torch.arange(20).expand(2, 20),
+                segments=torch.zeros_like(tokens),
+                loss_mask=tokens >= 0,
+            ),
             mtp_weight=0.3,
             balance_weight=0.1,
         )

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xushi.model import Deepseek, ModelConfig, pretraining_loss
+from xushi.model import Batch, Deepseek, ModelConfig, pretraining_loss
 from xushi.ops import native
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(native.load() is None, reason=native.status())]
@@ -60,13 +60,13 @@ def loss_and_gradients(
     tokens = torch.randint(
         0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(seed)
     )
-    batch = {
-        "tokens": tokens,
-        "targets": tokens.roll(-1, 1),
-        "positions": torch.arange(length)[None],
-        "segments": (torch.arange(length) * 3 // length)[None],
-        "loss_mask": torch.ones_like(tokens) > 0,
-    }
+    batch = Batch(
+        tokens=tokens,
+        targets=tokens.roll(-1, 1),
+        positions=torch.arange(length)[None],
+        segments=(torch.arange(length) * 3 // length)[None],
+        loss_mask=torch.ones_like(tokens) > 0,
+    )
     hidden = model.hidden
 
     def with_choice(*arguments, **keywords):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from xushi.model import Deepseek, LatentCache, ModelConfig, preset, pretraining_loss
+from xushi.model import Batch, Deepseek, LatentCache, ModelConfig, preset, pretraining_loss
 from xushi.plan import decode_flops_per_token, inspect_model, train_flops_per_token
 from xushi.plan.reach import Reach
 
@@ -158,13 +158,13 @@ def test_a_training_step_is_what_pytorch_counts(kind, changes, small_of, monkeyp
     tokens = torch.randint(
         config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)
     )
-    batch = {
-        "tokens": tokens,
-        "targets": tokens.roll(-1, 1),
-        "positions": torch.arange(length)[None],
-        "segments": torch.zeros_like(tokens),
-        "loss_mask": torch.ones_like(tokens, dtype=torch.bool),
-    }
+    batch = Batch(
+        tokens=tokens,
+        targets=tokens.roll(-1, 1),
+        positions=torch.arange(length)[None],
+        segments=torch.zeros_like(tokens),
+        loss_mask=torch.ones_like(tokens, dtype=torch.bool),
+    )
     with FlopCounterMode(display=False) as counter:
         pretraining_loss(model, batch, mtp_weight=0.1, balance_weight=1e-4).total.backward()
     layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)

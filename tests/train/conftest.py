@@ -1,13 +1,14 @@
 """A tiny model, pure batches and a tracking store for the tests of training."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from xushi.base.tracking import Tracking
-from xushi.model import Deepseek, ModelConfig
+from xushi.model import Batch, Deepseek, ModelConfig
+from xushi.train import Data, Evaluation, LanguageModelStep, Layout, ObjectiveConfig, Training
 
 TINY = ModelConfig(
     vocab_size=40,
@@ -32,13 +33,28 @@ TINY = ModelConfig(
 )
 
 
+def train(
+    stage: str,
+    model: Deepseek,
+    config: ObjectiveConfig,
+    data: Data,
+    directory: Path,
+    tracking: Tracking,
+    evaluation: Evaluation | None = None,
+    layout: Layout | None = None,
+) -> dict[str, float]:
+    """Train on text to the end."""
+    step = LanguageModelStep(config, data)
+    return Training(stage, model, step, directory, tracking, layout, evaluation).run()
+
+
 @pytest.fixture
 def tiny_model() -> Callable[[], Deepseek]:
     """A fresh model, the same each time."""
     return lambda: Deepseek(TINY).initialise(5)
 
 
-def batch(step: int) -> dict[str, Tensor]:
+def batch(step: int) -> Batch:
     """Two rows of two documents and padding: a function of the step alone."""
     g = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, TINY.vocab_size, (2, 21), generator=g)
@@ -46,17 +62,17 @@ def batch(step: int) -> dict[str, Tensor]:
     positions = torch.tensor([[*range(9), *range(8), 0, 0, 0], [*range(4), *range(16)]])
     mask = segments >= 0
     mask[:, [8, 3]] = False  # some targets are not learned
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segments": segments,
-        "positions": positions,
-        "loss_mask": mask,
-    }
+    return Batch(
+        tokens=tokens[:, :-1],
+        targets=tokens[:, 1:],
+        segments=segments,
+        positions=positions,
+        loss_mask=mask,
+    )
 
 
 @pytest.fixture
-def batches() -> Callable[[int], dict[str, Tensor]]:
+def batches() -> Callable[[int], Batch]:
     return batch
 
 

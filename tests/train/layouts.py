@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xushi.base.tracking import Tracking
 from xushi.cli import guarded
-from xushi.model import Deepseek, LossCounts, LossParts, ModelConfig, pretraining_loss
+from xushi.model import Batch, Deepseek, LossCounts, LossParts, ModelConfig, pretraining_loss
 from xushi.model.moe import Router
 from xushi.train import (
     Data,
@@ -28,13 +28,14 @@ from xushi.train import (
     TrainingState,
     heartbeat,
     join,
+    language,
     latest_checkpoint,
-    loop,
-    train,
+    training_step,
 )
 from xushi.train.layout import local
-from xushi.train.loop import training_step
 from xushi.train.pipeline import run_pipeline
+
+from .conftest import train
 
 THIRD = ModelConfig(
     vocab_size=40,
@@ -112,6 +113,7 @@ MODELS |= {
     for kind, model in MODELS.items()
 }
 STEPS = 20
+COMPARED = 8  # steps whose figures are compared: warm-up, full rate and decay
 ROWS = 6  # which four processes cannot share evenly
 CONFIG = ObjectiveConfig(
     steps=STEPS,
@@ -128,14 +130,15 @@ CONFIG = ObjectiveConfig(
 
 def config_of(kind: str) -> ObjectiveConfig:
     """With QK-clip where it is for, at a limit that some heads reach."""
-    return CONFIG if kind.startswith("v4") else CONFIG.model_copy(update={"qk_clip": 0.03})
+    clip = None if kind.startswith("v4") else 0.03
+    return CONFIG.model_copy(update={"steps": COMPARED, "qk_clip": clip})
 
 
 def model_of(kind: str) -> Deepseek:
     return Deepseek(MODELS[kind]).initialise(5)
 
 
-def batch(cursor: int, count: int) -> dict[str, Tensor]:
+def batch(cursor: int, count: int) -> Batch:
     """Rows of two documents and some padding, each a function of its number alone."""
     rows = []
     for number in range(cursor, cursor + count):
@@ -144,15 +147,15 @@ def batch(cursor: int, count: int) -> dict[str, Tensor]:
         segments = torch.tensor([0] * cut + [1] * (end - cut) + [-1] * (24 - end))
         positions = torch.tensor([*range(cut), *range(end - cut), *([0] * (24 - end))])
         rows.append(
-            {
-                "tokens": tokens[:-1],
-                "targets": tokens[1:],
-                "segments": segments,
-                "positions": positions,
-                "loss_mask": segments >= 0,
-            }
+            Batch(
+                tokens=tokens[:-1],
+                targets=tokens[1:],
+                segments=segments,
+                positions=positions,
+                loss_mask=segments >= 0,
+            )
         )
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return Batch(*map(torch.stack, zip(*rows, strict=True)))
 
 
 class Choices:
@@ -176,7 +179,9 @@ class Choices:
             before = self.seen[-1].get(name)  # of earlier pieces of this step
             if self.steps is not None:
                 chosen = self.steps[self.step][name]
-                mine = self.layout.rows({"tokens": chosen})["tokens"]
+                missing = -len(chosen) % self.layout.data  # as in Batch.shard
+                filled = torch.cat([chosen, chosen.new_zeros((missing, *chosen.shape[1:]))])
+                mine = filled.chunk(self.layout.data)[self.layout.rank]
                 first = 0 if before is None else len(before)
                 pinned_Nk = mine[first : first + len(x_ND) // 24].flatten(0, 1)
             choice = Router.forward(router, x_ND, tokens_N, pinned_Nk)
@@ -201,7 +206,7 @@ def gradients(model: Deepseek, layout: Layout) -> dict[str, Tensor]:
     counts = LossCounts.of(rows, model.config.num_nextn_predict_layers)
     counts = LossCounts(*layout.total(torch.stack([counts.targets, counts.fed])))
 
-    def loss(piece: dict[str, Tensor], residual: Tensor | None = None) -> LossParts:
+    def loss(piece: Batch, residual: Tensor | None = None) -> LossParts:
         return pretraining_loss(
             model, piece, mtp_weight=0.3, balance_weight=0.01, counts=counts, residual=residual
         )
@@ -220,9 +225,9 @@ def gradients(model: Deepseek, layout: Layout) -> dict[str, Tensor]:
 
 
 def losses(kind: str, state: TrainingState, choices: Choices | None) -> list[dict[str, float]]:
-    """The figures of twenty steps."""
+    """The figures of a short training."""
     figures = []
-    for step in range(STEPS):
+    for step in range(COMPARED):
         rows = state.layout.rows(batch(step * ROWS, ROWS))
         found, problem = training_step(state, config_of(kind), step, rows)
         assert problem is None
@@ -251,7 +256,7 @@ def resumed(kind: str, layout: Layout, directory: Path, steps: int, total: int =
     """Train to step `steps` of `total` from whatever is in `directory`."""
     config = CONFIG.model_copy(update={"steps": total})
 
-    def batches(cursor: int, count: int) -> dict[str, Tensor]:
+    def batches(cursor: int, count: int) -> Batch:
         if cursor // ROWS >= steps:
             raise KeyboardInterrupt
         return batch(cursor, count)
@@ -270,7 +275,7 @@ def resumed(kind: str, layout: Layout, directory: Path, steps: int, total: int =
 
 def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
     """Six steps, in the third of which the last process alone has a loss that is not a number."""
-    real, steps, tracked = loop.pretraining_loss, [0], []
+    real, steps, tracked = language.pretraining_loss, [0], []
 
     def loss(*arguments: object, **settings: object):
         parts = real(*arguments, **settings)
@@ -286,7 +291,7 @@ def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
         def metrics(self, stage, step, values):
             tracked.append(dict(values))
 
-    loop.pretraining_loss = loss
+    language.pretraining_loss = loss
     config = CONFIG.model_copy(update={"steps": 6, "activations": "recompute"})
     train(
         "test",
@@ -297,7 +302,7 @@ def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
         Remembering(None),
         layout=layout,
     )
-    loop.pretraining_loss = real
+    language.pretraining_loss = real
     return tracked
 
 
@@ -307,7 +312,7 @@ def endless(layout: Layout, directory: Path, stands_still: int | None) -> None:
     """
     heartbeat.SHORTEST_LIMIT, heartbeat.SECONDS_BETWEEN, heartbeat.SECONDS_TO_TELL = 3.0, 0.1, 1.0
 
-    def batches(cursor: int, count: int) -> dict[str, Tensor]:
+    def batches(cursor: int, count: int) -> Batch:
         if cursor == 4 * ROWS and layout.rank == stands_still:
             time.sleep(600)
         return batch(cursor, count)

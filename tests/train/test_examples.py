@@ -23,12 +23,9 @@ def examples(draw: st.DrawFn) -> list[tuple[list[int], list[bool]]]:
 def test_every_learned_token_is_a_target_once(given_, length) -> None:
     packed = pack_examples(given_, length, PAD)
     batch = packed.batch
-    rows, width = batch["tokens"].shape
+    rows, width = batch.tokens.shape
     assert width == max([length, *(len(ids) - 1 for ids, _ in given_)])
-    assert all(
-        batch[name].shape == (rows, width)
-        for name in ("targets", "positions", "segments", "loss_mask")
-    )
+    assert all(tensor.shape == (rows, width) for tensor in batch)
 
     learned = [
         token
@@ -36,19 +33,19 @@ def test_every_learned_token_is_a_target_once(given_, length) -> None:
         for token, wanted in zip(ids[1:], mask[1:], strict=True)
         if wanted
     ]
-    assert sorted(batch["targets"][batch["loss_mask"]].tolist()) == sorted(learned)
+    assert sorted(batch.targets[batch.loss_mask].tolist()) == sorted(learned)
     found: dict[
         int, list[int]
     ] = {}  # target -> what its place may see, itself included, in the order of positions
     for row in range(rows):
-        for column in torch.where(batch["segments"][row] >= 0)[0].tolist():
+        for column in torch.where(batch.segments[row] >= 0)[0].tolist():
             seen = [
                 c
                 for c in range(column + 1)
-                if batch["segments"][row, c] == batch["segments"][row, column]
+                if batch.segments[row, c] == batch.segments[row, column]
             ]
-            assert [int(batch["positions"][row, c]) for c in seen] == list(range(len(seen)))
-            found[int(batch["targets"][row, column])] = batch["tokens"][row, seen].tolist()
+            assert [int(batch.positions[row, c]) for c in seen] == list(range(len(seen)))
+            found[int(batch.targets[row, column])] = batch.tokens[row, seen].tolist()
     assert found == {
         ids[place + 1]: ids[: place + 1] for ids, _ in given_ for place in range(len(ids) - 1)
     }
@@ -57,7 +54,7 @@ def test_every_learned_token_is_a_target_once(given_, length) -> None:
 @given(given_=examples(), length=st.integers(1, 20))
 def test_places_point_at_the_learned_targets_in_order(given_, length) -> None:
     packed = pack_examples(given_, length, PAD)
-    targets, mask = packed.batch["targets"].flatten(), packed.batch["loss_mask"].flatten()
+    targets, mask = packed.batch.targets.flatten(), packed.batch.loss_mask.flatten()
     assert len(packed.places) == len(given_)
     for places, (ids, learned) in zip(packed.places, given_, strict=True):
         assert targets[places].tolist() == [
@@ -69,10 +66,10 @@ def test_places_point_at_the_learned_targets_in_order(given_, length) -> None:
 @given(given_=examples(), length=st.integers(1, 20))
 def test_what_is_left_is_padding(given_, length) -> None:
     batch = pack_examples(given_, length, PAD).batch
-    empty = batch["segments"] == -1
-    assert (batch["tokens"][empty] == PAD).all() and (batch["targets"][empty] == PAD).all()
-    assert not batch["loss_mask"][empty].any() and not batch["positions"][empty].any()
-    assert not (batch["tokens"][~empty] == PAD).any()
+    empty = batch.segments == -1
+    assert (batch.tokens[empty] == PAD).all() and (batch.targets[empty] == PAD).all()
+    assert not batch.loss_mask[empty].any() and not batch.positions[empty].any()
+    assert not (batch.tokens[~empty] == PAD).any()
     assert int((~empty).sum()) == sum(len(ids) - 1 for ids, _ in given_)
 
 
@@ -83,10 +80,10 @@ def test_rows_are_filled_in_order() -> None:
         (list(range(9)), [True] * 9),
     ]
     batch = pack_examples(given_, 6, PAD).batch
-    assert batch["segments"].tolist() == [
+    assert batch.segments.tolist() == [
         [0, 0, 0, 1, 1, -1, -1, -1],
         [0] * 8,
     ]  # the longest sets the width
-    assert {name: batch[name].dtype for name in batch} == {
-        name: torch.bool if name == "loss_mask" else torch.int64 for name in batch
+    assert {name: tensor.dtype for name, tensor in batch._asdict().items()} == {
+        name: torch.bool if name == "loss_mask" else torch.int64 for name in batch._fields
     }

@@ -13,12 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
 
 from xushi.base.errors import XushiError
-from xushi.model import LossParts
-from xushi.train import Data, ObjectiveConfig, train
-from xushi.train import loop as module
+from xushi.model import Batch, LossParts
+from xushi.train import Data, ObjectiveConfig
+from xushi.train import language as module
+from xushi.train import step as update
 from xushi.train.checkpoint import latest_checkpoint
 from xushi.train.guards import (
     LIMIT_IN_A_ROW,
@@ -28,6 +28,8 @@ from xushi.train.guards import (
     LossScale,
 )
 from xushi.train.optimizer import Norms
+
+from .conftest import train
 
 SETTINGS = {
     "steps": 12,
@@ -86,9 +88,9 @@ def sensitive(monkeypatch) -> None:
     """
     real = module.pretraining_loss
 
-    def loss(model: module.Deepseek, batch: dict[str, Tensor], **settings: object) -> LossParts:
+    def loss(model: module.Deepseek, batch: Batch, **settings: object) -> LossParts:
         parts = real(model, batch, **settings)
-        factor = 10.0 if bool((batch["targets"] == 39).all()) else 1.0
+        factor = 10.0 if bool((batch.targets == 39).all()) else 1.0
         return replace(parts, total=parts.total * factor, next_token=parts.next_token * factor)
 
     monkeypatch.setattr(module, "pretraining_loss", loss)
@@ -96,15 +98,15 @@ def sensitive(monkeypatch) -> None:
 
 
 def spiking(
-    batches: Callable[[int], dict[str, Tensor]], at: tuple[int, ...], seen: list[int] | None = None
+    batches: Callable[[int], Batch], at: tuple[int, ...], seen: list[int] | None = None
 ) -> Data:
     """The batches, with a jump of the loss `at` these cursors; the cursors asked for go to `seen`."""
 
-    def make(cursor: int, count: int) -> dict[str, Tensor]:
+    def make(cursor: int, count: int) -> Batch:
         if seen is not None:
             seen.append(cursor)
         batch = batches(cursor)
-        return batch | {"targets": torch.full_like(batch["targets"], 39)} if cursor in at else batch
+        return batch._replace(targets=torch.full_like(batch.targets, 39)) if cursor in at else batch
 
     return Data(make)
 
@@ -113,12 +115,10 @@ def weights(directory: Path) -> bytes:
     return (max(directory.glob("step-*")) / "model.safetensors").read_bytes()
 
 
-def poison(
-    batches: Callable[[int], dict[str, Tensor]], model: module.Deepseek, steps: tuple[int, ...]
-) -> Data:
+def poison(batches: Callable[[int], Batch], model: module.Deepseek, steps: tuple[int, ...]) -> Data:
     """The head holds a NaN during these steps and none otherwise."""
 
-    def make(cursor: int, count: int) -> dict[str, Tensor]:
+    def make(cursor: int, count: int) -> Batch:
         with torch.no_grad():
             model.head_VD[:, 0].nan_to_num_(0.0)
             if cursor in steps:
@@ -183,7 +183,7 @@ def test_three_in_a_row_stop_with_the_last_checkpoint_and_the_batch(
     assert checkpoint is not None and checkpoint.step == 4
     assert all(tensor.isfinite().all() for tensor in checkpoint.tensors["model"].values())
     batch = load_file(tmp_path / "refused-test-step-000000008.safetensors")
-    assert all(torch.equal(batch[name], tensor) for name, tensor in batches(7).items())
+    assert all(torch.equal(batch[name], tensor) for name, tensor in batches(7)._asdict().items())
     assert LIMIT_IN_A_ROW == 3
 
 
@@ -191,7 +191,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_too(
     tiny_model, batches, tracking, tmp_path, monkeypatch
 ) -> None:
     norms = iter([1.0, math.inf, 1.0, 1.0])
-    monkeypatch.setattr(module, "clip_gradients", lambda *_: Norms(next(norms), {}))
+    monkeypatch.setattr(update, "clip_gradients", lambda *_: Norms(next(norms), {}))
     model = tiny_model()
     data = Data(lambda cursor, _: batches(cursor))
     train("test", model, ObjectiveConfig(**(SETTINGS | {"steps": 4})), data, tmp_path, tracking)
@@ -232,7 +232,7 @@ def rolled_back(
     model, seen = make_model(), list[int]()
     inner = spiking(batches, (6,), seen).batches
 
-    def make(cursor: int, count: int) -> dict[str, Tensor]:
+    def make(cursor: int, count: int) -> Batch:
         if len(seen) == end:
             raise Killed
         return inner(cursor, count)

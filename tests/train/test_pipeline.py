@@ -35,10 +35,10 @@ def test_pieces_are_the_batch_in_order(rows: int, stages: int) -> None:
     whole = batch(0, rows)
     pieces = cut(whole, Layout(pipeline=stages))
     assert all(
-        torch.equal(torch.cat([piece[name] for piece in pieces]), tensor)
-        for name, tensor in whole.items()
+        torch.equal(torch.cat(parts), tensor)
+        for parts, tensor in zip(zip(*pieces, strict=True), whole, strict=True)
     )
-    sizes = [len(piece["tokens"]) for piece in pieces]
+    sizes = [piece.rows for piece in pieces]
     assert len(pieces) == min(rows, 4 * stages) and max(sizes) - min(sizes) <= 1
 
 

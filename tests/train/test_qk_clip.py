@@ -7,7 +7,7 @@ import torch
 
 from xushi.model import Deepseek, ModelConfig
 from xushi.ops import largest_scores
-from xushi.recipe import Recipe, load_recipe
+from xushi.run.recipe import Recipe, load_recipe
 from xushi.train import Layout
 from xushi.train.qk_clip import clip_scores, watch_scores
 
@@ -24,7 +24,7 @@ def scores(model: Deepseek, layer: int) -> torch.Tensor:
     rows, attention = batch(0, 3), model.decoder_layers[layer].self_attn
     seen = {}
     attention.register_forward_pre_hook(lambda _, given: seen.update(x=given[0]))
-    model.hidden(rows["tokens"], rows["positions"], rows["segments"])
+    model.hidden(rows.tokens, rows.positions, rows.segments)
     x, config = seen["x"], model.config
     latent = x if config.q_lora_rank is None else attention.q_a_layernorm(attention.q_a_proj(x))
     q = (attention.q_proj if config.q_lora_rank is None else attention.q_b_proj)(latent).unflatten(
@@ -33,7 +33,7 @@ def scores(model: Deepseek, layer: int) -> torch.Tensor:
     compressed, rotated = attention.kv_a_proj_with_mqa(x).split([8, 4], dim=-1)
     k = attention.kv_b_proj(attention.kv_a_layernorm(compressed)).unflatten(-1, (2, 8))[..., :4]
     frequency = 10000.0 ** -(torch.arange(2, dtype=torch.float64) / 2)
-    angle = rows["positions"][..., None].double() * frequency
+    angle = rows.positions[..., None].double() * frequency
     turn = torch.polar(torch.ones_like(angle), angle)
 
     def turned(part: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def scores(model: Deepseek, layer: int) -> torch.Tensor:
             "bthk,bsk->bhts", turned(q[..., 4:]) * turn[:, :, None], (turned(rotated) * turn).conj()
         ).real
     )
-    segments = rows["segments"]
+    segments = rows.segments
     seen_by = (segments[:, :, None] == segments[:, None]) & torch.ones(
         24, 24, dtype=torch.bool
     ).tril()

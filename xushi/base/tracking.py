@@ -1,11 +1,13 @@
-"""The tracking store of a run: events, metrics, batches and decisions in one append-only SQLite
-file.
+"""The tracking store of a run: events, metrics, batches and decisions in one append-only SQLite file.
 
-A killed run repeats the steps since its last checkpoint, so a (stage, step, name) may stand twice;
-readers take the last. So it is with the batches: of each step, which data it was trained on.
-Nothing here is read back by training, except decisions, which are taken once and kept.
+A stage that is started over, because its inputs changed, begins a new attempt (`begin`). Metrics,
+batches and decisions belong to the attempt in which they were written, and readers see those of the
+stage's latest attempt only. Within an attempt a killed run repeats the steps since its last
+checkpoint, so a (stage, step, name) may be written twice; readers take the last. Training reads
+nothing back from the store except decisions, which are taken once and kept.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -23,34 +25,40 @@ from xushi.base.files import disk_errors
 METRICS = "metrics.jsonl"  # beside the store: the same metrics, a line a step
 
 _TABLES = """
-CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, time REAL, stage TEXT, name TEXT, details TEXT);
-CREATE TABLE IF NOT EXISTS metrics (id INTEGER PRIMARY KEY, stage TEXT, step INTEGER, name TEXT, value REAL);
-CREATE TABLE IF NOT EXISTS decisions (id INTEGER PRIMARY KEY, time REAL, stage TEXT, name TEXT, value TEXT);
-CREATE TABLE IF NOT EXISTS batches (id INTEGER PRIMARY KEY, stage TEXT, step INTEGER, cursor INTEGER, pieces INTEGER,
-    hash TEXT, problem TEXT);
-CREATE INDEX IF NOT EXISTS batches_by_step ON batches (stage, step);
-CREATE INDEX IF NOT EXISTS metrics_by_name ON metrics (stage, name, step);
+CREATE TABLE IF NOT EXISTS attempts (id INTEGER PRIMARY KEY, time REAL, stage TEXT, key TEXT);
+CREATE TABLE IF NOT EXISTS events (
+    id INTEGER PRIMARY KEY, time REAL, stage TEXT, name TEXT, details TEXT);
+CREATE TABLE IF NOT EXISTS metrics (
+    id INTEGER PRIMARY KEY, stage TEXT, attempt INTEGER, step INTEGER, name TEXT, value REAL);
+CREATE TABLE IF NOT EXISTS decisions (
+    id INTEGER PRIMARY KEY, time REAL, stage TEXT, attempt INTEGER, name TEXT, value TEXT);
+CREATE TABLE IF NOT EXISTS batches (
+    id INTEGER PRIMARY KEY, stage TEXT, attempt INTEGER, step INTEGER, cursor INTEGER,
+    items INTEGER, hash TEXT, problem TEXT);
+CREATE INDEX IF NOT EXISTS batches_by_step ON batches (stage, attempt, step);
+CREATE INDEX IF NOT EXISTS metrics_by_name ON metrics (stage, attempt, name, step);
 """
 
 
 class BatchRecord(NamedTuple):
-    """What a step was trained on: so many pieces of data from `cursor` on, and the hash of the
-    batch they made.
+    """What a step was trained on: `items` items of data from `cursor` on, and the hash of the batch.
 
-    `id` rises with every writing. `problem` says why the step was not like the others, "" if it
-    was.
+    `id` grows with every record written. `problem` says what the guards found, "" if nothing.
     """
 
     id: int
     step: int
     cursor: int
-    pieces: int
+    items: int
     hash: str
     problem: str
 
 
 class Tracking:
-    """Open (or create) the store at `path`; where that is None nothing is kept."""
+    """Open (or create) the store at `path`; with None nothing is kept.
+
+    Raises `Failed` if the file is damaged, cannot be opened or cannot be written.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -58,18 +66,21 @@ class Tracking:
         if path is not None:
             with disk_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with self._readable():
             self._connection = sqlite3.connect(
                 path or ":memory:", timeout=30, check_same_thread=False, isolation_level=None
             )
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.executescript(_TABLES)
-        except sqlite3.DatabaseError as error:
-            raise Failed(
-                f"tracking store {path} cannot be used: {error}",
-                "move it away to start a new one; checkpoints are not touched by this",
-            ) from None
+
+    def begin(self, stage: str, key: str) -> None:
+        """Start a new attempt at a stage: what earlier attempts wrote is kept but no longer read.
+
+        `key` is the hash of what the attempt reads.
+        """
+        statement = "INSERT INTO attempts (time, stage, key) VALUES (?, ?, ?)"
+        self._write(statement, [(time.time(), stage, key)])
 
     def event(self, stage: str, name: str, **details: Any) -> None:
         """Something that happened once, such as a stage's start, with JSON-able details."""
@@ -79,139 +90,142 @@ class Tracking:
         )
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of one step, under dotted names; for other programs also a line of metrics.jsonl
-        beside the store.
-        """
-        self._append(
-            {
-                "time": round(time.time(), 3),
-                "stage": stage,
-                "step": step,
-                **{
-                    name: float(value) if math.isfinite(value) else None
-                    for name, value in values.items()
-                },
-            }
-        )
+        """Numbers of one step, under dotted names; also a line of metrics.jsonl beside the store."""
+        line = {
+            name: float(value) if math.isfinite(value) else None for name, value in values.items()
+        }
+        self._append({"time": round(time.time(), 3), "stage": stage, "step": step, **line})
+        attempt = self._attempt(stage)
         self._write(
-            "INSERT INTO metrics (stage, step, name, value) VALUES (?, ?, ?, ?)",
-            [(stage, step, name, float(value)) for name, value in values.items()],
+            "INSERT INTO metrics (stage, attempt, step, name, value) VALUES (?, ?, ?, ?, ?)",
+            [(stage, attempt, step, name, float(value)) for name, value in values.items()],
         )
 
     def batch(
-        self, stage: str, step: int, cursor: int, pieces: int, digest: str, problem: str
+        self, stage: str, step: int, cursor: int, items: int, digest: str, problem: str
     ) -> None:
-        """What a step was trained on."""
+        """Record what a step was trained on; see `BatchRecord`."""
         self._write(
-            "INSERT INTO batches (stage, step, cursor, pieces, hash, problem) VALUES (?, ?, ?, ?, "
-            "?, ?)",
-            [(stage, step, cursor, pieces, digest, problem)],
+            "INSERT INTO batches (stage, attempt, step, cursor, items, hash, problem) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [(stage, self._attempt(stage), step, cursor, items, digest, problem)],
         )
 
     def batches(self, stage: str, last: int) -> list[BatchRecord]:
-        """The way to step `last` of a stage: one record a step from 1 on, each the last that came
-        before the next's.
+        """Records of steps 1 to `last` as they led to step `last`, oldest first.
 
-        So a step that a kill or a rollback had done again stands there as it counted. Empty if
-        `last` is not there.
+        Where a restart or a rollback repeated a step, the repetition that the next step followed is
+        returned. Empty if `last` was not recorded.
         """
-        rows = self._connection.execute(
-            "SELECT id, step, cursor, pieces, hash, problem FROM batches WHERE stage=? "
-            "AND step<=? ORDER BY step DESC, id DESC",
-            (stage, last),
+        rows = self._rows(
+            "SELECT id, step, cursor, items, hash, problem FROM batches "
+            "WHERE stage=? AND attempt=? AND step<=? ORDER BY step DESC, id DESC",
+            (stage, self._attempt(stage), last),
         )
-        way: list[BatchRecord] = []
+        records: list[BatchRecord] = []
         for record in map(BatchRecord._make, rows):
-            follows = (
-                record.step == way[-1].step - 1 and record.id < way[-1].id
-                if way
-                else record.step == last
-            )
+            if not records:
+                follows = record.step == last
+            else:
+                follows = record.step == records[-1].step - 1 and record.id < records[-1].id
             if follows:
-                way.append(record)
-        return way[::-1]
+                records.append(record)
+        return records[::-1]
 
     def decide(self, stage: str, name: str, value: Any) -> Any:
-        """Record a choice the first time and return the recorded one ever after (for example the
-        thread count).
-        """
-        if (taken := self.decided(stage, name)) is not None:
+        """Record a choice the first time and return the recorded one ever after."""
+        taken = self.decided(stage, name)
+        if taken is not None:
             return taken
         self._write(
-            "INSERT INTO decisions (time, stage, name, value) VALUES (?, ?, ?, ?)",
-            [(time.time(), stage, name, json.dumps(value))],
+            "INSERT INTO decisions (time, stage, attempt, name, value) VALUES (?, ?, ?, ?, ?)",
+            [(time.time(), stage, self._attempt(stage), name, json.dumps(value))],
         )
         return value
 
     def decided(self, stage: str, name: str) -> Any:
-        """The recorded choice, None where none was taken."""
-        row = self._connection.execute(
-            "SELECT value FROM decisions WHERE stage=? AND name=? ORDER BY id LIMIT 1",
-            (stage, name),
-        ).fetchone()
-        return None if row is None else json.loads(row[0])
+        """The recorded choice, or None."""
+        rows = self._rows(
+            "SELECT value FROM decisions WHERE stage=? AND attempt=? AND name=? "
+            "ORDER BY id LIMIT 1",
+            (stage, self._attempt(stage), name),
+        )
+        return json.loads(rows[0][0]) if rows else None
 
     def series(self, stage: str, name: str) -> list[tuple[int, float]]:
-        """(step, value) of one metric in step order, the last writing of each step."""
-        rows = self._connection.execute(
-            "SELECT step, value FROM metrics WHERE id IN "
-            "(SELECT MAX(id) FROM metrics WHERE stage=? AND name=? GROUP BY step) ORDER BY step",
-            (stage, name),
+        """(step, value) of one metric in step order, the last value written for each step."""
+        rows = self._rows(
+            "SELECT step, value FROM metrics WHERE id IN (SELECT MAX(id) FROM metrics "
+            "WHERE stage=? AND attempt=? AND name=? GROUP BY step) ORDER BY step",
+            (stage, self._attempt(stage), name),
         )
-        return [
-            (int(step), float("nan") if value is None else float(value)) for step, value in rows
-        ]
+        return [(int(step), _number(value)) for step, value in rows]
 
     def steps_after(self, last: int) -> Iterator[tuple[int, str, int, dict[str, float]]]:
-        """What was written after metric number `last`, in that order: (number, stage, step, values)
-        of each step.
+        """What was written after metric number `last`, in that order, of all attempts:
+        (number, stage, step, values) of each step.
         """
-        rows = self._connection.execute(
+        rows = self._rows(
             "SELECT id, stage, step, name, value FROM metrics WHERE id>? ORDER BY id", (last,)
         )
         for (stage, step), group in groupby(rows, lambda row: (row[1], row[2])):
             found = list(group)
-            yield (
-                found[-1][0],
-                stage,
-                step,
-                {name: float("nan") if value is None else value for _, _, _, name, value in found},
-            )
+            yield found[-1][0], stage, step, {row[3]: _number(row[4]) for row in found}
 
     def names(self, stage: str) -> list[str]:
         """The metrics that a stage has written."""
-        return [
-            name
-            for (name,) in self._connection.execute(
-                "SELECT DISTINCT name FROM metrics WHERE stage=? ORDER BY name", (stage,)
-            )
-        ]
+        rows = self._rows(
+            "SELECT DISTINCT name FROM metrics WHERE stage=? AND attempt=? ORDER BY name",
+            (stage, self._attempt(stage)),
+        )
+        return [name for (name,) in rows]
 
     def events(self, stage: str | None = None, name: str | None = None) -> list[dict[str, Any]]:
-        """Events in the order in which they happened: {time, stage, name, details}."""
-        rows = self._connection.execute(
-            "SELECT time, stage, name, details FROM events WHERE (? IS NULL OR stage=?) AND (? IS "
-            "NULL OR name=?) "
-            "ORDER BY id",
+        """Events of all attempts in the order in which they happened: {time, stage, name, details}."""
+        rows = self._rows(
+            "SELECT time, stage, name, details FROM events WHERE (? IS NULL OR stage=?) AND "
+            "(? IS NULL OR name=?) ORDER BY id",
             (stage, stage, name, name),
         )
-        return [{"time": t, "stage": s, "name": n, "details": json.loads(d)} for t, s, n, d in rows]
+        return [
+            {"time": when, "stage": where, "name": what, "details": json.loads(details)}
+            for when, where, what, details in rows
+        ]
 
     def close(self) -> None:
         """Close the store; further writes are an error."""
         self._connection.close()
 
+    def _attempt(self, stage: str) -> int:
+        """The number of the latest attempt at a stage, 0 if none was begun."""
+        rows = self._rows("SELECT MAX(id) FROM attempts WHERE stage=?", (stage,))
+        return rows[0][0] or 0
+
+    def _rows(self, statement: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        with self._readable():
+            return self._connection.execute(statement, values).fetchall()
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            raise Failed(
+                f"tracking store {self.path} cannot be used: {error}",
+                "move it away to start a new one; checkpoints are not touched by this",
+            ) from None
+
     def _append(self, line: dict[str, Any]) -> None:
-        """A line of metrics.jsonl; one that a kill or a full disk left unended is ended first."""
+        """Add a line to metrics.jsonl; a line that a kill or a full disk cut off is ended first."""
         if self.path is None:
             return
         path = self.path.with_name(METRICS)
         with disk_errors(path), self._lock, open(path, "ab+") as file:
-            begins = not file.tell()
-            if not begins:
+            ended = not file.tell()
+            if not ended:
                 file.seek(-1, os.SEEK_END)
-                begins = file.read(1) == b"\n"
-            file.write((b"" if begins else b"\n") + json.dumps(line).encode() + b"\n")
+                ended = file.read(1) == b"\n"
+            file.write((b"" if ended else b"\n") + json.dumps(line).encode() + b"\n")
 
     def _write(self, statement: str, rows: list[tuple[Any, ...]]) -> None:
         if self.path is None:
@@ -221,15 +235,23 @@ class Tracking:
                 self._connection.execute("BEGIN")
                 self._connection.executemany(statement, rows)
                 self._connection.execute("COMMIT")
-            except sqlite3.OperationalError as error:
+            except sqlite3.DatabaseError as error:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
-                if "full" in str(error):
-                    raise Failed(
-                        f"no space left on the disk that holds {self.path}",
-                        "free some space and run the same command again",
-                    ) from None
-                raise Failed(
-                    f"tracking store {self.path} cannot be written: {error}",
-                    "see that no other run uses this directory and that it may be written",
-                ) from None
+                raise self._write_error(error) from None
+
+    def _write_error(self, error: sqlite3.DatabaseError) -> Failed:
+        if "full" in str(error):
+            return Failed(
+                f"no space left on the disk that holds {self.path}",
+                "free some space and run the same command again",
+            )
+        return Failed(
+            f"tracking store {self.path} cannot be written: {error}",
+            "check that no other run uses this directory and that it is writable",
+        )
+
+
+def _number(value: float | None) -> float:
+    """SQLite stores NaN as NULL."""
+    return math.nan if value is None else float(value)

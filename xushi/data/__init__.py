@@ -1,7 +1,7 @@
-"""Floor 3: from raw text to batches, with the way back from every token to the byte it came from."""
+"""From raw text to batches, with a record of which bytes every token came from."""
 
 from xushi.data.batches import (
-    Batch,
+    HeldoutText,
     TokenDataset,
     batch_hash,
     heldout_batches,
@@ -20,14 +20,22 @@ from xushi.data.corpus import (
 )
 from xushi.data.documents import Document, find_documents, make_document, read_documents
 from xushi.data.packing import Span, byte_span
+from xushi.data.shared import (
+    corpus_key,
+    obtain_corpus,
+    obtain_tokenizer,
+    obtain_tokens,
+    tokenizer_key,
+    tokens_key,
+)
 from xushi.data.tokens import TokenManifest, load_manifest, tokenize_corpus
 
 __all__ = [
-    "Batch",
     "CorpusSummary",
     "DataConfig",
     "Document",
     "ExtraSource",
+    "HeldoutText",
     "SourceConfig",
     "SourceSummary",
     "Span",
@@ -36,6 +44,7 @@ __all__ = [
     "batch_hash",
     "build_corpus",
     "byte_span",
+    "corpus_key",
     "find_documents",
     "heldout_batches",
     "heldout_bytes",
@@ -43,8 +52,13 @@ __all__ = [
     "load_manifest",
     "load_summary",
     "make_document",
+    "obtain_corpus",
+    "obtain_tokenizer",
+    "obtain_tokens",
     "read_documents",
     "row_hashes",
     "tokenize_corpus",
+    "tokenizer_key",
+    "tokens_key",
     "training_texts",
 ]

@@ -1,15 +1,17 @@
-"""Floor 3: tasks whose answers can be verified, told and answered as text."""
+"""Tasks whose answers can be verified, told and answered as text."""
 
-from xushi.envs.digit_sum import DigitSum, DigitSumConfig, transcript_text
-from xushi.envs.environment import SPLITS, Environment, Score, Step, Task
+from xushi.envs.digit_sum import DigitSum, DigitSumConfig
+from xushi.envs.environment import SPLITS, Card, Environment, Score, Task
+from xushi.envs.registry import ENVIRONMENTS, environment_class
 
 __all__ = [
+    "ENVIRONMENTS",
     "SPLITS",
+    "Card",
     "DigitSum",
     "DigitSumConfig",
     "Environment",
     "Score",
-    "Step",
     "Task",
-    "transcript_text",
+    "environment_class",
 ]

@@ -1,19 +1,26 @@
-"""The digit sum modulo 10: a question that one token answers and that only step by step is easy.
+"""The digit sum modulo 10: the answer is one token, and it is easy only step by step.
 
-`83514927` -> 9. Worked: the running sum modulo 10 after each digit, 8 1 6 7 1 0 2 9, written
-without separators. A model that answers at once must add all digits in one forward pass; one that
-writes the running sums adds two.
+`83514927` -> 9. Worked out, it is the running sum modulo 10 after each digit, 8 1 6 7 1 0 2 9,
+written without separators. A model that answers at once must add all digits in one forward pass. A
+model that writes the running sums adds two digits at a time.
 """
 
 from collections.abc import Sequence
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from xushi.base.config import StrictConfig
-from xushi.base.errors import BadInput
-from xushi.base.messages import Message
+from xushi.base.messages import Message, ToolCall
 from xushi.base.seeds import derive
-from xushi.envs.environment import Environment, Score, Step, Task, check_split, split_of
+from xushi.envs.environment import (
+    Card,
+    Environment,
+    Score,
+    Task,
+    check_split,
+    split_of,
+    thinks,
+)
 
 _DIGITS = "0123456789"
 
@@ -21,32 +28,28 @@ _DIGITS = "0123456789"
 class DigitSumConfig(StrictConfig):
     """Lengths are drawn evenly from `min_digits` to `max_digits`, both included."""
 
-    min_digits: int = 8
-    max_digits: int = 8
+    # One digit gives ten instances, which do not fill three splits.
+    min_digits: int = Field(8, ge=2, le=1000)
+    max_digits: int = Field(8, ge=2, le=1000)
 
     @model_validator(mode="after")
     def _consistent(self) -> "DigitSumConfig":
-        # One digit makes ten instances, which do not fill three splits.
-        if self.min_digits < 2:
-            raise ValueError(f"min_digits={self.min_digits} must be at least 2")
         if self.max_digits < self.min_digits:
             raise ValueError(f"max_digits={self.max_digits} is below min_digits={self.min_digits}")
         return self
 
 
 class DigitSum(Environment):
-    """One turn: the prompt is the bare digit string, the answer's content is one digit.
+    """One turn: the prompt is the bare digit string, and the content of the answer is one digit.
 
-    Only the final content counts, and exactly: one ASCII digit and nothing else, no space and no
-    line end, since whatever a verifier forgives is sooner or later what a policy writes. A thought
-    without content is no answer.
+    Only the content counts, and it must be exactly one ASCII digit, without a space or a line end:
+    whatever a verifier forgives, a policy learns to write. Reasoning without content is no answer.
     """
 
     name = "digit_sum"
     version = 1
-
-    def __init__(self, config: DigitSumConfig | None = None) -> None:
-        self.config = config or DigitSumConfig()
+    Config = DigitSumConfig
+    config: DigitSumConfig
 
     def task(self, split: str, index: int) -> Task:
         """Draw until the instance belongs to the split; about 10 draws for validation and test."""
@@ -66,23 +69,21 @@ class DigitSum(Environment):
             {"digits": len(prompt)},
         )
 
-    def reset(self, task: Task) -> str:
-        """The prompt."""
-        return task.prompt
-
-    def step(self, task: Task, action: str) -> Step:
-        """One answer ends the episode."""
-        return Step("", True)
+    def reply(self, task: Task, transcript: Sequence[Message]) -> Message | None:
+        """The digits first; one answer ends the episode."""
+        return None if transcript else Message("user", task.prompt)
 
     def score(self, task: Task, transcript: Sequence[Message]) -> Score:
-        """Right if the record is [user: prompt, assistant: answer] and the answer's content is the
-        digit.
+        """Right if the transcript is [user: prompt, assistant: answer] and the content of the
+        answer is the digit.
         """
         if [message.role for message in transcript] != ["user", "assistant"]:
             return Score("error", "the transcript is not one question and one answer")
         question, answer = transcript
-        if question.content != task.prompt or question.reasoning is not None:
+        if question != Message("user", task.prompt):
             return Score("error", "the transcript asks another question")
+        if answer.tool_calls:
+            return Score("wrong", "the answer calls a tool")
         if not answer.content:
             return Score("wrong", "no answer")
         if len(answer.content) != 1 or answer.content not in _DIGITS:
@@ -92,11 +93,11 @@ class DigitSum(Environment):
         return Score("right", "the sum")
 
     def solve(self, task: Task) -> Sequence[Message]:
-        """Worked out."""
+        """The running sums as reasoning, then the digit."""
         return _episode(task, task.answer, running_sums(task.prompt))
 
     def exploits(self, task: Task) -> list[Sequence[Message]]:
-        """Answers that hold the digit without giving it, records that are not an episode, and the
+        """Answers that contain the digit but are not it, transcripts that are not an episode, and
         empty ones.
         """
         answer, sums = task.answer, running_sums(task.prompt)
@@ -122,6 +123,8 @@ class DigitSum(Environment):
             [],
             [question],
             [Message("assistant", answer)],
+            [question, Message("assistant", answer, tool_calls=(ToolCall("sum", "{}"),))],
+            [Message("user", task.prompt, sums), Message("assistant", answer)],
             [question, Message("user", answer)],
             [question, Message("system", answer)],
             [question, Message("assistant", other), Message("assistant", answer)],
@@ -132,27 +135,53 @@ class DigitSum(Environment):
         ]
 
     def demonstration(self, split: str, index: int, thinking_share: float) -> Sequence[Message]:
-        """The running sums and the answer with probability `thinking_share`, else the bare answer."""
-        if not 0.0 <= thinking_share <= 1.0:
-            raise BadInput(
-                f"thinking_share={thinking_share} is not a share", "give a number from 0 to 1"
-            )
+        """The running sums and the answer with probability `thinking_share`, else the answer
+        alone.
+        """
+        worked = thinks(self.name, self.version, split, index, thinking_share)
         task = self.task(split, index)
-        thinks = (
-            derive(0, self.name, self.version, "demonstration", split, index)
-            < thinking_share * 2.0**64
+        return self.solve(task) if worked else _episode(task, task.answer)
+
+    def text(self, transcript: Sequence[Message]) -> str:
+        """One line: "83514927:81671029=9", or "83514927=9" without reasoning.
+
+        The digits stand next to one another as in the conversation. A tokenizer that reads single
+        digits keeps each of them a token, beside the two signs and the line end.
+        """
+        question, answer = transcript
+        worked = "" if answer.reasoning is None else f":{answer.reasoning}"
+        return f"{question.content}{worked}={answer.content}\n"
+
+    def longest_transcript(self) -> Sequence[Message]:
+        """A worked answer to a number of the greatest length."""
+        digits = "9" * self.config.max_digits
+        sums = running_sums(digits)
+        return [Message("user", digits), Message("assistant", sums[-1], sums)]
+
+    def card(self) -> Card:
+        """What people are told of a model that was trained on this."""
+        least = self.config.min_digits
+        most = self.config.max_digits
+        lengths = f"{most}" if least == most else f"{least} to {most}"
+        return Card(
+            title="digit sum modulo 10",
+            can=f"It gives the digit sum of a number of {lengths} digits, modulo 10, and shows "
+            "its working.",
+            cannot="It knows nothing else: anything but a number gets a meaningless answer.",
+            example=self.task("test", 0).prompt,
+            tasks=f"numbers of {lengths} digits",
         )
-        return self.solve(task) if thinks else _episode(task, task.answer)
 
     def _draw(self, split: str, index: int, attempt: int) -> str:
-        # Hashes and not a generator: their stream can never change with a library's version.
+        # Hashes and no generator: no version of a library can change what they give.
         def number(place: str | int) -> int:
             return derive(0, self.name, self.version, split, index, attempt, place)
 
         length = self.config.min_digits + number("length") % (
             self.config.max_digits - self.config.min_digits + 1
         )
-        # Nine digits of each hash: of 2**64 values, 10**9 classes are even to ten places.
+        # Nine digits from each hash: 2**64 is so large that all 10**9 residues are equally likely
+        # to ten decimal places.
         return "".join(f"{number(place) % 10**9:09}" for place in range(0, length, 9))[:length]
 
 
@@ -163,18 +192,6 @@ def running_sums(digits: str) -> str:
         total = (total + int(digit)) % 10
         sums.append(_DIGITS[total])
     return "".join(sums)
-
-
-def transcript_text(messages: Sequence[Message]) -> str:
-    """An episode as one line of pretraining text: "83514927:81671029=9", or "83514927=9" without
-    the sums.
-
-    The digits stand next to one another as in the conversation, and a tokenizer with single-digit
-    numbers keeps each a token of its own beside the two signs and the line end.
-    """
-    question, answer = messages
-    worked = "" if answer.reasoning is None else f":{answer.reasoning}"
-    return f"{question.content}{worked}={answer.content}\n"
 
 
 def _episode(task: Task, content: str, reasoning: str | None = None) -> Sequence[Message]:

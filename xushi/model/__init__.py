@@ -13,6 +13,7 @@ from xushi.model.presets import PRESETS, preset
 from xushi.model.published import from_published, read_config, to_published
 
 if TYPE_CHECKING:
+    from xushi.model.batch import Batch
     from xushi.model.cache import FlatTokens, LatentCache
     from xushi.model.deepseek import Decoded, Deepseek, Hidden, Logits
     from xushi.model.objective import LossCounts, LossParts, next_token_loss, pretraining_loss
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "Batch",
     "Decoded",
     "Deepseek",
     "FlatTokens",
@@ -41,6 +43,7 @@ __all__ = [
 ]
 
 _PLACES = {
+    "Batch": "batch",
     "FlatTokens": "cache",
     "LatentCache": "cache",
     "Decoded": "deepseek",

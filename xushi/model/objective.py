@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xushi.base.errors import BadInput
+from xushi.model.batch import Batch
 from xushi.model.deepseek import Deepseek, Hidden
 from xushi.ops import RouterChoice, cross_entropy
 
@@ -45,9 +46,9 @@ class LossCounts:
     fed: Tensor
 
     @classmethod
-    def of(cls, batch: dict[str, Tensor], depths: int) -> "LossCounts":
+    def of(cls, batch: Batch, depths: int) -> "LossCounts":
         """Of one batch, for a model with so many MTP depths: [1 + depths] each."""
-        segments, mask = batch["segments"], batch["loss_mask"]
+        segments, mask = batch.segments, batch.loss_mask
         targets = [
             mask.sum(),
             *(_mtp_targets(mask, segments, depth).sum() for depth in range(1, depths + 1)),
@@ -162,7 +163,7 @@ class _Routed:
 
 
 def _mtp_losses(
-    model: Deepseek, trunk: Hidden, batch: dict[str, Tensor], counts: LossCounts
+    model: Deepseek, trunk: Hidden, batch: Batch, counts: LossCounts
 ) -> tuple[list[Tensor], dict[str, _Routed], list[tuple[Tensor, Tensor, Tensor]]]:
     """Each depth's mean loss, the routing of its layer and its indexer's divergence.
 
@@ -170,7 +171,7 @@ def _mtp_losses(
     both read from `targets`; places whose i+d+1 leaves the segment, or is not trained on, have no
     loss.
     """
-    targets, segments, carried = batch["targets"], batch["segments"], trunk.carried
+    targets, segments, carried = batch.targets, batch.segments, trunk.carried
     losses: list[Tensor] = []
     routing: dict[str, _Routed] = {}
     divergences: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -180,7 +181,7 @@ def _mtp_losses(
         )
         predicted = model.block(layer.predict, carried, embedded, trunk.sequences)
         carried = predicted.carried
-        valid = _mtp_targets(batch["loss_mask"], segments, depth)
+        valid = _mtp_targets(batch.loss_mask, segments, depth)
         losses.append(
             next_token_loss(
                 model,
@@ -200,7 +201,7 @@ def _mtp_losses(
 
 def pretraining_loss(
     model: Deepseek,
-    batch: dict[str, Tensor],
+    batch: Batch,
     *,
     mtp_weight: float,
     balance_weight: float,
@@ -223,9 +224,9 @@ def pretraining_loss(
     counts = counts or LossCounts.of(batch, model.config.num_nextn_predict_layers)
     index_loss = model.config.has_indexer and indexer_weight > 0
     trunk = model.hidden(
-        batch["tokens"],
-        batch["positions"],
-        batch["segments"],
+        batch.tokens,
+        batch.positions,
+        batch.segments,
         dense=indexer_warmup,
         index_loss=index_loss,
         residual=residual,
@@ -234,20 +235,19 @@ def pretraining_loss(
         next_token_loss(
             model,
             trunk.hidden_BTD,
-            batch["targets"],
-            _mean_over(batch["loss_mask"], counts.targets[0]),
+            batch.targets,
+            _mean_over(batch.loss_mask, counts.targets[0]),
         )
         if model.ends
         else trunk.hidden_BTD.new_zeros(())
     )
     names = [name for name in model.routers() if int(name) < model.config.num_hidden_layers]
     routing = {
-        name: _Routed(choice, batch["segments"], counts.fed[0])
+        name: _Routed(choice, batch.segments, counts.fed[0])
         for name, choice in zip(names, trunk.routing, strict=True)
     }
     divergences = [
-        (divergence_BT, batch["segments"], counts.fed[0])
-        for divergence_BT in trunk.index_divergence
+        (divergence_BT, batch.segments, counts.fed[0]) for divergence_BT in trunk.index_divergence
     ]
     mtp = balance = indexer = next_token.new_zeros(())
     if model.mtp_layers and mtp_weight:

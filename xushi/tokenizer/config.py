@@ -2,7 +2,7 @@
 in every run.
 """
 
-from pydantic import model_validator
+from pydantic import Field
 
 from xushi.base.config import StrictConfig
 
@@ -40,13 +40,4 @@ def smallest_vocabulary(tools: bool) -> int:
 class TokenizerConfig(StrictConfig):
     """`vocab_size` counts special tokens, the 256 bytes and merges."""
 
-    vocab_size: int
-
-    @model_validator(mode="after")
-    def _large_enough(self) -> "TokenizerConfig":
-        if self.vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(
-                f"vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and "
-                f"{len(SPECIAL_TOKENS)} special tokens)"
-            )
-        return self
+    vocab_size: int = Field(ge=SMALLEST_VOCABULARY, le=10_000_000)

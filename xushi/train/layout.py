@@ -12,7 +12,7 @@ experts are sharded over the replicas, all others over all of data.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from xushi.base.errors import BadInput
-from xushi.model import Deepseek, ModelConfig
+from xushi.model import Batch, Deepseek, ModelConfig
 from xushi.model.moe import Experts, MixtureOfExperts
 from xushi.train.config import LayoutConfig
 from xushi.train.expert_parallel import ExpertDispatch
@@ -181,21 +181,11 @@ class Layout:
             if not both[-1]:
                 self.shared.grad = None
 
-    def rows(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def rows(self, batch: Batch) -> Batch:
         """This process's rows of a whole batch; rows of padding are put below where they do not
         divide.
         """
-        if self.data == 1:
-            return dict(batch)
-        missing = -len(batch["tokens"]) % self.data
-        fill = {"segments": -1}
-        whole = {
-            name: torch.cat([t, t.new_full((missing, *t.shape[1:]), fill.get(name, 0))])
-            if missing
-            else t
-            for name, t in batch.items()
-        }
-        return {name: tensor.chunk(self.data)[self.rank] for name, tensor in whole.items()}
+        return batch.shard(self.rank, self.data)
 
     def box(self, name: str, rank: int | None = None) -> Box:
         """The part of a parameter that this process (or another) holds."""

@@ -16,24 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xushi.model import Deepseek, Hidden, LossParts
+from xushi.model import Batch, Deepseek, Hidden, LossParts
 from xushi.train.layout import Layout
 
 PIECES_PER_STAGE = 4  # with 4 of them a stage waits at most a fifth of the time
 
-Loss = Callable[[dict[str, Tensor], Tensor | None], LossParts]
+Loss = Callable[[Batch, Tensor | None], LossParts]
 
 
-def cut(batch: dict[str, Tensor], layout: Layout) -> list[dict[str, Tensor]]:
+def cut(batch: Batch, layout: Layout) -> list[Batch]:
     """The batch in pieces of whole rows, nearly equal."""
-    pieces = min(len(batch["tokens"]), PIECES_PER_STAGE * layout.pipeline)
-    parts = {name: tensor.tensor_split(pieces) for name, tensor in batch.items()}
-    return [{name: part[i] for name, part in parts.items()} for i in range(pieces)]
+    return batch.split(min(batch.rows, PIECES_PER_STAGE * layout.pipeline))
 
 
 def run_pipeline(
     model: Deepseek,
-    batch: dict[str, Tensor],
+    batch: Batch,
     layout: Layout,
     loss: Loss,
     gradients_travel: bool = True,
@@ -51,7 +49,7 @@ def run_pipeline(
     done: list[LossParts] = []
     for i in range(len(pieces) + ahead):
         if i < len(pieces):
-            residual = _incoming(model, pieces[i], layout)
+            residual = _incoming(model, pieces[i].tokens, layout)
             if residual is not None and gradients_travel:
                 residual.requires_grad_()
             parts = loss(pieces[i], residual)
@@ -74,18 +72,18 @@ def run_stage(
     model: Deepseek, layout: Layout, tokens_BT: Tensor, positions_BT: Tensor, segments_BT: Tensor
 ) -> Hidden:
     """The trunk's forward through all stages, without gradients: what this stage gives."""
-    residual = _incoming(model, {"tokens": tokens_BT}, layout)
+    residual = _incoming(model, tokens_BT, layout)
     hidden = model.hidden(tokens_BT, positions_BT, segments_BT, residual=residual)
     if not model.ends:
         dist.send(hidden.hidden_BTD.contiguous(), layout.neighbour(1), group=layout.ways[1])
     return hidden
 
 
-def _incoming(model: Deepseek, piece: dict[str, Tensor], layout: Layout) -> Tensor | None:
+def _incoming(model: Deepseek, tokens_BT: Tensor, layout: Layout) -> Tensor | None:
     """What the stage before gives for a piece; None for the first."""
     if model.begins:
         return None
-    config, tokens_BT = model.config, piece["tokens"]
+    config = model.config
     streams = (config.hc_mult,) if config.is_v4 else ()
     return _receive(
         tokens_BT.new_empty(
