@@ -4,6 +4,7 @@ every edge case. What a full run shows is tested on a real one (`test_real_run.p
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 
 from xushi.base.errors import XushiError
+from xushi.base.messages import Message, ToolCall
 from xushi.base.tracking import Tracking
 from xushi.report import write_report
 
 from .conftest import RESULTS, pretraining, write_run
 from .page_tree import Node, parse, section_ids
-from .recorded import plain
+from .recorded import plain, sample
 
 Build = Callable[[Path], Path]
 
@@ -74,7 +76,7 @@ def test_a_run_without_reinforcement_learning_does_not_speak_of_before_and_after
         for key, value in RESULTS.items()
         if (key not in gone and not key.startswith("rl.")) or "_before" in key or "tasks" in key
     }
-    entry = {"prompt": "p", "reasoning": "", "content": "1", "right": True, "answer": "1"}
+    entry = sample("p", "1", True, "1")
     page = _page(write_run(tmp_path, results, {}, {"before": [entry, entry]}))
     section = page.one("section", id="rl")
     assert "has no reinforcement learning" in section.text
@@ -134,6 +136,35 @@ def test_a_model_without_mtp_has_no_word_of_it(tmp_path: Path) -> None:
     assert "(MTP)" not in page.text and "multi-token" not in page.text
 
 
+@pytest.mark.parametrize(("model", "place"), [(1.9, 1), (1.5, 3), (1.55, 3), (1.2, 4), (2.0, 0)])
+def test_the_bars_of_bits_per_byte_go_from_most_to_fewest(
+    tmp_path: Path, model: float, place: int
+) -> None:
+    page = _page(write_run(tmp_path, RESULTS | {"evaluate.bits_per_byte": model}))
+    bars = page.one(id="bits").one("svg", "bars")
+    others = ["gzip -9", "zstd -19", "xz -9", "xz -9 after the training text"]
+    labels = [node.text for node in bars.all("text", "label")]
+    assert labels == [*others[:place], "this model", *others[place:]]
+
+
+@pytest.mark.parametrize(
+    ("first", "early", "last", "above"),
+    # In the third case the axis is cut off, and rounding takes it above the first values again.
+    [(9.0, 2.0, 2.0, True), (2.5, 2.0, 2.0, False), (2.8, 2.2, 0.0, False), (2.0, 2.0, 2.0, False)],
+)
+def test_what_lies_above_the_frame_is_said(
+    tmp_path: Path, first: float, early: float, last: float, above: bool
+) -> None:
+    fall = (early - last) / 100
+    loss = [(step, first if step < 3 else early - fall * step) for step in range(1, 101)]
+    page = _page(write_run(tmp_path, {}, {"pretrain": {"loss": loss}, "sft": {"loss": loss}}))
+    for name in ("pretrain", "sft"):
+        section = page.one("section", id=name)
+        top = float(section.all("svg", "plot")[0].attributes["data-y"].split()[1])
+        assert (first > top) == above
+        assert ("The first values, up to 9.00, lie above the frame." in section.text) == above
+
+
 def test_every_number_of_samples_has_its_rates(tmp_path: Path) -> None:
     results = {
         "rl.steps": 5,
@@ -154,17 +185,17 @@ def test_every_number_of_samples_has_its_rates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "label", "last"),
+    ("targets", "label", "places"),
     [
-        ([(1, 100.0), (2, 200.0), (3, 400.0)], "target tokens", 700.0),
-        ([(1, 100.0), (3, 400.0)], "step", 3.0),
-        ([(1, 100.0), (2, math.nan), (3, 400.0)], "step", 3.0),
-        ([(1, 100.0), (2, 200.0)], "step", 3.0),
-        ([], "step", 3.0),
+        ([(1, 100.0), (2, 200.0), (3, 400.0)], "target tokens", [100, 300, 700]),
+        ([(1, 100.0), (3, 400.0)], "step", [1, 2, 3]),
+        ([(1, 100.0), (2, math.nan), (3, 400.0)], "step", [1, 2, 3]),
+        ([(1, 100.0), (2, 200.0)], "step", [1, 2, 3]),
+        ([], "step", [1, 2, 3]),
     ],
 )
 def test_curves_run_over_the_tokens_that_each_step_recorded_else_over_steps(
-    tmp_path: Path, targets: list[tuple[int, float]], label: str, last: float
+    tmp_path: Path, targets: list[tuple[int, float]], label: str, places: list[float]
 ) -> None:
     series = {"loss": [(1, 3.0), (2, 2.0), (3, 1.0)]}
     if targets:
@@ -177,7 +208,9 @@ def test_curves_run_over_the_tokens_that_each_step_recorded_else_over_steps(
     tracking.close()
     plot = _page(directory).one("svg", "plot")
     assert plot.attributes["data-name"] == label
-    assert float(plot.attributes["data-x"].split()[1]) == last
+    low, high = (float(end) for end in plot.attributes["data-x"].split())
+    drawn = re.findall(r"(-?[\d.]+),", plot.all("path", "line")[0].attributes["d"])
+    assert [low + float(x) / 1000 * (high - low) for x in drawn] == pytest.approx(places, abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -223,15 +256,24 @@ def test_hostile_text_stays_text(full_run: Build, tmp_path: Path) -> None:
     results |= dict.fromkeys(texts, evil)
     (directory / "results.json").write_text(json.dumps(results))
     (directory / "recipe.toml").write_bytes(b"\xff\xfe" + evil.replace("\ud800", "").encode())
-    names = ("prompt", "reasoning", "content", "right", "answer", "completion")
-    entry = dict.fromkeys(names, evil)
+    names = ("prompt", "right", "answer", "completion")
+    call = {"function": {"name": evil, "arguments": evil}}
+    answer = {"role": "assistant", "content": evil, "reasoning_content": evil, "tool_calls": [call]}
+    entry: dict[str, Any] = dict.fromkeys(names, evil)
+    entry["transcript"] = [
+        {},
+        answer,
+        {"role": evil, "content": evil},
+        evil,
+        {"tool_calls": [evil]},
+    ]
     (directory / "samples.json").write_text(
         json.dumps({"before": [entry], "after": [entry, entry], "base": [entry]})
     )
     page = _page(directory)
     assert len(page.all("script")) == 1 and not page.all("img")
     shown = evil.replace("\x00", "\ufffd").replace("\x1b", "\ufffd").replace("\ud800", "\ufffd")
-    assert page.text.count(shown) >= 25
+    assert page.text.count(shown) >= 40
 
 
 def test_values_that_are_not_finite_are_named_and_not_drawn(
@@ -281,12 +323,8 @@ def test_many_layers_and_a_single_step(tmp_path: Path) -> None:
 
 
 def test_samples_pair_by_prompt_and_repeated_prompts_by_their_turn(tmp_path: Path) -> None:
-    def entry(prompt: str, content: str, right: bool) -> dict[str, Any]:
-        fields = {"prompt": prompt, "content": content, "right": right, "answer": "2"}
-        return fields | {"reasoning": None}
-
-    before = [entry(prompt, f"{prompt}{i}", False) for i, prompt in enumerate("abab")]
-    after = [entry(prompt, f"{prompt}{i}", True) for i, prompt in enumerate("bbc")]
+    before = [sample(prompt, f"{prompt}{i}", False, "2") for i, prompt in enumerate("abab")]
+    after = [sample(prompt, f"{prompt}{i}", True, "2") for i, prompt in enumerate("bbc")]
     page = _page(write_run(tmp_path, {}, {}, {"before": before, "after": after}))
     shown = page.one(id="samples")
     rows = [
@@ -295,6 +333,27 @@ def test_samples_pair_by_prompt_and_repeated_prompts_by_their_turn(tmp_path: Pat
     assert rows == [["a", "a0"], ["b", "b1", "b0"], ["a", "a2"], ["b", "b3", "b1"], ["c", "c2"]]
     assert "0 of 4 right before, 3 of 3 right after" in shown.text
     assert shown.text.count("does not think") == 7
+
+
+def test_an_episode_of_several_turns_is_shown_in_order(tmp_path: Path) -> None:
+    messages = [
+        Message("user", "How many?"),
+        Message("assistant", "", "I count.", (ToolCall("count", '{"from": 1}'),)),
+        Message("tool", "1 2 3"),
+        Message("assistant", "Three."),
+    ]
+    entry = sample("How many?", "Three.", True, "3")
+    entry["transcript"] = [message.to_dict() for message in messages]
+    silent = sample("How many?", "", False, "3")
+    page = _page(write_run(tmp_path, {}, {}, {"before": [silent], "after": [entry]}))
+    before, after = page.one(id="samples").all("div", "answer")
+    assert [node.text for node in before.all("p")] == ["does not think", "gives no answer"]
+    assert [(node.classes[-1], node.text) for node in after.all("p")] == [
+        ("thought", "I count."),
+        ("call", 'count {"from": 1}'),
+        ("observed", "tool: 1 2 3"),
+        ("written", "Three."),
+    ]
 
 
 def test_what_is_no_run_or_damaged_is_an_error_of_two_lines(tmp_path: Path) -> None:

@@ -106,8 +106,7 @@ class _Name:
 
 def line_chart(series: Sequence[Series], axes: Axes, references: Sequence[Reference] = ()) -> str:
     """Lines over a shared x axis, with their names beside them."""
-    thinned = [replace(one, points=thin(one.points)) for one in series]
-    drawn = [one for one in thinned if runs(one.points)]
+    drawn = [replace(one, points=thin(one.points)) for one in series if runs(one.points)]
     levels = [one for one in references if math.isfinite(one.value)]
     plane = _plane(drawn, levels, axes)
     if plane is None:
@@ -129,6 +128,12 @@ def line_chart(series: Sequence[Series], axes: Axes, references: Sequence[Refere
         + f'<text class="tick" text-anchor="end" x="100%" y="{axes.height + 36}">'
         f"{escape(axes.x_label)}</text></svg></div>"
     )
+
+
+def frame_top(series: Sequence[Series], axes: Axes, references: Sequence[Reference] = ()) -> float:
+    """Where the vertical axis of that chart ends; what is higher lies above the frame."""
+    plane = _plane(series, [one for one in references if math.isfinite(one.value)], axes)
+    return math.inf if plane is None else plane.y_scale.high
 
 
 def bar_chart(

@@ -4,8 +4,9 @@
 
 from collections.abc import Sequence
 
-from xushi.report.numbers import duration, escape
+from xushi.report.numbers import digits, duration, escape
 from xushi.report.read import Run
+from xushi.report.scales import Point, runs
 
 
 def section(name: str, title: str, body: str, aside: str = "") -> str:
@@ -35,6 +36,14 @@ def small_figures(figures: Sequence[str]) -> str:
     """Figures side by side where the page is wide enough, or "" if all are empty."""
     body = "".join(figures)
     return f'<div class="small">{body}</div>' if body else ""
+
+
+def above_frame(points: Sequence[Point], top: float) -> str:
+    """A sentence for the caption if the curve begins above its frame, which ends at `top`."""
+    highest = max(y for stretch in runs(points) for _, y in stretch)
+    if highest <= top:
+        return ""
+    return f" The first values, up to {digits(highest)}, lie above the frame."
 
 
 def fact_grid(pairs: Sequence[tuple[str, str]]) -> str:

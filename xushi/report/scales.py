@@ -97,6 +97,16 @@ def smooth(points: Sequence[Point], share: float = 0.02) -> list[Point]:
     return result[:-1]
 
 
+def early_limit(points: Sequence[Point], means: Sequence[Point]) -> float:
+    """Where to cut an axis off so that the fall of the first steps does not press the rest of the
+    curve flat; infinity if nothing lies far above. `means` is the running mean of `points`.
+    """
+    ys = [y for stretch in runs(means) for _, y in stretch]
+    early = ys[len(ys) // 25]
+    highest = max(y for stretch in runs(points) for _, y in stretch)
+    return early * 1.05 if highest > 1.3 * early else math.inf
+
+
 def tick_text(value: float, step: float) -> str:
     """A tick's label, such as 0.25, 1.5, 20 k or 3 M. `step`, the distance between ticks, decides
     how many decimals it has.

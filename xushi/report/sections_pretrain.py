@@ -8,8 +8,18 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from xushi.report import words
-from xushi.report.charts import Axes, Bar, Reference, Series, bar_chart, heat_map, line_chart
+from xushi.report.charts import (
+    Axes,
+    Bar,
+    Reference,
+    Series,
+    bar_chart,
+    frame_top,
+    heat_map,
+    line_chart,
+)
 from xushi.report.elements import (
+    above_frame,
     fact_grid,
     figure,
     paragraph,
@@ -19,7 +29,7 @@ from xushi.report.elements import (
 )
 from xushi.report.numbers import count, digits, memory, size
 from xushi.report.read import Run
-from xushi.report.scales import Point, runs, smooth
+from xushi.report.scales import Point, early_limit, runs, smooth
 
 COMPRESSORS = (
     ("gzip -9", "evaluate.bits_per_byte_gzip"),
@@ -73,21 +83,17 @@ def loss_figure(run: Run) -> str:
     """Training loss (steps faint, running mean strong) and the loss of multi-token prediction."""
     points, x_label = _against_tokens(run, run.series("pretrain", "loss"))
     mtp, _ = _against_tokens(run, run.series("pretrain", "mtp_loss"))
-    means = [y for stretch in runs(smooth(points)) for _, y in stretch]
-    if not means:
+    means = smooth(points)
+    if not runs(means):
         return ""
-    # The fall of the first steps would press the rest of the curve flat against the axis.
-    early = means[min(len(means) - 1, len(means) // 25)]
-    highest = max(y for stretch in runs(points) for _, y in stretch)
-    limit = early * 1.05 if highest > 1.3 * early else math.inf
-    lines = [Series("", points, 0, faint=True), Series("next token", smooth(points), 0)]
+    limit = early_limit(points, means)
+    lines = [Series("", points, 0, faint=True), Series("next token", means, 0)]
     if any(y for _, y in mtp):  # all zero without MTP layers
         lines.append(Series("one further (MTP)", smooth(mtp), 2))
     axes = Axes("Training loss", x_label, "nats per token", height=260, y_limit=limit)
     caption = "Pale: each step. Strong: the mean over 2\u202f% of the steps around it."
-    if limit < math.inf:
-        caption += f" The first steps start at {digits(highest)}, above the frame."
-    return figure(line_chart(lines, axes), caption + _broken(points), "Training loss")
+    caption += above_frame(points, frame_top(lines, axes)) + _broken(points)
+    return figure(line_chart(lines, axes), caption, "Training loss")
 
 
 def heldout_figure(run: Run) -> str:
@@ -104,17 +110,13 @@ def heldout_figure(run: Run) -> str:
     top = max([level.value for level in levels], default=math.inf) * 1.5
     limit = max(top, min(finite) * 1.2)
     label = "bits per byte of held-out text"
-    chart = line_chart(
-        [Series("the model", points, 0, dots=len(points) <= 80)],
-        Axes("Held-out bits per byte", x_label, label, height=260, y_limit=limit),
-        levels,
-    )
+    lines = [Series("the model", points, 0, dots=len(points) <= 80)]
+    axes = Axes("Held-out bits per byte", x_label, label, height=260, y_limit=limit)
     caption = "Measured on a sample of the held-out text."
     if levels:
         caption += " Dashed: what compressors need for all of it."
-    if max(finite) > limit:
-        caption += f" The first measurement, {digits(max(finite))}, lies above the frame."
-    return figure(chart, caption + _broken(points), "Text it never saw")
+    caption += above_frame(points, frame_top(lines, axes, levels)) + _broken(points)
+    return figure(line_chart(lines, axes, levels), caption, "Text it never saw")
 
 
 def compression_section(run: Run) -> str:
@@ -148,7 +150,7 @@ def _compression_caption(run: Run) -> str:
         + (f"{heldout} of held-out text" if heldout else "held-out text")
         + "; fewer is better. Compressed sizes are whole files with their headers. The compressors "
         "carry no trained weights and start from nothing"
-        + (f", but for the last: it was given {primed} of training text first." if primed else ".")
+        + (f", but one was given {primed} of the training text first." if primed else ".")
     )
 
 

@@ -94,6 +94,7 @@ def machine_section(run: Run) -> str:
             ("op forms", run.text("machine.op_forms")),
             ("system", run.text("machine.system")),
             ("PyTorch", run.text("machine.torch")),
+            ("Python", run.text("machine.python")),
             ("xushi", run.text("run.version")),
             ("seed", run.text("run.seed")),
         ]
