@@ -292,6 +292,8 @@ def _answer(title: str, entry: dict[str, Any]) -> str:
 def _transcript(entry: dict[str, Any]) -> str:
     """What followed the question: thoughts, answers, tool calls and what came back."""
     messages = _dicts(entry.get("transcript"))[1:]
+    if not messages:
+        return ""
     own = [message for message in messages if message.get("role") == "assistant"]
     parts = [_message(message) for message in messages]
     if not any(_string(message, "reasoning_content").strip() for message in own):
