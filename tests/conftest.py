@@ -1,5 +1,5 @@
-"""What every test shares: no network, few threads, an empty cache for the session, property tests that
-draw the same examples each time, and one run of the miniature recipe.
+"""What every test shares: no network, few threads, an empty cache for the session, property tests
+that draw the same examples each time, and one run of the miniature recipe.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 def pytest_configure(config: pytest.Config) -> None:
     """Give the session an empty cache; workers of pytest-xdist share their controller's.
 
-    Compiled kernels are taken from, and kept in, the user's own cache: to compile them takes as long
-    as many tests.
+    Compiled kernels are taken from, and kept in, the user's own cache: to compile them takes as
+    long as many tests.
     """
     if hasattr(config, "workerinput"):
         return
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With two processes, tests of a file run in one, and so do all that look at the miniature run."""
+    """With two processes, tests of a file run in one, and so do all that use the miniature run."""
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
