@@ -230,3 +230,7 @@ def test_pins_hold_for_what_is_installed():
         if name in installed and installed[name].split("+")[0] != version
     }
     assert not unlike, "make reinstalls when constraints.txt changes; run it, or correct the pins"
+
+
+def test_the_pictures_of_the_architecture_are_up_to_date() -> None:
+    command(ROOT / "tools" / "draw_architecture.py", "--check", cwd=ROOT)

@@ -1,5 +1,5 @@
 """The miniature recipe, for the tests of the run."""
 
-from ..miniature import MINIATURE, ROOT, XUSHI, Chain, read_results, xushi
+from ..miniature import MINIATURE, ROOT, XUSHI, Chain, read_results, xushi, xushi_here
 
-__all__ = ["MINIATURE", "ROOT", "XUSHI", "Chain", "read_results", "xushi"]
+__all__ = ["MINIATURE", "ROOT", "XUSHI", "Chain", "read_results", "xushi", "xushi_here"]

@@ -16,7 +16,7 @@ from xushi.base.tracking import Tracking
 from xushi.run.launch import Launch, check_launch, write_slurm_job
 from xushi.run.recipe import load_recipe
 
-from .conftest import MINIATURE, ROOT, read_results, xushi
+from .conftest import MINIATURE, ROOT, read_results, xushi, xushi_here
 from .test_torchrun import hashes
 
 # What Slurm would do, for two nodes: the names of its nodes, and the command once on each.
@@ -76,7 +76,7 @@ def test_what_could_not_go_on_is_refused_before_it_starts(
 
 
 def test_a_launch_is_one_of_two() -> None:
-    done = xushi("launch", MINIATURE)
+    done = xushi_here("launch", MINIATURE)
     assert done.returncode == 2 and "either --slurm or --ray ADDRESS" in done.stderr
 
 

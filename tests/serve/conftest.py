@@ -46,14 +46,13 @@ CARD = {
 
 @pytest.fixture(scope="session")
 def run_directory(tmp_path_factory):
-    torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("run")
     tokenizer = Tokenizer.train(["数字之和是多少？数字之和是九。数字" * 3], 272)
     for seed, name in enumerate(("base", "reasoning")):
         directory = run / "export" / name
         model = Deepseek(TINY).initialise(seed)
         with torch.no_grad():
-            if name == "reasoning":  # else a random model hardly ever begins an answer, or ends it
+            if name == "reasoning":  # otherwise a random model rarely begins or ends an answer
                 model.head_VD[[tokenizer.end_think_id, tokenizer.eos_id]] *= 4
         save_pretrained(model, directory)
         tokenizer.save(directory)
@@ -109,9 +108,7 @@ def http(address):
 
 
 class Steps:
-    """The engine takes a step when it is let, and so waits for the test however slow the machine
-    is.
-    """
+    """Makes an engine wait before each step until the test allows it, on a machine of any speed."""
 
     def __init__(self):
         self._allowed = threading.Semaphore(0)
@@ -135,7 +132,7 @@ class Steps:
 
 @pytest.fixture
 def steps(app, monkeypatch):
-    """Holds the steps of the model "base"."""
+    """Controls the steps of the model "base"."""
     steps = Steps()
     engine = app.state.workers["base"]._engine
     monkeypatch.setattr(engine, "step", steps.holding(engine.step))
@@ -145,7 +142,7 @@ def steps(app, monkeypatch):
 
 @pytest.fixture
 def settles():
-    """Whether a condition becomes true within a few seconds."""
+    """A function that waits a few seconds for a condition and returns whether it became true."""
 
     def wait(condition, seconds=2.0):
         end = time.monotonic() + seconds

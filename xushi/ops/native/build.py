@@ -173,7 +173,7 @@ def _cached_library(build: Build, dtype: str, compilers: tuple[str, ...]) -> cty
             if problem := _compile(compilers, _flags(build, dtype), path):
                 return problem
             library = _open(path, build.lanes)
-        with contextlib.suppress(OSError):  # the time of its last use, for `xushi cache`
+        with contextlib.suppress(OSError):  # the time of the last use, which `xushi cache` shows
             os.utime(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         return (

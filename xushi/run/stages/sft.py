@@ -102,7 +102,9 @@ def demonstrations(
             example
             for index in range(first + cursor, first + cursor + count)
             for example in chat_examples(
-                tokenizer, environment.demonstration("train", index, config.thinking_share)
+                tokenizer,
+                environment.demonstration("train", index, config.thinking_share),
+                environment.tools,
             )
         ]
         return pack_examples(examples, config.sequence_length, tokenizer.pad_id).batch
