@@ -18,13 +18,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from xushi.run.building import training_inputs
+from xushi.run.context import RunContext
 
 from xushi.base.allocator import keep_freed_memory
 from xushi.base.machine import inspect
 from xushi.base.tracking import Tracking
-from xushi.recipe import load_recipe
-from xushi.run.building import training_inputs
-from xushi.run.context import RunContext
+from xushi.run.recipe import load_recipe
 from xushi.train import Data, loop, train
 
 SPENT: dict[str, float] = defaultdict(float)

@@ -19,13 +19,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 import typer
+from xushi.run.context import RunContext
 
 from xushi.base.seeds import derive
 from xushi.base.tracking import Tracking
 from xushi.evaluate import answer_tasks
-from xushi.recipe import load_recipe
 from xushi.rl import reinforce
-from xushi.run.context import RunContext
+from xushi.run.recipe import load_recipe
 
 
 def draw(run: Path, assignments: list[str], number: int) -> dict[str, float]:

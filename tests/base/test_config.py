@@ -1,5 +1,7 @@
 """Wrong recipes: each error names the key and says what to do."""
 
+from typing import Literal
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,10 +75,51 @@ def test_override_keeps_what_stands_beside():
     assert table == {"train": {"steps": 9, "rate": 2}, "name": "x"}
 
 
-@pytest.mark.parametrize("assignment", ["train.steps", "=3", "name.inner=3"])
+@pytest.mark.parametrize(
+    "assignment",
+    ["train.steps", "=3", "name.inner=3", "a=" + "9" * 5000, "a=" + "[" * 5000 + "]" * 5000],
+)
 def test_bad_overrides(assignment):
-    with pytest.raises(XushiError):
+    with pytest.raises(XushiError) as error:
         override({"name": "x"}, assignment)
+    assert len(error.value.problem) < 400
+
+
+class Bounded(StrictConfig):
+    count: int = Field(3, ge=1, lt=10)
+    rate: float = Field(1.0, gt=0, le=2.5)
+    names: list[str] = Field(["a"], min_length=1, max_length=2)
+    word: str = Field("a", min_length=1, max_length=3)
+    way: Literal["in", "out"] = "in"
+
+
+@pytest.mark.parametrize(("table", "message"), [
+    ({"count": 0}, "count: must be at least 1 (got 0)"),
+    ({"count": 10}, "count: must be below 10 (got 10)"),
+    ({"count": 16**5000}, "count: must be below 10 (got a very long number)"),
+    ({"rate": 0}, "rate: must be above 0 (got 0)"),
+    ({"rate": 3.0}, "rate: must be at most 2.5 (got 3.0)"),
+    ({"rate": float("inf")}, "rate: must be a finite number (got inf)"),
+    ({"rate": float("nan")}, "rate: must be a finite number (got nan)"),
+    ({"rate": 10**400}, "rate: must be a number (got 1" + "0" * 59 + "... (401 characters))"),
+    ({"names": []}, "names: must hold 1 or more entries"),
+    ({"names": ["a", "b", "c"]}, "names: must hold at most 2 entries"),
+    ({"word": ""}, "word: must have 1 or more characters (got '')"),
+    ({"word": "long"}, "word: must have at most 3 characters (got 'long')"),
+    ({"way": "up"}, "way: must be 'in' or 'out' (got 'up')"),
+])  # fmt: skip
+def test_bounds_are_told_in_words(table, message):
+    assert fault(table, Bounded).problem == f"recipe.toml: {message}"
+
+
+def test_a_key_with_a_line_end_stays_on_one_line():
+    assert fault({"name": "a", "x\ny": 3}).problem == "recipe.toml: unknown key 'x\\ny'"
+
+
+def test_a_deep_table_is_an_unknown_key():
+    table = {"name": "a"}
+    override(table, ".".join(["a"] * 5000) + "=1")
+    assert "unknown key a" in fault(table).problem
 
 
 @given(st.integers(-(10**9), 10**9))
@@ -93,6 +136,8 @@ def test_override_reads_integers(value):
         (b"a = ", "not valid TOML"),
         (b"a = '\xff'", "cannot be read"),
         (b"a = 1\na = 2", "not valid TOML"),
+        (b"a = " + b"9" * 5000, "not valid TOML"),
+        (b"a = " + b"[" * 5000 + b"]" * 5000, "not valid TOML"),
     ],
 )
 def test_unreadable_recipes(tmp_path, content, words):

@@ -32,9 +32,10 @@ def test_defaults() -> None:
             {"kind": "packages", "glob": None, "packages": ["A_b", "a-B"]},
             "names a distribution twice",
         ),
-        ({"weight": 0.0}, "weight must be above 0"),
-        ({"weight": -1.0}, "weight must be above 0"),
-        ({"weight": float("inf")}, "weight must be above 0"),
+        ({"weight": 0.0}, "weight: must be at least 1e-06"),
+        ({"weight": -1.0}, "weight: must be at least 1e-06"),
+        ({"weight": float("inf")}, "weight: must be a finite number"),
+        ({"weight": 1e308}, r"weight: must be at most 1e\+06"),
         ({"name": "a/b"}, "a source's name is made of"),
         ({"kind": "csv"}, "kind"),
         ({"globs": "x"}, "unknown key globs"),
@@ -48,11 +49,11 @@ def test_bad_source(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sources": []}, "data.sources is empty"),
+        ({"sources": []}, "sources: must hold 1 or more entries"),
         ({"sources": [NOTES, NOTES]}, "two sources are called 'notes'"),
-        ({"sequence_length": 1}, "sequence_length must be at least 2"),
-        ({"heldout": 0.04}, r"heldout must lie between 0\.05 and 0\.08"),
-        ({"heldout": 0.09}, r"heldout must lie between 0\.05 and 0\.08"),
+        ({"sequence_length": 1}, "sequence_length: must be at least 2"),
+        ({"heldout": 0.04}, r"heldout: must be at least 0\.05"),
+        ({"heldout": 0.09}, r"heldout: must be at most 0\.08"),
     ],
 )
 def test_bad_data(change: dict[str, Any], message: str) -> None:

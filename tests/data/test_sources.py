@@ -12,10 +12,10 @@ import pytest
 
 from xushi.base.errors import XushiError
 from xushi.data import SourceConfig
-from xushi.data.sources import SourceFiles, read_source
+from xushi.data.sources import SourceDocuments, read_source
 
 
-def read(kind: str = "text", **keys: Any) -> SourceFiles:
+def read(kind: str = "text", **keys: Any) -> SourceDocuments:
     return read_source(SourceConfig(name="s", kind=kind, **keys))  # type: ignore[arg-type]
 
 
@@ -26,7 +26,7 @@ def write(directory: Path, files: dict[str, str | bytes]) -> None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def paths(found: SourceFiles) -> list[str]:
+def paths(found: SourceDocuments) -> list[str]:
     return [document.meta["path"] for document in found.documents]
 
 
@@ -63,7 +63,7 @@ def test_directory_takes_text_files_and_counts_the_rest(tmp_path: Path) -> None:
     found = read(glob=str(tmp_path))
     assert paths(found) == ["a.unknown", "a/z.txt", "b.md", "code.py", "long.log"]
     assert found.documents[1].text == "z\r\n"
-    assert found.files == 5 and found.root == str(tmp_path)
+    assert found.files == 5
     assert found.notes == [
         "3 hidden files and directories skipped",
         "1 broken links and special files skipped",

@@ -79,7 +79,7 @@ def test_missing_and_damaged_files(corpus: Path, tokenizer: Tokenizer, tmp_path:
         ("train/notes.bin", r"size of .*notes\.bin differs"),
         ("train/notes.parquet", "tokens of notes in .* cannot be read"),
         ("byte_lengths.npy", r"byte_lengths\.npy cannot be read"),
-        ("manifest.json", r"manifest\.json is damaged"),
+        ("manifest.json", r"manifest\.json cannot be read"),
     ):
         tokenize_corpus(corpus, tokenizer, directory, 16)
         path = directory / name

@@ -1,7 +1,10 @@
 import pytest
 
 from xushi.base.errors import XushiError
-from xushi.engine import LLM, SamplingParams
+from xushi.base.messages import Message, Tool, ToolCall
+from xushi.engine import LLM, SamplingParams, TextStream
+from xushi.model import save_pretrained
+from xushi.tokenizer import Tokenizer, encode_chat
 
 QUESTION = [{"role": "user", "content": "数字之和是多少？"}]
 
@@ -66,3 +69,35 @@ def test_one_bad_prompt_of_many_leaves_nothing_queued(llm):
     assert not llm.engine.has_work
     with pytest.raises(XushiError, match="no messages"):
         llm.chat([], SamplingParams(max_tokens=3))
+
+
+def test_tools_and_their_outputs_enter_the_prompt(model, tmp_path):
+    save_pretrained(model, tmp_path)
+    tokenizer = Tokenizer.train([], 270, tools=True)
+    tokenizer.save(tmp_path)
+    llm = LLM(tmp_path)
+    add = Tool("add", "Adds.", {"type": "object"})
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+    mappings = [
+        {"role": "user", "content": "1+1"},
+        {"role": "assistant", "content": None, "reasoning_content": "r", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+    ]
+    messages = [
+        Message("user", "1+1"),
+        Message("assistant", "", "r", (ToolCall("add", "{}"),)),
+        Message("tool", "2"),
+    ]
+    ids = encode_chat(tokenizer, messages, [add])
+    assert llm.conversation_ids(mappings, [add]) == llm.conversation_ids(messages, [add]) == ids
+    with pytest.raises(XushiError, match="role is 'None'"):
+        llm.conversation_ids([{"content": "x"}])
+
+
+def test_chat_gives_the_calls_that_were_sampled(llm, monkeypatch):
+    """The answer's parts come from its `TextStream`."""
+    calls = (ToolCall("f", "{}"),)
+    monkeypatch.setattr(
+        TextStream, "flush", lambda stream: setattr(stream, "tool_calls", calls) or []
+    )
+    assert llm.chat(QUESTION, SamplingParams(max_tokens=2)).tool_calls == calls

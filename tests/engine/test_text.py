@@ -1,9 +1,16 @@
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xushi.base.messages import ToolCall
 from xushi.engine import TextStream
 from xushi.engine.text import StopFinder
-from xushi.tokenizer import parse_assistant
+from xushi.tokenizer import Tokenizer, parse_assistant
+
+
+@pytest.fixture(scope="module")
+def with_tools():
+    return Tokenizer.train([], 270, tools=True)
 
 
 def split(stream, ids):
@@ -57,12 +64,59 @@ def test_only_a_possible_beginning_is_held_back():
     st.lists(st.one_of(st.integers(0, 271), st.sampled_from([1, 5, 6, 228, 237, 258])), max_size=30)
 )
 def test_chat_agrees_with_parse_assistant(tokenizer, ids):
-    ids = [token for token in ids if token != tokenizer.eos_id]
+    agrees(tokenizer, [token for token in ids if token != tokenizer.eos_id])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from(["f", "{}", "9", "天", 0, 3, 5, 6, 7, 8, 9, 10, 13]), max_size=12).map(
+        lambda parts: [6, *parts]
+    ),
+    st.booleans(),
+)
+def test_tool_calls_agree_with_parse_assistant(with_tools, parts, ends):
+    ids = []
+    for part in parts:
+        ids += [part] if isinstance(part, int) else with_tools.encode(part)
+    agrees(with_tools, [*ids, with_tools.eos_id] if ends else ids)
+
+
+def agrees(tokenizer, ids):
     stream = TextStream(tokenizer, chat=True)
     parts = split(stream, ids)
     message, _ = parse_assistant(tokenizer, ids)
     assert parts == {"reasoning": message.reasoning or "", "content": message.content}
     assert stream.thought == (message.reasoning is not None)
+    assert stream.tool_calls == message.tool_calls
+
+
+def test_tool_calls_and_text_around_them(with_tools):
+    marks = with_tools.tool_ids
+    f, arguments = with_tools.encode("f"), with_tools.encode("{}")
+    call = [marks.call_begin, *f, marks.separator, *arguments, marks.call_end]
+    block = [marks.calls_begin, *call, marks.calls_end]
+    stream = TextStream(with_tools, chat=True)
+    ids = [with_tools.end_think_id, *with_tools.encode("a"), *block, with_tools.eos_id]
+    assert split(stream, ids) == {"reasoning": "", "content": "a"}
+    assert stream.tool_calls == (ToolCall("f", "{}"),)
+    # A malformed block is content, in which stop strings count.
+    stream = TextStream(with_tools, stop=["{}"], chat=True)
+    assert split(stream, ids[:-2]) == {
+        "reasoning": "",
+        "content": "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>",
+    }
+    assert stream.stopped
+    assert stream.tool_calls == ()
+    # Without the chat form there are no calls.
+    assert "<｜tool▁sep｜>f" not in split(TextStream(with_tools), ids)["content"]
+    assert "<｜tool▁sep｜>{}" in split(TextStream(with_tools), ids)["content"]
+
+
+def test_the_first_stop_string_in_the_text_ends_it():
+    for stops in (["b", "a"], ["a", "b"]):
+        finder = StopFinder(stops)
+        assert finder.push("xaxb") == "x"
+        assert finder.found
 
 
 @given(st.text(max_size=20))

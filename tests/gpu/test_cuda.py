@@ -15,8 +15,9 @@ from xushi.base.tracking import Tracking
 from xushi.engine import SamplingParams, generate_ids
 from xushi.model import Batch, Deepseek, pretraining_loss
 from xushi.ops import routed_experts, routed_experts_reference
-from xushi.train import Data, Layout, LayoutConfig, join, latest_checkpoint, train
+from xushi.train import Data, Layout, LayoutConfig, join, latest_checkpoint
 
+from ..train.conftest import train
 from ..train.layouts import CONFIG, MODELS, ROWS, THIRD, batch, model_of
 
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xushi.base.errors import XushiError
-from xushi.cli import export as export_command
 from xushi.cli import guarded
+from xushi.cli.models import export as export_command
 from xushi.model import ModelConfig, RopeScaling, gguf_export, save_pretrained
 from xushi.model.gguf_export import export_gguf
 from xushi.tokenizer import Tokenizer
@@ -294,8 +294,8 @@ def one_token_too_many(table: dict[str, Any]) -> None:
         (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json does not exist"),
         (lambda d: (d / "tokenizer_config.json").unlink(), "tokenizer_config.json does not exist"),
         (lambda d: (d / "tokenizer.json").write_text("{"), "cannot be read"),
-        (lambda d: (d / "tokenizer.json").write_text("[]"), "not a byte-level BPE"),
-        (lambda d: (d / "tokenizer_config.json").write_text("[]"), "not a byte-level BPE"),
+        (lambda d: (d / "tokenizer.json").write_text("[]"), "not a JSON object"),
+        (lambda d: (d / "tokenizer_config.json").write_text("[]"), "not a JSON object"),
         (lambda d: edit(d / "tokenizer.json", lambda t: t["model"].pop("merges")), "merges"),
         (lambda d: edit(d / "tokenizer.json", one_token_too_many), "vocab_size is 300"),
         (

@@ -97,17 +97,17 @@ def make_fp4(stream: np.random.Generator, rows: int, columns: int) -> tuple[Tens
     seed=st.integers(0, 2**31),
     exact=st.booleans(),
     block=st.tuples(st.integers(1, 17), st.integers(1, 17)),
-    piece=st.sampled_from([1, 100, 10**6]),
+    chunk=st.sampled_from([1, 100, 10**6]),
 )
 def test_fp8_blocks(
-    rows: int, columns: int, seed: int, exact: bool, block: tuple[int, int], piece: int
+    rows: int, columns: int, seed: int, exact: bool, block: tuple[int, int], chunk: int
 ) -> None:
-    """Any block, the last ones partial, in one piece or many."""
+    """Any block size, with partial last blocks, in one chunk or many."""
     weight, scale, expected = make_fp8(np.random.default_rng(seed), rows, columns, block, exact)
     for dtype in (torch.float32, torch.bfloat16):
         got = torch.empty(rows, columns, dtype=dtype)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "PIECE", piece)
+            patch.setattr(module, "CHUNK", chunk)
             dequantise(got, weight, scale, block)
         assert torch.equal(got, expected.to(dtype))
 
@@ -379,7 +379,7 @@ FAULTS = {
     "an activation's scale": (put(f"{SHARED}.activation_scale", torch.ones(1)), "activation_scale"),
     "other blocks than the files'": (
         config(weight_block_size=[128, 128]),
-        "blocks of 128x128 make [1, 1]",
+        "blocks of 128x128 need [1, 1]",
     ),
     "blocks of none": (config(weight_block_size=[0, 128]), "weight_block_size"),
     "blocks of three": (config(weight_block_size=[16, 32, 1]), "weight_block_size"),

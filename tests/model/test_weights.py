@@ -311,12 +311,18 @@ DAMAGE = {
         "lacks model.layers.3.",
     ),
     "layers beyond counting": (
-        lambda d: edit_config(d, num_hidden_layers=2**40, num_nextn_predict_layers=0),
-        "describes 1099511627776 layers",
+        lambda d: edit_config(d, num_hidden_layers=9_999, num_nextn_predict_layers=0),
+        "describes 9999 layers",
     ),
     "experts beyond counting": (lambda d: edit_config(d, n_routed_experts=2**40), "1099511627776"),
-    "sizes beyond counting": (lambda d: edit_config(d, hidden_size=2**62), "cannot be built"),
-    "sizes beyond machines": (lambda d: edit_config(d, hidden_size=2**70), "cannot be built"),
+    "sizes beyond counting": (
+        lambda d: edit_config(d, hidden_size=2**62),
+        "must be at most 1000000",
+    ),
+    "sizes beyond machines": (
+        lambda d: edit_config(d, hidden_size=2**70),
+        "must be at most 1000000",
+    ),
 }
 
 

@@ -1,8 +1,9 @@
-// Every compiled kernel against plain loops in double, on shapes that are multiples of nothing, with 1 and 3 threads,
-// which must give the same bits. test_native_check.py builds this for each vector width and sanitizer.
+// Every compiled kernel against plain loops in double, on shapes that are no multiples of any block size, with 1 and 3
+// threads, which must give equal bits. test_native_check.py builds this for each vector width and sanitizer.
 //
-// Every buffer is a heap allocation of exactly its size, so that AddressSanitizer sees one float too many, and results
-// begin as NaN, so that a place left out shows. Axes are those of kernels.cpp. With XUSHI_BF16 tensors are bfloat16.
+// Every buffer is a heap allocation of exactly its size, so that AddressSanitizer reports an overrun by one float.
+// Results start as NaN, so that an element that is never written fails. Axes are those of kernels.cpp. With XUSHI_BF16
+// tensors are bfloat16.
 
 #include "kernels.cpp"
 
@@ -17,9 +18,10 @@
 
 namespace check {
 
-// A value in double, and how large it would be if nothing in it cancelled. Float32 rounds each step by 2^-24 of the
-// step's own size, so a kernel may be off by that, times the steps on the way, times this size: not times the value,
-// which cancellation can make as small as it likes. Functions pass on size times slope, and add their own result's.
+// A value in double, and its size: how large it would be if no terms cancelled. Float32 rounds each step by 2^-24 of
+// the step's own size, so the bound on a kernel's error is 2^-24 * number of steps * size. The value itself cannot be
+// the measure, since cancellation can make it arbitrarily small. A function multiplies the size by its slope and adds
+// the size of its result.
 struct Exact {
     double value, size;
     Exact(double value = 0) : value(value), size(std::fabs(value)) {}
@@ -69,7 +71,7 @@ Floats made(Int count, float low = -1, float high = 1) {
 }
 Floats empty(Int count) { return Floats(count, NAN); }
 
-std::string shape;  // of the check that runs, for the line about a failure
+std::string shape;  // of the running check, for the message on failure
 Int checks = 0;
 
 void require(bool good, const char* what, Int place) {
@@ -88,10 +90,10 @@ void name(const char* kernel, Sizes... sizes) {
     }
 }
 
-// Tensors are floats that bfloat16 holds exactly, where the kernels take bfloat16; these pass on copies in it.
+// If the kernels take bfloat16, tensors are floats that bfloat16 can represent exactly, and these pass bfloat16 copies.
 struct Tensor {
     std::vector<Value> values;
-    Floats* target;  // where what the kernel wrote goes afterwards, if it writes
+    Floats* target;  // receives what the kernel wrote; null for an input
     Tensor(const Floats& floats, Floats* target) : values(floats.size()), target(target) {
         map(values.data(), floats.data(), floats.size(), [](Int, Vec v) { return v; });
     }
@@ -104,19 +106,19 @@ Tensor from(const Floats& floats) { return {floats, nullptr}; }
 Tensor into(Floats& floats) { return {floats, &floats}; }
 Floats made_tensor(Int count, float low = -1, float high = 1) {
     Floats result = made(count, low, high);
-    into(result);  // there and back: rounded
+    into(result);  // converts to bfloat16 and back, which rounds
     return result;
 }
 
-// `terms`: the lengths of the sums on the way to a result, added up; 64 is room for all that is no sum. A term
-// left out of a sum is missed by about size / terms, many times the bound. Where a kernel cuts e^x off, 1e-30 is left.
-// `halves`: how many values on the way were rounded to bfloat16, by 2^-8 each.
+// `terms`: the total length of the sums that lead to a result; 64 more are allowed for other operations. A term missing
+// from a sum causes an error of about size / terms, many times the bound. 1e-30 covers the clamp of e^x in a kernel.
+// `halves`: how many of the values that lead to a result were rounded to bfloat16, by 2^-8 each.
 void expect(const char* what, const Floats& got, const Exacts& want, Int terms, Int halves = 0) {
     checks++;
     require(got.size() == want.size(), what, -1);
     for (size_t i = 0; i < got.size(); i++) {
         const double bound = ((terms + 64) * 0x1p-23 + HALF * halves * 0x1p-8) * want[i].size + 1e-30;
-        if (std::fabs(got[i] - want[i].value) <= bound) continue;  // never true of NaN
+        if (std::fabs(got[i] - want[i].value) <= bound) continue;  // false for NaN
         std::printf("got %.9g, want %.9g within %.2g: ", got[i], want[i].value, bound);
         require(false, what, i);
     }
@@ -127,8 +129,8 @@ template <class T> const T* passed(const std::vector<T>& buffer) { return buffer
 Value* passed(Tensor& tensor) { return tensor.values.data(); }
 template <class T> T passed(const T& number) { return number; }
 
-// Alone, in a new thread: that one's scratch memory is no larger than the kernel asks for, so AddressSanitizer sees an
-// overrun of it too. With several threads scratch holds whatever earlier calls left there, which must not be read.
+// One thread: a new one, whose scratch memory is exactly as large as the kernel asks for, so that AddressSanitizer sees
+// an overrun of it too. Several threads: their scratch memory holds values of earlier calls, which must not be read.
 template <class Kernel, class... Arguments>
 void call(Int threads, Kernel kernel, Arguments&&... arguments) {
     if (threads > 1) kernel(passed(arguments)..., threads);
@@ -162,7 +164,7 @@ void linear(Int m, Int n, Int k) {
     expect("dw", got[2], table(n, k, [&](Int i, Int j) { return cell(m, &dy[i], n, &x[j], k); }), m);
 }
 
-struct Gated {  // silu(gate) * up after the clamp, and its slopes
+struct Gated {  // silu(gate) * up with the clamp, and its slopes
     Exact value, by_gate, by_up;
 };
 Gated gated(double gate, double up, double limit) {
@@ -173,7 +175,7 @@ Gated gated(double gate, double up, double limit) {
 
 void swiglu(Int n, Int width, float limit) {
     name("swiglu n width limit", n, width, limit);
-    const float reach = n % 2 == 0 ? 120.0f : 4.0f;  // e^120 is no float
+    const float reach = n % 2 == 0 ? 120.0f : 4.0f;  // e^120 overflows a float
     const Floats gate = made_tensor(n * width, -reach, reach), up = made_tensor(n * width, -4, 4);
     const Floats da = made_tensor(n * width);
     const Results got = with_threads([&](Int threads) {
@@ -209,7 +211,7 @@ void rms_norm(Int n, Int width) {
         return sum(0, width, [&](Int i) { return Exact(dy[r * width + i]) * weight[i] * x[r * width + i]; }) / width;
     });
     expect("dx", got[2], table(n, width, [&](Int r, Int i) {
-        const Exact s = got[1][r];  // the backward pass is given the rounded one
+        const Exact s = got[1][r];  // the backward pass reads the rounded value
         return s * (Exact(dy[r * width + i]) * weight[i] - x[r * width + i] * s * s * dots[r]);
     }), width, 1);
     expect("d_weight", got[3], table(1, width, [&](Int, Int i) {
@@ -217,8 +219,8 @@ void rms_norm(Int n, Int width) {
     }), n);
 }
 
-// The first sequence is one document, the others are several. k lies [B, H, T, K], or one head serves all (stride 0);
-// v is a view in a tensor whose last axis is wider by `wider`.
+// The first sequence is one document, the others hold several. k is laid out as [B, H, T, K], or a single head is used
+// for all (stride 0); v is a view of a tensor whose last axis is longer by `wider`.
 void attention(Int B, Int T, Int H, Int K, Int V, float scale, bool one_head, Int wider) {
     name("attention B T H K V scale one_head wider", B, T, H, K, V, scale, one_head, wider);
     const Int heads = one_head ? 1 : H, wide = V + wider;
@@ -242,7 +244,7 @@ void attention(Int B, Int T, Int H, Int K, Int V, float scale, bool one_head, In
     for (Int task = 0; task < B * H * T; task++) {
         const Int b = task / (H * T), h = task / T % H, t = task % T, row = (b * T + t) * H + h;
         const Int start = starts[b * T + t];
-        const float rounded = got[1][task];  // with `out`, what the backward pass is given
+        const float rounded = got[1][task];  // the backward pass reads this and `out`
         auto key = [&](Int s) { return &k[b * strides[3] + s * strides[4] + h * strides[5]]; };
         auto value = [&](Int s) { return &v[b * strides[6] + s * strides[7] + h * strides[8]]; };
         const Exacts scores = table(1, t + 1 - start, [&](Int, Int i) {
@@ -269,7 +271,7 @@ void attention(Int B, Int T, Int H, Int K, Int V, float scale, bool one_head, In
     expect("dv", got[4], dv, T + K, 2);
 }
 
-// The shared key is a view in rows that are wider by 5.
+// The shared key is a view of rows that are longer by 5.
 void heads(Int M, Int H, Int N, Int R, Int V, bool interleaved) {
     name("heads M H N R V interleaved", M, H, N, R, V, interleaved);
     const Int ld = R + 5, K = N + R, W = N + V, half = R / 2;
@@ -285,7 +287,7 @@ void heads(Int M, Int H, Int N, Int R, Int V, bool interleaved) {
              into(out[4]), M, H, N, R, V, flag);
         return out;
     });
-    // Where the first and the second of pair i lie before they are turned.
+    // The places of the first and second value of pair i before the rotation.
     auto first = [&](Int i) { return interleaved ? 2 * i : i; };
     auto second = [&](Int i) { return interleaved ? 2 * i + 1 : i + half; };
     Exacts queries(M * H * K), keys(M * H * K), d_q(M * H * K), d_kv(M * H * W), d_rope(M * R);
@@ -324,7 +326,8 @@ void heads(Int M, Int H, Int N, Int R, Int V, bool interleaved) {
     expect("d_k_rope", got[4], d_rope, H, 1);
 }
 
-// A token's first choice is always the same expert, so that one has more rows than a task; of 8 some have none.
+// Every token's first choice is the same expert, so that it has more rows than a task takes; of 8 experts some have
+// none.
 void experts(Int N, Int k, Int D, Int F, Int E, float limit) {
     name("experts N k D F E limit", N, k, D, F, E, limit);
     const Int P = N * k;
@@ -353,8 +356,8 @@ void experts(Int N, Int k, Int D, Int F, Int E, float limit) {
              from(d_out), into(out[2]), out[3], out[4], out[5], N, k, D, F, E, limit);
         return out;
     });
-    // What follows starts from the kernel's own gate and up, once these are checked: the clamp's slope jumps, and may
-    // do so on the other side of a rounding.
+    // Once the kernel's gate and up products are checked, the rest is compared from them: near the clamp, a rounding
+    // difference would change the slope from 1 to 0.
     const Floats& h = got[0];
     auto expert = [&](Int r) { return indices[rows[r]]; };
     auto token = [&](Int r) { return rows[r] / k; };
@@ -480,11 +483,11 @@ void newton_schulz(Int n, Int rows, Int columns) {
         }
         all.insert(all.end(), now.begin(), now.end());
     }
-    // Each product of five sums passes all their errors on; six factors a step are rounded to bfloat16.
+    // A step has five products, each with the errors of its sums; six factors of a step are rounded to bfloat16.
     expect("x", got[0], all, 2 * (2 * columns + 3 * rows) * 5, 5 * 6 + 6);
 }
 
-// One of two callers at the same moment has the pool and the other works alone: the same bits for both.
+// Of two concurrent callers one uses the pool and the other runs alone: both must get equal bits.
 void two_callers() {
     name("two callers");
     const Int m = 301, n = 50, k = 33;
@@ -508,17 +511,17 @@ void two_callers() {
 int main() {
     using namespace check;
     if (!xushi_granted()) {
-        std::printf("the system keeps the registers of AMX\n");
+        std::printf("the system does not grant the registers of AMX\n");
         return 1;
     }
-    // Below, above and far from every multiple of a vector's or a tile's width.
+    // Sizes just below, just above and far from multiples of the widths of vectors and tiles.
     const std::vector<Int> rows{1, 5, 97, 301}, widths{1, 3, 17, 31, 50, 133};
     for (Int m : {1, 5, 97})
         for (Int n : widths)
             for (Int k : widths) check::linear(m, n, k);
     for (auto [m, n, k] : {std::array<Int, 3>{301, 50, 133}, {301, 133, 31}, {97, 530, 3}, {301, 3, 530}, {530, 17, 5},
                            {530, 521, 1}, {1, 1, 701}})
-        check::linear(m, n, k);  // several tasks, and blocks of columns and of depth
+        check::linear(m, n, k);  // several tasks, blocks of columns and blocks of depth
     for (Int n : {1, 5, 98, 301})
         for (Int width : widths)
             for (float limit : {0.0f, 1.5f}) check::swiglu(n, width, limit);
@@ -529,10 +532,10 @@ int main() {
         check::attention(2, T, 3, 33, 17, 0.2f, false, 5);
         check::attention(3, T, 1, 3, 31, 1.0f, true, 0);
         check::attention(1, T, 2, 133, 1, 0.1f, true, 1);
-        check::attention(2, T, 2, 1, 50, 30.0f, false, 7);  // the largest score moves and e^x underflows
+        check::attention(2, T, 2, 1, 50, 30.0f, false, 7);  // the largest score changes between blocks; e^x underflows
         check::attention(2, T, 1, 31, 15, 0.3f, false, 0);
     }
-    check::attention(2, 530, 2, 7, 3, 0.5f, false, 3);  // more keys than one tile has
+    check::attention(2, 530, 2, 7, 3, 0.5f, false, 3);  // more keys than one block has
     check::attention(1, 1051, 1, 3, 5, 9.0f, true, 0);
     for (Int M : rows)
         for (bool interleaved : {false, true}) {
@@ -549,15 +552,15 @@ int main() {
         check::experts(97, 3, 1, 133, 8, limit);
         check::experts(301, 2, 133, 1, 8, limit);
     }
-    check::experts(3, 2, 701, 690, 3, 0);  // experts so large that they go in two waves
+    check::experts(3, 2, 701, 690, 3, 0);  // large experts, which need two waves
     for (Int N : rows)
         for (Int V : {7, 100, 301}) {
             check::cross_entropy(N, 17, V, 1);
-            check::cross_entropy(N, 3, V, HALF ? 4 : 60);  // what bounds e^x is of first order in its error
+            check::cross_entropy(N, 3, V, HALF ? 4 : 60);  // the bound on e^x is of first order in the error of x
         }
     check::cross_entropy(130, 133, 50, 1);
     check::cross_entropy(97, 31, 31, 1);
-    check::cross_entropy(97, 3, 22001, 1);  // so many columns that rows go in two chunks
+    check::cross_entropy(97, 3, 22001, 1);  // a vocabulary so large that rows need two chunks
     for (Int count : {1, 17, 301, 131101}) check::adamw(count);
     for (Int n : {1, 3})
         for (auto [rows, columns] : {std::array<Int, 2>{1, 1}, {1, 17}, {7, 7}, {31, 50}, {97, 101}})

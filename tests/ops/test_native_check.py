@@ -1,8 +1,8 @@
-"""native_check.cpp, every kernel against plain loops in double, compiled for each vector width and
-sanitizer.
+"""Runs native_check.cpp, which compares every kernel with plain loops in double, compiled for each
+vector width and sanitizer.
 
-A width that this processor lacks is compiled for what it has: the compiler splits or joins the
-vectors, and the logic of that form, its tiles and its remainders, is tested all the same.
+A vector width that this processor lacks is compiled for the instructions it has: the compiler
+splits or joins the vectors, so the tiles and remainders of that width are still tested.
 """
 
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 SOURCE = Path(__file__).with_name("native_check.cpp")
 MACHINE = inspect()
-# As the library is compiled, less what makes it one.
+# The library's flags without those that make it a shared library.
 RELEASE = tuple(flag for flag in build.COMMON if flag not in ("-fPIC", "-shared"))
 SANITIZED = ("-std=c++17", "-pthread", "-O1", "-g1", "-fno-sanitize-recover=all")
 AVX2 = ("-mavx2", "-mfma")
@@ -40,7 +40,7 @@ def need(*features: str) -> None:
 
 
 def need_runtime(flags: tuple[str, ...], directory: Path) -> None:
-    """Skip where the compiler comes without the sanitizer's library."""
+    """Skip if the compiler has no library for this sanitizer."""
     (directory / "empty.cpp").write_text("int main() {}\n")
     done = subprocess.run(
         [native_compiler(), *flags, "empty.cpp", "-o", "empty"],
@@ -68,8 +68,7 @@ def compile_check(compiler: str, flags: tuple[str, ...], directory: Path) -> Pat
 
 
 def run_check(*command: str | Path) -> None:
-    # The pool and its sleeping workers are never freed, so a search for leaks would only find
-    # those.
+    # The thread pool is never freed, on purpose, so leak detection would report only that.
     environment = {
         **os.environ,
         "ASAN_OPTIONS": "detect_leaks=0",
@@ -83,8 +82,8 @@ def run_check(*command: str | Path) -> None:
     assert done.returncode == 0 and done.stdout.startswith("ok "), done.stdout + done.stderr[:10000]
 
 
-# Undefined behaviour is looked for once a dtype: it hardly depends on the width, and takes as long
-# again to compile.
+# The undefined-behaviour sanitizer runs for one width of each dtype: its findings hardly depend on
+# the width, and it doubles the compile time.
 @pytest.mark.parametrize(
     "lanes, sanitizers, special",
     [
@@ -110,8 +109,8 @@ def test_threads_do_not_race(tmp_path: Path) -> None:
     flags = (*SANITIZED, *AVX2, "-fsanitize=thread")
     need_runtime(flags, tmp_path)
     program = compile_check(native_compiler(), (*flags, "-DXUSHI_LANES=8"), tmp_path)
-    # Some kernels place a program's memory where the sanitizer wants its own, unless told not to
-    # choose at random.
+    # Some Linux kernels randomise addresses into the range that the sanitizer needs; setarch -R
+    # turns that off.
     plain = (shutil.which("setarch"), platform.machine(), "-R")
     fixed = (
         plain[0]
@@ -137,12 +136,9 @@ def test_avx512_bf16_as_released(tmp_path: Path) -> None:
 
 def test_amx_as_released(tmp_path: Path) -> None:
     need("amx_bf16", "avx512_bf16", "avx512f", "avx2", "fma")
-    form = build.FORMS[0]
-    run_check(
-        compile_check(
-            native_compiler(), (*RELEASE, *form[3], f"-DXUSHI_LANES={form[2]}", BF16), tmp_path
-        )
-    )
+    amx = build.BUILDS[0]
+    flags = (*RELEASE, *amx.flags, f"-DXUSHI_LANES={amx.lanes}", BF16)
+    run_check(compile_check(native_compiler(), flags, tmp_path))
 
 
 @pytest.mark.parametrize("dtype", [(), (BF16,)], ids=["fp32", "bf16"])
@@ -155,7 +151,7 @@ def test_avx2_as_released(dtype: tuple[str, ...], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [(), (BF16,)], ids=["fp32", "bf16"])
 def test_neon_as_released(dtype: tuple[str, ...], tmp_path: Path) -> None:
-    """On an ARM processor itself, elsewhere in an emulator."""
+    """Runs on an ARM processor directly, elsewhere in an emulator."""
     flags = (*RELEASE, "-DXUSHI_LANES=4", *dtype)
     if platform.machine() in ("aarch64", "arm64"):
         run_check(compile_check(native_compiler(), flags, tmp_path))
@@ -163,8 +159,7 @@ def test_neon_as_released(dtype: tuple[str, ...], tmp_path: Path) -> None:
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if not emulator or not shutil.which(ARM_COMPILER):
         pytest.skip(
-            f"{ARM_COMPILER} and qemu-aarch64 are not both installed (on Debian: "
-            "g++-aarch64-linux-gnu, "
-            "qemu-user)"
+            f"{ARM_COMPILER} and qemu-aarch64 are not both installed "
+            "(on Debian: g++-aarch64-linux-gnu, qemu-user)"
         )
     run_check(emulator, compile_check(ARM_COMPILER, (*flags, "-static"), tmp_path))

@@ -1,5 +1,5 @@
-"""Attention on keys that are values, with sinks and windows: against loops, and the fast form
-against the reference.
+"""V4's attention with shared keys, sinks and windows: against loops, and the fast form against the
+reference.
 """
 
 import pytest
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xushi.ops import (
+    MaskedKeys,
     entry_shares,
     shared_attention,
     windowed_attention,
@@ -62,12 +63,13 @@ def inputs_of(
 def test_blocks_are_the_whole(
     seed: int, length: int, heads: int, window: int, entries: int
 ) -> None:
-    """Values and gradients; the window's borders are where a block could lose a key."""
+    """Values and gradients. A block could lose a key at the borders of its windows."""
     fast, window_BTT, chosen = inputs_of(seed, length, heads, window, entries)
     plain = [x.detach().clone().requires_grad_() for x in fast]
 
     def run(form, q, kv, pooled, sinks, *more):
-        return form(q, kv, window_BTT, pooled, chosen, sinks, 0.4, *more)
+        tokens = MaskedKeys(kv, window_BTT)
+        return form(q, tokens, MaskedKeys(pooled, chosen), sinks, 0.4, *more)
 
     got, want = run(windowed_attention, *fast, window), run(windowed_attention_reference, *plain)
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
@@ -82,7 +84,7 @@ def test_gradients() -> None:
     leaves, window_BTT, chosen = inputs_of(4, 4, 2, 2, 3)
     assert torch.autograd.gradcheck(
         lambda q, kv, pooled, sinks: windowed_attention(
-            q, kv, window_BTT, pooled, chosen, sinks, 0.4, 2
+            q, MaskedKeys(kv, window_BTT), MaskedKeys(pooled, chosen), sinks, 0.4, 2
         ),
         leaves,
     )
@@ -90,9 +92,12 @@ def test_gradients() -> None:
 
 @pytest.mark.parametrize("length", [5, 140])
 def test_shares_of_entries(length: int) -> None:
-    """Of the whole softmax, tokens and sink included: heads that look elsewhere count less."""
+    """Shares come from the whole softmax, tokens and sink included: heads that attend elsewhere
+    count less.
+    """
     (q, kv, pooled, sinks), window_BTT, chosen = inputs_of(6, length, 2, 3, 4)
-    got = entry_shares(q, kv, window_BTT, pooled, chosen, sinks, 0.4, 3)
+    tokens = MaskedKeys(kv, window_BTT)
+    got = entry_shares(q, tokens, MaskedKeys(pooled, chosen), sinks, 0.4, 3)
     keys, allowed = torch.cat((kv, pooled), 1), torch.cat((window_BTT, chosen), -1)
     scores = torch.einsum("bthk,bsk->bhts", q, keys) * 0.4
     scores = scores.masked_fill(~allowed[:, None], float("-inf"))
@@ -112,9 +117,9 @@ def test_ten_times_on_two_threads(two_threads) -> None:
     seen = []
     for _ in range(10):
         leaves = [x.detach().float().requires_grad_() for x in (q, kv, pooled, sinks)]
-        out = windowed_attention(
-            leaves[0], leaves[1], window_BTT, leaves[2], chosen, leaves[3], 0.4, 50
-        )
+        tokens = MaskedKeys(leaves[1], window_BTT)
+        entries = MaskedKeys(leaves[2], chosen)
+        out = windowed_attention(leaves[0], tokens, entries, leaves[3], 0.4, 50)
         out.backward(d_out)
         seen.append([out.detach(), *(leaf.grad for leaf in leaves)])
     assert all(torch.equal(a, b) for later in seen[1:] for a, b in zip(seen[0], later, strict=True))

@@ -1,6 +1,7 @@
 """A tiny model that answers one digit at random, and an environment that likes even ones."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -9,9 +10,11 @@ from xushi.base.messages import Message
 from xushi.base.tracking import Tracking
 from xushi.envs import Card, Environment, Score, Task
 from xushi.model import Batch, Deepseek, ModelConfig
+from xushi.rl import RLConfig
+from xushi.rl.rollout import Rollout, Sampler
 from xushi.tokenizer import Tokenizer, chat_examples
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
-from xushi.train import Data, ObjectiveConfig, pack_examples, train
+from xushi.train import Data, LanguageModelStep, ObjectiveConfig, Training, pack_examples
 
 TINY = ModelConfig(
     vocab_size=SMALLEST_VOCABULARY,
@@ -33,6 +36,19 @@ TINY = ModelConfig(
     max_position_embeddings=32,
     num_nextn_predict_layers=1,
     initializer_range=0.05,
+)
+
+CONFIG = RLConfig(
+    steps=10,
+    learning_rate=0.003,
+    optimizer="adamw",
+    weight_decay=0.0,
+    prompts=6,
+    samples=8,
+    max_tokens=4,
+    sequence_length=32,
+    dtype="fp32",
+    checkpoint_every=4,
 )
 
 
@@ -84,11 +100,8 @@ def environment() -> Environment:
     return EvenDigit()
 
 
-@pytest.fixture(scope="session")
-def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepseek]:
-    """A fresh copy of a model that answers each question with some digit and ends: about four in
-    ten are right.
-    """
+def tune(directory: Path, tokenizer: Tokenizer, environment: Environment) -> Deepseek:
+    """A model that answers each question with some digit and ends: about four in ten are right."""
 
     def batch(cursor: int, count: int) -> Batch:
         examples = []
@@ -96,17 +109,17 @@ def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepsee
             examples += chat_examples(tokenizer, environment.demonstration("train", index, 0.0))
         return pack_examples(examples, 32, tokenizer.pad_id).batch
 
-    place = tmp_path_factory.mktemp("sft")
     model = Deepseek(TINY).initialise(1)
     config = ObjectiveConfig(steps=50, learning_rate=0.02, decay_fraction=0.5, dtype="fp32")
-    train(
-        "sft",
-        model,
-        config,
-        Data(batch, lambda _: 40),
-        place / "checkpoints",
-        Tracking(place / "tracking.sqlite"),
-    )
+    step = LanguageModelStep(config, Data(batch, lambda _: 40))
+    Training("sft", model, step, directory, Tracking(None)).run()
+    return model
+
+
+@pytest.fixture(scope="session")
+def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepseek]:
+    """A fresh copy of the model that `tune` makes."""
+    model = tune(tmp_path_factory.mktemp("sft"), tokenizer, environment)
 
     def copy() -> Deepseek:
         other = Deepseek(TINY)
@@ -114,3 +127,8 @@ def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepsee
         return other
 
     return copy
+
+
+@pytest.fixture
+def rollout(fine_tuned, tokenizer, environment) -> Rollout:
+    return Sampler(tokenizer, environment, CONFIG, 7).rollout(fine_tuned(), 0, range(6))

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from xushi.rl import group_advantages, grpo_loss
+from xushi.rl import Objective, group_advantages, grpo_loss
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_grpo.json").read_text())
 INPUTS = {
@@ -29,7 +29,9 @@ V32 = {"clip_low": 0.2, "clip_high": 0.2, "kl_weight": 0.001, "off_policy_limit"
 
 def value_and_gradient(log_p: Tensor, *arguments: Tensor, **settings) -> tuple[float, Tensor]:
     leaf = log_p.clone().requires_grad_()
-    loss = grpo_loss(leaf, *arguments, **settings)
+    reference = settings.pop("reference_log_p_GT", None)
+    objective = Objective(**settings)
+    loss = grpo_loss(leaf, *arguments, objective, reference_log_p_GT=reference)
     loss.backward()
     return float(loss.detach()), leaf.grad
 

@@ -13,10 +13,10 @@ import pytest
 
 from xushi.base.errors import XushiError
 from xushi.base.tracking import Tracking
-from xushi.recipe import load_recipe
 from xushi.run.launch import Launch, check_launch, write_slurm_job
+from xushi.run.recipe import load_recipe
 
-from .conftest import MINIATURE, ROOT, read_results, xushi
+from .conftest import MINIATURE, ROOT, read_results, xushi, xushi_here
 from .test_torchrun import hashes
 
 # What Slurm would do, for two nodes: the names of its nodes, and the command once on each.
@@ -76,7 +76,7 @@ def test_what_could_not_go_on_is_refused_before_it_starts(
 
 
 def test_a_launch_is_one_of_two() -> None:
-    done = xushi("launch", MINIATURE)
+    done = xushi_here("launch", MINIATURE)
     assert done.returncode == 2 and "either --slurm or --ray ADDRESS" in done.stderr
 
 
@@ -156,7 +156,7 @@ def test_a_lost_machine_of_a_ray_cluster(tmp_path: Path, chain) -> None:
 import threading, time
 from pathlib import Path
 from ray.cluster_utils import Cluster
-from xushi.recipe import load_recipe
+from xushi.run.recipe import load_recipe
 from xushi.run.launch import Launch, launch_on_ray
 
 cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1}})

@@ -6,8 +6,8 @@ import pytest
 
 from xushi.base.errors import XushiError
 from xushi.base.machine import GIB
-from xushi.recipe import load_recipe
 from xushi.run.estimate import _bytes_per_process, check_memory
+from xushi.run.recipe import load_recipe
 from xushi.train import Layout
 
 from .conftest import MINIATURE

@@ -24,5 +24,10 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def with_tools() -> Tokenizer:
+    return Tokenizer.train([CODE, CODE, CHINESE, CHINESE], 427, tools=True)
+
+
+@pytest.fixture(scope="session")
 def bare() -> Tokenizer:
     return Tokenizer.train([], 263)

@@ -17,9 +17,9 @@ from xushi.base.errors import XushiError
 from xushi.base.files import sha256_file
 from xushi.tokenizer import Tokenizer
 from xushi.tokenizer import tokenizer as module
-from xushi.tokenizer.config import SPECIAL_TOKENS
+from xushi.tokenizer.config import SPECIAL_TOKENS, TOOL_TOKENS
 
-LOOK_ALIKES = [*SPECIAL_TOKENS, "<think", "</think>\n", "<｜", "｜>", "▁"]
+LOOK_ALIKES = [*SPECIAL_TOKENS, *TOOL_TOKENS, "<think", "</think>\n", "<｜", "｜>", "▁"]
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 MIXED = st.lists(
     st.one_of(
@@ -47,11 +47,13 @@ MIXED = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(text=MIXED)
-def test_lossless_and_never_special(tokenizer: Tokenizer, bare: Tokenizer, text: str) -> None:
-    for one in (tokenizer, bare):
+def test_lossless_and_never_special(
+    tokenizer: Tokenizer, bare: Tokenizer, with_tools: Tokenizer, text: str
+) -> None:
+    for one in (tokenizer, bare, with_tools):
         ids = one.encode(text)
         assert one.decode(ids) == text
-        assert all(token >= len(SPECIAL_TOKENS) for token in ids)
+        assert not any(one.is_special(token) for token in ids)
         assert b"".join(one.token_bytes(token) for token in ids) == text.encode()
         assert int(one.byte_lengths[ids].sum()) == len(text.encode())
 
@@ -154,9 +156,52 @@ def test_vocabulary_that_text_does_not_allow_names_the_size_reached() -> None:
     assert Tokenizer.train(["abab abab"], reached).vocab_size == reached
 
 
+def test_a_merge_occurs_at_least_twice() -> None:
+    with pytest.raises(XushiError, match="it gives 263"):
+        Tokenizer.train(["abcdefg"], 264)
+    tokenizer = Tokenizer.train(["xyxy abc"], 264)
+    assert tokenizer.token_bytes(263) == b"xy"
+
+
 def test_vocabulary_smaller_than_the_bytes() -> None:
     with pytest.raises(XushiError, match="vocab_size=262 is less than 263"):
         Tokenizer.train(["a"], 262)
+    with pytest.raises(XushiError, match="vocab_size=269 is less than 270"):
+        Tokenizer.train(["a"], 269, tools=True)
+
+
+def test_vocabularies_without_tools_stay_what_they_were(
+    tokenizer: Tokenizer, bare: Tokenizer
+) -> None:
+    """Hashes from before there were tool tokens: the ids of existing models must not move."""
+    assert tokenizer.hash == "72ffdb9d839656be8cf5f7ffaef9c9106313ab1308b0cc8ef2adeebe391dae2b"
+    assert bare.hash == "ad26dc86e2f9b173e21e5fadc98b15d48eb56b60a6de04dfc0a1b0a4bf5b3c75"
+    assert tokenizer.tool_ids is None
+
+
+def test_tool_tokens_follow_the_first_seven(tokenizer: Tokenizer, with_tools: Tokenizer) -> None:
+    assert with_tools.tool_ids == tuple(range(7, 14))
+    names = [with_tools.decode([token]) for token in range(14)]
+    assert tuple(names) == SPECIAL_TOKENS + TOOL_TOKENS
+    assert with_tools.byte_lengths[:14].tolist() == [0] * 14
+    assert [token for token in range(427) if with_tools.is_special(token)] == list(range(14))
+    # Merges are the same, seven ids later.
+    text = "def area(width): 天地玄黄 <think>"
+    assert with_tools.encode(text) == [token + 7 for token in tokenizer.encode(text)]
+
+
+def test_both_kinds_of_vocabulary_load(
+    tokenizer: Tokenizer, with_tools: Tokenizer, tmp_path: Path
+) -> None:
+    for one in (tokenizer, with_tools):
+        one.save(tmp_path)
+        loaded = Tokenizer.load(tmp_path)
+        assert (loaded.hash, loaded.tool_ids) == (one.hash, one.tool_ids)
+    foreign = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    del foreign["added_tokens"][-1]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(foreign), encoding="utf-8")
+    with pytest.raises(XushiError, match="special tokens are not xushi's"):
+        Tokenizer.load(tmp_path)
 
 
 def test_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
@@ -170,6 +215,11 @@ def test_decode_shows_or_skips_special_tokens(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.bos_id, *tokenizer.encode("a"), tokenizer.think_id, tokenizer.eos_id]
     assert tokenizer.decode(ids) == "<｜begin▁of▁sentence｜>a<think><｜end▁of▁sentence｜>"
     assert tokenizer.decode(ids, skip_special=True) == "a"
+
+
+def test_tool_tokens_are_never_hidden(with_tools: Tokenizer) -> None:
+    ids = [with_tools.eos_id, with_tools.tool_ids.separator, *with_tools.encode("a")]
+    assert with_tools.decode(ids, skip_special=True) == "<｜tool▁sep｜>a"
 
 
 def test_special_ids(tokenizer: Tokenizer) -> None:

@@ -1,12 +1,14 @@
 """A tiny model, pure batches and a tracking store for the tests of training."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from xushi.base.tracking import Tracking
 from xushi.model import Batch, Deepseek, ModelConfig
+from xushi.train import Data, Evaluation, LanguageModelStep, Layout, ObjectiveConfig, Training
 
 TINY = ModelConfig(
     vocab_size=40,
@@ -29,6 +31,21 @@ TINY = ModelConfig(
     num_nextn_predict_layers=1,
     initializer_range=0.1,
 )
+
+
+def train(
+    stage: str,
+    model: Deepseek,
+    config: ObjectiveConfig,
+    data: Data,
+    directory: Path,
+    tracking: Tracking,
+    evaluation: Evaluation | None = None,
+    layout: Layout | None = None,
+) -> dict[str, float]:
+    """Train on text to the end."""
+    step = LanguageModelStep(config, data)
+    return Training(stage, model, step, directory, tracking, layout, evaluation).run()
 
 
 @pytest.fixture

@@ -28,13 +28,14 @@ from xushi.train import (
     TrainingState,
     heartbeat,
     join,
+    language,
     latest_checkpoint,
-    loop,
-    train,
+    training_step,
 )
 from xushi.train.layout import local
-from xushi.train.loop import training_step
 from xushi.train.pipeline import run_pipeline
+
+from .conftest import train
 
 THIRD = ModelConfig(
     vocab_size=40,
@@ -112,6 +113,7 @@ MODELS |= {
     for kind, model in MODELS.items()
 }
 STEPS = 20
+COMPARED = 8  # steps whose figures are compared: warm-up, full rate and decay
 ROWS = 6  # which four processes cannot share evenly
 CONFIG = ObjectiveConfig(
     steps=STEPS,
@@ -128,7 +130,8 @@ CONFIG = ObjectiveConfig(
 
 def config_of(kind: str) -> ObjectiveConfig:
     """With QK-clip where it is for, at a limit that some heads reach."""
-    return CONFIG if kind.startswith("v4") else CONFIG.model_copy(update={"qk_clip": 0.03})
+    clip = None if kind.startswith("v4") else 0.03
+    return CONFIG.model_copy(update={"steps": COMPARED, "qk_clip": clip})
 
 
 def model_of(kind: str) -> Deepseek:
@@ -222,9 +225,9 @@ def gradients(model: Deepseek, layout: Layout) -> dict[str, Tensor]:
 
 
 def losses(kind: str, state: TrainingState, choices: Choices | None) -> list[dict[str, float]]:
-    """The figures of twenty steps."""
+    """The figures of a short training."""
     figures = []
-    for step in range(STEPS):
+    for step in range(COMPARED):
         rows = state.layout.rows(batch(step * ROWS, ROWS))
         found, problem = training_step(state, config_of(kind), step, rows)
         assert problem is None
@@ -272,7 +275,7 @@ def resumed(kind: str, layout: Layout, directory: Path, steps: int, total: int =
 
 def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
     """Six steps, in the third of which the last process alone has a loss that is not a number."""
-    real, steps, tracked = loop.pretraining_loss, [0], []
+    real, steps, tracked = language.pretraining_loss, [0], []
 
     def loss(*arguments: object, **settings: object):
         parts = real(*arguments, **settings)
@@ -288,7 +291,7 @@ def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
         def metrics(self, stage, step, values):
             tracked.append(dict(values))
 
-    loop.pretraining_loss = loss
+    language.pretraining_loss = loss
     config = CONFIG.model_copy(update={"steps": 6, "activations": "recompute"})
     train(
         "test",
@@ -299,7 +302,7 @@ def poisoned(layout: Layout, directory: Path) -> list[dict[str, float]]:
         Remembering(None),
         layout=layout,
     )
-    loop.pretraining_loss = real
+    language.pretraining_loss = real
     return tracked
 
 

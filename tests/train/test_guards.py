@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from xushi.base.errors import XushiError
 from xushi.model import Batch, LossParts
-from xushi.train import Data, ObjectiveConfig, train
-from xushi.train import loop as module
+from xushi.train import Data, ObjectiveConfig
+from xushi.train import language as module
+from xushi.train import step as update
 from xushi.train.checkpoint import latest_checkpoint
 from xushi.train.guards import (
     LIMIT_IN_A_ROW,
@@ -27,6 +28,8 @@ from xushi.train.guards import (
     LossScale,
 )
 from xushi.train.optimizer import Norms
+
+from .conftest import train
 
 SETTINGS = {
     "steps": 12,
@@ -188,7 +191,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_too(
     tiny_model, batches, tracking, tmp_path, monkeypatch
 ) -> None:
     norms = iter([1.0, math.inf, 1.0, 1.0])
-    monkeypatch.setattr(module, "clip_gradients", lambda *_: Norms(next(norms), {}))
+    monkeypatch.setattr(update, "clip_gradients", lambda *_: Norms(next(norms), {}))
     model = tiny_model()
     data = Data(lambda cursor, _: batches(cursor))
     train("test", model, ObjectiveConfig(**(SETTINGS | {"steps": 4})), data, tmp_path, tracking)

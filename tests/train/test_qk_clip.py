@@ -7,7 +7,7 @@ import torch
 
 from xushi.model import Deepseek, ModelConfig
 from xushi.ops import largest_scores
-from xushi.recipe import Recipe, load_recipe
+from xushi.run.recipe import Recipe, load_recipe
 from xushi.train import Layout
 from xushi.train.qk_clip import clip_scores, watch_scores
 

@@ -3,7 +3,9 @@ dotted keys.
 """
 
 import difflib
+import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,15 +15,30 @@ from xushi.base.errors import BadInput, XushiError
 
 
 class StrictConfig(BaseModel):
-    """Base of every room's config: unknown keys are errors and values are fixed once read."""
+    """Base of every config: unknown keys are errors, numbers are finite, values are fixed once read.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    A bound that concerns one field stands beside it (`Field(ge=1, le=...)`), upper bounds included:
+    a number that would hang or crash a later stage is refused when the recipe is read. A rule
+    between fields is a validator.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
-# pydantic's words for a wrong type speak of Python; these speak of TOML.
+# pydantic's messages speak of Python; these speak of TOML. Braces take what the error's context has.
 _PLAIN = {
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "finite_number": "must be a finite number",
+    "too_short": "must hold {min_length} or more entries",
+    "too_long": "must hold at most {max_length} entries",
+    "string_too_short": "must have {min_length} or more characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "literal_error": "must be {expected}",
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
     "float_type": "must be a number",
@@ -48,7 +65,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             f"recipe {path} cannot be read: {error}",
             "check the path, its permissions and its encoding (UTF-8)",
         ) from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise BadInput(
             f"recipe {path} is not valid TOML: {error}",
             "mend that line; strings need quotes, lists need brackets",
@@ -62,23 +79,42 @@ def override(table: dict[str, Any], assignment: str) -> None:
     key, sign, text = assignment.partition("=")
     if not sign or not key.strip():
         raise BadInput(
-            f"--set {assignment!r} is not of the form key=value",
+            f"--set {shorten(assignment)} is not of the form key=value",
             "write for example --set pretrain.steps=200",
         )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
+    except (ValueError, RecursionError) as error:
+        raise BadInput(
+            f"--set {shorten(assignment)} cannot be read: {error}", "give a smaller value"
+        ) from None
     *path, last = key.strip().split(".")
     for part in path:
         inner = table.setdefault(part, {})
         if not isinstance(inner, dict):
             raise BadInput(
-                f"--set {assignment!r}: {part} is not a table",
+                f"--set {shorten(assignment)}: {shorten(part)} is not a table",
                 "see the keys with xushi run --dry-run",
             )
         table = inner
     table[last] = value
+
+
+def shorten(value: object) -> str:
+    """`value` as it is written, cut to 80 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write an integer of thousands of digits
+        text = "a very long number"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+
+
+def _shown(part: int | str) -> str:
+    """One part of a dotted key. Keys that need quotes in TOML are quoted."""
+    text = str(part)
+    return text if re.fullmatch(r"[\w-]{1,80}", text) else shorten(text)
 
 
 def parse(model: type[ConfigT], table: dict[str, Any], where: str) -> ConfigT:
@@ -93,7 +129,7 @@ def parse(model: type[ConfigT], table: dict[str, Any], where: str) -> ConfigT:
 
 def _as_xushi_error(error: ValidationError, model: type[BaseModel], where: str) -> XushiError:
     fault = error.errors()[0]
-    key = ".".join(str(part) for part in fault["loc"])
+    key = ".".join(_shown(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         known = _fields_at(model, [str(part) for part in fault["loc"][:-1]])
         close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
@@ -108,12 +144,21 @@ def _as_xushi_error(error: ValidationError, model: type[BaseModel], where: str) 
             f"{where}: key {key} is missing", "add it to the recipe, or give it with --set"
         )
     given = fault.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
-    message = _PLAIN.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+    shown = f" (got {shorten(given)})" if isinstance(given, str | int | float | bool) else ""
+    plain = _PLAIN.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+    message = plain.format_map(_words(fault)) if fault["type"] in _PLAIN else plain
     return BadInput(
         f"{where}: {key or 'recipe'}: {message}{shown}",
         "correct that value in the recipe or with --set",
     )
+
+
+def _words(fault: Mapping[str, Any]) -> dict[str, Any]:
+    """The bounds in an error's context, as a person writes them: 0 for 0.0."""
+    return {
+        name: f"{value:g}" if isinstance(value, float) else value
+        for name, value in fault.get("ctx", {}).items()
+    }
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -27,6 +27,15 @@ class Tool:
     description: str
     parameters: Mapping[str, Any]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The tool in the OpenAI form."""
+        function = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": dict(self.parameters),
+        }
+        return {"type": "function", "function": function}
+
 
 @dataclass(frozen=True)
 class Message:

@@ -25,13 +25,13 @@ class SourceConfig(StrictConfig):
     posix path inside the source (`*` also matches `/`).
     """
 
-    name: str
+    name: str = Field(max_length=100)
     kind: Literal["text", "jsonl", "parquet", "packages"]
-    glob: str | None = None
-    packages: list[str] = Field(default_factory=list)
-    field: str = "text"
-    weight: float = 1.0
-    exclude: list[str] = Field(default_factory=list)
+    glob: str | None = Field(None, max_length=4096)
+    packages: list[str] = Field(default_factory=list, max_length=10_000)
+    field: str = Field("text", max_length=1000)
+    weight: float = Field(1.0, ge=1e-6, le=1e6)  # to give a source no weight, leave it out
+    exclude: list[str] = Field(default_factory=list, max_length=10_000)
 
     @field_validator("name")
     @classmethod
@@ -42,13 +42,6 @@ class SourceConfig(StrictConfig):
                 "after it"
             )
         return name
-
-    @field_validator("weight")
-    @classmethod
-    def _positive(cls, weight: float) -> float:
-        if not 0 < weight < float("inf"):
-            raise ValueError("weight must be above 0; leave the source out to give it none")
-        return weight
 
     @model_validator(mode="after")
     def _one_place(self) -> "SourceConfig":
@@ -67,21 +60,15 @@ class DataConfig(StrictConfig):
     keys which.
     """
 
-    sources: list[SourceConfig]
-    sequence_length: int
-    heldout: float = 0.065
-    salt: str = "xushi"
+    sources: list[SourceConfig] = Field(min_length=1, max_length=1000)
+    sequence_length: int = Field(ge=2, le=10_000_000)
+    heldout: float = Field(0.065, ge=0.05, le=0.08)
+    salt: str = Field("xushi", max_length=1000)
 
     @model_validator(mode="after")
-    def _sound(self) -> "DataConfig":
+    def _different_names(self) -> "DataConfig":
         names = [source.name for source in self.sources]
-        if not names:
-            raise ValueError("data.sources is empty: give at least one source")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two sources are called {name!r}")
-        if self.sequence_length < 2:
-            raise ValueError("sequence_length must be at least 2")
-        if not 0.05 <= self.heldout <= 0.08:
-            raise ValueError("heldout must lie between 0.05 and 0.08")
         return self

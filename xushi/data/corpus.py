@@ -18,12 +18,11 @@ from typing import Literal, NamedTuple
 
 from xushi.base.config import StrictConfig, parse
 from xushi.base.errors import BadInput
-from xushi.base.files import directory_in_place, write_json
+from xushi.base.files import directory_in_place, read_json, write_json
 from xushi.data.config import DataConfig
 from xushi.data.documents import Document, read_documents, write_documents
 from xushi.data.holdout import Holdout, group_of, hold_out, place_of
-from xushi.data.manifest import read_manifest
-from xushi.data.sources import SourceFiles, read_source
+from xushi.data.sources import SourceDocuments, read_source
 
 # A step's version is raised when it decides differently on the same documents.
 _VERSIONS = {"not_empty": 1, "exact_duplicates": 1, "holdout": 1}
@@ -60,7 +59,6 @@ class SourceSummary(StrictConfig):
 
     name: str
     kind: str
-    root: str
     weight: float
     files: int
     documents: int
@@ -130,10 +128,9 @@ def build_corpus(
 
 
 def load_summary(directory: Path) -> CorpusSummary:
-    """Read the summary of a corpus that `build_corpus` wrote."""
-    return parse(
-        CorpusSummary, read_manifest(directory / "summary.json"), str(directory / "summary.json")
-    )
+    """The summary of a corpus that `build_corpus` wrote."""
+    path = directory / "summary.json"
+    return parse(CorpusSummary, read_json(path, "run the data stage again"), str(path))
 
 
 def training_texts(directory: Path) -> Iterator[str]:
@@ -170,7 +167,9 @@ def _decide(document: Document, step: str, kept: bool, reason: str) -> Decision:
     return Decision(document.uid, step, _VERSIONS[step], None, kept, reason)
 
 
-def _without_duplicates(found: Mapping[str, SourceFiles]) -> tuple[list[Document], list[Decision]]:
+def _without_duplicates(
+    found: Mapping[str, SourceDocuments],
+) -> tuple[list[Document], list[Decision]]:
     """The documents that are not empty, only the first of those with equal texts, and decisions."""
     first: dict[bytes, bytes] = {}
     kept, decisions = [], []
@@ -206,7 +205,7 @@ def _holdout_decisions(divided: Holdout) -> list[Decision]:
 def _source_summaries(
     config: DataConfig,
     extra: Mapping[str, ExtraSource],
-    found: Mapping[str, SourceFiles],
+    found: Mapping[str, SourceDocuments],
     decisions: Sequence[Decision],
     divided: Holdout,
 ) -> list[SourceSummary]:
@@ -223,7 +222,6 @@ def _source_summaries(
             SourceSummary(
                 name=source.name,
                 kind=source.kind,
-                root=files.root,
                 weight=source.weight,
                 files=files.files,
                 documents=kept,
@@ -242,7 +240,6 @@ def _extra_summary(name: str, source: ExtraSource) -> SourceSummary:
     return SourceSummary(
         name=name,
         kind="extra",
-        root="",
         weight=source.weight,
         files=0,
         documents=len(source.documents),

@@ -89,6 +89,15 @@ class PackedSource:
             loss_mask_T=np.arange(self.length) < len(stream),
         )
 
+    def documents(self, index: int) -> Ints:
+        """[T]: the index in this source of each target's document in sequence `index`, -1 for
+        padding.
+        """
+        low = index * self.length
+        stream = np.arange(low, min(low + self.length, self.targets))
+        document = np.searchsorted(self._inputs, stream, side="right") - 1
+        return np.pad(document, (0, self.length - len(stream)), constant_values=-1)
+
     def spans(self, index: int) -> list[Span]:
         """The part of a document that each segment of sequence `index` holds, in order."""
         return [span for _, span in self.documents_and_spans(index)]

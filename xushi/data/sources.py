@@ -11,9 +11,10 @@ import importlib.metadata
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from xushi.base.errors import BadInput
 from xushi.data.config import SourceConfig, canonical_package
@@ -53,39 +54,54 @@ TEXT_SUFFIXES = (
 _TABLE_SUFFIXES = {"jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
 
 
+class SourceFile(NamedTuple):
+    """A file of a source. `meta`: `path`, its posix path inside the source, and perhaps `package`."""
+
+    path: Path
+    meta: Mapping[str, Any]
+
+
 @dataclass
 class SourceFiles:
-    """What was read from a source.
+    """What a source has: its files in path order, and notes of what was left out and why."""
 
-    `documents` are in path order. `notes` say what was left out and why. `root` is the directory
-    that paths are relative to.
-    """
-
-    documents: list[Document] = field(default_factory=list)
-    files: int = 0
+    files: list[SourceFile] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    root: str = ""
 
 
-def read_source(source: SourceConfig) -> SourceFiles:
+@dataclass
+class SourceDocuments:
+    """What was read from a source: its documents in path order, the number of files, and notes."""
+
+    documents: list[Document]
+    files: int
+    notes: list[str]
+
+
+def find_files(source: SourceConfig) -> SourceFiles:
+    """The files that `source` reads, in path order. None of them is read but for what tells whether
+    it is a text.
+    """
+    return _find_packages(source) if source.kind == "packages" else _find_by_glob(source)
+
+
+def read_source(source: SourceConfig) -> SourceDocuments:
     """All documents of `source` in path order; a source without any text is a `XushiError`."""
-    found = SourceFiles()
-    if source.kind == "packages":
-        _read_packages(source, found)
-    else:
-        _read_glob(source, found)
-    if not found.documents:
+    found = find_files(source)
+    read = _READERS[source.kind]
+    documents = [document for file in found.files for document in read(source, file)]
+    if not documents:
         left_out = f" ({'; '.join(found.notes)})" if found.notes else ""
         raise BadInput(
             f"source {source.name} has no text{left_out}",
             "give it files with text, or leave it out",
         )
-    return found
+    return SourceDocuments(documents, len(found.files), found.notes)
 
 
-def _read_glob(source: SourceConfig, found: SourceFiles) -> None:
+def _find_by_glob(source: SourceConfig) -> SourceFiles:
+    found = SourceFiles()
     root, paths, whole_directory = _match(source, found)
-    found.root = str(root)
     excluded = 0
     skipped = 0
     for path in paths:
@@ -95,10 +111,10 @@ def _read_glob(source: SourceConfig, found: SourceFiles) -> None:
         elif whole_directory and not _belongs(source, path):
             skipped += 1
         else:
-            found.files += 1
-            found.documents += _READERS[source.kind](source, path, inside)
+            found.files.append(SourceFile(path, {"path": inside}))
     _note(found, excluded, "files excluded by pattern")
     _note(found, skipped, f"files skipped that are not {source.kind}")
+    return found
 
 
 def _belongs(source: SourceConfig, path: Path) -> bool:
@@ -197,11 +213,12 @@ def _text_of(data: bytes, where: str) -> str:
         ) from None
 
 
-def _read_text(source: SourceConfig, path: Path, inside: str) -> Iterator[Document]:
-    yield make_document(source.name, _text_of(_bytes_of(path), str(path)), {"path": inside})
+def _read_text(source: SourceConfig, file: SourceFile) -> Iterator[Document]:
+    yield make_document(source.name, _text_of(_bytes_of(file.path), str(file.path)), file.meta)
 
 
-def _read_jsonl(source: SourceConfig, path: Path, inside: str) -> Iterator[Document]:
+def _read_jsonl(source: SourceConfig, file: SourceFile) -> Iterator[Document]:
+    path = file.path
     for number, line in enumerate(_text_of(_bytes_of(path), str(path)).split("\n"), start=1):
         if not line.strip():
             continue
@@ -216,7 +233,7 @@ def _read_jsonl(source: SourceConfig, path: Path, inside: str) -> Iterator[Docum
                 f"{where} has no text under {source.field!r}",
                 f"correct that line, or set field in source {source.name} to the right key",
             )
-        yield make_document(source.name, _encodable(text, where), {"path": inside, "line": number})
+        yield make_document(source.name, _encodable(text, where), {**file.meta, "line": number})
 
 
 def _encodable(text: str, where: str) -> str:
@@ -229,20 +246,21 @@ def _encodable(text: str, where: str) -> str:
     return text
 
 
-def _read_parquet(source: SourceConfig, path: Path, inside: str) -> Iterator[Document]:
+def _read_parquet(source: SourceConfig, file: SourceFile) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    path = file.path
     try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow
+        with pq.ParquetFile(path) as table:
+            columns = table.schema_arrow
             if source.field not in columns.names:
                 raise BadInput(
                     f"{path} has no column {source.field!r} (it has {', '.join(columns.names)})",
                     f"set field in source {source.name} to the right column",
                 )
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[source.field]):
+            for batch in table.iter_batches(batch_size=1024, columns=[source.field]):
                 for text in batch.column(0).to_pylist():
                     number += 1
                     if not isinstance(text, str):
@@ -250,7 +268,7 @@ def _read_parquet(source: SourceConfig, path: Path, inside: str) -> Iterator[Doc
                             f"{path}, row {number} of column {source.field!r} is not text",
                             "remove the row, or set field to a column of strings",
                         )
-                    yield make_document(source.name, text, {"path": inside, "row": number})
+                    yield make_document(source.name, text, {**file.meta, "row": number})
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise BadInput(
             f"{path} cannot be read as Parquet: {' '.join(str(error).split())}",
@@ -258,11 +276,16 @@ def _read_parquet(source: SourceConfig, path: Path, inside: str) -> Iterator[Doc
         ) from None
 
 
-_READERS = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+_READERS = {
+    "text": _read_text,
+    "packages": _read_text,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+}
 
 
-def _read_packages(source: SourceConfig, found: SourceFiles) -> None:
-    """Read the `.py` files in the RECORD of each distribution, sorted by posix path over all."""
+def _find_packages(source: SourceConfig) -> SourceFiles:
+    """The `.py` files in the RECORD of each distribution, sorted by posix path over all."""
     files: list[tuple[str, str, Path]] = []
     excluded = 0
     for name in source.packages:
@@ -271,14 +294,14 @@ def _read_packages(source: SourceConfig, found: SourceFiles) -> None:
                 excluded += 1
             else:
                 files.append((inside, canonical_package(name), path))
-    for inside, package, path in sorted(files):
-        text = _text_of(_bytes_of(path), str(path))
-        found.documents.append(
-            make_document(source.name, text, {"path": inside, "package": package})
-        )
-    found.files = len(files)
-    found.root = "site-packages"
+    found = SourceFiles(
+        [
+            SourceFile(path, {"path": inside, "package": package})
+            for inside, package, path in sorted(files)
+        ]
+    )
     _note(found, excluded, "files excluded by pattern")
+    return found
 
 
 def _package_files(name: str, source: str) -> list[tuple[str, Path]]:
@@ -288,11 +311,11 @@ def _package_files(name: str, source: str) -> list[tuple[str, Path]]:
         raise BadInput(
             f"source {source}: the package {name!r} is not installed", f"pip install {name}"
         ) from None
-    record = [PurePosixPath(file) for file in distribution.files or []]
+    root = str(distribution.locate_file(""))
     files = [
-        (str(file), Path(str(distribution.locate_file(str(file)))))
-        for file in record
-        if file.suffix == ".py" and ".." not in file.parts and not file.is_absolute()
+        (str(file), Path(root, file))
+        for file in distribution.files or []
+        if file.name.endswith(".py") and ".." not in file.parts and not file.is_absolute()
     ]
     if not files:
         raise BadInput(

@@ -20,10 +20,9 @@ import numpy as np
 
 from xushi.base.config import StrictConfig, parse
 from xushi.base.errors import BadInput
-from xushi.base.files import directory_in_place, write_json
+from xushi.base.files import directory_in_place, read_json, write_json
 from xushi.data.corpus import load_summary
 from xushi.data.documents import Document, read_documents
-from xushi.data.manifest import read_manifest
 from xushi.data.packing import Ints, PackedSource
 
 if TYPE_CHECKING:
@@ -143,10 +142,9 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def load_manifest(directory: Path) -> TokenManifest:
-    """Read the manifest of a directory that `tokenize_corpus` wrote."""
-    return parse(
-        TokenManifest, read_manifest(directory / "manifest.json"), str(directory / "manifest.json")
-    )
+    """The manifest of a directory that `tokenize_corpus` wrote."""
+    path = directory / "manifest.json"
+    return parse(TokenManifest, read_json(path, "run the tokenizer stage again"), str(path))
 
 
 def open_source(directory: Path, manifest: TokenManifest, source: TokenSource) -> PackedSource:

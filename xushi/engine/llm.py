@@ -4,17 +4,21 @@ Not here: many clients at once (serve), training-time sampling on bare ids (batc
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xushi.base.errors import BadInput
-from xushi.base.messages import Message
-from xushi.engine.engine import Engine, FinishReason, Request
+from xushi.base.messages import Message, Tool, ToolCall
+from xushi.engine.engine import Engine
 from xushi.engine.params import SamplingParams
+from xushi.engine.request import FinishReason, Request
 from xushi.engine.text import Delta, TextStream
 from xushi.model import ModelConfig, load_pretrained
 from xushi.tokenizer import Tokenizer, encode_chat
+
+# Messages, or mappings in the OpenAI form.
+Conversation = Sequence[Message | Mapping[str, Any]]
 
 # Room for this many conversations of full length, unless that is more than so many tokens.
 DEFAULT_CONVERSATIONS = 8
@@ -37,10 +41,11 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class ChatCompletion:
-    """An answer, and the reasoning before it or None; the rest is as in `Completion`."""
+    """An answer: its reasoning or None, its content and its tool calls; the rest as in `Completion`."""
 
     reasoning_content: str | None
     content: str
+    tool_calls: tuple[ToolCall, ...]
     token_ids: list[int]
     logprobs: list[float]
     sampling_logprobs: list[float]
@@ -104,10 +109,14 @@ class LLM:
         ]
 
     def chat(
-        self, messages: Sequence[Message | Mapping[str, Any]], params: SamplingParams
+        self, messages: Conversation, params: SamplingParams, tools: Sequence[Tool] = ()
     ) -> ChatCompletion:
-        """The model's answer to a conversation."""
-        request = self.engine.add(self.conversation_ids(messages), params)
+        """The model's answer to a conversation of messages, or of mappings in the OpenAI form.
+
+        `tools` are what the model may call; a caller runs them and sends the outputs as messages of
+        role "tool" after the answer.
+        """
+        request = self.engine.add(self.conversation_ids(messages, tools), params)
         stream = TextStream(self.tokenizer, params.stop, chat=True)
         parts = {"reasoning": "", "content": ""}
         for _, delta in self._run([request], [stream]):
@@ -115,20 +124,21 @@ class LLM:
         return ChatCompletion(
             parts["reasoning"] if stream.thought else None,
             parts["content"],
+            stream.tool_calls,
             *_figures(request, stream),
         )
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams) -> Iterator[Delta]:
-        """`generate` of one prompt, piece by piece; closing the iterator ends the request."""
+        """The text of `generate` for one prompt as it arrives; closing the iterator ends the request."""
         request = self.engine.add(self.prompt_ids(prompt), params)
         for _, delta in self._run([request], [TextStream(self.tokenizer, params.stop)]):
             yield delta
 
     def stream_chat(
-        self, messages: Sequence[Message | Mapping[str, Any]], params: SamplingParams
+        self, messages: Conversation, params: SamplingParams, tools: Sequence[Tool] = ()
     ) -> Iterator[Delta]:
-        """`chat`, piece by piece; closing the iterator ends the request."""
-        request = self.engine.add(self.conversation_ids(messages), params)
+        """The text of `chat` as it arrives; closing the iterator ends the request."""
+        request = self.engine.add(self.conversation_ids(messages, tools), params)
         for _, delta in self._run([request], [TextStream(self.tokenizer, params.stop, chat=True)]):
             yield delta
 
@@ -140,15 +150,14 @@ class LLM:
             return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
         return list(prompt)
 
-    def conversation_ids(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
-        """The prompt for the next answer; earlier reasoning is left out.
-
-        Mappings are read by `Message.from_dict`.
+    def conversation_ids(self, messages: Conversation, tools: Sequence[Tool] = ()) -> list[int]:
+        """The prompt for the next answer; see `encode_chat`. Mappings are read by
+        `Message.from_dict`.
         """
         if not messages:
             raise BadInput("the conversation has no messages", "give at least one of role user")
         read = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
-        return encode_chat(self.tokenizer, [replace(m, reasoning=None) for m in read])
+        return encode_chat(self.tokenizer, read, tools)
 
     def _run(
         self, requests: list[Request], streams: list[TextStream]

@@ -1,28 +1,29 @@
-"""From sampled ids to text as it arrives: whole characters, reasoning apart from the answer, and
-stop strings.
+"""From sampled ids to text as it arrives: whole characters, reasoning apart from content, tool calls,
+and stop strings.
 
-Not here: how a conversation is laid out (tokenizer).
+Not here: the form of a conversation (tokenizer).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from xushi.tokenizer import StreamDecoder, Tokenizer
+from xushi.base.messages import ToolCall
+from xushi.tokenizer import StreamDecoder, Tokenizer, parse_tool_calls
 
 Channel = Literal["reasoning", "content"]
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """The next piece of text, never empty, and whether it is reasoning or answer."""
+    """The next characters of a text, never empty, and whether they are reasoning or content."""
 
     channel: Channel
     text: str
 
 
 class StopFinder:
-    """Passes text on up to the first stop string, holding back an end that may become one."""
+    """Passes text on up to the first stop string; holds back an end that may become one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
@@ -30,7 +31,7 @@ class StopFinder:
         self.found = False
 
     def push(self, text: str) -> str:
-        """The text that is now sure not to belong to a stop string."""
+        """The text that cannot belong to a stop string any more."""
         if self.found or not self._stop:
             return "" if self.found else text
         self._held += text
@@ -44,7 +45,7 @@ class StopFinder:
         return sure
 
     def flush(self) -> str:
-        """The end: what was held back is text after all."""
+        """The end of the text: what was held back is no stop string."""
         held, self._held = ("" if self.found else self._held), ""
         return held
 
@@ -64,19 +65,23 @@ def _overlap(text: str, stop: str) -> int:
 class TextStream:
     """The text of one request, token by token.
 
-    With `chat`, everything before the first `</think>` is reasoning and what follows is the answer,
-    as `Tokenizer.parse_assistant` has it; otherwise all is content. Special tokens give no text.
-    Stop strings are looked for in the content only; once one is found `stopped` is True and the
-    request should be ended.
+    With `chat`, everything before the first `</think>` is reasoning. What follows is content, and
+    tool calls once the request has ended, as `parse_assistant` reads them; a malformed call is
+    content, which comes with `flush`. Without `chat` all text is content. Stop strings are looked
+    for in the content only. Once one is found `stopped` is True, and the caller should end the
+    request.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), chat: bool = False) -> None:
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer, skip_special=True)
         self._finder = StopFinder(stop)
+        self._calls_begin = tokenizer.tool_ids.calls_begin if chat and tokenizer.tool_ids else None
+        self._call_ids: list[int] = []  # from the beginning of a block of calls on
         self.channel: Channel = "reasoning" if chat else "content"
-        self.thought = False  # whether there is any reasoning, be it empty
+        self.thought = False  # whether there is any reasoning, even if it is empty
         self.reasoning_tokens = 0
+        self.tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def stopped(self) -> bool:
@@ -84,9 +89,12 @@ class TextStream:
         return self._finder.found
 
     def push(self, token: int) -> list[Delta]:
-        """The text that this token completes: none, one piece, or the end of the reasoning."""
+        """The text that this token completes: often none, and with `</think>` the last reasoning."""
         if self.channel == "content":
-            return _deltas("content", self._finder.push(self._decoder.push(token)))
+            if self._call_ids or token == self._calls_begin:
+                self._call_ids.append(token)
+                return []
+            return self._content(token)
         self.reasoning_tokens += 1
         if token != self._tokenizer.end_think_id:
             self.thought |= token == self._tokenizer.think_id
@@ -96,11 +104,21 @@ class TextStream:
         return self._reasoning(rest)
 
     def flush(self) -> list[Delta]:
-        """The end of the request: what was held back."""
-        rest = self._decoder.flush()
+        """The end of the request: the text that was held back."""
         if self.channel == "reasoning":
-            return self._reasoning(rest)
-        return _deltas("content", self._finder.push(rest) + self._finder.flush())
+            return self._reasoning(self._decoder.flush())
+        deltas = []
+        ids = [token for token in self._call_ids if token != self._tokenizer.eos_id]
+        calls = parse_tool_calls(self._tokenizer, ids)
+        if calls is None:
+            deltas = [delta for token in ids for delta in self._content(token)]
+        else:
+            self.tool_calls = calls
+        rest = self._finder.push(self._decoder.flush()) + self._finder.flush()
+        return deltas + _deltas("content", rest)
+
+    def _content(self, token: int) -> list[Delta]:
+        return _deltas("content", self._finder.push(self._decoder.push(token)))
 
     def _reasoning(self, text: str) -> list[Delta]:
         self.thought |= bool(text)

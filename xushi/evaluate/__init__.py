@@ -1,20 +1,41 @@
-"""Floor 4: what a model is worth: bits per byte beside compressors, and answers to tasks with
-intervals.
-"""
+"""What a model is worth: bits per byte beside compressors, and answers to tasks with intervals."""
 
-from xushi.evaluate.answers import Answer, answer_tasks, score_answer
-from xushi.evaluate.bits import total_bits
+from xushi.evaluate.bits import DocumentBits, bits_by_document, total_bits
 from xushi.evaluate.compressors import bits_per_byte, xz_primed
+from xushi.evaluate.config import EvaluateConfig
+from xushi.evaluate.episodes import Branch, Episode, examples_of, play
+from xushi.evaluate.measure import (
+    Rate,
+    Sampled,
+    accuracy,
+    evaluation_tasks,
+    play_greedily,
+    play_sampled,
+    shown,
+    summarise,
+)
 from xushi.evaluate.statistics import mean_interval, pass_at_k, pass_at_k_interval, wilson
 
 __all__ = [
-    "Answer",
-    "answer_tasks",
+    "Branch",
+    "DocumentBits",
+    "Episode",
+    "EvaluateConfig",
+    "Rate",
+    "Sampled",
+    "accuracy",
+    "bits_by_document",
     "bits_per_byte",
+    "evaluation_tasks",
+    "examples_of",
     "mean_interval",
     "pass_at_k",
     "pass_at_k_interval",
-    "score_answer",
+    "play",
+    "play_greedily",
+    "play_sampled",
+    "shown",
+    "summarise",
     "total_bits",
     "wilson",
     "xz_primed",

@@ -1,13 +1,14 @@
-"""The cache and the flat tokens that the decoding forward takes.
+"""The cache of latents, and the flat tokens that the decoding forward takes.
 
-A slot holds what one token of one sequence keeps in every layer, final once written: MLA's latent
-and rotated key (DeepSeek-V2, arXiv:2405.04434, section 2.1), V3.2's index key beside them; in V4
-the key of its window, what it gives to the compressor and, if it closes a compression window, that
-window's entry. So a fork shares slots by counting references and never copies, and truncation drops
-references: nothing else depends on where a sequence was cut.
+A slot holds what one token of one sequence keeps in every layer. For MLA: the latent and the
+rotated key (DeepSeek-V2, arXiv:2405.04434, section 2.1), and V3.2's index key. For V4: the key for
+the sliding window, the token's projections for the compressor, and, if the token closes a
+compression window, that window's entry. A slot never changes once it is written. So a fork shares
+slots by counting references and copies nothing, and truncation only drops references, wherever a
+sequence is cut.
 
-V4's tokens keep all of it for as long as the sequence lives, more than the entries need; giving the
-rest back beyond the sliding window is not done yet.
+V4's tokens keep all of this for as long as the sequence lives. Freeing what is not needed beyond
+the sliding window is not implemented.
 
 Axes: N flat tokens of one call, S sequences in it, L cached positions, Q new tokens of a sequence.
 """
@@ -24,21 +25,19 @@ from xushi.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class FlatTokens:
-    """One decoding call: prefill chunks and single steps mixed. All tensors are int64."""
+    """The tokens of one decoding call, prefill chunks and single steps mixed. All are int64."""
 
-    tokens_N: Tensor
-    rows_N: Tensor  # which sequence of the call, 0 <= row < S
-    columns_N: Tensor  # place inside that sequence's new tokens
-    positions_N: Tensor  # place inside that sequence
-    slots_N: Tensor  # where the token's cache entry goes
-    slot_table_SL: (
-        Tensor  # slots of all positions of each sequence, new ones included; padded with 0
-    )
+    tokens_N: Tensor  # token ids
+    rows_N: Tensor  # the token's sequence within the call, 0 <= row < S
+    columns_N: Tensor  # its index among the sequence's new tokens
+    positions_N: Tensor  # its position in the sequence
+    slots_N: Tensor  # the slot it is written to
+    slot_table_SL: Tensor  # slots of each sequence's positions, with the new ones; padded with 0
     wanted_M: Tensor  # indices into N of the tokens whose logits are wanted
 
 
 def by_sequence(values_N: Tensor, flat: FlatTokens) -> Tensor:
-    """[N, ...] to [S, Q, ...], zero where a sequence has fewer than Q new tokens."""
+    """[N, ...] to [S, Q, ...], padded with zeros for sequences with fewer than Q new tokens."""
     longest = int(flat.columns_N.max()) + 1
     values = values_N.new_zeros(flat.slot_table_SL.shape[0], longest, *values_N.shape[1:])
     values[flat.rows_N, flat.columns_N] = values_N
@@ -46,31 +45,31 @@ def by_sequence(values_N: Tensor, flat: FlatTokens) -> Tensor:
 
 
 def read_slots(entries: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
-    """A layer's cache [slots, width] at `slots` [...]: [..., width]."""
+    """Rows `slots` [...] of a layer's cache [slots, width]: [..., width] in `dtype`."""
     return entries.index_select(0, slots.flatten()).view(*slots.shape, entries.shape[-1]).to(dtype)
 
 
 def slot_widths(config: ModelConfig, layer: int) -> tuple[int, int]:
-    """Values that a token keeps in layer `layer`, and of these, at the end, the compressed entry it
-    may close.
+    """Values that a token keeps in layer `layer`, and how many of them, at the end of the slot, are
+    the compressed entry.
     """
     if not config.is_v4:
-        return config.kv_lora_rank + config.qk_rope_head_dim + (
-            config.index_head_dim if config.has_indexer else 0
-        ), 0
-    key, rate = config.head_dim, config.compress_ratio(layer)
+        index_key = config.index_head_dim if config.has_indexer else 0
+        return config.kv_lora_rank + config.qk_rope_head_dim + index_key, 0
+    key = config.head_dim
+    rate = config.compress_ratio(layer)
     if rate == 0:
         return key, 0
-    # What goes to the compressor: values and gates, of one series (HCA) or of two (CSA).
-    series, entry = (
-        (1, key) if rate == config.compress_rate_hca else (2, key + config.index_head_dim)
-    )
+    # The compressor needs values and gates, of one series (HCA) or two (CSA, which also has the
+    # indexer's compressor).
+    series = 1 if rate == config.compress_rate_hca else 2
+    entry = key if rate == config.compress_rate_hca else key + config.index_head_dim
     return key + 2 * series * entry + entry, entry
 
 
 class LatentCache:
-    """Slots for `slots` tokens over all layers, with allocate, fork, truncate and free of
-    sequences.
+    """A cache of `slots` tokens over all layers; sequences can be allocated, forked, truncated and
+    freed.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class LatentCache:
         return self._next - 1
 
     def fork(self, sequence: int) -> int:
-        """A new sequence that begins with everything `sequence` holds; shares its slots."""
+        """A new sequence with all tokens of `sequence`, whose slots it shares; returns its id."""
         copy = self.allocate()
         self._slots[copy] = list(self._slots[sequence])
         for slot in self._slots[copy]:
@@ -110,11 +109,11 @@ class LatentCache:
         return copy
 
     def length(self, sequence: int) -> int:
-        """Tokens that `sequence` holds."""
+        """The number of tokens of `sequence`."""
         return len(self._slots[sequence])
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget everything from position `length` on."""
+        """Drop all tokens from position `length` on."""
         slots = self._slots[sequence]
         if not 0 <= length <= len(slots):
             raise ValueError(f"cannot truncate a sequence of {len(slots)} tokens to {length}")
@@ -123,9 +122,26 @@ class LatentCache:
         del slots[length:]
 
     def free(self, sequence: int) -> None:
-        """Forget the sequence altogether."""
+        """Remove the sequence."""
         self.truncate(sequence, 0)
         del self._slots[sequence]
+
+    def unload(self, sequence: int) -> list[Tensor]:
+        """Free a sequence and return what it held: [tokens, width] of each layer, on the CPU."""
+        slots = torch.tensor(self._slots[sequence], dtype=torch.int64, device=self.device)
+        entries = [layer.index_select(0, slots).cpu() for layer in self.layers]
+        self.free(sequence)
+        return entries
+
+    def load(self, entries: Sequence[Tensor]) -> int:
+        """A new sequence that holds what `unload` returned; it takes a slot for each token."""
+        sequence = self.allocate()
+        slots = self._take(len(entries[0]))
+        self._slots[sequence] = slots
+        index = torch.tensor(slots, dtype=torch.int64, device=self.device)
+        for layer, values in zip(self.layers, entries, strict=True):
+            layer.index_copy_(0, index, values.to(self.device))
+        return sequence
 
     def extend(
         self, additions: Sequence[tuple[int, Sequence[int]]], wanted: str = "last"
@@ -133,15 +149,10 @@ class LatentCache:
         """Reserve slots for new tokens of some sequences and lay them out for `Deepseek.decode`.
 
         `additions` holds (sequence id, token ids), each sequence at most once and with at least one
-        token; `wanted` is "last" (logits of each sequence's last new token, in the order given) or
+        token. `wanted` is "last" (logits of each sequence's last new token, in the order given) or
         "all" (of every new token).
         """
-        need = sum(len(tokens) for _, tokens in additions)
-        if need > self.available:
-            raise Failed(
-                f"the cache has {self.available} free slots and {need} are needed",
-                "ask for fewer or shorter sequences at once, or give the cache more slots",
-            )
+        taken = self._take(sum(len(tokens) for _, tokens in additions))
         tokens_N: list[int] = []
         rows: list[int] = []
         columns: list[int] = []
@@ -151,9 +162,7 @@ class LatentCache:
         for row, (sequence, tokens) in enumerate(additions):
             held = self._slots[sequence]
             start = len(held)
-            new = [self._unused.pop() for _ in tokens]
-            for slot in new:
-                self._references[slot] = 1
+            new = taken[len(tokens_N) : len(tokens_N) + len(tokens)]
             held.extend(new)
             tokens_N.extend(tokens)
             rows.extend([row] * len(new))
@@ -161,24 +170,31 @@ class LatentCache:
             positions.extend(range(start, start + len(new)))
             slots_N.extend(new)
             ends.append(len(tokens_N) - 1)
-        longest = max(len(self._slots[sequence]) for sequence, _ in additions)
-        table = [
-            self._slots[sequence] + [0] * (longest - len(self._slots[sequence]))
-            for sequence, _ in additions
-        ]
-
-        def on_device(values: list[int] | list[list[int]]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=self.device)
-
+        table = self._padded([sequence for sequence, _ in additions])
+        if wanted == "all":
+            ends = list(range(len(tokens_N)))
+        parts = (tokens_N, rows, columns, positions, slots_N, table, ends)
         return FlatTokens(
-            on_device(tokens_N),
-            on_device(rows),
-            on_device(columns),
-            on_device(positions),
-            on_device(slots_N),
-            on_device(table),
-            on_device(ends if wanted == "last" else list(range(len(tokens_N)))),
+            *(torch.tensor(part, dtype=torch.int64, device=self.device) for part in parts)
         )
+
+    def _padded(self, sequences: list[int]) -> list[list[int]]:
+        """The slots of some sequences, padded with 0 to the longest."""
+        tables = [self._slots[sequence] for sequence in sequences]
+        longest = max(len(slots) for slots in tables)
+        return [slots + [0] * (longest - len(slots)) for slots in tables]
+
+    def _take(self, count: int) -> list[int]:
+        """Slots for `count` new tokens of one sequence each."""
+        if count > self.available:
+            raise Failed(
+                f"the cache has {self.available} free slots and {count} are needed",
+                "ask for fewer or shorter sequences at once, or give the cache more slots",
+            )
+        slots = [self._unused.pop() for _ in range(count)]
+        for slot in slots:
+            self._references[slot] = 1
+        return slots
 
     def _release(self, slot: int) -> None:
         self._references[slot] -= 1

@@ -22,6 +22,7 @@ from xushi.model.indexer import CompressedIndexer
 from xushi.model.layers import Linear, RMSNorm
 from xushi.model.sequences import Angles, CompletedWindows, Decoding, Sequences
 from xushi.ops import (
+    MaskedKeys,
     best_keys,
     entry_shares,
     index_divergence,
@@ -104,35 +105,21 @@ class CompressedAttention(nn.Module):
         q_latent, q_BTHK = self._queries(x_BTD, angles)
         kv_BTK = rotate_tail(self.kv_norm(self.kv_proj(x_BTD)), *angles)
         window_BTT = cast(Tensor, sequences.window_BTT)
-        entries_BWK, chosen_BTW = kv_BTK[:, :0], window_BTT[..., :0]
+        tokens = MaskedKeys(kv_BTK, window_BTT)
+        entries = MaskedKeys(kv_BTK[:, :0], window_BTT[..., :0])
+        settings = (self.sinks, self.scale, self.config.sliding_window)
         divergence_BT = None
         if self.compressor is not None:
             entries_BWK = _window_entries(self.compressor, x_BTD, sequences)
             chosen_BTW = sequences.windows[self.rate].visible_BTW
+            scores_BTW = None
             if self.indexer is not None:
                 chosen_BTW, scores_BTW = self._select(self.indexer, x_BTD, q_latent, sequences)
-                if scores_BTW is not None and sequences.index_loss:
-                    shares_BTW = entry_shares(
-                        q_BTHK,
-                        kv_BTK,
-                        window_BTT,
-                        entries_BWK,
-                        chosen_BTW,
-                        self.sinks,
-                        self.scale,
-                        self.config.sliding_window,
-                    )
-                    divergence_BT = index_divergence(scores_BTW, shares_BTW, chosen_BTW)
-        out_BTHK = windowed_attention(
-            q_BTHK,
-            kv_BTK,
-            window_BTT,
-            entries_BWK,
-            chosen_BTW,
-            self.sinks,
-            self.scale,
-            self.config.sliding_window,
-        )
+            entries = MaskedKeys(entries_BWK, chosen_BTW)
+            if scores_BTW is not None and sequences.index_loss:
+                shares_BTW = entry_shares(q_BTHK, tokens, entries, *settings)
+                divergence_BT = index_divergence(scores_BTW, shares_BTW, chosen_BTW)
+        out_BTHK = windowed_attention(q_BTHK, tokens, entries, *settings)
         return self._output(out_BTHK, angles), divergence_BT
 
     def _select(

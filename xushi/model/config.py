@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import (
     ConfigDict,
+    Field,
     SerializerFunctionWrapHandler,
     field_validator,
     model_serializer,
@@ -25,12 +26,12 @@ class RopeScaling(StrictConfig):
 
     # Published configs say "type"; transformers 5 also writes "rope_type". Both mean the same.
     type: Literal["yarn"] = "yarn"
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float = 1.0
-    mscale_all_dim: float = 0.0
+    factor: float = Field(gt=0, le=1e9)
+    original_max_position_embeddings: int = Field(ge=1, le=1_000_000_000)
+    beta_fast: float = Field(32.0, gt=0, le=1e9)
+    beta_slow: float = Field(1.0, gt=0, le=1e9)
+    mscale: float = Field(1.0, ge=0, le=1e6)
+    mscale_all_dim: float = Field(0.0, ge=0, le=1e6)
 
 
 _INDEXER = ("index_topk", "index_n_heads", "index_head_dim")
@@ -91,55 +92,55 @@ class ModelConfig(StrictConfig):
 
     model_type: Literal["deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4"] = "deepseek_v3"
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
-    vocab_size: int = 129280
-    hidden_size: int = 7168
-    intermediate_size: int = 18432
-    moe_intermediate_size: int = 2048
-    num_hidden_layers: int = 61
-    num_attention_heads: int = 128
-    n_shared_experts: int = 1
-    n_routed_experts: int = 256
-    num_experts_per_tok: int = 8
-    n_group: int = 8
-    topk_group: int = 4
+    vocab_size: int = Field(129280, ge=1, le=10_000_000)
+    hidden_size: int = Field(7168, ge=1, le=1_000_000)
+    intermediate_size: int = Field(18432, ge=1, le=10_000_000)
+    moe_intermediate_size: int = Field(2048, ge=1, le=10_000_000)
+    num_hidden_layers: int = Field(61, ge=1, le=10_000)
+    num_attention_heads: int = Field(128, ge=1, le=10_000)
+    n_shared_experts: int = Field(1, ge=0, le=10_000)
+    n_routed_experts: int = Field(256, ge=1, le=100_000)
+    num_experts_per_tok: int = Field(8, ge=1, le=100_000)
+    n_group: int = Field(8, ge=1, le=100_000)
+    topk_group: int = Field(4, ge=1, le=100_000)
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5
-    first_k_dense_replace: int = 3
-    q_lora_rank: int | None = 1536
-    kv_lora_rank: int = 512
-    qk_nope_head_dim: int = 128
-    qk_rope_head_dim: int = 64
-    v_head_dim: int = 128
-    index_topk: int = 2048  # keys, or compressed entries, that a query attends to
-    index_n_heads: int = 64
-    index_head_dim: int = 128
-    head_dim: int = (
-        512  # of query, key and value alike; the last qk_rope_head_dim of them are rotated
-    )
-    o_groups: int = 8
-    o_lora_rank: int = 1024
-    sliding_window: int = 128
-    compress_ratios: list[int] | None = None
-    compress_rate_csa: int = 4
-    compress_rate_hca: int = 128
-    compress_rope_theta: float = 160000.0
-    hc_mult: int = 4
-    hc_sinkhorn_iters: int = 20
-    hc_eps: float = 1e-6
-    num_hash_layers: int = 3
-    swiglu_limit: float = 10.0
+    routed_scaling_factor: float = Field(2.5, ge=0, le=1e6)
+    first_k_dense_replace: int = Field(3, ge=0, le=10_000)
+    q_lora_rank: int | None = Field(1536, ge=0, le=1_000_000)
+    kv_lora_rank: int = Field(512, ge=1, le=1_000_000)
+    qk_nope_head_dim: int = Field(128, ge=1, le=100_000)
+    qk_rope_head_dim: int = Field(64, ge=1, le=100_000)
+    v_head_dim: int = Field(128, ge=1, le=100_000)
+    # Keys, or compressed entries, that a query attends to.
+    index_topk: int = Field(2048, ge=1, le=1_000_000_000)
+    index_n_heads: int = Field(64, ge=1, le=10_000)
+    index_head_dim: int = Field(128, ge=1, le=100_000)
+    # Of query, key and value alike; the last qk_rope_head_dim of them are rotated.
+    head_dim: int = Field(512, ge=1, le=100_000)
+    o_groups: int = Field(8, ge=1, le=10_000)
+    o_lora_rank: int = Field(1024, ge=1, le=1_000_000)
+    sliding_window: int = Field(128, ge=1, le=1_000_000_000)
+    compress_ratios: list[int] | None = Field(None, max_length=20_000)
+    compress_rate_csa: int = Field(4, ge=1, le=1_000_000)
+    compress_rate_hca: int = Field(128, ge=1, le=1_000_000)
+    compress_rope_theta: float = Field(160000.0, gt=0, le=1e15)
+    hc_mult: int = Field(4, ge=1, le=1000)
+    hc_sinkhorn_iters: int = Field(20, ge=1, le=10_000)
+    hc_eps: float = Field(1e-6, ge=0, le=1)
+    num_hash_layers: int = Field(3, ge=0, le=10_000)
+    swiglu_limit: float = Field(10.0, gt=0, le=1e9)
     attention_bias: bool = False
-    max_position_embeddings: int = 4096
-    rope_theta: float = 10000.0
+    max_position_embeddings: int = Field(4096, ge=1, le=1_000_000_000)
+    rope_theta: float = Field(10000.0, gt=0, le=1e15)
     rope_scaling: RopeScaling | None = None
     rope_interleave: bool = True
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    rms_norm_eps: float = Field(1e-6, ge=0, le=1)
+    initializer_range: float = Field(0.02, ge=0, le=1000)
     tie_word_embeddings: bool = False
-    num_nextn_predict_layers: int = 1
-    bos_token_id: int | None = 0
-    eos_token_id: int | None = 1
-    pad_token_id: int | None = None
+    num_nextn_predict_layers: int = Field(1, ge=0, le=1000)
+    bos_token_id: int | None = Field(0, ge=0, le=10_000_000)
+    eos_token_id: int | None = Field(1, ge=0, le=10_000_000)
+    pad_token_id: int | None = Field(None, ge=-1, le=10_000_000)
 
     @field_validator("q_lora_rank")
     @classmethod
@@ -212,44 +213,6 @@ class ModelConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
-        positive = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "moe_intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "n_routed_experts",
-            "num_experts_per_tok",
-            "n_group",
-            "topk_group",
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "qk_rope_head_dim",
-            "v_head_dim",
-            "max_position_embeddings",
-            *_INDEXER,
-            "head_dim",
-            "o_groups",
-            "o_lora_rank",
-            "sliding_window",
-            "hc_mult",
-            "hc_sinkhorn_iters",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        for name in (
-            "n_shared_experts",
-            "first_k_dense_replace",
-            "num_nextn_predict_layers",
-            "num_hash_layers",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative")
-        for name in ("rope_theta", "compress_rope_theta", "swiglu_limit"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0")
         if self.qk_rope_head_dim % 2:
             raise ValueError("qk_rope_head_dim must be even: rotations act on pairs")
         self._consistent_groups()
@@ -332,13 +295,9 @@ class ModelConfig(StrictConfig):
                 f"num_hash_layers={self.num_hash_layers} exceeds num_hidden_layers="
                 f"{self.num_hidden_layers}"
             )
-        if (
-            min(self.compress_rate_csa, self.compress_rate_hca) < 1
-            or self.compress_rate_csa == self.compress_rate_hca
-        ):
+        if self.compress_rate_csa == self.compress_rate_hca:
             raise ValueError(
-                f"compress_rate_csa={self.compress_rate_csa} and compress_rate_hca="
-                f"{self.compress_rate_hca} must be at least 1 and differ"
+                f"compress_rate_csa and compress_rate_hca must differ (both {self.compress_rate_csa})"
             )
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
         if self.compress_ratios is None or len(self.compress_ratios) != layers:

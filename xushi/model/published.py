@@ -1,16 +1,16 @@
-"""`ModelConfig` to and from the published `config.json`, as DeepSeek and as transformers 5 write
-it.
+"""`ModelConfig` to and from the published `config.json`, as DeepSeek writes it and as transformers
+5 writes it.
 
-What an architecture is not gets a `XushiError` that names the key; nothing is guessed where a guess
-could be wrong.
+A value that this architecture does not implement is a `XushiError` that names the key. Nothing is
+guessed if a guess could be wrong.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from xushi.base.config import parse
 from xushi.base.errors import BadInput
+from xushi.base.files import read_json
 from xushi.model.config import ABSENT, ModelConfig, RopeScaling
 
 _CLASSES = {
@@ -27,9 +27,10 @@ _SCORES = {
 }
 _LAYER_TYPES = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 _REMEDY = "use a DeepSeek-V2-, V3-, V3.2- or V4-type checkpoint"
-MOST_MTP_LAYERS = 64  # beyond it a config.json is damaged, and may not make a list of that length
-# What a V2's or V4's config.json must say itself: our defaults are V3's, and transformers' for V2
-# are no released model's.
+_DAMAGED = "get the file again, it is damaged"
+MOST_MTP_LAYERS = 64  # a config.json with more is damaged and must not make us build a long list
+# Keys that a V2's or V4's config.json must contain: the defaults here are V3's, and transformers'
+# defaults for V2 are those of no released model.
 _SHAPES = (
     "vocab_size",
     "hidden_size",
@@ -72,7 +73,7 @@ _SHAPES_OF = {
 
 
 def to_published(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` that transformers' class of this kind and other engines read."""
+    """The `config.json` table that transformers' class for this model_type and other engines read."""
     table = {
         "architectures": [_CLASSES[config.model_type]],
         **config.model_dump(mode="json"),
@@ -84,38 +85,32 @@ def to_published(config: ModelConfig) -> dict[str, Any]:
         "torch_dtype": "float32",
         "use_cache": True,
     }
-    if config.is_v4:
-        # transformers knows other rates than 4 and 128 in its own terms only.
-        kinds = dict(
-            zip((0, config.compress_rate_csa, config.compress_rate_hca), _LAYER_TYPES, strict=True)
-        )
-        table["layer_types"] = [
-            kinds[config.compress_ratio(i)] for i in range(config.num_hidden_layers)
-        ]
-        if (
-            config.rope_scaling is not None
-        ):  # V4 scales no scores; a factor that says so would be read as one that does
-            table["rope_scaling"] = {
-                k: v for k, v in table["rope_scaling"].items() if not k.startswith("mscale")
-            }
+    if not config.is_v4:
+        return table
+    # transformers needs its own key for rates other than 4 and 128.
+    rates = (0, config.compress_rate_csa, config.compress_rate_hca)
+    kinds = dict(zip(rates, _LAYER_TYPES, strict=True))
+    table["layer_types"] = [
+        kinds[config.compress_ratio(layer)] for layer in range(config.num_hidden_layers)
+    ]
+    if config.rope_scaling is not None:
+        # V4 does not scale scores. transformers would do so if it found an mscale.
+        table["rope_scaling"] = {
+            key: value
+            for key, value in table["rope_scaling"].items()
+            if not key.startswith("mscale")
+        }
     return table
 
 
 def from_published(table: dict[str, Any], where: str) -> ModelConfig:
-    """Read a published `config.json` table; what this architecture is not gets a `XushiError`
-    naming the key.
+    """Read a published `config.json` table. `where` names the file in messages.
+
+    A value that is not implemented or missing is a `XushiError` that names the key.
     """
-    if (
-        "model_type" not in table
-    ):  # every other key has a default, those of the model with 671B parameters
-        raise BadInput(f"{where} has no model_type", f"{_REMEDY}, or get it again")
-    kind = table["model_type"]
-    if not isinstance(kind, str) or kind not in _CLASSES:
-        raise BadInput(
-            f"{where}: model_type is {kind!r}, and only {', '.join(_CLASSES)} are implemented",
-            _REMEDY,
-        )
-    table = _as_v4(table, where) if kind == "deepseek_v4" else table
+    kind = _model_type(table, where)
+    if kind == "deepseek_v4":
+        table = _as_v4(table, where)
     for key in _SHAPES_OF.get(kind, ()):
         if key not in table:
             raise BadInput(
@@ -123,19 +118,9 @@ def from_published(table: dict[str, Any], where: str) -> ModelConfig:
             )
     if kind == "deepseek_v2":
         table = _as_v2(table)
-    fixed = {
-        "hidden_act": "silu",
-        "scoring_func": _SCORES[kind],
-        "moe_layer_freq": 1,
-        "mlp_bias": False,
-    }
-    for key, value in fixed.items():
-        if table.get(key, value) != value:
-            raise BadInput(
-                f"{where}: {key} is {table[key]!r}, and only {value!r} is implemented", _REMEDY
-            )
-    # What a kind has not is left out unasked where its value is another kind's habit and changes
-    # nothing.
+    _refuse_other_values(table, kind, where)
+    # Values of fields that do not apply to this model_type are ignored without a check: published
+    # files contain some, and they change nothing.
     known = {
         key: table[key]
         for key in ModelConfig.model_fields
@@ -151,71 +136,57 @@ def from_published(table: dict[str, Any], where: str) -> ModelConfig:
     return parse(ModelConfig, known, where)
 
 
+def _model_type(table: dict[str, Any], where: str) -> str:
+    # Required, since every other key has a default: those of the model with 671B parameters.
+    if "model_type" not in table:
+        raise BadInput(f"{where} has no model_type", f"{_REMEDY}, or get it again")
+    kind = table["model_type"]
+    if not isinstance(kind, str) or kind not in _CLASSES:
+        raise BadInput(
+            f"{where}: model_type is {kind!r}; only {', '.join(_CLASSES)} are implemented",
+            _REMEDY,
+        )
+    return kind
+
+
+def _refuse_other_values(table: dict[str, Any], kind: str, where: str) -> None:
+    """Raise if a key that can have only one value here has another."""
+    fixed = {
+        "hidden_act": "silu",
+        "scoring_func": _SCORES[kind],
+        "moe_layer_freq": 1,
+        "mlp_bias": False,
+    }
+    for key, value in fixed.items():
+        if table.get(key, value) != value:
+            raise BadInput(
+                f"{where}: {key} is {table[key]!r}; only {value!r} is implemented", _REMEDY
+            )
+
+
 def _as_v2(table: dict[str, Any]) -> dict[str, Any]:
-    """A published V2 table with what it leaves to its class."""
-    unsaid = {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
-    said = {key: value for key, value in table.items() if value is not None or key not in unsaid}
-    return unsaid | said
+    """A published V2 table, with the defaults of DeepSeek's class for keys that are missing or
+    null.
+    """
+    defaults = {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "norm_topk_prob": False}
+    given = {k: value for k, value in table.items() if value is not None or k not in defaults}
+    return defaults | given
 
 
 def _as_v4(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """A V4 table in DeepSeek's own terms, whoever wrote it."""
+    """A V4 table with DeepSeek's keys, whether DeepSeek or transformers wrote it."""
     table = {
         key: value
         for key, value in table.items()
         if value is not None or key not in ("compress_ratios", "topk_method", "rope_scaling")
     }
-    rates: Any = table.get("compress_rates") or {}
-    if not isinstance(rates, dict):
-        raise BadInput(
-            f"{where}: compress_rates is {rates!r}, not a table",
-            "get the file again, it is damaged",
-        )
-    for key, name in (
-        ("compress_rate_csa", _LAYER_TYPES[1]),
-        ("compress_rate_hca", _LAYER_TYPES[2]),
-    ):
-        if name in rates:
-            table[key] = rates[name]
-    kinds: Any = table.get("layer_types")
-    if "compress_ratios" not in table and isinstance(kinds, list):
-        ratio = {
-            _LAYER_TYPES[0]: 0,
-            _LAYER_TYPES[1]: table.get("compress_rate_csa", 4),
-            _LAYER_TYPES[2]: table.get("compress_rate_hca", 128),
-        }
-        if unknown := [kind for kind in kinds if not isinstance(kind, str) or kind not in ratio]:
-            raise BadInput(
-                f"{where}: layer_types holds {unknown[0]!r}, which is not implemented", _REMEDY
-            )
-        table["compress_ratios"] = [ratio[kind] for kind in kinds]
-    if "compress_ratios" not in table:
-        # transformers then takes another schedule than any released model's.
-        raise BadInput(
-            f"{where} has neither compress_ratios nor layer_types",
-            "add the model's own schedule; there is no default that fits them all",
-        )
     if "num_mtp_layers" in table:
         table["num_nextn_predict_layers"] = table["num_mtp_layers"]
-    layers, mtp = table.get("num_hidden_layers"), table.setdefault("num_nextn_predict_layers", 1)
-    ratios: Any = table["compress_ratios"]
-    if (
-        isinstance(ratios, list)
-        and isinstance(layers, int)
-        and isinstance(mtp, int)
-        and len(ratios) >= layers
-        and 0 <= mtp <= MOST_MTP_LAYERS
-    ):
-        # An MTP layer unsaid is a window's; released files go on after the MTP layers, for
-        # drafters.
-        table["compress_ratios"] = [*ratios, *[0] * mtp][: layers + mtp]
-    if isinstance(types := table.get("mlp_layer_types"), list):
-        table["num_hash_layers"] = hashed = types.count("hash_moe")
-        if types != ["hash_moe"] * hashed + ["moe"] * (len(types) - hashed):
-            raise BadInput(
-                f"{where}: mlp_layer_types is not hash_moe layers before moe layers", _REMEDY
-            )
-    width, share = table.get("head_dim"), table.get("partial_rotary_factor")
+    table.setdefault("num_nextn_predict_layers", 1)
+    _add_compress_ratios(table, where)
+    _add_hash_layers(table, where)
+    width = table.get("head_dim")
+    share = table.get("partial_rotary_factor")
     if (
         "qk_rope_head_dim" not in table
         and isinstance(width, int)
@@ -226,9 +197,70 @@ def _as_v4(table: dict[str, Any], where: str) -> dict[str, Any]:
     return _v4_rope(table, where)
 
 
+def _add_compress_ratios(table: dict[str, Any], where: str) -> None:
+    """Set a V4's compression rates, and compress_ratios for every layer with the MTP layers."""
+    rates: Any = table.get("compress_rates") or {}
+    if not isinstance(rates, dict):
+        raise BadInput(f"{where}: compress_rates is {rates!r}, not a table", _DAMAGED)
+    _, sparse, heavy = _LAYER_TYPES
+    for key, name in (("compress_rate_csa", sparse), ("compress_rate_hca", heavy)):
+        if name in rates:
+            table[key] = rates[name]
+    if "compress_ratios" not in table:
+        table["compress_ratios"] = _ratios_of_layer_types(table, where)
+    ratios: Any = table["compress_ratios"]
+    layers = table.get("num_hidden_layers")
+    mtp = table["num_nextn_predict_layers"]
+    if (
+        isinstance(ratios, list)
+        and isinstance(layers, int)
+        and isinstance(mtp, int)
+        and len(ratios) >= layers
+        and 0 <= mtp <= MOST_MTP_LAYERS
+    ):
+        # An MTP layer without an entry has a sliding window only. Released files also have entries
+        # for draft models after those of the MTP layers.
+        table["compress_ratios"] = [*ratios, *[0] * mtp][: layers + mtp]
+
+
+def _ratios_of_layer_types(table: dict[str, Any], where: str) -> list[Any]:
+    """compress_ratios from transformers' layer_types."""
+    kinds: Any = table.get("layer_types")
+    if not isinstance(kinds, list):
+        # transformers' default is the schedule of no released model.
+        raise BadInput(
+            f"{where} has neither compress_ratios nor layer_types",
+            "add the model's own schedule; there is no default that fits them all",
+        )
+    window, sparse, heavy = _LAYER_TYPES
+    ratio = {
+        window: 0,
+        sparse: table.get("compress_rate_csa", 4),
+        heavy: table.get("compress_rate_hca", 128),
+    }
+    if unknown := [kind for kind in kinds if not isinstance(kind, str) or kind not in ratio]:
+        raise BadInput(
+            f"{where}: layer_types contains {unknown[0]!r}, which is not implemented", _REMEDY
+        )
+    return [ratio[kind] for kind in kinds]
+
+
+def _add_hash_layers(table: dict[str, Any], where: str) -> None:
+    """Set num_hash_layers from transformers' mlp_layer_types, if given."""
+    types = table.get("mlp_layer_types")
+    if not isinstance(types, list):
+        return
+    hashed = types.count("hash_moe")
+    if types != ["hash_moe"] * hashed + ["moe"] * (len(types) - hashed):
+        raise BadInput(
+            f"{where}: mlp_layer_types must be hash_moe layers followed by moe layers", _REMEDY
+        )
+    table["num_hash_layers"] = hashed
+
+
 def _v4_rope(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """Both rotations in DeepSeek's own terms: rope_theta unscaled, compress_rope_theta with
-    rope_scaling.
+    """The table with DeepSeek's keys for both rotations: rope_theta, which is not scaled, and
+    compress_rope_theta, to which rope_scaling applies.
     """
     rope = table.get("rope_parameters")
     if (
@@ -236,11 +268,13 @@ def _v4_rope(table: dict[str, Any], where: str) -> dict[str, Any]:
         and isinstance(rope.get("main"), dict)
         and isinstance(rope.get("compress"), dict)
     ):
-        main, compress = rope["main"], rope["compress"]
+        main = rope["main"]
+        compress = rope["compress"]
         if main.get("rope_type", "default") != "default":
             raise BadInput(
-                f"{where}: rope_parameters.main is {main['rope_type']!r}; only default is "
-                "implemented",
+                f"{where}: rope_parameters.main has rope_type {main['rope_type']!r}; only "
+                "'default' "
+                "is implemented",
                 _REMEDY,
             )
         table |= {
@@ -250,11 +284,11 @@ def _v4_rope(table: dict[str, Any], where: str) -> dict[str, Any]:
         }
     scaling = table.get("rope_scaling")
     if isinstance(scaling, dict):
-        # Here YaRN scales nothing but the frequencies; transformers says so with a factor of 1.
+        # V4's YaRN scales only the frequencies; transformers writes an attention_factor of 1.
         if scaling.get("attention_factor", 1.0) != 1.0:
             raise BadInput(
-                f"{where}: rope_scaling's attention_factor is {scaling['attention_factor']!r}; a "
-                "deepseek_v4 has 1.0",
+                f"{where}: rope_scaling.attention_factor is {scaling['attention_factor']!r}; a "
+                "deepseek_v4 must have 1.0",
                 _REMEDY,
             )
         table["rope_scaling"] = {
@@ -266,7 +300,7 @@ def _v4_rope(table: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _rope(table: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 puts theta and scaling in one table."""
+    """rope_theta and rope_scaling from transformers 5's rope_parameters, if given."""
     rope = table.get("rope_parameters")
     if not isinstance(rope, dict):
         return {}
@@ -277,7 +311,7 @@ def _rope(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dense_layers(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """transformers 5 lists each layer's kind, and that list is what rules there."""
+    """first_k_dense_replace from mlp_layer_types, the list that transformers 5 goes by, if given."""
     types = table.get("mlp_layer_types")
     if not isinstance(types, list):
         return {}
@@ -291,16 +325,17 @@ def _dense_layers(table: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _scaling(scaling: Any, where: str) -> Any:
+    """rope_scaling with the fields of `RopeScaling` only; raises for what is not implemented."""
     if not isinstance(scaling, dict):
         return scaling
     kind = scaling.get("type", scaling.get("rope_type"))
     if kind != "yarn":
-        raise BadInput(f"{where}: rope_scaling of type {kind!r} is not implemented", "only yarn is")
+        raise BadInput(f"{where}: rope_scaling of type {kind!r} is not implemented", "use yarn")
     for key, published in (("attention_factor", None), ("truncate", True)):
         if scaling.get(key, published) != published:
             raise BadInput(
-                f"{where}: rope_scaling's {key} is {scaling[key]!r}, which is not implemented",
-                "use a checkpoint without it, as the published ones are",
+                f"{where}: rope_scaling.{key} is {scaling[key]!r}, which is not implemented",
+                "use a checkpoint without it, like the published ones",
             )
     return {"type": "yarn"} | {
         key: value
@@ -312,16 +347,5 @@ def _scaling(scaling: Any, where: str) -> Any:
 def read_config(path: str | Path) -> ModelConfig:
     """The `ModelConfig` of a checkpoint directory's config.json."""
     file = Path(path) / "config.json"
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(
-            f"{file} does not exist", "give a directory in the Hugging Face layout"
-        ) from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise BadInput(
-            f"{file} cannot be read: {error}", "get the file again, it is damaged"
-        ) from None
-    if not isinstance(table, dict):
-        raise BadInput(f"{file} is not a JSON object", "get the file again, it is damaged")
+    table = read_json(file, "give a directory in the Hugging Face layout, its files undamaged")
     return from_published(table, str(file))

@@ -1,13 +1,13 @@
-"""Published FP8 and FP4 weights, given back their values while they are read.
+"""Published FP8 and FP4 weights: checked, and converted to floating point while they are read.
 
-FP8 (V3 onwards): float8_e4m3fn with one scale, float32 or a power of two (float8_e8m0fnu), for each
-block of the matrix, 128x128 unless config.json says otherwise; the last blocks may be partial.
-Weight = stored value times scale, although Hugging Face's name for it is `weight_scale_inv`;
-DeepSeek's is `scale`.
+FP8 (V3 and later): float8_e4m3fn with one scale for each block of the matrix. A scale is float32 or
+a power of two (float8_e8m0fnu). Blocks are 128x128 unless config.json says otherwise; the last
+blocks of a row or column may be partial. Weight = stored value * scale, although Hugging Face calls
+the scale `weight_scale_inv`; DeepSeek calls it `scale`.
 
-FP4 (V4's routed experts): e2m1, two to a byte, the lower four bits first, and for every 32 columns
-of a row a scale in e8m0. As transformers' `Fp8Dequantize`, which takes the blocks from the scales'
-shape; here the shape must agree.
+FP4 (V4's routed experts): e2m1, two values to a byte, the first in the lower four bits, and an e8m0
+scale for every 32 columns of a row. Matches transformers' `Fp8Dequantize`, which derives the blocks
+from the scales' shape; here that shape is checked.
 
 Axes: R rows, C columns.
 """
@@ -22,8 +22,7 @@ from xushi.base.errors import BadInput
 from xushi.model.shards import Stored, shown
 
 FP8_BLOCK = (128, 128)
-# Of the unpacked row; 16 bytes. A format with a scale per 16 values exists too (NVFP4) and is not
-# this one.
+# Rows and columns of the unpacked matrix. NVFP4, with a scale for 16 values, is another format.
 FP4_BLOCK = (1, 32)
 FP4_VALUES = (
     0.0,
@@ -45,13 +44,14 @@ FP4_VALUES = (
 )
 PLAIN = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 PACKED = frozenset((torch.int8, torch.uint8))
-PIECE = 2**22  # values that are unpacked at a time
+CHUNK = 2**22  # values that are converted at a time
 _REMEDY = "the weights do not belong to this config.json; get both from one place"
 
 
 def fp8_block(table: dict[str, Any], where: str) -> tuple[int, int]:
-    """The rows and columns of an FP8 block by a config.json's `quantization_config`; another kind
-    is a `XushiError`.
+    """The rows and columns of an FP8 block, from `quantization_config` of a config.json table.
+
+    `where` names the file in messages. Another quantisation is a `XushiError`.
     """
     quantised = table.get("quantization_config")
     if quantised is None:
@@ -63,7 +63,7 @@ def fp8_block(table: dict[str, Any], where: str) -> tuple[int, int]:
     for key, value in (("quant_method", "fp8"), ("fmt", "e4m3")):
         if quantised.get(key, value) != value:
             raise BadInput(
-                f"{where}: quantization_config.{key} is {shown(repr(quantised[key]))}, and only "
+                f"{where}: quantization_config.{key} is {shown(repr(quantised[key]))}; only "
                 f"{value!r} is implemented",
                 "use DeepSeek's own FP8 checkpoint, or one in bfloat16",
             )
@@ -76,22 +76,18 @@ def fp8_block(table: dict[str, Any], where: str) -> tuple[int, int]:
         or not all(type(x) is int and 0 < x < 2**31 for x in block)
     ):
         raise BadInput(
-            f"{where}: quantization_config.weight_block_size is {shown(block)}, not two whole "
-            "numbers",
-            "DeepSeek's are [128, 128]",
+            f"{where}: quantization_config.weight_block_size is {shown(block)}, not two positive "
+            "whole numbers",
+            "set it to the checkpoint's block size; DeepSeek's is [128, 128]",
         )
     return block[0], block[1]
 
 
 def block_of(stored: Stored, fp8: tuple[int, int]) -> tuple[int, int]:
-    """The block that one scale of this tensor stands for; (1, 1) for a tensor without scales."""
-    return (
-        FP4_BLOCK
-        if stored.dtype in PACKED
-        else fp8
-        if stored.dtype == torch.float8_e4m3fn
-        else (1, 1)
-    )
+    """Rows and columns that share one scale of this tensor; (1, 1) for a tensor without scales."""
+    if stored.dtype in PACKED:
+        return FP4_BLOCK
+    return fp8 if stored.dtype == torch.float8_e4m3fn else (1, 1)
 
 
 def check_weight(
@@ -101,14 +97,13 @@ def check_weight(
     fp8: tuple[int, int],
     is_expert: bool,
 ) -> None:
-    """A `XushiError` unless the tensor and its scale are weights of `shape` in a form that is known
-    here.
+    """A `XushiError` unless the tensor and its scale are weights of `shape` in a format known here.
 
-    `is_expert`: FP4 may be; `fp8` is the block of FP8 weights.
+    `fp8` is the block of FP8 weights. Only experts (`is_expert`) may be FP4.
     """
-    where, kind = f"{stored.file}: {shown(stored.name)}", str(stored.dtype).removeprefix("torch.")
-    packed = stored.dtype in PACKED
-    wanted = (*shape[:-1], math.ceil(shape[-1] / 2)) if packed and is_expert else shape
+    where = f"{stored.file}: {shown(stored.name)}"
+    is_fp4 = stored.dtype in PACKED and is_expert
+    wanted = (*shape[:-1], math.ceil(shape[-1] / 2)) if is_fp4 else shape
     if stored.shape != wanted:
         raise BadInput(
             f"{where} has shape {list(stored.shape)}, config.json asks for {list(wanted)}", _REMEDY
@@ -116,62 +111,70 @@ def check_weight(
     if stored.dtype in PLAIN:
         if scale is not None:
             raise BadInput(
-                f"{scale.file} holds {shown(scale.name)}, a scale, and {shown(stored.name)} is in "
-                f"{kind}",
+                f"{scale.file} holds {shown(scale.name)}, a scale, but {shown(stored.name)} is "
+                f"{_name(stored)} and needs none",
                 _REMEDY,
             )
         return
-    if not (packed and is_expert) and not (stored.dtype == torch.float8_e4m3fn and len(shape) == 2):
-        raise BadInput(f"{where} is in {kind}, which is no dtype for it", _REMEDY)
+    is_fp8 = stored.dtype == torch.float8_e4m3fn and len(shape) == 2
+    if not is_fp4 and not is_fp8:
+        raise BadInput(f"{where} is {_name(stored)}, which is not supported for it", _REMEDY)
     if scale is None:
         raise BadInput(
-            f"{where} is in {kind} and there is no scale for it",
-            "get the checkpoint again; without its scales it is not the model",
+            f"{where} is {_name(stored)} and its scale is missing",
+            "get the checkpoint again; its weights are useless without their scales",
         )
-    kinds = {torch.float8_e8m0fnu} if packed else {torch.float8_e8m0fnu, torch.float32}
+    _check_scale(stored, scale, shape, block_of(stored, fp8))
+
+
+def _check_scale(
+    stored: Stored, scale: Stored, shape: tuple[int, ...], block: tuple[int, int]
+) -> None:
+    kinds = {torch.float8_e8m0fnu}
+    if stored.dtype not in PACKED:
+        kinds.add(torch.float32)
     if scale.dtype not in kinds:
         raise BadInput(
-            f"{scale.file}: {shown(scale.name)} is in {str(scale.dtype).removeprefix('torch.')}, "
-            "which is "
-            f"no dtype for a scale of {kind}",
+            f"{scale.file}: {shown(scale.name)} is {_name(scale)}, which is not supported as a "
+            f"scale of {_name(stored)}",
             _REMEDY,
         )
-    rows, columns = block_of(stored, fp8)
+    rows, columns = block
     grid = (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns))
     if scale.shape != grid:
         raise BadInput(
             f"{scale.file}: {shown(scale.name)} has shape {list(scale.shape)}; blocks of "
-            f"{rows}x{columns} "
-            f"make {list(grid)}",
+            f"{rows}x{columns} need {list(grid)}",
             "set quantization_config.weight_block_size in config.json to the blocks "
             "that the checkpoint has",
         )
 
 
+def _name(stored: Stored) -> str:
+    return str(stored.dtype).removeprefix("torch.")
+
+
 def unpack_fp4(packed: Tensor) -> Tensor:
-    """Bytes [R, C / 2] to float32 [R, C]."""
+    """Packed FP4, bytes [R, C / 2], to float32 [R, C], without the scales."""
     low_high = packed.view(torch.uint8)
     indices = torch.stack((low_high & 15, low_high >> 4), dim=-1).flatten(-2).int()
     return torch.tensor(FP4_VALUES, device=packed.device)[indices]
 
 
 def dequantise(target_RC: Tensor, stored: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
-    """Fill `target_RC`, of any float dtype and on any device, with the values of `stored`; products
-    in float32.
+    """Fill `target_RC`, of any float dtype and on any device, with stored value * scale in float32.
 
-    `stored` is [R, C] in FP8 or [R, C / 2] in packed FP4, `scale` one number per block. Goes by
-    rows of blocks, so that no float32 copy of the whole is made.
+    `stored` is [R, C] in FP8 or [R, C / 2] in packed FP4; `scale` has one number per block. Works
+    in chunks of whole rows of blocks, so that no float32 copy of the matrix is made.
     """
     total, columns = target_RC.shape
-    rows = max(1, PIECE // columns // block[0]) * block[0]
+    rows = max(1, CHUNK // columns // block[0]) * block[0]
     scale = scale.to(torch.float32)
     for first in range(0, total, rows):
         part = stored[first : first + rows].to(target_RC.device)
         values = unpack_fp4(part)[:, :columns] if part.dtype in PACKED else part.to(torch.float32)
-        grid = scale[first // block[0] : math.ceil((first + len(part)) / block[0])].to(
-            target_RC.device
-        )
-        wide = grid.repeat_interleave(block[0], 0)[: len(part)].repeat_interleave(block[1], 1)[
-            :, :columns
-        ]
+        grid = scale[first // block[0] : math.ceil((first + len(part)) / block[0])]
+        grid = grid.to(target_RC.device)
+        wide = grid.repeat_interleave(block[0], 0)[: len(part)]
+        wide = wide.repeat_interleave(block[1], 1)[:, :columns]
         target_RC[first : first + rows] = values * wide

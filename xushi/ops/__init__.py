@@ -1,9 +1,9 @@
-"""Floor 1: tensor operations on real hardware.
+"""Tensor operations: what the model code calls, in the fastest form that the hardware allows.
 
-Each op has a plain PyTorch reference that defines it, and where it is worth it a fast form that
-must equal it: one in PyTorch, and on a CPU one in C++ (`ops.native`), which is optional.
-`XUSHI_OPS=reference` in the environment forces the references, `XUSHI_OPS=pytorch` the forms in
-PyTorch.
+Each op has a plain PyTorch reference that defines it. Many also have a faster PyTorch form, and on
+a CPU a compiled C++ form (`ops.native`); both must equal the reference within rounding. Compiled
+code is optional. `XUSHI_OPS=reference` in the environment forces the references,
+`XUSHI_OPS=pytorch` forces the PyTorch forms.
 """
 
 from xushi.ops.attention import (
@@ -36,6 +36,7 @@ from xushi.ops.norm import rms_norm, rms_norm_reference
 from xushi.ops.rope import apply_rope, rope_frequencies, rotate_tail
 from xushi.ops.router import RouterChoice, sigmoid_router, softmax_router, sqrt_softplus_router
 from xushi.ops.shared_attention import (
+    MaskedKeys,
     entry_shares,
     shared_attention,
     windowed_attention,
@@ -43,6 +44,7 @@ from xushi.ops.shared_attention import (
 )
 
 __all__ = [
+    "MaskedKeys",
     "RouterChoice",
     "apply_rope",
     "attention_shares",

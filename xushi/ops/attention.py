@@ -1,9 +1,9 @@
-"""Causal attention inside segments, for training and for scoring whole sequences; and MLA on a
-cache of latents.
+"""Causal attention within segments, for training and for scoring whole sequences; and MLA on cached
+latents, for decoding.
 
-Axes: B batch, H heads, T tokens, K query and key width, V value width, R rotated width, W what a
-head's key without rotation and its value take; S sequences of a decoding call, Q new tokens of a
-sequence, L cached positions, C latent and rotated width.
+Axes: B batch, H heads, T tokens, K query and key width, V value width, R rotated width, W width of
+a head's unrotated key and its value together; S sequences of a decoding call, Q new tokens of a
+sequence, L cached positions, C width of latent and rotated key together.
 """
 
 from typing import Any
@@ -15,15 +15,17 @@ from xushi.ops import native
 from xushi.ops.dispatch import use_reference
 from xushi.ops.rope import apply_rope
 
-# up to this length the weights are kept for the backward pass, beyond it they are made again
+# Attention weights of sequences up to this length are kept for the backward pass; those of longer
+# sequences are recomputed.
 KEEP_WEIGHTS = 256
-QUERY_BLOCK = 128  # of 32, 64, 128 and 256 the fastest at 256 tokens (docs/lab-log.md)
+QUERY_BLOCK = 128  # the fastest of 32, 64, 128 and 256 for 256 tokens (docs/lab-log.md)
 
 
 def segment_mask(segments_BT: Tensor) -> Tensor | None:
-    """[B, 1, T, T], True where a query may look: not ahead, and not across a segment border.
+    """[B, 1, T, T], True for the keys that a query may attend to: its own and earlier positions of
+    its own segment.
 
-    None when every row is one segment, so that plain causal attention serves.
+    None if every row is a single segment: plain causal attention is then enough.
     """
     if bool((segments_BT == segments_BT[:, :1]).all()):
         return None
@@ -35,7 +37,7 @@ def segment_mask(segments_BT: Tensor) -> Tensor | None:
 def causal_attention_reference(
     q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
-    """softmax(scale * q k^T + mask) v in the inputs' own dtype: [B, H, T, V]."""
+    """softmax(scale * q k^T + mask) v in the inputs' dtype: [B, H, T, V]. `mask` None is causal."""
     if mask is None:
         length = q_BHTK.shape[-2]
         mask = torch.ones(length, length, dtype=torch.bool, device=q_BHTK.device).tril()
@@ -45,11 +47,13 @@ def causal_attention_reference(
 
 @torch.no_grad()
 def largest_scores(q_BHTK: Tensor, k_BHTK: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Each head's largest scale * q k^T among what `causal_attention` looks at: [H], in float32 at
-    least.
+    """Each head's largest attention logit scale * q k^T among the allowed pairs: [H] in float32 or
+    wider.
     """
-    length, wide = q_BHTK.shape[2], torch.promote_types(q_BHTK.dtype, torch.float32)
-    q, k = q_BHTK.to(wide), k_BHTK.to(wide)
+    length = q_BHTK.shape[2]
+    wide = torch.promote_types(q_BHTK.dtype, torch.float32)
+    q = q_BHTK.to(wide)
+    k = k_BHTK.to(wide)
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device).tril()
     best_H = q.new_full(q.shape[1:2], float("-inf"))
@@ -63,17 +67,17 @@ def largest_scores(q_BHTK: Tensor, k_BHTK: Tensor, mask: Tensor | None, scale: f
 
 
 def segment_starts(segments_BT: Tensor) -> Tensor | None:
-    """[B, T] int32: where each position's document begins; None where a document does not lie in
-    one piece.
+    """[B, T] int32: the first position of each token's segment. None if a segment is not
+    contiguous.
     """
     length = segments_BT.shape[1]
     positions = torch.arange(length, device=segments_BT.device).expand_as(segments_BT)
-    border = torch.ones_like(segments_BT, dtype=torch.bool)
-    border[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
-    documents = segments_BT.sort(1).values.diff(dim=1).ne(0).sum(1) + 1
-    if not bool((border.sum(1) == documents).all()):
+    begins = torch.ones_like(segments_BT, dtype=torch.bool)
+    begins[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    different = segments_BT.sort(1).values.diff(dim=1).ne(0).sum(1) + 1
+    if not bool((begins.sum(1) == different).all()):
         return None
-    return positions.where(border, 0).cummax(1).values.to(torch.int32)
+    return positions.where(begins, 0).cummax(1).values.to(torch.int32)
 
 
 def causal_attention(
@@ -84,13 +88,16 @@ def causal_attention(
     scale: float,
     starts_BT: Tensor | None = None,
 ) -> Tensor:
-    """The same with softmax in float32 at least, queries in blocks, and a backward pass written
-    out: [B, H, T, V].
+    """`causal_attention_reference` in a fast form: softmax in float32 or wider, queries in blocks,
+    and a hand-written backward pass: [B, H, T, V].
 
-    A block of queries sees only the keys up to its own end. In long sequences its weights are made
-    again in the backward pass, so what is kept is linear in T. PyTorch's fused form takes 1.2
-    (fp32) to 2.9 (bf16) times as long on a CPU (docs/lab-log.md). A mask made of segments in one
-    piece may come with `segment_starts`, for the compiled form.
+    A block of queries is multiplied only with the keys up to its own end. For sequences longer than
+    `KEEP_WEIGHTS` the backward pass recomputes the attention weights, so that the memory kept is
+    linear in T. On a CPU, PyTorch's fused attention takes 1.2 (fp32) to 2.9 (bf16) times as long
+    (docs/lab-log.md).
+
+    The compiled form takes no mask. It needs `mask` None, or `starts_BT` from `segment_starts` for
+    the same segments.
     """
     if use_reference():
         return causal_attention_reference(q_BHTK, k_BHTK, v_BHTV, mask, scale)
@@ -115,11 +122,12 @@ def expand_heads(
     angles: tuple[Tensor, Tensor],
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys [B, H, T, K] and values [B, H, T, V] of latent attention (DeepSeek-V2, section
-    2.1.3).
+    """Queries and keys [B, H, T, K] and values [B, H, T, V] of latent attention (DeepSeek-V2,
+    section 2.1.3).
 
-    The last R of K values of a query are rotated; a head's keys and values stand in `kv_BTHW`, the
-    keys' rotated part is the same for all heads. `angles` are cos and sin [B, T, R / 2].
+    The last R of a query's K values are rotated. `kv_BTHW` holds each head's unrotated key and
+    value; `k_rope_BTR` is the keys' rotated part, shared by all heads. `angles` are cos and sin [B,
+    T, R / 2].
     """
     rotated = k_rope_BTR.shape[-1]
     nope = q_BTHK.shape[-1] - rotated
@@ -141,8 +149,8 @@ def rotated_attention(
     scale: float,
     starts_BT: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of what `expand_heads` makes: [B, T, H, V]. Mask and starts as in
-    `causal_attention`.
+    """`causal_attention` of `expand_heads`, in one kernel if possible: [B, T, H, V]. `mask` and
+    `starts_BT` as in `causal_attention`.
     """
     if (mask is None or starts_BT is not None) and native.serves(q_BTHK, kv_BTHW, k_rope_BTR):
         if starts_BT is None:
@@ -156,8 +164,8 @@ def rotated_attention(
 
 
 def _weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T) in q's dtype where `mask` [B or 1, 1, t, s] allows: q [B*H, t, K], k
-    [B*H, s, K].
+    """softmax(scale * q k^T) over the keys that `mask` [B or 1, 1, t, s] allows, in q's dtype:
+    [B*H, t, s] from q [B*H, t, K] and k [B*H, s, K].
     """
     bias = torch.zeros(
         mask.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
@@ -170,13 +178,13 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
 def latent_attention(
     q_SQHC: Tensor, context_SLC: Tensor, allowed_SQL: Tensor, scale: float, latent: int
 ) -> Tensor:
-    """MLA on the cached latents themselves: softmax(scale * q . context) of the context's first
-    `latent` values.
+    """MLA computed directly on cached latents (DeepSeek-V2, arXiv:2405.04434, section 2.1.2): [S,
+    Q, H, latent].
 
-    Queries [S, Q, H, C] have the keys' expansion absorbed, beside their rotated part; the context
-    [S, L, C] holds latent and rotated key (DeepSeek-V2, arXiv:2405.04434, section 2.1.2). Softmax
-    in float32 at least. What each head read comes back as a latent, [S, Q, H, latent], for the
-    values' expansion.
+    The context [S, L, C] holds the latent, of width `latent`, and then the rotated key. The queries
+    [S, Q, H, C] have the key expansion absorbed and are followed by their rotated part. The result
+    is softmax(scale * q . context) times the latents; the caller expands it to values. The softmax
+    is in float32 or wider.
     """
     sequences, queries, heads, _ = q_SQHC.shape
     scores = (q_SQHC.flatten(1, 2) @ context_SLC.mT).view(sequences, queries, heads, -1)
@@ -190,15 +198,17 @@ def latent_attention(
 
 
 class _CausalAttention(torch.autograd.Function):
-    """dP = dO V^T, dS = P (dP - sum(dO O)), dQ = dS K, dK = dS^T Q, dV = P^T dO."""
+    """Backward: dP = dO V^T, dS = P (dP - sum(dO O)), dQ = dS K, dK = dS^T Q, dV = P^T dO."""
 
     @staticmethod
     def forward(
         ctx: Any, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTV: Tensor, mask: Tensor, scale: float
     ) -> Tensor:
-        shape, length = q_BHTK.shape[:2], q_BHTK.shape[2]
+        shape = q_BHTK.shape[:2]
+        length = q_BHTK.shape[2]
         q, k, v = (x.reshape(-1, length, x.shape[-1]) for x in (q_BHTK, k_BHTK, v_BHTV))
-        out, kept = torch.empty_like(v), []
+        out = torch.empty_like(v)
+        kept = []
         for start in range(0, length, QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, length)
             weights = _weights(q[:, start:end], k[:, :end], mask[..., start:end, :end], scale)
@@ -206,7 +216,8 @@ class _CausalAttention(torch.autograd.Function):
             if length <= KEEP_WEIGHTS:
                 kept.append(weights)
         ctx.save_for_backward(q, k, v, out, mask, *kept)
-        ctx.scale, ctx.shape = scale, shape
+        ctx.scale = scale
+        ctx.shape = shape
         return out.view(*shape, length, -1)
 
     @staticmethod
@@ -215,10 +226,13 @@ class _CausalAttention(torch.autograd.Function):
         length = q.shape[1]
         d_out = gradients[0].reshape(out.shape)
         mean = (d_out.to(torch.promote_types(out.dtype, torch.float32)) * out).sum(-1, keepdim=True)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
         for block, start in enumerate(range(0, length, QUERY_BLOCK)):
             end = min(start + QUERY_BLOCK, length)
-            queries, d_block = q[:, start:end], d_out[:, start:end]
+            queries = q[:, start:end]
+            d_block = d_out[:, start:end]
             weights = (
                 kept[block]
                 if kept

@@ -1,19 +1,19 @@
-"""Which form of an op runs: compiled where it can be, else PyTorch's fast one.
+"""Which form of an op runs: the compiled one if possible, else the fast PyTorch form.
 
-`XUSHI_OPS=reference` asks for the references, `XUSHI_OPS=pytorch` for PyTorch's forms.
+`XUSHI_OPS=reference` forces the references, `XUSHI_OPS=pytorch` forces the PyTorch forms.
 """
 
 import os
 
 
 def asked_form() -> str | None:
-    """What XUSHI_OPS asks for, "reference" or "pytorch"; read at every call so that a test may set
-    it.
+    """The form that XUSHI_OPS forces, "reference" or "pytorch"; None if it forces none. Read at
+    every call, so that a test can set it.
     """
     asked = os.environ.get("XUSHI_OPS")
     return asked if asked in ("reference", "pytorch") else None
 
 
 def use_reference() -> bool:
-    """Whether the references are asked for."""
+    """Whether XUSHI_OPS forces the references."""
     return asked_form() == "reference"

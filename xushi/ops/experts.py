@@ -1,7 +1,7 @@
-"""The routed experts of a mixture: y_n = sum over n's chosen experts of gate * SwiGLU_e(x_n).
+"""The routed experts: y_n = sum over the chosen experts e of token n of gate_ne * SwiGLU_e(x_n).
 
-Axes: N tokens, k experts per token, E experts, D hidden, F expert width, P rows sorted by expert
-and padded.
+Axes: N tokens, k experts per token, E experts, D hidden, F expert width, G = 2F gate and up rows,
+P rows sorted by expert and padded.
 """
 
 from itertools import pairwise
@@ -14,8 +14,8 @@ from torch import Tensor
 from xushi.ops import native
 from xushi.ops.dispatch import use_reference
 
-# oneDNN compiles a kernel for every new row count, and the counts change at every step: rounding
-# them up keeps the kernels in its cache.
+# oneDNN compiles a kernel for every new row count, and the counts change at every step. Rounding
+# them up makes oneDNN find its kernels in its cache.
 ROW_MULTIPLE = 32
 
 
@@ -27,9 +27,10 @@ def routed_experts_reference(
     down_EDF: Tensor,
     limit: float | None = None,
 ) -> Tensor:
-    """One expert after another: [N, D] in x's dtype. `gate_up_EGD` is [E, 2F, D], gate rows first.
+    """The definition, a loop over experts: [N, D] in x's dtype.
 
-    `limit` clamps the gate from above and `up` from both sides (V4's SwiGLU).
+    `indices_Nk` are the chosen experts and `weights_Nk` their gate values. `gate_up_EGD` is [E, 2F,
+    D], gate rows first. `limit` clamps the gate from above and `up` from both sides (V4's SwiGLU).
     """
     out_ND = torch.zeros_like(x_ND)
     for expert in range(gate_up_EGD.shape[0]):
@@ -56,7 +57,9 @@ def routed_experts(
     down_EDF: Tensor,
     limit: float | None = None,
 ) -> Tensor:
-    """The same with rows sorted by expert, one product per expert and a backward pass written out."""
+    """`routed_experts_reference` in a fast form: rows sorted by expert, one product per expert, and
+    a hand-written backward pass.
+    """
     if use_reference() or x_ND.dtype == torch.float64:
         return routed_experts_reference(x_ND, indices_Nk, weights_Nk, gate_up_EGD, down_EDF, limit)
     compiled = native.serves(x_ND, weights=(weights_Nk, gate_up_EGD, down_EDF))
@@ -68,11 +71,12 @@ def routed_experts(
 
 
 def sort_by_expert(indices_Nk: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Rows in expert order, each expert's share padded to a multiple of `ROW_MULTIPLE`.
+    """Sort the (token, expert) pairs by expert and pad each expert's rows to a multiple of
+    `ROW_MULTIPLE`.
 
-    Returns the flat (token, place) index of each padded row [P], whether it is real [P], and the
-    row where each expert begins, with the end last. Padding repeats row 0 and is weighted with
-    zero.
+    Returns, for each padded row [P], the flat index n * k + i of its pair and whether the row is
+    real; and the first row of each expert, with the end last. A padding row has index 0 and must be
+    given weight zero.
     """
     flat = indices_Nk.flatten()
     order = flat.argsort(stable=True)
@@ -94,8 +98,8 @@ def sort_by_expert(indices_Nk: Tensor, experts: int) -> tuple[Tensor, Tensor, li
     return rows_P, real_P, bounds
 
 
-def _one_call(*factors: Tensor) -> bool:
-    """Whether PyTorch's grouped product takes these: bfloat16 on a GPU, rows of a multiple of 16
+def _can_group(*factors: Tensor) -> bool:
+    """Whether `F.grouped_mm` takes these factors: bfloat16 on a GPU, with rows of a multiple of 16
     bytes.
     """
     return all(
@@ -105,8 +109,8 @@ def _one_call(*factors: Tensor) -> bool:
 
 
 def _products(x_PA: Tensor, w_EAB: Tensor, bounds: list[int]) -> Tensor:
-    """Each expert's rows times its matrix: [P, B]."""
-    if _one_call(x_PA, w_EAB):
+    """Each expert's rows times its matrix: [P, A] and [E, A, B] to [P, B]."""
+    if _can_group(x_PA, w_EAB):
         made: Tensor = F.grouped_mm(
             x_PA, w_EAB, offs=torch.tensor(bounds[1:], dtype=torch.int32, device=x_PA.device)
         )
@@ -119,8 +123,8 @@ def _products(x_PA: Tensor, w_EAB: Tensor, bounds: list[int]) -> Tensor:
 
 
 def _weight_gradients(a_PA: Tensor, b_PB: Tensor, bounds: list[int]) -> Tensor:
-    """a^T b over each expert's rows: [E, A, B]."""
-    if _one_call(a_PA, b_PB):
+    """a^T b over each expert's rows: [P, A] and [P, B] to [E, A, B]."""
+    if _can_group(a_PA, b_PB):
         made: Tensor = F.grouped_mm(
             a_PA.T, b_PB, offs=torch.tensor(bounds[1:], dtype=torch.int32, device=a_PA.device)
         )
@@ -133,8 +137,8 @@ def _weight_gradients(a_PA: Tensor, b_PB: Tensor, bounds: list[int]) -> Tensor:
 
 
 class _RoutedExperts(torch.autograd.Function):
-    """Forward keeps the gathered rows and the gate/up products; everything else is recomputed in
-    backward.
+    """Keeps the gathered rows and the gate and up products for the backward pass, which recomputes
+    everything else.
     """
 
     @staticmethod
@@ -151,7 +155,8 @@ class _RoutedExperts(torch.autograd.Function):
         rows_P, real_P, bounds = sort_by_expert(indices_Nk, gate_up_EGD.shape[0])
         token_P = rows_P // indices_Nk.shape[1]
         weight_P = weights_Nk.flatten().index_select(0, rows_P).masked_fill(~real_P, 0).to(dtype)
-        gate_up, down = gate_up_EGD.to(dtype), down_EDF.to(dtype)
+        gate_up = gate_up_EGD.to(dtype)
+        down = down_EDF.to(dtype)
         x_PD = x_ND.index_select(0, token_P)
         h_PG = _products(x_PD, gate_up.mT, bounds)
         gate, up = _gate_and_up(h_PG, limit)
@@ -159,7 +164,10 @@ class _RoutedExperts(torch.autograd.Function):
         y_PD = _products(a_PF, down.mT, bounds)
         out_ND = torch.zeros_like(x_ND).index_add_(0, token_P, y_PD.mul_(weight_P[:, None]))
         ctx.save_for_backward(x_PD, h_PG, weight_P, rows_P, real_P, token_P, gate_up, down)
-        ctx.bounds, ctx.shape, ctx.places, ctx.limit = bounds, x_ND.shape, indices_Nk.shape, limit
+        ctx.bounds = bounds
+        ctx.shape = x_ND.shape
+        ctx.pairs_shape = indices_Nk.shape
+        ctx.limit = limit
         ctx.dtypes = (weights_Nk.dtype, gate_up_EGD.dtype, down_EDF.dtype)
         return out_ND
 
@@ -179,26 +187,26 @@ class _RoutedExperts(torch.autograd.Function):
         dh_PG = torch.empty_like(h_PG)
         d_gate, d_up = dh_PG.chunk(2, dim=-1)
         torch.mul(da_PF, silu, out=d_up)
-        # One rounding to bfloat16; the slope written out as sigmoid(g) (1 + g - silu(g)) has four.
+        # This rounds to bfloat16 once; sigmoid(g) (1 + g - silu(g)) written out rounds four times.
         torch.ops.aten.silu_backward(da_PF.mul_(up), gate, grad_input=d_gate)
-        if ctx.limit is not None:  # what was clamped has no slope
+        if ctx.limit is not None:  # clamped values have gradient zero
             raw_gate, raw_up = h_PG.chunk(2, dim=-1)
             d_gate.masked_fill_(raw_gate > ctx.limit, 0)
             d_up.masked_fill_(raw_up.abs() > ctx.limit, 0)
         dx_PD = _products(dh_PG, gate_up, bounds)
         d_gate_up = _weight_gradients(dh_PG, x_PD, bounds)
         dx_ND = dx_PD.new_zeros(ctx.shape).index_add_(0, token_P, dx_PD)
-        # Padding rows add zero to (token 0, place 0); the weights' own gradient must not receive
-        # them.
+        # Padding rows carry index 0, so without the mask they would add to the gradient of the
+        # first pair's weight.
         d_weights = (
-            d_weight_P.new_zeros(ctx.places)
+            d_weight_P.new_zeros(ctx.pairs_shape)
             .flatten()
             .index_add_(0, rows_P, d_weight_P.masked_fill(~real_P, 0))
         )
         return (
             dx_ND,
             None,
-            d_weights.view(ctx.places).to(weight_dtype),
+            d_weights.view(ctx.pairs_shape).to(weight_dtype),
             d_gate_up.to(gate_up_dtype),
             d_down.to(down_dtype),
             None,

@@ -1,8 +1,8 @@
-"""Manifold-constrained hyper-connections: how a block reads from, and writes to, several residual
-streams.
+"""Manifold-constrained hyper-connections (mHC): how a block reads from and writes to several
+residual streams.
 
-arXiv:2512.24880; transformers' `DeepseekV4HyperConnection`. All weights are computed in float32 at
-least.
+Source: arXiv:2512.24880; transformers' `DeepseekV4HyperConnection`. The weights of streams are
+computed in float32 or wider.
 
 Axes: ... any leading axes, S streams, D hidden.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 def sinkhorn(logits_SS: Tensor, iterations: int, eps: float) -> Tensor:
-    """A nearly doubly stochastic matrix: softmax over the last axis, then columns and rows are
-    normalised in turn.
+    """A nearly doubly stochastic matrix [..., S, S] from logits [..., S, S]: a softmax over the
+    last axis, then columns and rows normalised in turn.
 
-    [..., S, S] to the same. The first pass normalises columns only, since the softmax has done the
-    rows. A division for every half-pass keeps the reference's own rounding of `eps`.
+    The first iteration normalises only the columns, since the softmax has normalised the rows.
+    Dividing separately for rows and for columns rounds exactly as transformers does.
     """
     mix = logits_SS.softmax(-1) + eps
     mix = mix / (mix.sum(-2, keepdim=True) + eps)
@@ -29,11 +29,12 @@ def sinkhorn(logits_SS: Tensor, iterations: int, eps: float) -> Tensor:
 def stream_weights(
     projected: Tensor, scale_3: Tensor, base: Tensor, streams: int, iterations: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a block reads from each stream [..., S], writes to each [..., S], and how the streams
-    mix [..., S, S].
+    """The weights with which a block reads from each stream [..., S] and writes to each stream
+    [..., S], and the matrix that mixes the streams [..., S, S].
 
-    `projected` and `base` [..., 2S + S*S] hold the three parts one after another, each with its own
-    scale: read = sigmoid + eps, write = 2 sigmoid, mix = `sinkhorn`.
+    `projected` [..., 2S + S*S] and `base` [2S + S*S] hold the logits of read, write and mix one
+    after another; each part has its own scale. read = sigmoid + eps, write = 2 sigmoid, mix =
+    `sinkhorn`.
     """
     parts = [streams, streams, streams**2]
     read, write, mix = torch.split(projected, parts, dim=-1)
@@ -47,15 +48,16 @@ def stream_weights(
 
 
 def collapse_streams(streams_SD: Tensor, read_S: Tensor) -> Tensor:
-    """A block's input, sum of read * stream: [..., S, D] to [..., D] in the streams' dtype."""
+    """A block's input, the sum of read * stream: [..., S, D] to [..., D] in the streams' dtype."""
     return (read_S[..., None] * streams_SD).sum(-2).to(streams_SD.dtype)
 
 
 def expand_streams(streams_SD: Tensor, y_D: Tensor, write_S: Tensor, mix_SS: Tensor) -> Tensor:
-    """The streams after a block: mix^T streams + write (outer) the block's output.
+    """The streams after a block [..., S, D]: mix^T streams + the outer product of write and the
+    block's output y.
 
-    The mix is used transposed: new stream k is the sum over j of mix[j, k] * stream j. It is doubly
-    stochastic but not symmetric, so the direction matters.
+    New stream k is the sum over j of mix[j, k] * stream j. The matrix is doubly stochastic but not
+    symmetric, so the transpose matters.
     """
     dtype = streams_SD.dtype
     return write_S.to(dtype)[..., None] * y_D[..., None, :] + mix_SS.to(dtype).mT @ streams_SD

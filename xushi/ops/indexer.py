@@ -1,7 +1,7 @@
-"""Which keys a query attends to: the lightning indexer's scores, a stable choice of the best, and
-its training loss.
+"""The lightning indexer, which chooses the keys that a query attends to: its scores, a
+deterministic choice of the best keys, and its training loss.
 
-DeepSeek Sparse Attention (DeepSeek-V3.2, arXiv:2512.02556, section 2.1).
+Source: DeepSeek Sparse Attention (DeepSeek-V3.2, arXiv:2512.02556, section 2.1).
 
 Axes: B batch, T queries, S keys, J index heads, I index width, H attention heads, K query and key
 width.
@@ -17,8 +17,8 @@ QUERY_BLOCK = 128
 
 
 def index_scores_reference(q_BTJI: Tensor, k_BSI: Tensor, weights_BTJ: Tensor) -> Tensor:
-    """I[t, s] = sum over j of w[t, j] ReLU(q[t, j] . k[s] / sqrt(I)), eq. 1: [B, T, S], float32 at
-    least.
+    """score[t, s] = sum over j of w[t, j] ReLU(q[t, j] . k[s] / sqrt(I)), eq. 1: [B, T, S] in
+    float32 or wider.
     """
     wide = torch.promote_types(q_BTJI.dtype, torch.float32)
     products = (
@@ -28,8 +28,8 @@ def index_scores_reference(q_BTJI: Tensor, k_BSI: Tensor, weights_BTJ: Tensor) -
 
 
 def index_scores(q_BTJI: Tensor, k_BSI: Tensor, weights_BTJ: Tensor) -> Tensor:
-    """The same, queries in blocks; each block's products by head are made again in the backward
-    pass, never kept.
+    """`index_scores_reference` with queries in blocks. The products of each head [B, T, J, S] are
+    never kept: the backward pass recomputes them block by block.
     """
     if use_reference():
         return index_scores_reference(q_BTJI, k_BSI, weights_BTJ)
@@ -49,29 +49,30 @@ def index_scores(q_BTJI: Tensor, k_BSI: Tensor, weights_BTJ: Tensor) -> Tensor:
 
 @torch.no_grad()
 def best_keys(scores: Tensor, allowed: Tensor, count: int) -> Tensor:
-    """True at each query's `count` best allowed keys, or at all allowed where there are fewer:
-    [..., S].
+    """[..., S], True for each query's `count` best allowed keys, or for all allowed keys if there
+    are fewer.
 
-    `allowed` broadcasts against `scores` [..., S]. Of equal scores the earlier key is chosen, so
-    that the choice is the same however the keys arrive: ReLU makes many scores exactly zero, and
-    `topk` leaves their order to the kernel.
+    `allowed` broadcasts to `scores` [..., S]. Of keys with equal scores the earlier ones are
+    chosen. ReLU makes many scores exactly zero and `topk` does not define their order, so without
+    this rule a whole sequence and a growing cache could choose different keys.
     """
     allowed = allowed.expand_as(scores)
     if scores.shape[-1] <= count:
         return allowed
     scores = scores.masked_fill(~allowed, float("-inf"))
     least = scores.topk(count, dim=-1, sorted=True).values[..., -1:]
-    above, level = scores > least, scores == least
+    above = scores > least
+    level = scores == least
     room = count - above.sum(-1, keepdim=True)
     return (above | (level & (level.cumsum(-1) <= room))) & allowed
 
 
 @torch.no_grad()
 def attention_shares(q_BHTK: Tensor, k_BHSK: Tensor, mask_BTS: Tensor, scale: float) -> Tensor:
-    """How much of each query's attention goes to each key, the mean over heads: [B, T, S] float32,
-    rows sum to 1.
+    """The share of each query's attention that goes to each key, averaged over heads: [B, T, S] in
+    float32 or wider; rows sum to 1.
 
-    The sum over heads, L1-normalised, of section 2.1.1; queries in blocks.
+    This is the sum over heads, L1-normalised, of section 2.1.1. Queries are computed in blocks.
     """
     wide = torch.promote_types(q_BHTK.dtype, torch.float32)
     return torch.cat(
@@ -91,10 +92,9 @@ def attention_shares(q_BHTK: Tensor, k_BHSK: Tensor, mask_BTS: Tensor, scale: fl
 
 
 def index_divergence(scores_BTS: Tensor, shares_BTS: Tensor, mask_BTS: Tensor) -> Tensor:
-    """KL(shares || softmax of the scores over the keys that the mask allows) of every query, eqs. 3
+    """KL(shares || softmax of the scores over the keys that the mask allows) for each query, eqs. 3
     and 4: [B, T].
     """
-    # A finite stand-in for minus infinity: a query that may look at nothing has no divergence, and
-    # no NaN either.
+    # Finite instead of minus infinity, so that a query without allowed keys gets 0 and not NaN.
     log_q = scores_BTS.masked_fill(~mask_BTS, -1e30).log_softmax(-1).masked_fill(~mask_BTS, 0.0)
     return (torch.xlogy(shares_BTS, shares_BTS) - shares_BTS * log_q).sum(-1)

@@ -1,11 +1,11 @@
-"""Linear maps, and the gate of SwiGLU."""
+"""Linear maps and SwiGLU."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from xushi.ops import native
 
-FEWEST_ROWS = 32  # below it packing the weight for the kernels costs more than they gain
+FEWEST_ROWS = 32  # for fewer rows, packing the weight costs more than the compiled kernel gains
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -17,7 +17,7 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 
 def swiglu_reference(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
-    """silu(gate) * up (Shazeer 2020), gate clamped from above and `up` from both sides by `limit`
+    """silu(gate) * up (Shazeer 2020). `limit` clamps the gate from above and `up` from both sides
     (V4).
     """
     if limit is not None:
@@ -26,7 +26,7 @@ def swiglu_reference(gate: Tensor, up: Tensor, limit: float | None = None) -> Te
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float | None = None) -> Tensor:
-    """The same, compiled where it can be."""
+    """`swiglu_reference`, compiled if possible."""
     if native.serves(gate, up):
         result: Tensor = native.NativeSwiglu.apply(gate, up, limit)  # type: ignore[no-untyped-call]
         return result

@@ -1,5 +1,5 @@
-"""The output head and its log-probabilities, chunk by chunk: the logits of a whole batch are never
-held.
+"""The output head with the log-probabilities of targets, in chunks of tokens: the logits of a whole
+batch are never held in memory.
 
 Axes: N tokens, D hidden, V vocabulary.
 """
@@ -17,7 +17,7 @@ CHUNK = 512  # rows of logits held at a time
 
 
 def token_log_probabilities_reference(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """log softmax(x head^T)[target] with the softmax in float32 at least: [N]."""
+    """log softmax(x head^T)[target], with the softmax in float32 or wider: [N]."""
     logits = F.linear(x_ND, head_VD.to(x_ND.dtype))
     return -F.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)), targets_N, reduction="none"
@@ -25,7 +25,7 @@ def token_log_probabilities_reference(x_ND: Tensor, head_VD: Tensor, targets_N: 
 
 
 def token_log_probabilities(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """The same in chunks, its logits computed again in the backward pass."""
+    """`token_log_probabilities_reference` in chunks. The backward pass recomputes the logits."""
     if use_reference() or x_ND.dtype == torch.float64:
         return token_log_probabilities_reference(x_ND, head_VD, targets_N)
     form = (
@@ -45,7 +45,9 @@ def cross_entropy_reference(
 
 
 def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-    """The same in chunks, with both gradients made on the way forward: no product is done twice."""
+    """`cross_entropy_reference` in chunks. The forward pass computes both gradients, so no logits
+    are recomputed.
+    """
     if use_reference() or x_ND.dtype == torch.float64 or not torch.is_grad_enabled():
         return -(token_log_probabilities(x_ND, head_VD, targets_N) * weights_N).sum()
     form = (
@@ -58,10 +60,10 @@ def cross_entropy(x_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: T
 
 
 def _chunk_probabilities(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Chosen log-probabilities [n] and all probabilities [n, V], float32.
+    """The targets' log-probabilities [n] and all probabilities [n, V], in float32.
 
-    log p = logit - largest logit + log of the largest p: one softmax in place of a log-softmax and
-    its exp.
+    log p = logit - largest logit + log of the largest p, which needs one softmax instead of a
+    log-softmax and its exp.
     """
     logits = F.linear(x, head).float()
     p = logits.softmax(-1)

@@ -1,5 +1,7 @@
-"""The routers: V3's sigmoid scores with a bias that steers selection only, and V2's softmax, both
-limited to groups; V4's square root of softplus, without groups.
+"""The routers of a mixture of experts.
+
+V2: softmax scores. V3: sigmoid scores, and a bias that influences the choice only. Both choose from
+the best groups of experts. V4: square root of softplus, without groups.
 
 Axes: N tokens, D hidden, E experts, k experts per token.
 """
@@ -16,11 +18,11 @@ from xushi.ops.linear import linear
 
 @dataclass(frozen=True)
 class RouterChoice:
-    """What the router decided for N tokens."""
+    """A router's result for N tokens. Floating-point values are float32 or wider."""
 
-    scores_NE: Tensor  # affinities of all experts, float32, with gradient
+    scores_NE: Tensor  # scores of all experts, with gradient
     indices_Nk: Tensor  # chosen experts, int64
-    weights_Nk: Tensor  # gate values, float32, with gradient
+    weights_Nk: Tensor  # gate values of the chosen experts, with gradient
 
 
 def sigmoid_router(
@@ -35,13 +37,14 @@ def sigmoid_router(
     scale: float,
     pinned_Nk: Tensor | None = None,
 ) -> RouterChoice:
-    """Scores, choice and gate values (DeepSeek-V3, arXiv:2412.19437, eqs. 12-16; transformers'
-    `DeepseekV3TopkRouter`).
+    """DeepSeek-V3's router (arXiv:2412.19437, eqs. 12-16; transformers' `DeepseekV3TopkRouter`).
 
-    A group's score is the sum of its two best biased scores; experts outside the best groups cannot
-    be chosen; the bias never enters the gate values. The product and the scores are float32 at
-    least whatever x's dtype. With `pinned_Nk` the choice is given and only the gate values are
-    computed (comparison of forms, routing replay), but in rows of -1.
+    A group's score is the sum of its two best biased scores. Experts outside the `top_groups` best
+    groups cannot be chosen. The bias does not enter the gate values. The product and the scores are
+    float32 or wider, whatever x's dtype.
+
+    `pinned_Nk` gives the choice, for comparing forms and for routing replay; the router then
+    computes only the gate values. For rows of -1 it chooses itself.
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     scores_NE = linear(x_ND.to(wide), weight_ED.to(wide)).sigmoid()
@@ -64,11 +67,11 @@ def softmax_router(
     scale: float,
     pinned_Nk: Tensor | None = None,
 ) -> RouterChoice:
-    """DeepSeek-V2's (arXiv:2405.04434, section 2.2; transformers' `DeepseekV2TopkRouter`).
+    """DeepSeek-V2's router (arXiv:2405.04434, section 2.2; transformers' `DeepseekV2TopkRouter`).
 
-    A group's score is that of its best expert, and the gate values are the softmax scores
-    themselves, never normalised over the chosen. Product and scores are float32 at least.
-    `pinned_Nk` as in `sigmoid_router`.
+    A group's score is that of its best expert. The gate values are the softmax scores times
+    `scale`, not normalised over the chosen experts. The product and the scores are float32 or
+    wider. `pinned_Nk` as in `sigmoid_router`.
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     scores_NE = linear(x_ND.to(wide), weight_ED.to(wide)).softmax(-1)
@@ -87,17 +90,17 @@ def sqrt_softplus_router(
     scale: float,
     pinned_Nk: Tensor | None = None,
 ) -> RouterChoice:
-    """DeepSeek-V4's (transformers' `DeepseekV4TopKRouter`): scores sqrt(softplus(x W^T)), best k of
-    score + bias.
+    """DeepSeek-V4's router (transformers' `DeepseekV4TopKRouter`): scores sqrt(softplus(x W^T)),
+    the k experts with the best score + bias.
 
-    Gate values are the chosen scores, normalised, without the bias. Its hash layers choose by the
-    token's id (`DeepseekV4HashRouter`): that choice comes as `pinned_Nk` and there is no bias.
-    Product and scores are float32 at least; transformers computes them in the model's dtype, where
-    bfloat16 picks other experts.
+    Gate values are the chosen scores without the bias, normalised over the chosen experts, times
+    `scale`. V4's hash layers choose by token id (`DeepseekV4HashRouter`): they pass the choice as
+    `pinned_Nk` and have no bias. The product and the scores are float32 or wider. transformers
+    computes them in the model's dtype, and in bfloat16 chooses other experts.
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
-    # Far below zero softplus is exactly 0, where the square root's slope is infinite and the
-    # gradient 0 * inf.
+    # For very negative inputs softplus is exactly 0. The square root's slope is infinite there and
+    # the gradient would be 0 * inf = NaN.
     scores_NE = (
         F.softplus(linear(x_ND.to(wide), weight_ED.to(wide)))
         .clamp(min=torch.finfo(wide).tiny)
@@ -111,18 +114,19 @@ def sqrt_softplus_router(
 
 
 def _choice(pinned_Nk: Tensor | None, own: Callable[[], Tensor]) -> Tensor:
-    """The given choice [N, k], and the router's own where none is given."""
-    if pinned_Nk is not None and not (free_Nk := pinned_Nk < 0).any():
-        return pinned_Nk
+    """The pinned choice [N, k]; in rows of -1, or if nothing is pinned, the router's own choice."""
     with torch.no_grad():
-        return own() if pinned_Nk is None else torch.where(free_Nk, own(), pinned_Nk)
+        if pinned_Nk is None:
+            return own()
+        free_Nk = pinned_Nk < 0
+        return torch.where(free_Nk, own(), pinned_Nk) if free_Nk.any() else pinned_Nk
 
 
 def _best_of_groups(
     scores_NE: Tensor, top_k: int, groups: int, top_groups: int, members: int
 ) -> Tensor:
-    """The top-k experts [N, k] of the best groups, a group's score being the sum of its `members`
-    best.
+    """The `top_k` best experts [N, k] of the `top_groups` best groups. A group's score is the sum
+    of its `members` best scores.
     """
     if groups > 1:
         grouped = scores_NE.view(scores_NE.shape[0], groups, -1)

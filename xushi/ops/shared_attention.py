@@ -1,8 +1,10 @@
-"""Attention in which all heads share one key per token that is also the value, with a sink per head
-(DeepSeek-V4).
+"""DeepSeek-V4's attention: all heads share one key per token, which is also the value, and each
+head has a sink.
 
-Axes: B batch, T queries, H heads, K width, S keys.
+Axes: B batch, T queries, H heads, K width, S keys, W compressed entries.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +15,22 @@ from xushi.ops.dispatch import use_reference
 QUERY_BLOCK = 128
 
 
+class MaskedKeys(NamedTuple):
+    """Keys, and which of them each query may attend to."""
+
+    keys_BSK: Tensor
+    allowed_BTS: Tensor
+
+
 def shared_attention(
     q_BTHK: Tensor, keys_BSK: Tensor, allowed_BTS: Tensor, sinks_H: Tensor, scale: float
 ) -> Tensor:
     """sum over s of p[t, h, s] * key s, with p = softmax over the allowed keys and one sink logit:
     [B, T, H, K].
 
-    The sink takes part in the softmax and gives nothing (transformers' `eager_attention_forward` of
-    V4), so that a query may look at nothing at all. Softmax in float32 at least.
+    The sink takes part in the softmax and contributes no value (transformers'
+    `eager_attention_forward` of V4), so a query without allowed keys gets zeros. Softmax in float32
+    or wider.
     """
     wide = torch.promote_types(q_BTHK.dtype, torch.float32)
     batch, queries, heads, _ = q_BTHK.shape
@@ -32,21 +42,13 @@ def shared_attention(
 
 
 def windowed_attention_reference(
-    q_BTHK: Tensor,
-    kv_BTK: Tensor,
-    window_BTT: Tensor,
-    entries_BWK: Tensor,
-    chosen_BTW: Tensor,
-    sinks_H: Tensor,
-    scale: float,
+    q_BTHK: Tensor, tokens: MaskedKeys, entries: MaskedKeys, sinks_H: Tensor, scale: float
 ) -> Tensor:
-    """Each query over the tokens that `window_BTT` allows and the compressed entries that
-    `chosen_BTW` allows.
-    """
+    """`shared_attention` over tokens and compressed entries together: [B, T, H, K]."""
     return shared_attention(
         q_BTHK,
-        torch.cat((kv_BTK, entries_BWK), 1),
-        torch.cat((window_BTT, chosen_BTW), -1),
+        torch.cat((tokens.keys_BSK, entries.keys_BSK), 1),
+        torch.cat((tokens.allowed_BTS, entries.allowed_BTS), -1),
         sinks_H,
         scale,
     )
@@ -54,35 +56,29 @@ def windowed_attention_reference(
 
 def windowed_attention(
     q_BTHK: Tensor,
-    kv_BTK: Tensor,
-    window_BTT: Tensor,
-    entries_BWK: Tensor,
-    chosen_BTW: Tensor,
+    tokens: MaskedKeys,
+    entries: MaskedKeys,
     sinks_H: Tensor,
     scale: float,
     window: int,
 ) -> Tensor:
-    """The same, queries in blocks that see no key outside the last `window`; each block's scores
-    are made again in the backward pass, so that no scores by head are kept.
+    """`windowed_attention_reference` with queries in blocks. `tokens` must allow a query no token
+    before its last `window`.
+
+    A block is multiplied only with the tokens that its windows reach. The backward pass recomputes
+    each block's scores, so that no scores by head are kept.
     """
     if use_reference():
-        return windowed_attention_reference(
-            q_BTHK, kv_BTK, window_BTT, entries_BWK, chosen_BTW, sinks_H, scale
-        )
-    length, outputs = q_BTHK.shape[1], []
-    for start in range(0, length, QUERY_BLOCK):
-        rows, keys = (
-            slice(start, start + QUERY_BLOCK),
-            slice(max(0, start - window + 1), start + QUERY_BLOCK),
-        )
+        return windowed_attention_reference(q_BTHK, tokens, entries, sinks_H, scale)
+    outputs = []
+    for start in range(0, q_BTHK.shape[1], QUERY_BLOCK):
+        rows = slice(start, start + QUERY_BLOCK)
         outputs.append(
             checkpoint(
                 windowed_attention_reference,
                 q_BTHK[:, rows],
-                kv_BTK[:, keys],
-                window_BTT[:, rows, keys],
-                entries_BWK,
-                chosen_BTW[:, rows],
+                _near(tokens, rows, window),
+                MaskedKeys(entries.keys_BSK, entries.allowed_BTS[:, rows]),
                 sinks_H,
                 scale,
                 use_reentrant=False,
@@ -95,34 +91,37 @@ def windowed_attention(
 @torch.no_grad()
 def entry_shares(
     q_BTHK: Tensor,
-    kv_BTK: Tensor,
-    window_BTT: Tensor,
-    entries_BWK: Tensor,
-    chosen_BTW: Tensor,
+    tokens: MaskedKeys,
+    entries: MaskedKeys,
     sinks_H: Tensor,
     scale: float,
     window: int,
 ) -> Tensor:
-    """How much of each query's attention to entries goes to each entry, all heads together: [B, T,
-    W] float32.
+    """The share of each query's attention to entries that goes to each entry, summed over heads:
+    [B, T, W] in float32 or wider.
 
-    The shares of the whole attention (tokens, entries and sink) are summed over heads and, on the
-    entries alone, made to add up to 1; zeros where a query attends to no entry. Queries in blocks.
+    Each head's softmax covers tokens, entries and sink. The entries' part is summed over heads and
+    normalised to sum to 1; it is zero if a query attends to no entry. Queries are computed in
+    blocks.
     """
     wide = torch.promote_types(q_BTHK.dtype, torch.float32)
     blocks = []
     for start in range(0, q_BTHK.shape[1], QUERY_BLOCK):
-        rows, near = (
-            slice(start, start + QUERY_BLOCK),
-            slice(max(0, start - window + 1), start + QUERY_BLOCK),
-        )
-        keys = torch.cat((kv_BTK[:, near], entries_BWK), 1)
+        rows = slice(start, start + QUERY_BLOCK)
+        near = _near(tokens, rows, window)
+        keys = torch.cat((near.keys_BSK, entries.keys_BSK), 1)
         scores = torch.einsum("bthk,bsk->bths", q_BTHK[:, rows], keys).to(wide) * scale
-        allowed = torch.cat((window_BTT[:, rows, near], chosen_BTW[:, rows]), -1)[:, :, None]
+        allowed = torch.cat((near.allowed_BTS, entries.allowed_BTS[:, rows]), -1)[:, :, None]
         sink = sinks_H.to(wide)[:, None].expand(*scores.shape[:3], 1)
         shares = torch.cat((scores.masked_fill(~allowed, float("-inf")), sink), -1).softmax(-1)
-        on_entries = shares[..., keys.shape[1] - entries_BWK.shape[1] : -1].sum(2)
+        on_entries = shares[..., near.keys_BSK.shape[1] : -1].sum(2)
         blocks.append(
             on_entries / on_entries.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
         )
     return torch.cat(blocks, 1)
+
+
+def _near(tokens: MaskedKeys, rows: slice, window: int) -> MaskedKeys:
+    """The tokens that the windows of the queries `rows` reach."""
+    near = slice(max(0, rows.start - window + 1), rows.stop)
+    return MaskedKeys(tokens.keys_BSK[:, near], tokens.allowed_BTS[:, rows, near])

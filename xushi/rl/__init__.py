@@ -1,7 +1,7 @@
-"""Floor 6: learning from rewards that can be checked."""
+"""Learning from rewards that can be checked."""
 
 from xushi.rl.config import RLConfig
-from xushi.rl.grpo import group_advantages, grpo_loss
-from xushi.rl.loop import reinforce
+from xushi.rl.grpo import Objective, group_advantages, grpo_loss
+from xushi.rl.step import ReinforcementStep
 
-__all__ = ["RLConfig", "group_advantages", "grpo_loss", "reinforce"]
+__all__ = ["Objective", "RLConfig", "ReinforcementStep", "group_advantages", "grpo_loss"]

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field
 
 from xushi.train.config import OptimizationConfig
 
@@ -12,28 +12,16 @@ class RLConfig(OptimizationConfig):
     rollout.
     """
 
-    prompts: int = 32
-    samples: int = 8
-    max_tokens: int = 32
-    temperature: float = 1.0
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    bias_speed: float = (
-        0.0  # moved biases change the policy without a gradient, and wear off what was learnt
-    )
-    loss_mean: Literal["answers", "tokens"] = (
-        "answers"  # of V3.2: over each answer's tokens, then over answers
-    )
-    sequence_length: int = 128  # answers are packed into sequences of this many tokens
-
-    @model_validator(mode="after")
-    def _sampling(self) -> "RLConfig":
-        if self.samples < 2:
-            raise ValueError(
-                "samples must be at least 2: an advantage is a difference within a group"
-            )
-        if min(self.prompts, self.max_tokens, self.sequence_length) < 1:
-            raise ValueError("prompts, max_tokens and sequence_length must be at least 1")
-        if not self.temperature > 0:
-            raise ValueError("temperature must be above 0")
-        return self
+    prompts: int = Field(32, ge=1, le=1_000_000)
+    # At least 2: an advantage is a difference within a group.
+    samples: int = Field(8, ge=2, le=100_000)
+    max_tokens: int = Field(32, ge=1, le=10_000_000)
+    temperature: float = Field(1.0, ge=0.01, le=100)
+    clip_low: float = Field(0.2, ge=0, le=1)
+    clip_high: float = Field(0.28, ge=0, le=100)
+    # Changing biases changes the policy without a gradient and undoes some of what was learnt.
+    bias_speed: float = Field(0.0, ge=0, le=100)
+    # "answers", as in V3.2: the mean over each answer's tokens, then over answers.
+    loss_mean: Literal["answers", "tokens"] = "answers"
+    # Answers are packed into sequences of this many tokens.
+    sequence_length: int = Field(128, ge=1, le=10_000_000)

@@ -15,7 +15,7 @@ from xushi.base.progress import say
 from xushi.model import Batch, Deepseek, ModelConfig
 from xushi.ops import native
 from xushi.plan import train_flops_per_token
-from xushi.recipe import load_recipe
+from xushi.run.recipe import load_recipe
 from xushi.train import PretrainConfig, TrainingState, chosen_dtype
 from xushi.train import training_step as one_step
 

@@ -4,7 +4,7 @@ and now.
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,74 +16,68 @@ from xushi.plan import (
     train_flops_per_token,
     training_memory_bytes,
 )
-from xushi.recipe import Recipe
+from xushi.plan.memory import TrainingMemory
 from xushi.run.benchmark import Shape, training_step
+from xushi.run.recipe import Recipe
 from xushi.train import PIECES_PER_STAGE, Layout, PretrainConfig, chosen_dtype
 
-# Sampling an answer costs about as much again as learning from it (measured on the demo,
-# docs/lab-log.md).
-RL_COST_PER_TRAINED_TOKEN = 2.0
+KEPT_OR_RECOMPUTED: tuple[Literal["keep", "recompute"], ...] = ("keep", "recompute")
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """The plan of a run as flat keys; some seconds, since it times steps with activations kept and
-    recomputed.
+    """The plan of a run as flat keys.
+
+    Takes some seconds: it times steps with activations kept and recomputed.
     """
-    config = recipe.model.model_copy(update={"vocab_size": recipe.tokenizer.vocab_size})
+    config = recipe.sized_model
     counts = count_parameters(config)
     device = chosen_device(recipe.device)
-    dtype = chosen_dtype(recipe.pretrain.dtype, device)
-    batch_tokens = recipe.pretrain.batch_tokens
     shape = Shape(recipe.name, config, recipe.pretrain, recipe.data.sequence_length)
     memory = {
-        choice: training_memory_bytes(
-            config,
-            batch_tokens,
-            shape.length,
-            recipe.pretrain.optimizer,
-            "bf16" if dtype == "bf16" else "fp32",
-            bool(recipe.pretrain.mtp_weight),
-            bool(recipe.pretrain.indexer_weight),
-            choice == "recompute",
-        ).total
-        for choice in ("keep", "recompute")
+        choice: _memory(recipe, recipe.pretrain, recipe.pretrain.batch_tokens, device, choice).total
+        for choice in KEPT_OR_RECOMPUTED
     }
     torch.set_num_threads(recipe.threads or inspect().usable_cores)
     step = {
         choice: _step_seconds(shape.but(activations=choice), device)
-        for choice in ("keep", "recompute")
+        for choice in KEPT_OR_RECOMPUTED
     }
-    per_token = step[recipe.pretrain.activations] / batch_tokens
-    seconds = {
-        "pretrain": recipe.pretrain.tokens(shape.length) * per_token
-        if recipe.runs("pretrain")
-        else 0.0
-    }
-    digits = recipe.environment.max_digits if recipe.environment else 0
-    if recipe.sft is not None and recipe.runs("sft"):
-        example = digits + 4 + recipe.sft.thinking_share * digits
-        seconds["sft"] = recipe.sft.steps * recipe.sft.batch_examples * example * per_token
-    if recipe.rl is not None and recipe.runs("rl"):
-        answers = recipe.rl.steps * recipe.rl.prompts * recipe.rl.samples
-        seconds["rl"] = answers * (2 * digits + 4) * per_token * RL_COST_PER_TRAINED_TOKEN
-        seconds["control"] = seconds["rl"] if recipe.runs("sft") else 0.0
+    activations = recipe.pretrain.activations
+    per_token = step[activations] / recipe.pretrain.batch_tokens
+    estimates = {stage.name: stage.seconds(per_token) for stage in recipe.run_stages()}
     return {
         "run.name": recipe.name,
         "run.stages": ", ".join(recipe.stages),
         "run.without": recipe.without or "",
-        "machine.dtype": dtype,
+        "machine.dtype": chosen_dtype(recipe.pretrain.dtype, device),
         "model.parameters_total": counts.total,
         "model.parameters_mtp": counts.mtp,
         "model.parameters_active": counts.active,
         "model.parameters_active_without_embedding": counts.active_without_embedding,
         "model.kv_cache_bytes_per_token": kv_cache_bytes_per_token(config),
-        "model.train_flops_per_token": train_flops_per_token(config, recipe.data.sequence_length),
-        "memory.training_bytes": memory[recipe.pretrain.activations],
+        "model.train_flops_per_token": train_flops_per_token(config, shape.length),
+        "memory.training_bytes": memory[activations],
         **{f"memory.training_bytes_{choice}": value for choice, value in memory.items()},
         **{f"seconds.step_{choice}": value for choice, value in step.items()},
-        **{f"seconds.{stage}": value for stage, value in seconds.items()},
-        "seconds.training": sum(seconds.values()),
+        **{f"seconds.{name}": value for name, value in estimates.items() if value},
+        "seconds.training": sum(estimates.values()),
     }
+
+
+def _memory(
+    recipe: Recipe, pretrain: PretrainConfig, tokens: int, device: str, activations: str
+) -> TrainingMemory:
+    """What a step on `tokens` tokens needs on one process."""
+    return training_memory_bytes(
+        recipe.sized_model,
+        tokens,
+        recipe.data.sequence_length,
+        pretrain.optimizer,
+        "bf16" if chosen_dtype(pretrain.dtype, device) == "bf16" else "fp32",
+        bool(pretrain.mtp_weight),
+        bool(pretrain.indexer_weight),
+        activations == "recompute",
+    )
 
 
 def check_memory(
@@ -131,25 +125,17 @@ def _smaller(recipe: Recipe) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _bytes_per_process(recipe: Recipe, layout: Layout, pretrain: PretrainConfig) -> int:
-    config = recipe.model.model_copy(update={"vocab_size": recipe.tokenizer.vocab_size})
     length = recipe.data.sequence_length
     rows = -(-(pretrain.batch_tokens // length) // layout.data)
-    parts = training_memory_bytes(
-        config,
-        rows * length,
-        length,
-        pretrain.optimizer,
-        "bf16" if chosen_dtype(pretrain.dtype, layout.device) == "bf16" else "fp32",
-        bool(pretrain.mtp_weight),
-        bool(pretrain.indexer_weight),
-        pretrain.activations == "recompute",
-    )
+    parts = _memory(recipe, pretrain, rows * length, layout.device, pretrain.activations)
     stages = layout.pipeline
     share = (parts.weights + parts.gradients + parts.optimizer) // (layout.data * stages)
-    # A stage keeps its layers' activations of as many pieces as there are stages.
+    # A stage keeps its layers' activations of as many microbatches as there are stages.
     activations = parts.activations // max(stages, min(rows, PIECES_PER_STAGE * stages))
     # Each process makes the whole model before it keeps its part.
-    made = 4 * count_parameters(config).total_with_mtp if layout.data * stages > 1 else 0
+    made = 0
+    if layout.data * stages > 1:
+        made = 4 * count_parameters(recipe.sized_model).total_with_mtp
     return max(made, share + activations + parts.logits)
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from xushi.base.errors import BadInput, Failed, XushiError
 from xushi.base.files import write_atomic
 from xushi.base.progress import say
-from xushi.recipe import Recipe
+from xushi.run.recipe import Recipe
 from xushi.train import LayoutConfig, check_layout
 
 PORT = 29400  # torchrun's default for its rendezvous

@@ -1,10 +1,10 @@
 """The exported models of a run directory and their cards. Not here: loading them (engine.LLM)."""
 
-import json
 from pathlib import Path
 
 from xushi.base.config import StrictConfig, parse
 from xushi.base.errors import BadInput
+from xushi.base.files import read_json
 
 BASE = "base"
 REASONING = "reasoning"
@@ -66,14 +66,7 @@ def find_exports(run_directory: Path) -> dict[str, Path]:
 def read_card(name: str, directory: Path) -> ModelCard:
     """The `model_card.json` of an export, or the default card for models with this name."""
     path = directory / "model_card.json"
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return DEFAULT_CARDS.get(name, ModelCard(title=name))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadInput(
-            f"{path} cannot be read: {error}", "remove it, or export the model again"
-        ) from None
-    if not isinstance(table, dict):
-        raise BadInput(f"{path} is not a JSON object", "remove it, or export the model again")
+    table = read_json(path, "remove it, or export the model again")
     return parse(ModelCard, table, str(path))

@@ -11,15 +11,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from xushi.base.errors import BadInput, XushiError
 from xushi.base.files import write_atomic, write_json
-from xushi.tokenizer.config import SMALLEST_VOCABULARY, SPECIAL_TOKENS
-from xushi.tokenizer.template import CHAT_TEMPLATE
+from xushi.tokenizer.config import SPECIAL_TOKENS, TOOL_TOKENS, smallest_vocabulary
+from xushi.tokenizer.template import chat_template
 
 if TYPE_CHECKING:
     import tokenizers
@@ -41,13 +41,26 @@ _PIECE_CHARACTERS = 1 << 20
 _BORDER = re.compile(r"\n(?=\S)")
 
 
+class ToolIds(NamedTuple):
+    """Ids of the tool tokens, in the order of `TOOL_TOKENS`."""
+
+    calls_begin: int
+    calls_end: int
+    call_begin: int
+    call_end: int
+    output_begin: int
+    output_end: int
+    separator: int
+
+
 class Tokenizer:
     """Made by `train` or `load`. Ids run from 0 to `vocab_size` - 1: special tokens, the 256 bytes,
     merges.
 
     Attributes: `bos_id`, `eos_id`, `pad_id`, `user_id`, `assistant_id`, `think_id`, `end_think_id`,
-    `vocab_size`, `hash` (hex SHA-256 of `tokenizer.json`), `byte_lengths` (int64 [V], how many
-    bytes of text a token stands for; 0 for special tokens).
+    `tool_ids` (`ToolIds`, None in a vocabulary without tool tokens), `vocab_size`, `hash` (hex
+    SHA-256 of `tokenizer.json`), `byte_lengths` (int64 [V], how many bytes of text a token has; 0
+    for special tokens).
     """
 
     def __init__(self, serialized: str) -> None:
@@ -59,7 +72,7 @@ class Tokenizer:
         # The library does not save this switch. With it, special tokens spelled in a text are
         # ordinary characters.
         self._backend.encode_special_tokens = True
-        _check_special_tokens(self._backend)
+        self._special = _special_tokens(self._backend)
         (
             self.bos_id,
             self.eos_id,
@@ -69,49 +82,32 @@ class Tokenizer:
             self.think_id,
             self.end_think_id,
         ) = range(len(SPECIAL_TOKENS))
+        tool_ids = range(len(SPECIAL_TOKENS), len(self._special))
+        self.tool_ids = ToolIds(*tool_ids) if tool_ids else None
         self.vocab_size: int = self._backend.get_vocab_size()
         self.hash = hashlib.sha256(serialized.encode()).hexdigest()
-        self._bytes = _token_bytes(self._backend)
+        self._bytes = _token_bytes(self._backend, len(self._special))
         self.byte_lengths: npt.NDArray[np.int64] = np.array(
             [len(b) for b in self._bytes], dtype=np.int64
         )
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, tools: bool = False) -> "Tokenizer":
         """Learn merges from `texts`, deterministically. A merge must occur at least twice.
 
-        `XushiError` if the vocabulary cannot even hold the bytes, or if the text does not allow so
-        many merges.
+        With `tools` the vocabulary has the tool tokens. `XushiError` if the vocabulary cannot even
+        hold the bytes, or if the text does not allow so many merges.
         """
-        from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
-        from tokenizers import Tokenizer as Backend
-
-        if vocab_size < SMALLEST_VOCABULARY:
+        special = SPECIAL_TOKENS + TOOL_TOKENS if tools else SPECIAL_TOKENS
+        smallest = smallest_vocabulary(tools)
+        if vocab_size < smallest:
             raise BadInput(
-                f"tokenizer.vocab_size={vocab_size} is less than {SMALLEST_VOCABULARY}, the 256 "
-                "bytes and "
-                f"{len(SPECIAL_TOKENS)} special tokens",
-                f"set it to {SMALLEST_VOCABULARY} or more",
+                f"tokenizer.vocab_size={vocab_size} is less than {smallest}, the 256 bytes and "
+                f"{len(special)} special tokens",
+                f"set it to {smallest} or more",
             )
-        backend = Backend(models.BPE())
-        split = [
-            pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (_DIGIT, _CJK, _WORD)
-        ]
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            show_progress=False,
-            special_tokens=[
-                AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS
-            ],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        )
-        backend.train_from_iterator(
-            (piece for text in texts for piece in _pieces(_encodable(text))), trainer=trainer
+        backend = _train(
+            (piece for text in texts for piece in _pieces(_encodable(text))), vocab_size, special
         )
         reached = backend.get_vocab_size()
         if reached < vocab_size:
@@ -148,12 +144,18 @@ class Tokenizer:
         """The bytes of text that a token stands for; b"" for a special token."""
         return self._bytes[token]
 
+    def is_special(self, token: int) -> bool:
+        """Whether a token is special: no text encodes to it."""
+        return token < len(self._special)
+
     def spelling(self, token: int, skip_special: bool = False) -> bytes:
-        """What a reader sees of a token: `token_bytes`, or the name of a special token unless those
-        are skipped.
+        """What a reader sees of a token: `token_bytes`, or the name of a special token.
+
+        `skip_special` hides the first seven and not the tool tokens: outside of a well-formed call
+        those are something that a reader should see.
         """
-        if token < len(SPECIAL_TOKENS) and not skip_special:
-            return SPECIAL_TOKENS[token].encode()
+        if self.is_special(token) and not (skip_special and token < len(SPECIAL_TOKENS)):
+            return self._special[token].encode()
         return self._bytes[token]
 
     def save(self, directory: Path) -> None:
@@ -177,7 +179,7 @@ class Tokenizer:
                 "add_eos_token": False,
                 "clean_up_tokenization_spaces": False,
                 "split_special_tokens": False,
-                "chat_template": CHAT_TEMPLATE,
+                "chat_template": chat_template(self.tool_ids is not None),
             },
         )
 
@@ -207,17 +209,41 @@ class Tokenizer:
             ) from None
 
 
-def _check_special_tokens(backend: "tokenizers.Tokenizer") -> None:
+def _train(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> "tokenizers.Tokenizer":
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.BPE())
+    split = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (_DIGIT, _CJK, _WORD)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    backend.train_from_iterator(texts, trainer=trainer)
+    return backend
+
+
+def _special_tokens(backend: "tokenizers.Tokenizer") -> tuple[str, ...]:
+    """The special tokens in the order of their ids, with or without the tool tokens."""
     added = {
         index: token.content
         for index, token in backend.get_added_tokens_decoder().items()
         if token.special
     }
-    if added != dict(enumerate(SPECIAL_TOKENS)):
-        raise BadInput("the special tokens are not xushi's", "use a tokenizer that xushi trained")
+    for special in (SPECIAL_TOKENS, SPECIAL_TOKENS + TOOL_TOKENS):
+        if added == dict(enumerate(special)):
+            return special
+    raise BadInput("the special tokens are not xushi's", "use a tokenizer that xushi trained")
 
 
-def _token_bytes(backend: "tokenizers.Tokenizer") -> list[bytes]:
+def _token_bytes(backend: "tokenizers.Tokenizer", special: int) -> list[bytes]:
     """The bytes behind each token. Byte-level BPE writes printable Latin-1 bytes as themselves and
     the other 68 as the characters from U+0100 on, in order (Radford et al. 2019, `bytes_to_unicode`
     of GPT-2's published encoder).
@@ -229,7 +255,7 @@ def _token_bytes(backend: "tokenizers.Tokenizer") -> list[bytes]:
     }
     tokens: list[bytes] = [b""] * backend.get_vocab_size()
     for token, index in backend.get_vocab(with_added_tokens=True).items():
-        if index >= len(SPECIAL_TOKENS):
+        if index >= special:
             tokens[index] = bytes(table[character] for character in token)
     if not {bytes([byte]) for byte in range(256)} <= set(tokens):
         raise BadInput("the vocabulary lacks single bytes", "use a tokenizer that xushi trained")

@@ -1,6 +1,6 @@
-"""Floor 5: pretraining, supervised fine-tuning, their optimizer, and checkpoints."""
+"""The training loop, its steps on text, the optimizer, checkpoints, and layouts of processes."""
 
-from xushi.train.checkpoint import CheckpointWriter, latest_checkpoint
+from xushi.train.checkpoint import latest_checkpoint
 from xushi.train.config import (
     LayoutConfig,
     ObjectiveConfig,
@@ -9,43 +9,38 @@ from xushi.train.config import (
     SFTConfig,
 )
 from xushi.train.examples import PackedExamples, pack_examples
+from xushi.train.language import Data, LanguageModelStep, training_step
 from xushi.train.layout import Layout, Team, check_layout, join
-from xushi.train.loop import (
-    Data,
-    TrainingState,
-    chosen_dtype,
-    guarded_update,
-    new_optimizer,
-    report_problem,
-    set_compute,
-    train,
-    training_step,
-)
 from xushi.train.pipeline import PIECES_PER_STAGE, run_stage
+from xushi.train.state import TrainingState, chosen_dtype
+from xushi.train.step import Step, StepLoss, StepResult, guarded_update
+from xushi.train.training import Evaluation, Replayed, Training
 
 __all__ = [
     "PIECES_PER_STAGE",
-    "CheckpointWriter",
     "Data",
+    "Evaluation",
+    "LanguageModelStep",
     "Layout",
     "LayoutConfig",
     "ObjectiveConfig",
     "OptimizationConfig",
     "PackedExamples",
     "PretrainConfig",
+    "Replayed",
     "SFTConfig",
+    "Step",
+    "StepLoss",
+    "StepResult",
     "Team",
+    "Training",
     "TrainingState",
     "check_layout",
     "chosen_dtype",
     "guarded_update",
     "join",
     "latest_checkpoint",
-    "new_optimizer",
     "pack_examples",
-    "report_problem",
     "run_stage",
-    "set_compute",
-    "train",
     "training_step",
 ]

@@ -26,7 +26,7 @@ from xushi.base.files import directory_in_place, disk_errors, sha256_file, sha25
 from xushi.base.progress import say
 from xushi.train.layout import Box, Team
 
-FORMAT = 2
+FORMAT = 3
 KEEP = 2  # the one before the newest stays, in case the newest is damaged
 MANIFEST = "manifest.json"
 

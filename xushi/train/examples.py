@@ -14,13 +14,13 @@ from xushi.model import Batch
 
 @dataclass(frozen=True)
 class PackedExamples:
-    """A batch in the design's form, and where each example's learned tokens lie in it.
+    """A batch, and where each example lies in it, as flat indices (row * T + column).
 
-    `places[i]` holds the flat indices (row * T + column) at which example i's learned tokens are
-    targets, in order.
+    Example i begins at `starts[i]`; `places[i]` are where its learned tokens are targets, in order.
     """
 
     batch: Batch
+    starts: list[int]
     places: list[list[int]]
 
 
@@ -51,6 +51,7 @@ def pack_examples(
         torch.full(shape, -1, dtype=torch.int64),
     )
     mask = torch.zeros(shape, dtype=torch.bool)
+    starts = [0] * len(examples)
     places: list[list[int]] = [[] for _ in examples]
     for row, members in enumerate(rows):
         start = 0
@@ -62,8 +63,9 @@ def pack_examples(
             positions[row, start:end] = torch.arange(end - start)
             segments[row, start:end] = segment
             mask[row, start:end] = torch.tensor(learned[1:])
+            starts[index] = row * length + start
             places[index] = [
-                row * length + start + i for i, is_learned in enumerate(learned[1:]) if is_learned
+                starts[index] + i for i, is_learned in enumerate(learned[1:]) if is_learned
             ]
             start = end
-    return PackedExamples(Batch(tokens, targets, mask, positions, segments), places)
+    return PackedExamples(Batch(tokens, targets, mask, positions, segments), starts, places)

@@ -47,14 +47,14 @@ class LossScale:
         self.variance = (1 - weight) * (self.variance + weight * difference * difference)
         self.seen += 1
 
-    @property
-    def deviation(self) -> float:
-        """The deviation that a spike is measured in."""
-        return max(math.sqrt(self.variance), SMALLEST_DEVIATION * abs(self.mean))
+    def deviation(self, smallest: float = 0.0) -> float:
+        """The deviation that a spike is measured in, `smallest` at least."""
+        return max(math.sqrt(self.variance), SMALLEST_DEVIATION * abs(self.mean), smallest)
 
-    def is_spike(self, loss: float) -> bool:
+    def is_spike(self, loss: float, smallest: float = 0.0) -> bool:
         """Whether `loss` lies far above those seen; never before enough were."""
-        return self.seen >= STEPS_BEFORE_JUDGING and loss > self.mean + DEVIATIONS * self.deviation
+        limit = self.mean + DEVIATIONS * self.deviation(smallest)
+        return self.seen >= STEPS_BEFORE_JUDGING and loss > limit
 
 
 class Guard:
@@ -66,17 +66,19 @@ class Guard:
         self.withheld = 0  # steps without an update so far
         self.in_a_row = 0  # of these, the last ones without one that was applied between
 
-    def judge(self, loss: float, total: float) -> Problem | None:
-        """What is wrong with a step's loss: `loss` is compared with the earlier ones, `total` is
-        differentiated.
+    def judge(self, loss: float, total: float, smallest: float = 0.0) -> Problem | None:
+        """What is wrong with a step's loss, if anything.
+
+        `loss` is compared with the earlier ones, whose deviation counts as `smallest` at least;
+        `total` is differentiated.
         """
         if not math.isfinite(total):
             return Problem("not finite", f"the loss is not finite ({total})")
-        if self.scale.is_spike(loss):
+        if self.scale.is_spike(loss, smallest):
             return Problem(
                 "spike",
                 f"the loss jumps to {loss:.4g} from {self.scale.mean:.4g} "
-                f"(deviation {self.scale.deviation:.2g})",
+                f"(deviation {self.scale.deviation(smallest):.2g})",
             )
         return None
 

@@ -49,6 +49,7 @@ class Heartbeat:
         self.team, self._report = team, report
         self._place: tuple[int, str] = (0, "save")
         self._begun = 0  # steps of this start
+        self._timed = -1  # the step that is being timed; it may enter "batch" several times
         self._began = time.monotonic()
         self._seconds: deque[float] = deque(maxlen=100)
         self._ended = threading.Event()
@@ -61,12 +62,13 @@ class Heartbeat:
 
     def at(self, step: int, phase: str) -> None:
         """This process is now in a phase of step number `step` (from 0)."""
-        if phase == "batch":
+        if phase == "batch" and step != self._timed:
             now = time.monotonic()
             if self._begun > 1:  # the first step is no measure
                 self._seconds.append(now - self._began)
             self._began = now
             self._begun += 1
+            self._timed = step
         self._place = (step, phase)
 
     def who_is_gone(self) -> str:

@@ -1,23 +1,21 @@
-"""The C++ forms of ops: float32 and bfloat16 on a CPU, compiled once per machine with any C++17
-compiler it has.
+"""The ops' C++ kernels for float32 and bfloat16 tensors on a CPU.
 
-Without a compiler, or on a processor without AVX2 or NEON, there are none and the PyTorch forms
-run.
+They are compiled once per machine with its C++17 compiler. Without a compiler, or on a processor
+without AVX2 or NEON, the PyTorch forms run instead.
 """
 
+from xushi.ops.native.attention import NativeAttention, NativeLatentAttention
 from xushi.ops.native.build import form, load, status
+from xushi.ops.native.calls import serves
+from xushi.ops.native.experts import NativeExperts
 from xushi.ops.native.functions import (
-    NativeAttention,
     NativeCrossEntropy,
-    NativeExperts,
-    NativeLatentAttention,
     NativeLinear,
     NativeLogProbabilities,
     NativeNorm,
     NativeSwiglu,
     adamw,
     newton_schulz,
-    serves,
 )
 
 __all__ = [

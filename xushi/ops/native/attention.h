@@ -1,4 +1,4 @@
-// Causal attention inside documents, forward and backward, with keys and values of different widths.
+// Causal attention within documents, forward and backward. Keys and values may have different widths.
 
 #pragma once
 
@@ -13,7 +13,7 @@ struct Heads {
     const Value* at(Int b, Int t, Int h) const { return data + b * batch + t * position + h * head; }
 };
 
-// A head's positions as panels of its width, and as panels of positions.
+// Pack all positions of a head: [T, width] with panels of its columns, and transposed with panels of positions.
 void pack_head(const Heads& x, Int b, Int h, Int T, Int width, Word* packed) {
     pack_block([&](Int t) { return x.at(b, t, h); }, 0, T, 0, width, packed);
 }
@@ -26,8 +26,9 @@ void pack_transposed(const Heads& x, Int b, Int h, Int T, Int width, Word* packe
 
 extern "C" {
 
-// Causal attention inside documents: query t looks at keys starts[b, t] to t. Tensors [B, T, H, width] with the given
-// strides over batch, position and head; out [B, T, H, V] contiguous; `lse` [B, H, T] is log sum exp of the scores.
+// Causal attention within documents: query t attends to keys starts[b, t] to t. q, k, v [B, T, H, width] have the given
+// strides over batch, position and head (three each); out [B, T, H, V] is contiguous; `lse` [B, H, T] receives the
+// log-sum-exp of the scaled scores.
 void xushi_attention(const Value* q, const Value* k, const Value* v, const Int* strides, const int32_t* starts,
                      Value* out, float* lse, Int B, Int T, Int H, Int K, Int V, float scale, Int threads) {
     const Heads Q{q, strides[0], strides[1], strides[2]}, Ks{k, strides[3], strides[4], strides[5]},
@@ -79,7 +80,8 @@ void xushi_attention(const Value* q, const Value* k, const Value* v, const Int* 
                 if (top > largest[i]) {
                     const float shrink = largest[i] == -INFINITY ? 0.0f : std::exp(largest[i] - top);
                     norm[i] *= shrink;
-                    for (Int j = 0; j < ld; j += L) store(sums + i * ld + j, load(sums + i * ld + j) * all(shrink));
+                    for (Int j = 0; j < ld; j += L)
+                        store(sums + i * ld + j, load(sums + i * ld + j) * broadcast(shrink));
                     largest[i] = top;
                 }
                 norm[i] += sum;
@@ -89,19 +91,19 @@ void xushi_attention(const Value* q, const Value* k, const Value* v, const Int* 
         for (Int i = 0; i < m; i++) {
             const Int t = q0 + i;
             lse[head * T + t] = largest[i] + std::log(norm[i]);
-            const Vec share = all(1.0f / norm[i]);
+            const Vec share = broadcast(1.0f / norm[i]);
             map(out + ((b * T + t) * H + h) * V, sums + i * ld, V, [&](Int, Vec value) { return value * share; });
         }
     });
 }
 
-// Gradients of the above, [B, T, H, width] contiguous: P = exp(scale S - lse), dP = dO V^T, dS = P (dP - sum dO O).
+// Gradients of q, k and v, contiguous [B, T, H, width]: P = exp(scale S - lse), dP = dO V^T, dS = P (dP - sum dO O).
 void xushi_attention_backward(const Value* q, const Value* k, const Value* v, const Int* strides,
                               const int32_t* starts, const Value* out, const float* lse, const Value* d_out, Value* dq,
                               Value* dk, Value* dv, Int B, Int T, Int H, Int K, Int V, float scale, Int threads) {
     const Heads Q{q, strides[0], strides[1], strides[2]}, Ks{k, strides[3], strides[4], strides[5]},
         Vs{v, strides[6], strides[7], strides[8]}, O{out, T * H * V, H * V, V}, dO{d_out, T * H * V, H * V, V};
-    constexpr Int ld = KEYS + 8;  // not a power of two: a column of it then spreads over the cache
+    constexpr Int ld = KEYS + 8;  // not a power of two, so that a column is spread over the cache's sets
     const Int key_panels = panels(T), wk = panels(K), wv = panels(V), ldk = wk * NR, ldv = wv * NR;
     pool().run(B * H, threads, [&](Int head) {
         const Int b = head / H, h = head % H;
@@ -125,14 +127,14 @@ void xushi_attention_backward(const Value* q, const Value* k, const Value* v, co
         for (Int t = 0; t < T; t++) {
             Vec dot = {};
             for (Int i = 0; i < V; i += L) dot += part(O.at(b, t, h) + i, V - i) * part(dO.at(b, t, h) + i, V - i);
-            mean[t] = total(dot);
+            mean[t] = sum_lanes(dot);
         }
         float *weights = local_b.take(QUERIES * ld), *d_scores = local_c.take(QUERIES * ld);
         for (Int k0 = 0; k0 < T; k0 += KEYS) {
             const Int in_block = std::min(KEYS, T - k0);
             for (Int q0 = k0; q0 < T; q0 += QUERIES) {
                 const Int m = std::min(QUERIES, T - q0);
-                const Int count = std::min(in_block, q0 + m - k0);  // on the diagonal the last keys are seen by none
+                const Int count = std::min(in_block, q0 + m - k0);  // no query of this block sees a later key
                 const Value *rows[QUERIES] = {}, *d_rows[QUERIES] = {};
                 const float* ds_rows[QUERIES] = {};
                 Int first = T;
@@ -155,7 +157,7 @@ void xushi_attention_backward(const Value* q, const Value* k, const Value* v, co
                     std::fill(d, d + low, 0.0f);
                     exponentials(w + low, high - low, scale, norm[t]);
                     map(d + low, d + low, high - low, [&](Int j, Vec value) {
-                        return part(w + low + j, high - low - j) * (value - all(mean[t])) * all(scale);
+                        return part(w + low + j, high - low - j) * (value - broadcast(mean[t])) * broadcast(scale);
                     });
                     std::fill(w + high, w + count, 0.0f);
                     std::fill(d + high, d + count, 0.0f);

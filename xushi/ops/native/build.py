@@ -1,10 +1,10 @@
-"""Compiling and loading the kernels: by what the processor reports, once, under the hash of the
-source.
+"""Compile and load the kernels: the best build for this processor, once per source hash.
 
-Nothing here raises: where there is no library, `status` says in a line why, and the slower forms
-run.
+`load` and its like never raise. Where there is no library, `status` gives the reason in one line
+and the PyTorch forms run.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,13 +15,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from xushi.base.artifacts import cache_directory
 from xushi.base.files import sha256_file
 from xushi.base.machine import inspect
 from xushi.base.progress import say
 from xushi.ops.dispatch import asked_form
 
 SOURCES = Path(__file__).parent
-BUILT = SOURCES / "built"  # what a wheel carries, if it was made to
+BUILT = SOURCES / "built"  # libraries in an installed wheel made with XUSHI_KERNELS=1
 COMMON = (
     "-std=c++17",
     "-O3",
@@ -31,13 +32,24 @@ COMMON = (
     "-shared",
     "-pthread",
 )
-# What the processor must report, the name, vector width in floats and flags; the first that fits is
-# taken.
-Form = tuple[frozenset[str], str, int, tuple[str, ...]]
-FORMS: tuple[Form, ...] = (
-    (
-        frozenset({"amx_bf16", "avx512_bf16", "avx512f", "avx2", "fma"}),
+COMPILE_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Build:
+    """One way to compile the kernels."""
+
+    name: str
+    features: frozenset[str]  # what the processor must report
+    lanes: int  # vector width in floats
+    flags: tuple[str, ...]
+
+
+# Best first: the first build that fits the processor and can be made is used.
+BUILDS = (
+    Build(
         "AMX",
+        frozenset({"amx_bf16", "avx512_bf16", "avx512f", "avx2", "fma"}),
         16,
         (
             "-mamx-bf16",
@@ -49,22 +61,26 @@ FORMS: tuple[Form, ...] = (
             "-DXUSHI_TILES=1",
         ),
     ),
-    (
-        frozenset({"avx512_bf16", "avx512f", "avx2", "fma"}),
+    Build(
         "AVX-512 BF16",
+        frozenset({"avx512_bf16", "avx512f", "avx2", "fma"}),
         16,
         ("-mavx512bf16", "-mavx512f", "-mavx2", "-mfma"),
     ),
-    (frozenset({"avx512f", "avx2", "fma"}), "AVX-512", 16, ("-mavx512f", "-mavx2", "-mfma")),
-    (frozenset({"avx2", "fma"}), "AVX2", 8, ("-mavx2", "-mfma")),
-    (frozenset({"neon"}), "NEON", 4, ()),
+    Build(
+        "AVX-512",
+        frozenset({"avx512f", "avx2", "fma"}),
+        16,
+        ("-mavx512f", "-mavx2", "-mfma"),
+    ),
+    Build("AVX2", frozenset({"avx2", "fma"}), 8, ("-mavx2", "-mfma")),
+    Build("NEON", frozenset({"neon"}), 4, ()),
 )
-COMPILE_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The library, or None; and in a line which form it is, or why there is none."""
+    """The library or None, and in one line which build it is or why there is none."""
 
     library: ctypes.CDLL | None
     line: str
@@ -72,36 +88,29 @@ class Loaded:
 
 
 def status(dtype: str = "fp32") -> str:
-    """Which form runs and why, for `xushi doctor`; compiles if that was not done yet and is not
-    unwanted.
+    """Which form of the ops runs and why, in one line for `xushi doctor`.
+
+    Compiles the kernels first if necessary, unless XUSHI_OPS asks for another form.
     """
     if asked := asked_form():
-        return f"XUSHI_OPS={asked} asks for the {asked} forms, which are slower; unset it"
+        return f"XUSHI_OPS={asked} selects the {asked} forms, which are slower; unset it"
     return _loaded(dtype).line
 
 
 def form(dtype: str = "fp32") -> str:
-    """What runs: as XUSHI_OPS asks, else the compiled form's name, else "pytorch"."""
+    """The form that runs: what XUSHI_OPS asks for, else the build's name, else "pytorch"."""
     return asked_form() or _loaded(dtype).name
 
 
 def load(dtype: str = "fp32") -> ctypes.CDLL | None:
-    """The kernels for tensors of "fp32" or "bf16", or None where there are none; a machine's first
-    call compiles.
+    """The kernels for "fp32" or "bf16" tensors, or None if there are none. The first call on a
+    machine compiles them.
     """
     return _loaded(dtype).library
 
 
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: XUSHI_CACHE, or xushi in the user's cache directory."""
-    if said := os.environ.get("XUSHI_CACHE"):
-        return Path(said)
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "xushi"
-
-
 def source_hash(flags: tuple[str, ...]) -> str:
-    """Of every source file and the flags."""
+    """Hash of the compiler flags and every source file: 16 hex digits."""
     digest = hashlib.sha256(repr(flags).encode())
     for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -117,144 +126,153 @@ def _loaded(dtype: str) -> Loaded:
 
 
 def build_and_load(dtype: str) -> Loaded:
-    """Find or compile the library for this processor and tensors of "fp32" or "bf16", and load it.
+    """Find or compile the library for this processor and "fp32" or "bf16" tensors, and load it.
 
-    Where a form cannot be had, because the compiler is too old for it or the system keeps its
-    registers, the next is taken.
+    If a build cannot be had (the compiler is too old for it, or the system does not grant its
+    registers), the next one that fits is tried.
     """
-    machine, problem = inspect(), "this processor has neither AVX2 nor NEON"
-    fitting = [form for form in _forms(dtype) if form[0] <= machine.features]
-    for form in fitting:
-        library, said = _library(form, dtype, machine.compilers)
+    machine = inspect()
+    fitting = [build for build in _builds(dtype) if build.features <= machine.features]
+    problem = "this processor has neither AVX2 nor NEON"
+    for number, build in enumerate(fitting):
+        library, note = _library(build, dtype, machine.compilers)
         if library is not None:
-            instead = "" if form is fitting[0] else f", not with {fitting[0][1]}: {problem}"
-            return Loaded(
-                library, f"C++ with {form[1]} for {dtype}{said}{instead}", f"C++ {form[1]}"
-            )
-        if form is fitting[0]:
-            problem = said
+            instead = f", not with {fitting[0].name}: {problem}" if number else ""
+            line = f"C++ with {build.name} for {dtype}{note}{instead}"
+            return Loaded(library, line, f"C++ {build.name}")
+        if number == 0:
+            problem = note
     return Loaded(None, f"{problem}; the PyTorch forms run")
 
 
-def _library(form: Form, dtype: str, compilers: tuple[str, ...]) -> tuple[ctypes.CDLL | None, str]:
-    """As a wheel carries it, or as it was compiled before or is now; None with the reason where it
-    cannot be had.
+def _library(
+    build: Build, dtype: str, compilers: tuple[str, ...]
+) -> tuple[ctypes.CDLL | None, str]:
+    """The library and a note, or None and why it cannot be had.
+
+    Taken from the installed wheel, else from the cache, else compiled into the cache.
     """
-    file, lanes, said = _file_name(form, dtype), form[2], ", as installed"
-    if isinstance(library := _open(BUILT / file, lanes), str):
-        said = ""
-        try:
-            path = cache_directory() / file
-            if isinstance(library := _open(path, lanes), str):  # not there yet, or damaged
-                if problem := _compile(compilers, _flags(form, dtype), path):
-                    return None, problem
-                library = _open(path, lanes)
-        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-            return None, (
-                f"compiled kernels cannot be kept ({error}); set XUSHI_CACHE to a directory that "
-                "can be "
-                "written"
-            )
-        if isinstance(library, str):
-            return None, (
-                f"{path} was compiled and cannot be loaded ({library}); set XUSHI_CACHE to another "
-                "directory, or use another compiler"
-            )
+    installed = _open(BUILT / _file_name(build, dtype), build.lanes)
+    if isinstance(installed, str):
+        library, note = _cached_library(build, dtype, compilers), ""
+    else:
+        library, note = installed, ", as installed"
+    if isinstance(library, str):
+        return None, library
     if not library.xushi_granted():
-        return None, f"the system keeps the registers of {form[1]} from this process"
-    return library, said
+        return None, f"the system does not grant this process the registers of {build.name}"
+    return library, note
+
+
+def _cached_library(build: Build, dtype: str, compilers: tuple[str, ...]) -> ctypes.CDLL | str:
+    """The library from the cache, compiled if missing or damaged; or why it cannot be had."""
+    try:
+        path = cache_directory() / "kernels" / _file_name(build, dtype)
+        library = _open(path, build.lanes)
+        if isinstance(library, str):
+            if problem := _compile(compilers, _flags(build, dtype), path):
+                return problem
+            library = _open(path, build.lanes)
+        with contextlib.suppress(OSError):  # the time of the last use, which `xushi cache` shows
+            os.utime(path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        return (
+            f"compiled kernels cannot be stored ({error}); set XUSHI_CACHE to a writable directory"
+        )
+    if isinstance(library, str):
+        return (
+            f"{path} was compiled but cannot be loaded ({library}); set XUSHI_CACHE to another "
+            "directory, or use another compiler"
+        )
+    return library
 
 
 def compile_all(directory: Path) -> list[str]:
-    """Compile every form for this kind of processor into `directory`, for a wheel to carry; their
-    files' names.
+    """Compile every build for this kind of processor into `directory`, for a wheel. Returns the
+    file names.
 
-    Raises RuntimeError where one cannot be compiled.
+    Raises RuntimeError if one cannot be compiled.
     """
-    arm, names = platform.machine().lower() in ("aarch64", "arm64"), []
+    arm = platform.machine().lower() in ("aarch64", "arm64")
+    names = []
     for dtype in ("fp32", "bf16"):
-        for form in _forms(dtype):
-            if ("neon" in form[0]) == arm:
-                names.append(_file_name(form, dtype))
-                if problem := _compile(
-                    inspect().compilers, _flags(form, dtype), directory / names[-1]
-                ):
-                    raise RuntimeError(problem)
+        for build in _builds(dtype):
+            if ("neon" in build.features) != arm:
+                continue
+            name = _file_name(build, dtype)
+            if problem := _compile(inspect().compilers, _flags(build, dtype), directory / name):
+                raise RuntimeError(problem)
+            names.append(name)
     return names
 
 
-def _forms(dtype: str) -> list[Form]:
-    """Those for tensors of "fp32" or "bf16"; instructions that multiply bf16 are of use to that
-    alone.
-    """
-    return [
-        form
-        for form in FORMS
-        if dtype == "bf16" or not any("bf16" in feature for feature in form[0])
-    ]
+def _builds(dtype: str) -> list[Build]:
+    """The builds for "fp32" or "bf16" tensors; bf16 instructions are of no use to fp32."""
+    if dtype == "bf16":
+        return list(BUILDS)
+    return [build for build in BUILDS if not any("bf16" in feature for feature in build.features)]
 
 
-def _flags(form: Form, dtype: str) -> tuple[str, ...]:
-    return (
-        *COMMON,
-        *form[3],
-        f"-DXUSHI_LANES={form[2]}",
-        *(("-DXUSHI_BF16=1",) if dtype == "bf16" else ()),
-    )
+def _flags(build: Build, dtype: str) -> tuple[str, ...]:
+    bf16 = ("-DXUSHI_BF16=1",) if dtype == "bf16" else ()
+    return (*COMMON, *build.flags, f"-DXUSHI_LANES={build.lanes}", *bf16)
 
 
-def _file_name(form: Form, dtype: str) -> str:
-    return (
-        f"kernels-{dtype}-{form[1].lower().replace(' ', '-')}-{source_hash(_flags(form, dtype))}.so"
-    )
+def _file_name(build: Build, dtype: str) -> str:
+    name = build.name.lower().replace(" ", "-")
+    return f"kernels-{dtype}-{name}-{source_hash(_flags(build, dtype))}.so"
 
 
 def _open(path: Path, lanes: int) -> ctypes.CDLL | str:
-    """The library, or what is wrong with it."""
+    """The library at `path`, or what is wrong with it."""
     try:
-        # The loader maps the file without looking: one that was cut short would end the process.
+        # dlopen maps the file unchecked: a truncated one would kill the process.
         if _seal(path).read_text(encoding="utf-8") != sha256_file(path):
-            return "it is not what was compiled"
+            return "the file is damaged: its hash has changed"
         library = ctypes.CDLL(str(path))
-        return library if library.xushi_lanes() == lanes else "it is for vectors of another width"
+        return library if library.xushi_lanes() == lanes else "it is for another vector width"
     except (OSError, ValueError, AttributeError) as error:
         return str(error)
 
 
 def _seal(path: Path) -> Path:
+    """The file beside a library that holds its SHA-256."""
     return path.with_suffix(".sha256")
 
 
 def _compile(compilers: tuple[str, ...], flags: tuple[str, ...], path: Path) -> str:
-    """Compile aside and rename into place; what is wrong, or nothing."""
+    """Compile to a temporary file and rename it to `path`. Returns what went wrong, or ""."""
     if not compilers:
         return "there is no C++ compiler (on Debian and Ubuntu: apt install g++)"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
     os.close(handle)
     try:
         say(f"compiling kernels for this processor, once, with {compilers[0]} (about ten seconds)")
         done = subprocess.run(
-            [compilers[0], *flags, str(SOURCES / "kernels.cpp"), "-o", aside],
+            [compilers[0], *flags, str(SOURCES / "kernels.cpp"), "-o", temporary],
             text=True,
             capture_output=True,
             timeout=COMPILE_SECONDS,
             check=False,
         )
         if done.returncode:
-            lines = (
-                [line for line in done.stderr.splitlines() if "error" in line]
-                or done.stderr.splitlines()
-                or ["?"]
-            )
+            problem = _first_error(done.stderr)
             return (
-                f"{compilers[0]} cannot compile them ({lines[0].strip()}); install a newer g++ "
-                "or clang++"
+                f"{compilers[0]} cannot compile the kernels ({problem}); install a newer g++ or "
+                "clang++"
             )
-        os.replace(aside, path)
+        os.replace(temporary, path)
         _seal(path).write_text(sha256_file(path), encoding="utf-8")
     except subprocess.TimeoutExpired:
         return f"{compilers[0]} took more than {COMPILE_SECONDS} seconds"
     finally:
-        Path(aside).unlink(missing_ok=True)
+        Path(temporary).unlink(missing_ok=True)
     return ""
+
+
+def _first_error(output: str) -> str:
+    """The first line of a compiler's output that names an error, else its first line."""
+    lines = output.splitlines()
+    errors = [line for line in lines if "error" in line]
+    return (errors or lines or ["?"])[0].strip()

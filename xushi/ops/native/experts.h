@@ -1,4 +1,4 @@
-// The routed experts of a mixture: rows sorted by expert, products per expert, a token's results summed in order.
+// The routed experts: rows sorted by expert, products per expert, and each token's results summed in a fixed order.
 
 #pragma once
 
@@ -9,8 +9,8 @@
 
 namespace {
 
-// Runs `pack(e, memory)` and then `compute(e, first row, rows, packed)` over all rows, in waves of experts whose packed
-// weights together stay small.
+// Runs `pack(e, memory)` for each expert with rows, then `compute(e, first row, rows, packed)` over all its rows. Works
+// in waves of as many experts as fit into 16 MiB of packed weights, at least one.
 template <class Pack, class Compute>
 void over_experts(const int32_t* bounds, Int E, Int size, Int threads, Pack pack, Compute compute) {
     const Int wave = std::min(E, std::max<Int>(1, (Int{1} << 22) / size));
@@ -30,14 +30,15 @@ void over_experts(const int32_t* bounds, Int E, Int size, Int threads, Pack pack
     }
 }
 
-// out [N, D] = sum over each token's places, in their order, of y [P, D], weighted or not.
+// out [N, D] = for each token, the sum of its k rows of y [P, D], times their weights unless `weights` is null.
 void combine(const float* y, const int32_t* place, const float* weights, Value* out, Int N, Int k, Int D, Int threads) {
     pool().run(blocks(N, 64), threads, [&](Int task) {
         for (Int n = task * 64; n < std::min(N, task * 64 + 64); n++) {
             for (Int j = 0; j < D; j += L) {
                 Vec sum = {};
                 for (Int i = 0; i < k; i++)
-                    sum += part(y + place[n * k + i] * D + j, D - j) * all(weights == nullptr ? 1.0f : weights[n * k + i]);
+                    sum += part(y + place[n * k + i] * D + j, D - j) *
+                           broadcast(weights == nullptr ? 1.0f : weights[n * k + i]);
                 store_part(out + n * D + j, D - j, sum);
             }
         }
@@ -48,8 +49,8 @@ void combine(const float* y, const int32_t* place, const float* weights, Value* 
 
 extern "C" {
 
-// Sorts the chosen (token, place) pairs by expert: rows [P] are flat indices into [N, k], `bounds` [E + 1] where each
-// expert's rows begin, `place` [N * k] where a pair went.
+// Sorts the (token, expert) pairs by expert. `rows` [P] gives the flat index into [N, k] of each sorted row, `place`
+// [P] the sorted row of each pair, and `bounds` [E + 1] the first row of each expert, with the end last.
 void xushi_sort_by_expert(const Int* indices, Int pairs, Int experts, int32_t* rows, int32_t* place, int32_t* bounds) {
     std::fill(bounds, bounds + experts + 1, 0);
     for (Int i = 0; i < pairs; i++) bounds[indices[i] + 1]++;
@@ -61,8 +62,8 @@ void xushi_sort_by_expert(const Int* indices, Int pairs, Int experts, int32_t* r
     }
 }
 
-// out [N, D] = sum over a token's experts of weight * down(silu(gate x) * up x), x [N, D], gate_up [E, 2F, D], down
-// [E, D, F]; h [P, 2F] keeps gate and up for the backward pass. limit 0 is none.
+// out [N, D] = sum over a token's experts of weight * down(silu(gate x) * up x), for x [N, D], gate_up [E, 2F, D] and
+// down [E, D, F]. h [P, 2F] receives the gate and up products for the backward pass. limit 0: no clamp.
 void xushi_experts(const Value* x, const float* weights, const float* gate_up, const float* down, const int32_t* rows,
                    const int32_t* place, const int32_t* bounds, Value* h, Value* out, Int N, Int k, Int D, Int F, Int E,
                    float limit, Int threads) {
@@ -90,7 +91,7 @@ void xushi_experts(const Value* x, const float* weights, const float* gate_up, c
     combine(y, place, weights, out, N, k, D, threads);
 }
 
-// Gradients of the above: dx [N, D], d_weights [N, k], d_gate_up and d_down, whole.
+// Gradients of xushi_experts: dx [N, D], d_weights [N, k], d_gate_up [E, 2F, D] and d_down [E, D, F].
 void xushi_experts_backward(const Value* x, const float* weights, const float* gate_up, const float* down,
                             const int32_t* rows, const int32_t* place, const int32_t* bounds, const Value* h,
                             const Value* d_out, Value* dx, float* d_weights, float* d_gate_up, float* d_down, Int N,

@@ -1,13 +1,15 @@
-// Kernels of the training step, one source for every instruction set: vectors are the compiler's own vector types, as
-// wide as XUSHI_LANES says (16 AVX-512, 8 AVX2, 4 NEON). Tensors are float32, or with XUSHI_BF16 bfloat16 (values.h),
-// which with XUSHI_TILES are multiplied in AMX's tiles (tiles.h).
-// Plain C ABI, no other library.
+// Kernels of the training step. One source serves every instruction set: it uses the compiler's vector types, of
+// XUSHI_LANES floats (16 for AVX-512, 8 for AVX2, 4 for NEON). Tensors are float32, or bfloat16 with XUSHI_BF16
+// (values.h). With XUSHI_TILES, bfloat16 products run in AMX tiles (tiles.h).
 //
-// Every result is bit-identical for any number of threads: work is cut into tasks by shape alone, each task writes its
-// own part of the result, and sums run in a fixed order inside a task.
+// The headers hold definitions; this file is the only one that includes them, and the only one that is compiled. The
+// ABI is plain C, and no other library is used.
 //
-// Axes: N tokens, D hidden, K what a product sums over, E experts, F expert width, P rows sorted by expert, V vocabulary;
-// B batch, H heads, T positions.
+// Results are bit-identical for any number of threads: tasks depend on the shapes only, each task writes its own part
+// of the result, and every sum inside a task has a fixed order.
+//
+// Axes: N tokens, D hidden, K depth of a product (the axis it sums over), E experts, F expert width, P rows sorted by
+// expert, V vocabulary; B batch, H heads, T positions.
 
 #include "attention.h"
 #include "experts.h"
@@ -17,7 +19,7 @@
 
 extern "C" int xushi_lanes() { return L; }
 
-// Whether the system lets this process use what the kernels were compiled for; asks for it.
+// Asks the system for the registers that the kernels were compiled for. Returns whether it grants them.
 extern "C" int xushi_granted() {
 #if XUSHI_TILES
     return granted();

@@ -1,4 +1,4 @@
-// The output head with its loss and both gradients, in chunks of rows.
+// The output head with its loss and both gradients, in chunks of tokens.
 
 #pragma once
 
@@ -6,8 +6,8 @@
 
 extern "C" {
 
-// Output head and loss in chunks of rows: losses [N] = -log softmax(x head^T)[target]; dx [N, D] and d_head [V, D] of
-// sum_n weight_n * loss_n. x [N, D], head [V, D]. Without weights the losses alone.
+// losses [N] = -log softmax(x head^T)[target] for x [N, D] and head [V, D]; dx [N, D] and d_head [V, D] are the
+// gradients of sum_n weight_n * loss_n. If `weights` is null, only the losses are computed.
 void xushi_cross_entropy(const Value* x, const float* head, const Int* targets, const float* weights, float* losses,
                          Value* dx, float* d_head, Int N, Int D, Int V, Int threads) {
     const Int chunk = std::min(N, std::max(ROWS, (Int{1} << 22) / V / ROWS * ROWS));
@@ -16,7 +16,7 @@ void xushi_cross_entropy(const Value* x, const float* head, const Int* targets, 
     pack_matrix(head, D, V, true, threads, packed);
     if (weights != nullptr) pack_matrix(head, V, D, false, threads, packed + columns_size);
     float* logits = shared_rows.take(chunk * V);
-    const Int few = MR * 8;  // rows of logits at once: more of them read the head less often, and leave the cache
+    const Int few = MR * 8;  // rows of logits per task: more rows read the head less often but do not stay in the cache
     for (Int n0 = 0; n0 < N; n0 += chunk) {
         const Int count = std::min(chunk, N - n0);
         pool().run(blocks(count, few), threads, [&](Int task) {
@@ -34,7 +34,7 @@ void xushi_cross_entropy(const Value* x, const float* head, const Int* targets, 
                 const float top = maximum(row, V), chosen = row[targets[n]], norm = exponentials(row, V, 1.0f, top);
                 losses[n] = top + std::log(norm) - chosen;
                 if (weights == nullptr) continue;
-                map(row, row, V, [&](Int, Vec v) { return v * all(weights[n] / norm); });
+                map(row, row, V, [&](Int, Vec v) { return v * broadcast(weights[n] / norm); });
                 row[targets[n]] -= weights[n];
             }
             if (weights == nullptr) return;

@@ -1,4 +1,4 @@
-// Newton-Schulz iterations of Muon on many matrices.
+// Muon's Newton-Schulz iterations on many matrices.
 
 #pragma once
 
@@ -14,10 +14,12 @@ void orthogonalise(float* x, Int rows, Int columns, float a, float b, float c, I
         product(x, x, gram, rows, rows, columns, true, threads);
         product(gram, gram, square, rows, rows, rows, true, threads);  // G is its own transpose
         map(square, square, rows * rows, [&](Int i, Vec v) {
-            return all(c) * v + all(b) * part(gram + i, rows * rows - i);
+            return broadcast(c) * v + broadcast(b) * part(gram + i, rows * rows - i);
         });
         product(square, x, product_, rows, columns, rows, false, threads);
-        map(x, x, rows * columns, [&](Int i, Vec v) { return all(a) * v + part(product_ + i, rows * columns - i); });
+        map(x, x, rows * columns, [&](Int i, Vec v) {
+            return broadcast(a) * v + part(product_ + i, rows * columns - i);
+        });
     }
 }
 
@@ -25,7 +27,7 @@ void orthogonalise(float* x, Int rows, Int columns, float a, float b, float c, I
 
 extern "C" {
 
-// x [n, rows, columns] in place, rows <= columns, each already of norm 1 at most.
+// x [n, rows, columns] in place. Needs rows <= columns, and each matrix with a norm of at most 1.
 void xushi_newton_schulz(float* x, Int n, Int rows, Int columns, float a, float b, float c, Int steps, Int threads) {
     if (n == 1) return orthogonalise(x, rows, columns, a, b, c, steps, threads);
     pool().run(n, threads, [&](Int i) { orthogonalise(x + i * rows * columns, rows, columns, a, b, c, steps, 1); });

@@ -1,4 +1,4 @@
-// SwiGLU, RMS norm and AdamW: what is bound by memory and not by products.
+// SwiGLU, RMS norm and AdamW, which are limited by memory bandwidth.
 
 #pragma once
 
@@ -6,23 +6,23 @@
 
 namespace {
 
-struct Gated {  // the two factors after the clamp, and whether each still has a slope
+struct Gated {  // gate and up after the clamp, and the clamp's slope for each: 0 if clamped, else 1
     Vec gate, up, gate_slope, up_slope;
 };
 
 inline Gated gated(Vec gate, Vec up, float limit) {
-    Gated g{gate, up, all(1.0f), all(1.0f)};
+    Gated g{gate, up, broadcast(1.0f), broadcast(1.0f)};
     if (limit > 0) {
-        const Vec high = all(limit), low = all(-limit);
-        g.gate_slope = gate > high ? all(0.0f) : all(1.0f);
-        g.up_slope = (up > high) | (up < low) ? all(0.0f) : all(1.0f);
+        const Vec high = broadcast(limit), low = broadcast(-limit);
+        g.gate_slope = gate > high ? broadcast(0.0f) : broadcast(1.0f);
+        g.up_slope = (up > high) | (up < low) ? broadcast(0.0f) : broadcast(1.0f);
         g.gate = gate > high ? high : gate;
         g.up = up > high ? high : (up < low ? low : up);
     }
     return g;
 }
 
-inline Vec sigmoid(Vec x) { return all(1.0f) / (all(1.0f) + exponential(-x)); }
+inline Vec sigmoid(Vec x) { return broadcast(1.0f) / (broadcast(1.0f) + exponential(-x)); }
 
 // a = silu(gate) * up
 void swiglu(const Value* gate, const Value* up, Value* a, Int width, float limit) {
@@ -32,7 +32,8 @@ void swiglu(const Value* gate, const Value* up, Value* a, Int width, float limit
     });
 }
 
-// From da, scaled: d_gate and d_up; `a` becomes scale * silu(gate) * up. Returns sum of da * silu(gate) * up.
+// d_gate and d_up for the gradient scale * da of silu(gate) * up. `a` receives scale * silu(gate) * up. Returns the sum
+// of da * silu(gate) * up, which is the gradient of `scale`.
 template <class T>
 float swiglu_backward(const Value* gate, const Value* up, const T* da, float scale, Value* a, Value* d_gate,
                       Value* d_up, Int width, float limit) {
@@ -40,21 +41,22 @@ float swiglu_backward(const Value* gate, const Value* up, const T* da, float sca
     for (Int i = 0; i < width; i += L) {
         const Int left = width - i;
         const Gated x = gated(part(gate + i, left), part(up + i, left), limit);
-        const Vec s = sigmoid(x.gate), silu = x.gate * s, d = part(da + i, left), scaled = d * all(scale);
+        const Vec s = sigmoid(x.gate), silu = x.gate * s, d = part(da + i, left), scaled = d * broadcast(scale);
         const Vec value = silu * x.up;
         sum += d * value;
-        store_part(a + i, left, value * all(scale));
-        store_part(d_gate + i, left, scaled * x.up * (s * (all(1.0f) + x.gate * (all(1.0f) - s))) * x.gate_slope);
+        store_part(a + i, left, value * broadcast(scale));
+        store_part(d_gate + i, left,
+                   scaled * x.up * (s * (broadcast(1.0f) + x.gate * (broadcast(1.0f) - s))) * x.gate_slope);
         store_part(d_up + i, left, scaled * silu * x.up_slope);
     }
-    return total(sum);
+    return sum_lanes(sum);
 }
 
 }  // namespace
 
 extern "C" {
 
-// a = silu(gate) * up, all [rows, width]; limit 0 is none.
+// a = silu(gate) * up, all [rows, width]. limit 0: no clamp.
 void xushi_swiglu(const Value* gate, const Value* up, Value* a, Int rows, Int width, float limit, Int threads) {
     pool().run(blocks(rows, 64), threads, [&](Int task) {
         for (Int r = task * 64; r < std::min(rows, task * 64 + 64); r++)
@@ -72,7 +74,7 @@ void xushi_swiglu_backward(const Value* gate, const Value* up, const Value* da, 
     });
 }
 
-// y = x / rms(x) * weight over rows of `width`; `rstd` [rows] is kept for the backward pass.
+// y = x / rms(x) * weight over rows of `width`; `rstd` [rows] receives 1 / rms(x) for the backward pass.
 void xushi_rms_norm(const Value* x, const float* weight, Value* y, float* rstd, Int rows, Int width, float eps,
                     Int threads) {
     pool().run(blocks(rows, 64), threads, [&](Int task) {
@@ -83,14 +85,17 @@ void xushi_rms_norm(const Value* x, const float* weight, Value* y, float* rstd, 
                 const Vec v = part(row + i, width - i);
                 sum += v * v;
             }
-            const float scale = 1.0f / std::sqrt(total(sum) / width + eps);
+            const float scale = 1.0f / std::sqrt(sum_lanes(sum) / width + eps);
             rstd[r] = scale;
-            map(y + r * width, row, width, [&](Int i, Vec v) { return part(weight + i, width - i) * (v * all(scale)); });
+            map(y + r * width, row, width, [&](Int i, Vec v) {
+                return part(weight + i, width - i) * (v * broadcast(scale));
+            });
         }
     });
 }
 
-// dx = rstd * (dy w - xhat * mean(dy w xhat)); d_weight [width] = sum over rows of dy * xhat, in fixed groups of rows.
+// dx = rstd * (dy w - xhat * mean(dy w xhat)), with xhat = x * rstd; d_weight [width] = sum over rows of dy * xhat,
+// summed in groups of rows that depend on the shape only.
 void xushi_rms_norm_backward(const Value* x, const float* weight, const float* rstd, const Value* dy, Value* dx,
                              float* d_weight, Int rows, Int width, Int threads) {
     const Int group = std::max<Int>(64, blocks(rows, 32)), groups = blocks(rows, group);
@@ -106,13 +111,13 @@ void xushi_rms_norm_backward(const Value* x, const float* weight, const float* r
                 const Int left = width - i;
                 dot += part(d + i, left) * part(weight + i, left) * part(row + i, left);
             }
-            const float mean = total(dot) * scale * scale / width;
+            const float mean = sum_lanes(dot) * scale * scale / width;
             map(dx + r * width, d, width, [&](Int i, Vec v) {
                 const Int left = width - i;
-                return all(scale) * (v * part(weight + i, left) - part(row + i, left) * all(mean));
+                return broadcast(scale) * (v * part(weight + i, left) - part(row + i, left) * broadcast(mean));
             });
             map(sums, sums, width, [&](Int i, Vec v) {
-                return v + part(d + i, width - i) * part(row + i, width - i) * all(scale);
+                return v + part(d + i, width - i) * part(row + i, width - i) * broadcast(scale);
             });
         }
     });
@@ -123,13 +128,15 @@ void xushi_rms_norm_backward(const Value* x, const float* weight, const float* r
     }
 }
 
-// One AdamW update in place; decay is learning rate * weight decay.
-void xushi_adamw(float* parameter, const float* gradient, float* mean, float* square, Int count, float rate, float beta1,
-                 float beta2, float correction2, float eps, float decay, Int threads) {
+// One AdamW update in place. rate: learning rate / (1 - beta1^t); correction2: sqrt(1 - beta2^t); decay: learning rate
+// * weight decay.
+void xushi_adamw(float* parameter, const float* gradient, float* mean, float* square, Int count, float rate,
+                 float beta1, float beta2, float correction2, float eps, float decay, Int threads) {
     constexpr Int size = 1 << 16;
     pool().run(blocks(count, size), threads, [&](Int task) {
         const Int begin = task * size, end = std::min(count, begin + size);
-        // Without the promise that these do not overlap GCC makes no vectors of the loop, and it takes three times as long.
+        // Unless told that these arrays do not overlap, GCC does not vectorise the loop, and it takes three times as
+        // long.
 #pragma GCC ivdep
         for (Int i = begin; i < end; i++) {
             const float g = gradient[i];

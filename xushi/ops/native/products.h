@@ -1,4 +1,4 @@
-// Matrix products: one factor packed into panels of NR columns, the other read where it lies; and weight gradients.
+// Matrix products and weight gradients. One factor is packed into panels of NR columns; the other is read in place.
 
 #pragma once
 
@@ -6,12 +6,12 @@
 
 namespace {
 
-constexpr Int TOKENS = 256 * PAIR;  // of a weight gradient that are packed at a time
+constexpr Int TOKENS = 256 * PAIR;  // that a weight gradient packs at a time
 
 inline Int panels(Int n) { return (n + NR - 1) / NR; }
 inline Int blocks(Int n, Int size) { return (n + size - 1) / size; }
 
-// One panel [words(depth)][NR] of a factor with element (k, n) at row(k)[n].
+// Packs one panel [words(depth)][NR] of a factor whose element (k, n) is row(k)[n].
 template <class B>
 void pack_rows(B row, Int depth, Int n, Word* panel) {
     n = std::min<Int>(n, NR);
@@ -21,7 +21,7 @@ void pack_rows(B row, Int depth, Int n, Word* panel) {
     }
 }
 
-// The same with element (k, n) at b[n * ld + k].
+// As pack_rows, for a factor whose element (k, n) is b[n * ld + k].
 template <class T>
 void pack_columns(const T* b, Int ld, Int depth, Int n, Word* panel) {
     Int k0 = 0;
@@ -35,7 +35,7 @@ void pack_columns(const T* b, Int ld, Int depth, Int n, Word* panel) {
         }
     }
 #endif
-    constexpr Int block = 16;  // of k, so that what is written stays in the first-level cache
+    constexpr Int block = 16;  // steps of k, few enough that the written words stay in the first-level cache
     for (; k0 < depth; k0 += block, panel += block / PAIR * NR) {
         const Int count = std::min(block, depth - k0);
         for (int i = 0; i < NR; i++) {
@@ -71,7 +71,7 @@ inline void tile(Int depth, const Word* const* a, Int step, const Word* panel, C
     }
 }
 
-// c [m, n] (+)= a times panels, of which one lies `stride` behind the other; a's word (i, k) is a[i][k * step].
+// c [m, n] (+)= a times the panels at `packed`, which are `stride` words apart; a's word (i, k) is a[i][k * step].
 template <class C>
 void multiply_words(Int m, Int n, Int depth, const Word* const* a, Int step, const Word* packed, Int stride, C* c,
                     Int ldc, bool add) {
@@ -98,7 +98,7 @@ void multiply_words(Int m, Int n, Int depth, const Word* const* a, Int step, con
     }
 }
 
-// The same for at most ROWS rows a[i] of `depth` values.
+// As multiply_words, for at most ROWS rows a[i] of `depth` values.
 template <class T, class C>
 void multiply(Int m, Int n, Int depth, const T* const* a, const Word* packed, Int stride, C* c, Int ldc, bool add) {
     Word* buffer = PAIR == 1 ? nullptr : local_words.take<Word>(m * words(depth));
@@ -107,7 +107,7 @@ void multiply(Int m, Int n, Int depth, const T* const* a, const Word* packed, In
     multiply_words(m, n, words(depth), rows, 1, packed, stride, c, ldc, add);
 }
 
-// The same for at most ROWS rows with element (i, k) at column(k)[i].
+// As multiply_words, for at most ROWS rows whose element (i, k) is column(k)[i].
 template <class A>
 void multiply_transposed(Int m, Int n, Int depth, A column, const Word* packed, Int stride, float* c, Int ldc,
                          bool add) {
@@ -119,7 +119,7 @@ void multiply_transposed(Int m, Int n, Int depth, A column, const Word* packed, 
     multiply_words(m, n, words(depth), rows, ROWS, packed, stride, c, ldc, add);
 }
 
-// A factor [n, depth] (columns) or [depth, n] packed whole.
+// Packs a whole factor, [n, depth] if `columns`, else [depth, n].
 void pack_matrix(const float* b, Int depth, Int n, bool columns, Int threads, Word* packed) {
     pool().run(panels(n), threads, [&](Int p) {
         const Int j = p * NR;
@@ -129,14 +129,14 @@ void pack_matrix(const float* b, Int depth, Int n, bool columns, Int threads, Wo
     });
 }
 
-// The [depth, n] part of rows b(m0), b(m0 + 1), ... from column j0 on, as panels.
+// Packs the [depth, n] block of rows b(m0), b(m0 + 1), ... that begins at column j0.
 template <class B>
 void pack_block(B b, Int m0, Int depth, Int j0, Int n, Word* packed) {
     for (Int j = 0; j < n; j += NR, packed += words(depth) * NR)
         pack_rows([&](Int k) { return b(m0 + k) + j0 + j; }, depth, n - j, packed);
 }
 
-// c [n_a, n_b] = sum over m of a(m)[i] * b(m)[j]: a weight's gradient, in one thread.
+// A weight's gradient in one thread: c[i][j] = sum over m of a(m)[i] * b(m)[j], for c [n_a, n_b].
 template <class A, class B>
 void outer(Int m, Int n_a, Int n_b, A a, B b, float* c) {
     Word* right = local_b.take<Word>(words(TOKENS) * WIDTH);
@@ -153,7 +153,7 @@ void outer(Int m, Int n_a, Int n_b, A a, B b, float* c) {
     }
 }
 
-// The same by all threads for rows that lie n_a and n_b apart, with `add` on top of what c holds.
+// The same by all threads, for matrices a [m, n_a] and b [m, n_b]. With `add`, the gradient is added to c.
 template <class A>
 void outer_all(Int m, Int n_a, Int n_b, const A* a, const Value* b, float* c, bool add, Int threads) {
     const Int wide = panels(n_b) * NR, few = MR * 8, across = blocks(n_b, WIDTH);
@@ -174,6 +174,7 @@ void outer_all(Int m, Int n_a, Int n_b, const A* a, const Value* b, float* c, bo
     });
 }
 
+// y [m, n] = x [m, depth] times w, which is [n, depth] if `columns`, else [depth, n].
 template <class T>
 void product(const T* x, const float* w, T* y, Int m, Int n, Int depth, bool columns, Int threads) {
     Word* packed = shared_packed.take<Word>(panels(n) * NR * words(depth));

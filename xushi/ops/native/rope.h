@@ -1,4 +1,4 @@
-// The heads of latent attention: queries and keys put together with their rotated parts, and taken apart again.
+// The heads of latent attention: queries and keys assembled with their rotated parts, and the gradients of that.
 
 #pragma once
 
@@ -6,8 +6,8 @@
 
 namespace {
 
-// R values in pairs, (x0, x1), (x2, x3), ... if interleaved, else (x_i, x_{i + R/2}), turned by their angles and laid
-// out in halves.
+// Rotates R values in pairs: (x0, x1), (x2, x3), ... if interleaved, else (x_i, x_{i + R/2}). The result is laid out in
+// halves: first values of all pairs, then second values.
 inline void rotate(const Value* x, const float* cos, const float* sin, Value* out, Int R, bool interleaved) {
     const Int half = R / 2, step = interleaved ? 2 : 1, other = interleaved ? 1 : half;
     for (Int i = 0; i < half; i++) {
@@ -17,7 +17,7 @@ inline void rotate(const Value* x, const float* cos, const float* sin, Value* ou
     }
 }
 
-// The gradient of the above, from `d` in halves.
+// The gradient of `rotate`, from `d` in halves.
 template <class T>
 inline void rotate_back(const T* d, const float* cos, const float* sin, Value* out, Int R, bool interleaved) {
     const Int half = R / 2, step = interleaved ? 2 : 1, other = interleaved ? 1 : half;
@@ -32,8 +32,9 @@ inline void rotate_back(const T* d, const float* cos, const float* sin, Value* o
 
 extern "C" {
 
-// From q [M, H, N + R], keys with values kv [M, H, N + V] and the rotated key of all heads k_rope [M, R], whose rows lie
-// `ld` apart: queries and keys [M, H, N + R], the last R turned by the angles cos and sin [M, R / 2].
+// queries and keys [M, H, N + R], with their last R values rotated by the angles cos and sin [M, R / 2]. From q [M, H,
+// N + R], keys and values kv [M, H, N + V], and k_rope [M, R], which all heads share and whose rows are `ld` values
+// apart.
 void xushi_heads(const Value* q, const Value* kv, const Value* k_rope, Int ld, const float* cos, const float* sin,
                  Value* queries, Value* keys, Int M, Int H, Int N, Int R, Int V, Int interleaved, Int threads) {
     pool().run(blocks(M, 32), threads, [&](Int task) {
@@ -51,7 +52,7 @@ void xushi_heads(const Value* q, const Value* kv, const Value* k_rope, Int ld, c
     });
 }
 
-// Gradients of q, kv and k_rope, all contiguous, from those of queries, keys and values [M, H, V].
+// Gradients of q, kv and k_rope, from those of queries, keys and values [M, H, V]. All tensors are contiguous.
 void xushi_heads_backward(const Value* d_queries, const Value* d_keys, const Value* d_values, const float* cos,
                           const float* sin, Value* dq, Value* d_kv, Value* d_k_rope, Int M, Int H, Int N, Int R, Int V,
                           Int interleaved, Int threads) {

@@ -1,4 +1,4 @@
-// A pool of threads that sleep between calls, and memory that each thread uses again.
+// A thread pool whose workers sleep between calls, and scratch memory that each thread reuses.
 
 #pragma once
 
@@ -18,10 +18,11 @@
 
 namespace {
 
-// Being woken takes about as long, and the next call often comes sooner; longer would keep others from the core.
+// Waking a thread takes about this long, and the next call often comes sooner. Spinning longer would take the core from
+// other processes.
 constexpr int SPIN_MICROSECONDS = 50;
 
-// Waits until `ready`, for so long as being woken from sleep would take; whether it is.
+// Spins until `ready()` is true, for at most SPIN_MICROSECONDS. Returns whether it became true.
 template <class Ready>
 bool soon(Ready ready) {
     const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(SPIN_MICROSECONDS);
@@ -36,7 +37,7 @@ bool soon(Ready ready) {
     return false;
 }
 
-// Sleeping workers that a call wakes. One call at a time has them; another at the same moment works alone.
+// Workers that a call wakes up. One call at a time uses them; a concurrent call runs all its tasks itself.
 class Pool {
   public:
     template <class F>
@@ -88,16 +89,16 @@ class Pool {
     Int end = 0, workers = 0, helpers = 0;
     std::atomic<Int> working{0};
     std::atomic<uint64_t> round{0};
-    const pid_t owner = getpid();  // a forked child has none of the workers
+    const pid_t owner = getpid();  // fork copies no threads, so a forked child has no workers
 };
 
 Pool& pool() {
-    static Pool* one = new Pool;  // never destroyed: workers may still sleep on it when the process ends
+    static Pool* one = new Pool;  // never destroyed, since workers may still be waiting on it when the process exits
     return *one;
 }
 
-// Memory of a thread that later calls use again: fresh memory costs a page fault per 4 KiB. It begins at a cache line, as
-// a vector that crosses one is read at half the speed.
+// Scratch memory of a thread, reused by later calls, since fresh memory costs a page fault per 4 KiB. Aligned to a
+// cache line, since a vector that crosses a line is read at half the speed.
 struct Scratch {
     char* memory = nullptr;
     size_t size = 0;
@@ -106,7 +107,7 @@ struct Scratch {
     T* take(Int count) {
         const size_t wanted = (count * sizeof(T) + 63) / 64 * 64;
         if (size < wanted) {
-            std::free(memory);  // before the larger one is asked for
+            std::free(memory);  // first, so that both blocks are never held at once
             memory = static_cast<char*>(std::aligned_alloc(64, wanted));
             size = memory == nullptr ? 0 : wanted;
             if (memory == nullptr) {

@@ -1,6 +1,5 @@
-// Products by tiles (XUSHI_TILES, AMX): registers of 16 rows of 16 words. One instruction multiplies two of them, for
-// which vectors take 256. Where the processor has none, loops stand for them, so that all around them can be checked
-// anywhere.
+// Products in AMX tiles (XUSHI_TILES): registers of 16 rows of 16 words. One instruction multiplies two tiles; vectors
+// need 256 instructions for it. Without AMX, loops replace the instructions, so that tests can run this file anywhere.
 
 #pragma once
 
@@ -21,13 +20,13 @@ static_assert(L == SIDE && PAIR == 2, "tiles take words of two bfloat16 values")
 
 #if defined(__AMX_BF16__)
 
-// Asks the system for the registers, which it keeps from processes that have not asked; whether they are granted.
+// Asks the system for the tile registers, which a process must request first. Returns whether they are granted.
 inline bool granted() {
     constexpr int ask = 0x1023, tiles = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return syscall(SYS_arch_prctl, ask, tiles) == 0;
 }
 
-// Tiles are set up while one of these lives.
+// Configures the tile registers for as long as it lives.
 struct Tiles {
     Tiles() {
         struct alignas(64) {
@@ -40,7 +39,7 @@ struct Tiles {
     ~Tiles() { asm volatile("tilerelease"); }
 };
 
-// Rows lie `apart` words or floats apart, which are of one size.
+// `apart`: the distance between rows, in words or floats (both have 4 bytes).
 template <int tile>
 inline void load_tile(const void* p, Int apart) {
     asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(tile), "r"(p), "r"(apart * 4) : "memory");
@@ -66,7 +65,7 @@ inline bool granted() { return true; }
 alignas(64) thread_local Word tiles[8][SIDE][SIDE];
 
 struct Tiles {
-    Tiles() { std::memset(tiles, 0xFF, sizeof tiles); }  // NaN
+    Tiles() { std::memset(tiles, 0xFF, sizeof tiles); }  // NaN, so that a tile read before it is written shows
 };
 template <int tile>
 inline void load_tile(const void* p, Int apart) {
@@ -92,14 +91,15 @@ inline void multiply_tiles() {
 
 #endif
 
-inline Bits some_words(const Word* p, Int count) {  // and zeros behind them
+inline Bits some_words(const Word* p, Int count) {  // followed by zeros
     Word tail[SIDE] = {};
     std::memcpy(tail, p, count * sizeof(Word));
     return load_words(tail);
 }
 
-// Words (i, k) at a[i][k * step] as tiles [blocks of rows][blocks of depth][16][16]; behind `depth` lie zeros, behind
-// the last row whatever lay there. Where step is not 1 the rows follow each other, and words are there for whole tiles.
+// Copies the words (i, k) = a[i][k * step] into tiles [blocks of rows][blocks of depth][16][16]. Words past `depth`
+// become zero; rows past the last are undefined. If step is not 1, the rows must be consecutive in memory and padded to
+// whole tiles.
 void into_tiles(Int m, Int depth, const Word* const* a, Int step, Word* out) {
     for (Int i0 = 0; i0 < m; i0 += SIDE) {
         const Int rows = std::min(SIDE, m - i0);
@@ -125,7 +125,8 @@ void into_tiles(Int m, Int depth, const Word* const* a, Int step, Word* out) {
     }
 }
 
-// c [16 R, NR] (+)= a, tiles of R blocks of rows that lie `across` apart, times a panel whose last block is `last`.
+// c [16 R, NR] (+)= a times a panel. a holds the tiles of R blocks of rows, `across` words apart; the panel's last 16
+// steps of depth are at `last`.
 template <int R>
 inline void block(Int steps, const Word* a, Int across, const Word* panel, const Word* last, float* c, Int ldc,
                   bool add) {
@@ -142,7 +143,7 @@ inline void block(Int steps, const Word* a, Int across, const Word* panel, const
     }
     for (Int s = 0; s < steps; s++, a += SQUARE, panel += SIDE * NR) {
         const Word* b = s + 1 < steps ? panel : last;
-        for (Int k = 0; k < SIDE; k++) {  // the next block
+        for (Int k = 0; k < SIDE; k++) {  // the panel's next block
             __builtin_prefetch(panel + (SIDE + k) * NR);
             __builtin_prefetch(panel + (SIDE + k) * NR + SIDE);
         }
@@ -162,7 +163,7 @@ inline void block(Int steps, const Word* a, Int across, const Word* panel, const
     if (R > 1) store_tile<3>(c + SIDE * ldc + SIDE, ldc);
 }
 
-// As multiply_words (products.h).
+// multiply_words (products.h) in tiles.
 template <class C>
 void multiply_tiled(Int m, Int n, Int depth, const Word* const* a, Int step, const Word* packed, Int stride, C* c,
                     Int ldc, bool add) {

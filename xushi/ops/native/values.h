@@ -1,4 +1,5 @@
-// What tensors and products are made of: floats, or (XUSHI_BF16) bfloat16 values, multiplied in pairs and summed as floats.
+// The element type of tensors and of products: float, or with XUSHI_BF16 bfloat16, multiplied in pairs and summed as
+// floats.
 
 #pragma once
 
@@ -10,8 +11,8 @@
 
 namespace {
 
-// A product takes one word of each factor a step along its depth: a float, or two bfloat16 values that follow each other
-// along it, the first in the lower half. Weights, their gradients and sums are floats in either case.
+// Value: an element of a tensor. Word: what one multiply-add reads of a factor per step along the depth, one float or
+// two consecutive bfloat16 values, the first in the low half. Weights, their gradients and all sums are always floats.
 
 #if XUSHI_BF16
 
@@ -24,10 +25,11 @@ struct Word {
 typedef uint16_t Halves __attribute__((vector_size(L * 2)));
 constexpr Int PAIR = 2;
 
-inline Bits upper(const float* p) {  // of L floats, the nearest bfloat16, ties to even, in the upper halves
+// L floats rounded to the nearest bfloat16, ties to even, in the upper half of each lane.
+inline Bits upper(const float* p) {
     const Vec v = load(p);
     const Bits b = bits(v), nearest = b + 0x7FFF + ((b >> 16) & 1);
-    return (v == v ? nearest : b | 0x400000) & 0xFFFF0000;  // added to, a NaN could wrap around
+    return (v == v ? nearest : b | 0x400000) & 0xFFFF0000;  // rounding up could wrap a NaN around to a number
 }
 inline Bits upper(const Value* p) {
     Halves halves;
@@ -49,7 +51,7 @@ inline Value narrow(float value) {
     return {static_cast<uint16_t>(b >> 16)};
 }
 inline void store(Value* p, Vec v) {
-#ifdef __AVX512BF16__  // the same but for numbers below 1e-38, which it takes for zero, as its products do
+#ifdef __AVX512BF16__  // equal, except that numbers below 1e-38 become zero, as in this instruction set's products
     const __m256bh halves = _mm512_cvtneps_pbh((__m512)v);
 #else
     float wide[L];
@@ -71,7 +73,7 @@ inline Bits all_words(const Word& word) {
     return both + Bits{};
 }
 
-// L words of 2 L values that follow each other.
+// 2 L consecutive values as L words.
 inline Bits pairs(const Value* p) { return load_words(reinterpret_cast<const Word*>(p)); }
 inline Bits pairs(const float* p) {
 #ifdef __AVX512BF16__
@@ -84,7 +86,7 @@ inline Bits pairs(const float* p) {
 #endif
 }
 
-// sum + a's pairs times b's, the upper values first, as the instruction does it.
+// sum + the products of a's and b's pairs; the upper values are added first, as the instruction does.
 inline Vec multiply_add(Bits a, Bits b, Vec sum) {
 #ifdef __AVX512BF16__
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -94,7 +96,7 @@ inline Vec multiply_add(Bits a, Bits b, Vec sum) {
 #endif
 }
 
-// L words, each a value of `first` with one of `second` above it, or with 0 where there is no second.
+// L words with a value of `first` in the low half and one of `second` in the high half, or 0 if `second` is null.
 template <class T>
 inline Bits zipped(const T* first, const T* second) {
     const Bits low = upper(first) >> 16;
@@ -110,7 +112,7 @@ inline Bits zipped(const float* first, const float* second) {
 }
 #endif
 
-// out[i] = first[i] with second[i] above it, or with 0 where there is no second.
+// out[i] = the word with first[i] in the low half and second[i] in the high half, or 0 if `second` is null.
 template <class T>
 inline void zip(const T* first, const T* second, Int n, Word* out) {
     Int i = 0;
@@ -125,7 +127,7 @@ inline void zip(const T* first, const T* second, Int n, Word* out) {
     }
 }
 
-// A row of `depth` values as words: where it lies, if it lies in words, else in `buffer`.
+// A row of `depth` values as words: the row itself if it already has that layout, else a copy in `buffer`.
 inline const Word* row_words(const float* row, Int depth, Word* buffer) {
     map(reinterpret_cast<Value*>(buffer), row, depth, [](Int, Vec v) { return v; });
     if (depth % 2) buffer[depth / 2].high = 0;
@@ -147,7 +149,7 @@ constexpr Int PAIR = 1;
 inline float wide(Value value) { return value; }
 inline Value narrow(float value) { return value; }
 inline Vec load_words(const Word* p) { return load(p); }
-inline Vec all_words(Word word) { return all(word); }
+inline Vec all_words(Word word) { return broadcast(word); }
 inline Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
 inline Bits pairs(const float* p) { return bits(load(p)); }
 inline void store_words(Word* p, Bits b) { store(p, floats(b)); }
@@ -156,6 +158,6 @@ inline const Word* row_words(const float* row, Int, Word*) { return row; }
 
 #endif
 
-inline Int words(Int depth) { return (depth + PAIR - 1) / PAIR; }
+inline Int words(Int depth) { return (depth + PAIR - 1) / PAIR; }  // that hold `depth` values
 
 }  // namespace

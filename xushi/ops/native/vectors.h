@@ -1,4 +1,4 @@
-// Vectors of XUSHI_LANES floats, the tile sizes that go with them, e^x, and loops over rows of any length.
+// Vectors of XUSHI_LANES floats, block sizes for that width, e^x, and loops over rows of any length.
 
 #pragma once
 
@@ -12,23 +12,25 @@ typedef int64_t Int;
 
 namespace {
 
-constexpr int L = XUSHI_LANES;
+constexpr int L = XUSHI_LANES;  // lanes: floats in a vector
+// The register tile of a product: MR rows of NV vectors, NR columns.
 #if XUSHI_LANES == 4
-constexpr int MR = 6, NV = 4;  // rows and vectors of the register tile: 32 registers of 4
+constexpr int MR = 6, NV = 4;  // 32 registers of 4 floats
 #elif XUSHI_LANES == 8
 constexpr int MR = 6, NV = 2;  // 16 registers of 8
 #else
 constexpr int MR = 8, NV = 2;  // 32 registers of 16; more rows would need more address registers than there are
 #endif
 constexpr int NR = NV * L;
-constexpr Int ROWS = 96;       // rows of a task: they and a panel of the other factor fit the second-level cache
+constexpr Int ROWS = 96;       // rows of a task: with a panel of the other factor they fit the second-level cache
 constexpr Int WIDTH = 16 * NR; // columns of a task
+// Block sizes of attention.
 #if XUSHI_TILES
-constexpr Int QUERIES = 64;  // of attention, pairs of 16 rows
+constexpr Int QUERIES = 64;  // a multiple of 32, since tiles take two blocks of 16 rows at once
 #else
 constexpr Int QUERIES = 48;
 #endif
-constexpr Int KEYS = 64, FORWARD_KEYS = 512;  // multiples of every NR
+constexpr Int KEYS = 64, FORWARD_KEYS = 512;  // multiples of NR for every width
 
 typedef float Vec __attribute__((vector_size(L * 4)));
 typedef float Loose __attribute__((vector_size(L * 4), aligned(4), may_alias));
@@ -38,14 +40,14 @@ inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
 inline void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
 inline Bits bits(Vec v) { return reinterpret_cast<Bits>(v); }
 inline Vec floats(Bits b) { return reinterpret_cast<Vec>(b); }
-inline Vec all(float value) { return value - Vec{}; }  // x - 0 is x, -0 too, so that nothing is computed
-inline float total(Vec v) {
+inline Vec broadcast(float value) { return value - Vec{}; }  // x - 0 is x, also for -0, so compilers compute nothing
+inline float sum_lanes(Vec v) {
     float sum = 0;
     for (int i = 0; i < L; i++) sum += v[i];
     return sum;
 }
 
-// L vectors of L words, rows to columns: at each step blocks half as large as before change places across the diagonal.
+// Transposes L vectors of L words. Each step swaps blocks across the diagonal, half as large as in the step before.
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define XUSHI_TRANSPOSES 1
@@ -74,25 +76,25 @@ inline void transpose(Bits* rows) {
 }
 #endif
 
-// e^x for x in [-87, 88], to a few roundings; what lies below gives e^-87, which adds nothing to any sum here.
+// e^x within a few roundings. x is clamped to [-87, 88]; e^-87 is too small to change any sum computed here.
 inline Vec exponential(Vec x) {
-    x = x < all(-87.0f) ? all(-87.0f) : x;
-    x = x > all(88.0f) ? all(88.0f) : x;
-    const Vec shifted = x * all(1.44269504f) + all(12582912.0f);  // 1.5 * 2^23: rounds to an integer
-    const Vec n = shifted - all(12582912.0f);
-    const Vec r = (x - n * all(0.693359375f)) - n * all(-2.12194440e-4f);
-    Vec p = all(1.9875691500e-4f);  // Cephes' polynomial for e^r, |r| <= ln 2 / 2
-    p = p * r + all(1.3981999507e-3f);
-    p = p * r + all(8.3334519073e-3f);
-    p = p * r + all(4.1665795894e-2f);
-    p = p * r + all(1.6666665459e-1f);
-    p = p * r + all(5.0000001201e-1f);
-    p = p * r * r + r + all(1.0f);
+    x = x < broadcast(-87.0f) ? broadcast(-87.0f) : x;
+    x = x > broadcast(88.0f) ? broadcast(88.0f) : x;
+    const Vec shifted = x * broadcast(1.44269504f) + broadcast(12582912.0f);  // 1.5 * 2^23: rounds to an integer
+    const Vec n = shifted - broadcast(12582912.0f);
+    const Vec r = (x - n * broadcast(0.693359375f)) - n * broadcast(-2.12194440e-4f);
+    Vec p = broadcast(1.9875691500e-4f);  // Cephes' polynomial for e^r, |r| <= ln 2 / 2
+    p = p * r + broadcast(1.3981999507e-3f);
+    p = p * r + broadcast(8.3334519073e-3f);
+    p = p * r + broadcast(4.1665795894e-2f);
+    p = p * r + broadcast(1.6666665459e-1f);
+    p = p * r + broadcast(5.0000001201e-1f);
+    p = p * r * r + r + broadcast(1.0f);
     return floats(bits(p) + ((bits(shifted) - 0x4B400000) << 23));
 }
 
 template <class T>
-inline Vec part(const T* p, Int left) {  // up to L values, zeros behind them
+inline Vec part(const T* p, Int left) {  // the first min(left, L) values, followed by zeros
     if (left >= L) return load(p);
     T tail[L] = {};
     if (left > 0) std::memcpy(tail, p, left * sizeof(T));
@@ -107,7 +109,8 @@ inline void store_part(T* p, Int left, Vec v) {
     if (left > 0) std::memcpy(p, tail, left * sizeof(T));
 }
 
-// f(i, vector of in[i..]) over n values; the tail goes through a padded copy, so all values take the same code.
+// out[i..] = f(i, vector of in[i..]) over n values. The tail goes through a padded copy, so that every value is
+// computed by the same code.
 template <class O, class T, class F>
 inline void map(O* out, const T* in, Int n, F f) {
     Int i = 0;
@@ -115,7 +118,7 @@ inline void map(O* out, const T* in, Int n, F f) {
     if (i < n) store_part(out + i, n - i, f(i, part(in + i, n - i)));
 }
 
-// The largest of n >= 1 values.
+// The maximum of n >= 1 values.
 inline float maximum(const float* row, Int n) {
     float largest = row[0];
     Int i = 0;
@@ -133,10 +136,10 @@ inline float maximum(const float* row, Int n) {
 
 // row <- e^(scale * row - top), n values; returns their sum.
 inline float exponentials(float* row, Int n, float scale, float top) {
-    map(row, row, n, [&](Int, Vec v) { return exponential(v * all(scale) - all(top)); });
+    map(row, row, n, [&](Int, Vec v) { return exponential(v * broadcast(scale) - broadcast(top)); });
     Vec sum = {};
     for (Int i = 0; i < n; i += L) sum += part(row + i, n - i);
-    return total(sum);
+    return sum_lanes(sum);
 }
 
 }  // namespace

@@ -1,0 +1,92 @@
+"""Whose a run directory is: one process at a time, and one recipe unless it is updated."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from xushi import __version__
+from xushi.base.errors import BadInput, Failed
+from xushi.base.files import disk_errors, write_atomic, write_json
+from xushi.run.place import RUN_FORMAT, RunPlace
+from xushi.run.recipe import Recipe
+
+OWNER = "run.json"  # the run's format and its recipe's hash
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def own(directory: Path) -> Iterator[None]:
+    """Hold the run directory against a second process; the lock ends with the process."""
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failed(
+                f"{directory} is in use by another xushi run",
+                "wait for it, or choose another --out",
+            ) from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def claim(recipe: Recipe, directory: Path, update: bool) -> None:
+    """Make a fresh directory this recipe's, or check that it is.
+
+    The owner's file is written first, by one rename: a directory in which a kill left nothing else
+    belongs to nobody or to this recipe.
+    """
+    file = directory / OWNER
+    if file.exists():
+        _check_owner(file, recipe, update)
+    elif any(not _is_leftover(path) for path in directory.iterdir()):
+        raise BadInput(f"{directory} is not empty and is no run directory", "choose another --out")
+    owner = {"format": RUN_FORMAT, "recipe_hash": recipe.hash, "version": __version__}
+    write_json(file, owner)
+    for name, source in recipe.files.items():
+        if source.resolve() != (directory / name).resolve():
+            write_atomic(directory / name, source.read_bytes())
+    write_atomic(directory / "recipe.toml", recipe.to_toml())
+
+
+def start_over(place: RunPlace, stage: str, key: str) -> None:
+    """Remove what an attempt with other inputs left of a stage, and begin a new attempt."""
+    place.path("stages", f"{stage}.json").unlink(missing_ok=True)
+    shutil.rmtree(place.checkpoints(stage), ignore_errors=True)
+    place.tracking.begin(stage, key)
+    write_atomic(place.path("stages", f"{stage}.started"), key)
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a killed start may have left this before the directory had an owner."""
+    return path.name == LOCK or path.match(f".{OWNER}.*.partial")
+
+
+def _check_owner(file: Path, recipe: Recipe, update: bool) -> None:
+    directory = file.parent
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        found = table["format"]
+        owner = table["recipe_hash"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"{file} cannot be read: {error!r}", "choose another --out, or remove the directory"
+        ) from None
+    if found != RUN_FORMAT:
+        raise BadInput(
+            f"{directory} was made by xushi {table.get('version', '?')} (run format {found}; this "
+            f"version reads format {RUN_FORMAT})",
+            "use that version, or choose another --out",
+        )
+    if owner != recipe.hash and not update:
+        raise BadInput(
+            f"{directory} was made by another recipe (its own is {directory / 'recipe.toml'})",
+            "choose another --out, or add --update to run the stages that changed again",
+        )

@@ -1,0 +1,87 @@
+"""A run directory: where each stage's files are, and the records of the stages that are done.
+
+A stage is done when `stages/<name>.json` holds the key of its inputs: the hash of what it reads of
+the recipe and of the keys of the stages before it. The file is written last, so a kill leaves the
+stage undone.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xushi.base.errors import Failed
+from xushi.base.files import sha256_json, write_json
+from xushi.base.tracking import Tracking
+from xushi.tokenizer import Tokenizer
+from xushi.train import Layout
+
+RUN_FORMAT = 2  # raised when the meaning of a run directory's files changes
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """A run directory with its tracking store, and the processes that work in it."""
+
+    directory: Path
+    tracking: Tracking
+    layout: Layout = field(default_factory=Layout)
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the run directory."""
+        return self.directory.joinpath(*parts)
+
+    @property
+    def corpus(self) -> Path:
+        """The corpus: documents with their verdicts."""
+        return self.path("data", "corpus")
+
+    @property
+    def tokens(self) -> Path:
+        """The corpus as token shards."""
+        return self.path("data", "tokens")
+
+    def checkpoints(self, stage: str) -> Path:
+        """The checkpoints of a training stage."""
+        return self.path("checkpoints", stage)
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return Tokenizer.load(self.path("tokenizer"))
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a finished stage left: its key, the seconds it took, its numbers for results.json."""
+
+    key: str
+    seconds: float
+    results: dict[str, Any]
+
+
+def stage_key(name: str, reads: Mapping[str, Any], before: str) -> str:
+    """The hash of a stage's inputs; `before` is the key of the stage before it."""
+    return sha256_json({"format": RUN_FORMAT, "stage": name, "reads": reads, "before": before})
+
+
+def read_record(place: RunPlace, name: str) -> StageRecord | None:
+    """The record of stage `name`; None if it was never finished here."""
+    file = place.path("stages", f"{name}.json")
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        return StageRecord(table["key"], table["seconds"], table["results"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Failed(
+            f"{file} cannot be read: {error!r}", "remove it and run the same command again"
+        ) from None
+
+
+def write_record(place: RunPlace, name: str, record: StageRecord) -> None:
+    """Mark stage `name` as done."""
+    write_json(
+        place.path("stages", f"{name}.json"),
+        {"key": record.key, "seconds": record.seconds, "results": record.results},
+    )

@@ -1,0 +1,99 @@
+"""The control of reinforcement learning: fine-tuning continued for as long as it took."""
+
+from typing import TYPE_CHECKING, Any
+
+from xushi.base.tracking import BatchRecord
+from xushi.model import Batch
+from xushi.run.place import RunPlace
+from xushi.run.stages.base import Fact, Results
+from xushi.run.stages.rl import RL
+from xushi.run.stages.sft import SFT, demonstration_spans, demonstrations
+from xushi.run.stages.training import TrainingStage, training_seconds
+from xushi.train import Data, LanguageModelStep, Step
+
+if TYPE_CHECKING:
+    from xushi.run.recipe import Recipe
+
+
+class ControlFigures(Results):
+    """How long the control was trained."""
+
+    steps: int
+
+
+class ControlResults(Results):
+    """What the control returns."""
+
+    control: ControlFigures
+
+
+class Control(TrainingStage):
+    """Fine-tuning continued for as long as RL took: what mere further training would give.
+
+    The number of steps follows from measured times once and is kept, so that a resumed run does the
+    same work.
+    """
+
+    name = "control"
+    title = "Control"
+    section = "rl"
+    in_recipe = False
+    follows = RL.name
+    main = False
+    facts = (
+        Fact(
+            "control.steps",
+            "{} more steps of fine-tuning, for as long as reinforcement learning took",
+        ),
+    )
+
+    def __init__(self, recipe: "Recipe") -> None:
+        super().__init__(recipe)
+        assert recipe.sft is not None and recipe.environment is not None, "see check of sft"
+        self.config = recipe.sft
+        self.environment = recipe.environment
+        self.start = SFT.name
+        self.measured_against = RL.name
+
+    @classmethod
+    def wanted(cls, recipe: "Recipe") -> bool:
+        """Where there is something to compare."""
+        return SFT.wanted(recipe) and RL.wanted(recipe)
+
+    @property
+    def first(self) -> int:
+        """The number of the first demonstration that fine-tuning has not seen."""
+        return self.config.steps * self.config.batch_examples
+
+    def steps(self, place: RunPlace) -> int:
+        """As many as take the time of RL, by the first process's clock."""
+        tracking = place.tracking
+        own = training_seconds(tracking, self.start or "") / self.config.steps
+        other = training_seconds(tracking, self.measured_against)
+        # Without times, as after the tracking store was moved away, as long as fine-tuning was.
+        wanted = max(1, round(other / own)) if own and other else self.config.steps
+        kept = tracking.decide(self.name, "steps", wanted) if place.layout.is_first else 0
+        return int(place.layout.team.broadcast(kept))
+
+    def data(self, place: RunPlace) -> Data:
+        """Demonstrations that fine-tuning has not seen."""
+        environment = self.environment.make()
+        return demonstrations(environment, place.tokenizer(), self.config, self.first)
+
+    def step(self, place: RunPlace) -> Step:
+        """The step of fine-tuning, for as many steps as were decided."""
+        config = self.config.model_copy(update={"steps": self.steps(place)})
+        return LanguageModelStep(config, self.data(place))
+
+    def batch(self, place: RunPlace, record: BatchRecord) -> Batch:
+        """The packed demonstrations of a step."""
+        return self.data(place).batches(record.cursor, record.items)
+
+    def results(self, place: RunPlace) -> ControlResults:
+        """The steps."""
+        steps = place.tracking.decided(self.name, "steps") or 0
+        return ControlResults(control=ControlFigures(steps=steps))
+
+    def spans(self, place: RunPlace, record: BatchRecord) -> list[dict[str, Any]]:
+        """The demonstrations as text."""
+        return demonstration_spans(self.environment.make(), self.config, record, self.first)

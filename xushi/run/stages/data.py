@@ -1,0 +1,90 @@
+"""The data stage: sources are read, cleaned, held out and written down as a corpus."""
+
+from typing import TYPE_CHECKING
+
+from xushi.data import ExtraSource, load_summary, make_document, obtain_corpus
+from xushi.run.place import RunPlace
+from xushi.run.stages.base import Fact, Results, Stage
+
+if TYPE_CHECKING:
+    from xushi.run.recipe import Recipe
+
+TRANSCRIPTS = "transcripts"  # the name of the environment's source
+
+
+class CorpusFigures(Results):
+    """Totals of the text, without the environment's transcripts."""
+
+    bytes: int
+    documents: int
+    files: int
+    sha256: str
+    heldout_bytes: int
+    heldout_fraction: float
+    heldout_rule: str
+    heldout_groups: str  # their names, separated by commas
+
+
+class DataResults(Results):
+    """What the data stage returns."""
+
+    data: CorpusFigures
+
+
+class Data(Stage):
+    """Reads the sources; writes data/corpus."""
+
+    name = "data"
+    title = "Data"
+    section = "data"
+    required = True
+    facts = (
+        Fact("data.bytes", "{} of text", "size"),
+        Fact("data.documents", "{} documents"),
+        Fact("data.heldout_fraction", "{} held out", "percent"),
+    )
+
+    def __init__(self, recipe: "Recipe") -> None:
+        environment = recipe.environment
+        self.config = recipe.data
+        self.environment = environment if environment and environment.transcripts else None
+
+    @classmethod
+    def wanted(cls, recipe: "Recipe") -> bool:
+        """Always: left out as a control, the text is made all the same and only evaluated on."""
+        return True
+
+    def run(self, place: RunPlace) -> DataResults:
+        """Read, divide and write the corpus, or link the one that another run made of the same."""
+        obtain_corpus(self.config, self._transcripts(), place.corpus)
+        summary = load_summary(place.corpus)
+        return DataResults(
+            data=CorpusFigures(
+                bytes=summary.bytes,
+                documents=summary.documents,
+                files=summary.files,
+                sha256=summary.sha256,
+                heldout_bytes=summary.heldout_bytes,
+                heldout_fraction=summary.heldout_bytes / summary.bytes,
+                heldout_rule=summary.rule,
+                heldout_groups=", ".join(summary.heldout_groups),
+            )
+        )
+
+    def _transcripts(self) -> dict[str, ExtraSource]:
+        """Worked episodes as plain text, each a document of its own.
+
+        In documents of many lines the working is learnt far later.
+        """
+        if self.environment is None:
+            return {}
+        environment = self.environment.make()
+        documents = [
+            make_document(
+                TRANSCRIPTS,
+                environment.text(environment.demonstration("train", index, 1.0)),
+                {"path": f"{environment.name}/{index}"},
+            )
+            for index in range(self.environment.transcripts)
+        ]
+        return {TRANSCRIPTS: ExtraSource(documents, self.environment.transcript_weight)}

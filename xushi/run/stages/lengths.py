@@ -1,0 +1,53 @@
+"""How long an environment's episodes are in tokens, before there is a tokenizer: lower bounds.
+
+A recipe is only refused for a length that no tokenizer could bring below the limit.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from xushi.base.messages import Message
+from xushi.envs import Environment
+
+if TYPE_CHECKING:
+    from xushi.run.recipe import Recipe
+
+SAMPLE = 32  # demonstrations whose mean length stands for all in an estimate
+
+# The tokenizer gives every digit a token of its own; any other run of text has one token at least.
+_RUNS = re.compile(r"\d|[^\d]+")
+
+
+def fewest_tokens(messages: Sequence[Message]) -> int:
+    """A lower bound of the tokens of a conversation in the chat form, end of text included."""
+    tokens = 1  # the beginning of text
+    for message in messages:
+        texts = [message.content, message.reasoning or ""]
+        texts += [f"{call.name}{call.arguments}" for call in message.tool_calls]
+        tokens += sum(len(_RUNS.findall(text)) for text in texts)
+        tokens += 1  # the mark of the role
+        if message.role == "assistant":
+            tokens += 2  # the end of thought and the end of text
+            tokens += bool(message.reasoning)  # the begin of thought
+    return tokens
+
+
+def mean_demonstration_tokens(environment: Environment, thinking_share: float) -> float:
+    """The mean of `fewest_tokens` over the first demonstrations."""
+    demonstrations = [
+        environment.demonstration("train", index, thinking_share) for index in range(SAMPLE)
+    ]
+    return sum(map(fewest_tokens, demonstrations)) / SAMPLE
+
+
+def check_episode_length(recipe: "Recipe") -> None:
+    """Raise ValueError if an episode that is trained on or evaluated exceeds the model's context."""
+    for environment in recipe.environments():
+        tokens = fewest_tokens(environment.longest_transcript())
+        limit = recipe.model.max_position_embeddings
+        if tokens > limit:
+            raise ValueError(
+                f"the longest episode of {environment.card().tasks} takes {tokens} tokens, more "
+                f"than model.max_position_embeddings={limit}"
+            )
