@@ -144,9 +144,9 @@ def steps(app, monkeypatch):
 
 @pytest.fixture
 def settles():
-    """Whether a condition becomes true within a few seconds."""
+    """Whether a condition becomes true in the end: the limit is for tests that fail."""
 
-    def wait(condition, seconds=2.0):
+    def wait(condition, seconds=30.0):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if condition():
