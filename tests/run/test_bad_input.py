@@ -61,7 +61,7 @@ SECOND = [
             "sft would train the experts of a deepseek_v2 unbalanced",
         ),
         ("pretrain.indexer_warmup_steps=3", "needs a model with indexers"),
-        ("stages=['data']", "must hold data, tokenizer and pretrain"),
+        ("stages=['data']", "must name data, tokenizer, pretrain"),
         ("without='sleep'", "not one of this run's stages"),
         ("environment.min_digits=1", "environment.min_digits: must be at least 2 (got 1)"),
         ("data.heldout=0.5", "data.heldout: must be at most 0.08 (got 0.5)"),
