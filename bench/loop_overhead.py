@@ -18,14 +18,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from xushi.run.building import training_inputs
-from xushi.run.context import RunContext
 
 from xushi.base.allocator import keep_freed_memory
 from xushi.base.machine import inspect
 from xushi.base.tracking import Tracking
+from xushi.run.place import RunPlace
 from xushi.run.recipe import load_recipe
-from xushi.train import Data, loop, train
+from xushi.run.stages.pretrain import Pretrain
+from xushi.train import Data, Training, language, training
 
 SPENT: dict[str, float] = defaultdict(float)
 
@@ -57,25 +57,19 @@ def main(
             run / "recipe.toml",
             [*(assignments or []), f"pretrain.steps={steps}", f"pretrain.checkpoint_every={steps}"],
         )
-        context = RunContext(run, recipe, tracking)
-        inputs = training_inputs(context, "pretrain")
+        stage = Pretrain(recipe)
+        place = RunPlace(run, tracking)
         for owner, name, label in (
             (Data, "share", "loading"),
-            (loop, "joined_hash", "hashing"),
+            (language, "joined_hash", "hashing"),
             (Tracking, "batch", "records"),
             (Tracking, "metrics", "records"),
-            (loop.StepProgress, "update", "progress"),
+            (training.StepProgress, "update", "progress"),
         ):
             setattr(owner, name, timed(label, getattr(owner, name)))
-        loop.training_step = timed("steps", loop.training_step)
-        train(
-            "pretrain",
-            context.trained_model(None),
-            inputs.config,
-            inputs.data,
-            Path(aside) / "saved",
-            tracking,
-        )
+        language.training_step = timed("steps", language.training_step)
+        model = stage.trained_model(place, None)
+        Training("pretrain", model, stage.step(place), Path(aside) / "saved", tracking).run()
         tracking.close()
     report(steps)
 
