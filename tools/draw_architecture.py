@@ -60,7 +60,7 @@ PATHS = {
             ("model/deepseek.py", "Deepseek", "one call of the model per step"),
             ("engine/sampling.py", "sample", "draws a token"),
             ("engine/text.py", "TextStream", "tokens to text, reasoning apart"),
-            ("serve/responses.py", "Form", "the answer in the API's form"),
+            ("serve/responses.py", "ResponseFormat", "the answer in the API's form"),
         ],
     ),
 }
