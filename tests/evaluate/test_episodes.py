@@ -84,7 +84,7 @@ def params_of(count: int, max_tokens: int, temperature: float = 1.0) -> list[Sam
 @pytest.mark.parametrize("routing", [False, True])
 def test_one_turn_is_generate_ids_to_the_bit(think, routing, model, tokenizer) -> None:
     """Tokens, both log-probabilities, experts; the same calls with the same groups and slots."""
-    tasks, params = tasks_of(DIGITS, 5, 4), params_of(20, 12)
+    tasks, params = tasks_of(DIGITS, 5, 4), params_of(20, 12, 0.7)
     forced = [tokenizer.think_id] if think else []
     prompts = [[*encode_chat(tokenizer, [Message("user", task.prompt)]), *forced] for task in tasks]
     wanted = generate_ids(model, prompts, params, eos_id=tokenizer.eos_id, routing=routing)
@@ -262,16 +262,22 @@ def test_an_episode_ends_where_nothing_is_left_to_sample(model, tokenizer, monke
         assert episode.answer.content == ("a" if limit in (3, 6) else "")
 
 
-def test_an_episode_ends_where_the_context_does(model, tokenizer, monkeypatch) -> None:
+@pytest.mark.parametrize(("letters", "turns"), [(53, 2), (54, 1), (56, 1)])
+def test_an_episode_ends_where_the_context_does(
+    letters, turns, model, tokenizer, monkeypatch
+) -> None:
+    """The context of 64 must hold the next prompt and one token of an answer. Prompts have 5 tokens
+    and, after an answer, 3 more.
+    """
     end, eos = tokenizer.end_think_id, tokenizer.eos_id
-    long = spelled(tokenizer, end, "a" * 55, eos)
-    scripted(monkeypatch, tokenizer, [long, long])
+    long = spelled(tokenizer, end, "a" * letters, eos)
+    scripted(monkeypatch, tokenizer, [long, [end]])
     environment = Talk()
     (episode,) = play(
         model, tokenizer, environment, [environment.task("test", 4)], params_of(1, 200)
     )
-    assert [message.role for message in episode.transcript] == ["user", "assistant"]
-    assert episode.finish_reason == "length" and episode.answer.content == "a" * 55
+    assert [message.role for message in episode.transcript] == ["user", "assistant"] * turns
+    assert episode.finish_reason == "length" and episode.transcript[1].content == "a" * letters
 
 
 def test_an_environment_that_asks_nothing_is_named(model, tokenizer) -> None:
@@ -341,6 +347,20 @@ def test_an_episode_of_tools_is_one_growing_sequence(talkative, with_tools) -> N
     for length in (1, 2, 3):
         place = turns.index(length)
         turns_again(talkative, with_tools, environment, episodes[place], params[place])
+
+
+def test_with_tools_too_every_turn_is_made_to_think(talkative, with_tools) -> None:
+    environment = Tools()
+    tasks, params = tasks_of(environment, 4, 4), params_of(16, 36)
+    episodes = play(talkative, with_tools, environment, tasks, params, think=True)
+    assert any(len(episode.transcript) > 2 for episode in episodes)
+    for episode in episodes:
+        (branch,) = episode.branches
+        places = [i for i in range(1, len(branch.ids)) if branch.sampled[i] > branch.sampled[i - 1]]
+        assert len(places) == len(episode.transcript) // 2
+        assert [branch.ids[i - 1] for i in places] == [with_tools.think_id] * len(places)
+        answers = [message for message in episode.transcript if message.role == "assistant"]
+        assert all(answer.reasoning is not None for answer in answers)
 
 
 def ended(episode: Episode, tokenizer: Tokenizer) -> bool:
