@@ -107,7 +107,7 @@ def test_kept_sequences_give_way_and_come_back(model):
     assert engine.idle_slots == 21, "all that is kept is outside of the cache"
     for request in turn:
         engine.release(request)
-    assert not engine._idle
+    assert len(engine._kept) == 0
 
 
 def test_no_more_sequences_leave_the_cache_than_must(model):
@@ -163,6 +163,24 @@ def test_only_a_finished_request_that_is_kept_can_be_extended(model):
     for request in (longer, longer, kept, plain):
         engine.release(request)
     assert engine.idle_slots == 64
+
+
+def test_a_restart_loses_what_the_cache_held(model):
+    engine = Engine(model, NEVER_EOS, slots=19)
+    params = SamplingParams(2)
+    outside = engine.add([5] * 8, params, keep=True)
+    inside = engine.add([6] * 10, params, keep=True)
+    drain(engine)
+    assert engine.idle_slots == 19 - 11
+    engine.restart()
+    with pytest.raises(XushiError, match="holds no sequence to extend"):
+        engine.extend(inside, [4], params)
+    longer = engine.extend(outside, [4], params)
+    drain(engine)
+    assert longer.token_ids == fresh(model, longer.prompt_ids, params, NEVER_EOS).token_ids
+    for request in (longer, inside, outside):
+        engine.release(request)
+    assert engine.idle_slots == 19
 
 
 def test_release_ends_what_is_unfinished(model):
@@ -237,4 +255,4 @@ def test_episodes_in_any_order_end_and_equal_fresh_requests(model, actions, slot
     for request in requests:
         engine.release(request)
     assert engine.idle_slots == slots
-    assert not engine._idle
+    assert len(engine._kept) == 0

@@ -47,7 +47,7 @@ SHOWN = {
     "tokenizer.bytes_per_token",
     "tokenizer.vocab_size",
 }
-# Keys that stand in "Every number" alone.
+# Keys that are in "Every number" alone.
 NUMBERS_ONLY = {
     "data.files",
     "data.heldout_tokens",

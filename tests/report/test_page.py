@@ -1,5 +1,5 @@
-"""Whole pages of synthetic runs: self-contained, well-formed, the same bytes each time, and right in
-every edge case. What a full run shows is tested on a real one (`test_real_run.py`).
+"""Whole pages of synthetic runs: self-contained, well-formed, the same bytes each time, and right
+in every edge case. What a full run shows is tested on a real one (`test_real_run.py`).
 """
 
 import json
@@ -114,6 +114,19 @@ def test_a_stage_that_the_page_does_not_know_has_its_name_time_and_numbers(tmp_p
     assert row.one("a").attributes["href"] == "#numbers"
     cells = [cell.text for cell in page.one(id="numbers").all("td")]
     assert "3" in cells and "8.0" in cells
+
+
+def test_the_page_shows_the_day_of_the_first_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_run(tmp_path, {})
+    tracking = Tracking(directory / "tracking.sqlite")
+    for day in (1_700_000_000.0, 1_800_000_000.0):
+        monkeypatch.setattr("time.time", lambda day=day: day)
+        tracking.event("data", "started")
+    tracking.close()
+    monkeypatch.undo()
+    assert _page(directory).one("span", "day").text == "2023-11-14"
 
 
 def test_a_stage_that_was_started_over_stands_where_it_ran_last(tmp_path: Path) -> None:

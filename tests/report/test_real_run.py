@@ -58,7 +58,7 @@ GRID = {  # term of a grid of facts: key
     "threads used": "machine.threads",
     "memory": "machine.memory_bytes",
     "peak memory of the run": "memory.peak_bytes",
-    "and of a process it started": "memory.peak_children_bytes",
+    "peak memory of a subprocess": "memory.peak_children_bytes",
     "seed": "run.seed",
 }
 TEXT_GRID = {

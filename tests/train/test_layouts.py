@@ -17,8 +17,8 @@ from torch import Tensor
 
 from xushi.base.errors import XushiError
 from xushi.train import Layout, LayoutConfig, TrainingState, check_layout, join, latest_checkpoint
+from xushi.train.boxes import Box
 from xushi.train.checkpoint import SavedCheckpoint
-from xushi.train.layout import Box
 
 from .layouts import (
     COMPARED,

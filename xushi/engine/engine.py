@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from xushi.base.errors import BadInput, XushiError
+from xushi.engine.kept import KeptSequences
 from xushi.engine.params import SamplingParams
-from xushi.engine.request import FinishReason, KeptSequence, Prompt, Request
+from xushi.engine.request import FinishReason, Prompt, Request
 from xushi.engine.sampling import request_uniforms, sample, sampling_key
 from xushi.model import Deepseek, LatentCache
 
@@ -60,7 +61,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._prefilling: list[Prompt] = []
-        self._idle: dict[KeptSequence, None] = {}  # kept ones in the cache, the oldest first
+        self._kept = KeptSequences(self._cache)
 
     def _new_cache(self) -> LatentCache:
         weight = self.model.head_VD
@@ -72,9 +73,9 @@ class Engine:
         self._waiting.clear()
         self._running.clear()
         self._prefilling.clear()
-        self._reserved = 0
-        del self._cache  # first: there may be no memory for two caches
+        del self._cache, self._kept  # first: there may be no memory for two caches
         self._cache = self._new_cache()
+        self._kept = KeptSequences(self._cache)
 
     @property
     def has_work(self) -> bool:
@@ -146,7 +147,7 @@ class Engine:
         as in `check`, and then the old request still holds its sequence.
         """
         kept = request._kept
-        if kept is None:
+        if kept is None or not self._kept.holds(kept):
             raise BadInput(
                 "the request holds no sequence to extend",
                 "add it with keep=True, let it finish, and extend or release it once",
@@ -169,7 +170,7 @@ class Engine:
         """Give back what a request holds, and end it if it is unfinished; else without effect."""
         self.abort(request)
         if request._kept is not None:
-            self._drop(request._kept)
+            self._kept.drop(request._kept)
             request._kept = None
 
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
@@ -254,7 +255,7 @@ class Engine:
             # The last token is never fed, so it needs no slot.
             need = request._limit - 1 + (0 if prompt.admitted else prompt.places)
             if need > room:
-                room += self._make_room(need - room, prompt.kept)
+                room += self._kept.make_room(need - room, prompt.kept)
             if need > room:
                 return
             room -= need
@@ -262,7 +263,10 @@ class Engine:
             self._running.append(request)
             if not prompt.admitted:
                 prompt.admitted = True
-                prompt.sequence = self._sequence_of(prompt)
+                prompt.sequence = (
+                    self._cache.allocate() if prompt.kept is None else self._kept.take(prompt.kept)
+                )
+                prompt.kept = None
                 self._prefilling.append(prompt)
 
     def _promised(self) -> int:
@@ -270,38 +274,6 @@ class Engine:
         prompts = sum(len(prompt.ids) - prompt.fed for prompt in self._prefilling)
         # Of n generated tokens n - 1 are in the cache, and the last of `_limit` never will be.
         return prompts + sum(r._limit - max(len(r.token_ids), 1) for r in self._running)
-
-    def _make_room(self, missing: int, but: KeptSequence | None) -> int:
-        """Copy kept sequences out of the cache, all `but` one, until `missing` slots are free.
-
-        Returns the number of slots that are free now and were not before.
-        """
-        before = self._cache.available
-        for kept in list(self._idle):
-            if self._cache.available - before >= missing:
-                break
-            if kept is not but and kept.sequence is not None:
-                del self._idle[kept]
-                kept.entries = self._cache.unload(kept.sequence)
-                kept.sequence = None
-        return self._cache.available - before
-
-    def _sequence_of(self, prompt: Prompt) -> int:
-        """The sequence in which a prompt is fed: an empty one, or the kept one that it extends."""
-        kept, prompt.kept = prompt.kept, None
-        if kept is None:
-            return self._cache.allocate()
-        if kept.sequence is None:
-            assert kept.entries is not None
-            return self._cache.load(kept.entries)
-        del self._idle[kept]
-        return kept.sequence
-
-    def _drop(self, kept: KeptSequence) -> None:
-        """Forget a kept sequence."""
-        if kept.sequence is not None:
-            del self._idle[kept]
-            self._cache.free(kept.sequence)
 
     def _decode(self, decoding: list[Request]) -> tuple[Tensor, list[Tensor]]:
         """Feed each decoding request's last token and each unfed prompt's next chunk.
@@ -385,9 +357,7 @@ class Engine:
         if request._sequence is None:
             prompt.unjoined -= 1
         elif keep:
-            length = self._cache.length(request._sequence)
-            request._kept = KeptSequence(length, request._sequence)
-            self._idle[request._kept] = None
+            request._kept = self._kept.add(request._sequence)
         else:
             self._cache.free(request._sequence)
         request._sequence = None
@@ -398,5 +368,5 @@ class Engine:
             self._cache.free(prompt.sequence)
             prompt.sequence = None
         if prompt.kept is not None:
-            self._drop(prompt.kept)
+            self._kept.drop(prompt.kept)
         self._prefilling = [other for other in self._prefilling if other is not prompt]

@@ -33,7 +33,7 @@ class _Curve:
     name: str
     label: str
     tone: int
-    floor: float | None = 0.0
+    lowest: float | None = 0.0
     falls: bool = False  # fast at first: the first values may lie above the frame
 
 
@@ -43,7 +43,7 @@ _HEALTH = (
     _Curve("truncated", "share of answers cut off", 1),
     _Curve("with_signal", "share of tasks answered both right and wrong", 4),
     _Curve("logprob_difference", "log-probability of a token, trainer against sampler", 5),
-    _Curve("loss", "loss", 0, floor=None),
+    _Curve("loss", "loss", 0, lowest=None),
 )
 
 
@@ -54,7 +54,7 @@ def has_rl(run: Run) -> bool:
 
 def sft_section(run: Run) -> str:
     """Supervised fine-tuning: its numbers and its loss."""
-    loss = _Curve("loss", "loss, nats per token", 0, floor=None, falls=True)
+    loss = _Curve("loss", "loss, nats per token", 0, lowest=None, falls=True)
     charts = _curves(run, "sft", (loss,))
     facts = stages.sentence(run, "sft")
     if not charts and not facts:
@@ -150,7 +150,7 @@ def _curve_figure(run: Run, stage: str, curve: _Curve) -> str:
         lines = [replace(lines[0], faint=True), Series("", means, curve.tone)]
     limit = early_limit(points, means) if curve.falls else math.inf
     title = f"{stage}: {curve.label}"
-    axes = Axes(title, "step", curve.label, height=150, y_floor=curve.floor, y_limit=limit)
+    axes = Axes(title, "step", curve.label, height=150, y_lowest=curve.lowest, y_limit=limit)
     return figure(line_chart(lines, axes), above_frame(points, frame_top(lines, axes)).strip())
 
 
@@ -292,6 +292,8 @@ def _answer(title: str, entry: dict[str, Any]) -> str:
 def _transcript(entry: dict[str, Any]) -> str:
     """What followed the question: thoughts, answers, tool calls and what came back."""
     messages = _dicts(entry.get("transcript"))[1:]
+    if not messages:
+        return ""
     own = [message for message in messages if message.get("role") == "assistant"]
     parts = [_message(message) for message in messages]
     if not any(_string(message, "reasoning_content").strip() for message in own):

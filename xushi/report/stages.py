@@ -1,7 +1,7 @@
 """What the page says of each stage, from the title and the facts that the stage declares.
 
 A run may have stages from somebody's own file, which `xushi.run.stages` does not list: they are
-shown with their name and time, and their numbers stand in "Every number".
+shown with their name and time, and their numbers are in "Every number".
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def section_of(name: str) -> str:
 
 
 def sentence(run: Run, name: str) -> str:
-    """What a stage did, in one line of its own numbers; "" if none of them is there."""
+    """What a stage did, in one line of its own numbers; "" if it recorded none of them."""
     facts = _KNOWN[name].facts if name in _KNOWN else ()
     text = ", ".join(part for part in (_part(run, fact) for fact in facts) if part)
     return text[:1].upper() + text[1:]

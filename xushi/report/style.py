@@ -64,6 +64,7 @@ margin:0 0 2.4rem}
 SimSun,serif;
 font-size:1.5rem;font-weight:700;color:var(--ink);letter-spacing:.12em;white-space:nowrap}
 .hanzi .void{color:transparent;-webkit-text-stroke:.7px var(--ink)}
+.day{white-space:nowrap}
 .kicker button{margin-left:auto;align-self:center;font:inherit;font-size:.82rem;color:var(--soft);
 background:none;
 border:1px solid var(--line);border-radius:1rem;padding:.1rem .8rem;cursor:pointer;
