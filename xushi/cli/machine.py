@@ -100,7 +100,10 @@ def bench_train(
 @env_app.command("check")
 def env_check(
     kind: Annotated[
-        str, typer.Argument(metavar="FILE_OR_NAME", help="such as game.py:Counting or digit_sum")
+        str,
+        typer.Argument(
+            metavar="FILE_OR_NAME", help="such as game.py:Counting, or a name as in recipes"
+        ),
     ],
     as_json: JsonOption = False,
 ) -> None:
