@@ -10,63 +10,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from xushi.base.config import StrictConfig
 from xushi.base.errors import Failed
-from xushi.base.messages import Message, Tool
+from xushi.base.messages import Message
 from xushi.base.seeds import derive
 from xushi.engine import Engine, SamplingParams, generate_ids
-from xushi.envs import Card, DigitSum, DigitSumConfig, Environment, Score, Task
+from xushi.envs import DigitSum, DigitSumConfig, Environment, Score, Task
 from xushi.evaluate import Branch, Episode, examples_of, play
 from xushi.evaluate import episodes as module
 from xushi.model import Deepseek
 from xushi.tokenizer import Tokenizer, encode_chat, encode_outputs, parse_assistant
-from xushi.tokenizer.config import smallest_vocabulary
 
-from .conftest import TINY
+from .talking import Talk, Tools, talkative_model, tokenizer_with_tools
 
 DIGITS = DigitSum(DigitSumConfig(min_digits=2, max_digits=4))
-
-
-class Talk(Environment):
-    """Asks again, whatever is said, until `turns` answers are given; right if all have content."""
-
-    name = "talk"
-    version = 1
-    Config = StrictConfig
-    role = "user"
-    turns = 3
-
-    def task(self, split: str, index: int) -> Task:
-        return Task(self.name, self.version, split, index, f"{index}?", "", {})
-
-    def reply(self, task: Task, transcript: Sequence[Message]) -> Message | None:
-        turn = len(transcript) // 2
-        if turn == 0:
-            return Message("user", task.prompt)
-        return Message(self.role, f"{turn}") if turn < self.turns else None
-
-    def score(self, task: Task, transcript: Sequence[Message]) -> Score:
-        answers = [message for message in transcript if message.role == "assistant"]
-        whole = len(answers) == self.turns and all(answer.content for answer in answers)
-        return Score("right" if whole else "wrong", f"{len(answers)} answers")
-
-    def solve(self, task: Task) -> Sequence[Message]:
-        return []
-
-    def exploits(self, task: Task) -> list[Sequence[Message]]:
-        return []
-
-    def demonstration(self, split: str, index: int, thinking_share: float) -> Sequence[Message]:
-        return []
-
-    def text(self, transcript: Sequence[Message]) -> str:
-        return ""
-
-    def longest_transcript(self) -> Sequence[Message]:
-        return []
-
-    def card(self) -> Card:
-        return Card("", "", "", "", "")
 
 
 def tasks_of(environment: Environment, count: int, samples: int) -> list[Task]:
@@ -292,28 +248,14 @@ def test_an_environment_that_asks_nothing_is_named(model, tokenizer) -> None:
 # Episodes with tools: the real engine, which keeps sequences between turns.
 
 
-class Tools(Talk):
-    """The same, asked by a tool."""
-
-    role = "tool"
-    tools = (Tool("next", "asks again", {}),)
-
-
 @pytest.fixture(scope="module")
 def with_tools() -> Tokenizer:
-    return Tokenizer.train(["0123456789"], smallest_vocabulary(tools=True), tools=True)
+    return tokenizer_with_tools()
 
 
 @pytest.fixture(scope="module")
 def talkative(with_tools) -> Deepseek:
-    """A random model with tool tokens and room for the description of a tool, which ends about one
-    answer in three before the twelfth token.
-    """
-    changes = {"vocab_size": with_tools.vocab_size, "max_position_embeddings": 1024}
-    model = Deepseek(TINY.model_copy(update=changes)).initialise(3)
-    with torch.no_grad():
-        model.head_VD[with_tools.eos_id] *= 3.0
-    return model
+    return talkative_model(with_tools)
 
 
 def log_probabilities(model: Deepseek, branch: Branch) -> torch.Tensor:
