@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from statistics import mean
 from typing import Annotated
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,49 +18,37 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 import typer
-from xushi.run.context import RunContext
 
 from xushi.base.seeds import derive
 from xushi.base.tracking import Tracking
-from xushi.evaluate import answer_tasks
-from xushi.rl import reinforce
+from xushi.evaluate import accuracy, play_greedily
+from xushi.rl import ReinforcementStep
+from xushi.run.place import RunPlace
 from xushi.run.recipe import load_recipe
+from xushi.run.stages.rl import RL
+from xushi.train import Training
 
 
 def draw(run: Path, assignments: list[str], number: int) -> dict[str, float]:
     """The figures of one repetition of the RL."""
     recipe = load_recipe(run / "recipe.toml", assignments)
-    context = RunContext(run, recipe, Tracking(run / "tracking.sqlite"))
-    model = context.trained_model("sft")
-    tokenizer = context.tokenizer()
+    stage = RL(recipe)
+    place = RunPlace(run, Tracking(run / "tracking.sqlite"))
+    tokenizer = place.tokenizer()
+    environment = stage.environment.make()
+    model = stage.trained_model(place, stage.start)
+    seed = derive(recipe.seed + number, "rl")
+    step = ReinforcementStep(tokenizer, environment, stage.config, seed)
     with tempfile.TemporaryDirectory() as aside:
         tracking = Tracking(Path(aside) / "tracking.sqlite")
-        reinforce(
-            model,
-            tokenizer,
-            context.environment(),
-            recipe.rl,
-            derive(recipe.seed + number, "rl"),
-            Path(aside),
-            tracking,
-        )
+        Training("rl", model, step, Path(aside), tracking).run()
         rewards = [value for _, value in tracking.series("rl", "reward")]
-    unseen = context.environment(recipe.evaluate.min_digits, recipe.evaluate.max_digits)
-    tasks = [unseen.task("test", index) for index in range(recipe.evaluate.tasks)]
-    answers = answer_tasks(
-        model,
-        tokenizer,
-        unseen,
-        tasks,
-        samples=1,
-        temperature=0.0,
-        max_tokens=recipe.evaluate.max_tokens,
-        seed=recipe.seed,
-    )
+    scored = stage.environment.make(recipe.evaluate.environment)
+    episodes = play_greedily(model, tokenizer, scored, recipe.evaluate, recipe.seed)
     return {
         "draw": number,
-        "greedy": mean(answer.right for (answer,) in answers),
-        "lowest": min(rewards[3:]),
+        "greedy": accuracy(episodes).value,
+        "lowest": min(rewards[3:] or rewards),
         "last": rewards[-1],
     }
 
