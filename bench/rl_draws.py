@@ -34,20 +34,21 @@ def draw(run: Path, assignments: list[str], number: int) -> dict[str, float]:
     recipe = load_recipe(run / "recipe.toml", assignments)
     stage = RL(recipe)
     place = RunPlace(run, Tracking(run / "tracking.sqlite"))
-    model = stage.trained_model(place, stage.start)
     tokenizer = place.tokenizer()
+    environment = stage.environment.make()
+    model = stage.trained_model(place, stage.start)
     seed = derive(recipe.seed + number, "rl")
+    step = ReinforcementStep(tokenizer, environment, stage.config, seed)
     with tempfile.TemporaryDirectory() as aside:
         tracking = Tracking(Path(aside) / "tracking.sqlite")
-        step = ReinforcementStep(tokenizer, stage.environment.make(), stage.config, seed)
         Training("rl", model, step, Path(aside), tracking).run()
         rewards = [value for _, value in tracking.series("rl", "reward")]
-    unseen = stage.environment.make(recipe.evaluate.environment)
-    episodes = play_greedily(model, tokenizer, unseen, recipe.evaluate, recipe.seed)
+    scored = stage.environment.make(recipe.evaluate.environment)
+    episodes = play_greedily(model, tokenizer, scored, recipe.evaluate, recipe.seed)
     return {
         "draw": number,
         "greedy": accuracy(episodes).value,
-        "lowest": min(rewards[3:]),
+        "lowest": min(rewards[3:] or rewards),
         "last": rewards[-1],
     }
 
