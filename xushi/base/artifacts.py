@@ -315,7 +315,6 @@ def _remove(place: Path, key: str) -> bool:
         with locks.exclusive(place / key / "in-use") as unused:
             if unused:
                 _discard(place / key)
-                (place / f"{key}.lock").unlink()
         return unused
 
 
