@@ -1,4 +1,4 @@
-"""Recipe keys of the data room: what is refused, and that the message names the key."""
+"""The recipe's data table: wrong values are refused, and the message names the key."""
 
 from typing import Any
 

@@ -262,7 +262,7 @@ def test_what_a_kill_left_aside_is_no_checkpoint_and_goes(saved: Path) -> None:
 def test_names_that_nobody_writes(random_model, tiny, tmp_path) -> None:
     with pytest.raises(XushiError, match="'gguf'") as error:
         save_pretrained(random_model(tiny(), 1), tmp_path / "new", names="gguf")
-    assert "published and transformers" in error.value.remedy and not (tmp_path / "new").exists()
+    assert "published, transformers" in error.value.remedy and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("way", ["file", "directory"])

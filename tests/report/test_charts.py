@@ -1,5 +1,5 @@
-"""Charts survive every series a run can leave, stay inside their frame, are well-formed and show the
-values they were given.
+"""Charts survive every series a run can leave, stay inside their frame, are well-formed and show
+the values they were given.
 """
 
 import itertools
@@ -112,10 +112,10 @@ def test_a_limit_cuts_the_axis_and_not_the_data_below_it() -> None:
     assert 3.0 <= _domain(chart, "y")[1] <= 4.0
 
 
-def test_the_axis_reaches_down_to_its_floor_and_to_every_reference() -> None:
+def test_the_axis_reaches_down_to_its_lowest_value_and_to_every_reference() -> None:
     points = [(0.0, 5.0), (1.0, 6.0)]
     assert _domain(_line(points), "y")[0] >= 4
-    assert _domain(_line(points, y_floor=0.0), "y")[0] == 0
+    assert _domain(_line(points, y_lowest=0.0), "y")[0] == 0
     far = _line(points, [Reference("xz", 1.5)])
     low, high = _domain(far, "y")
     assert low <= 1.5

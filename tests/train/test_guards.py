@@ -20,6 +20,7 @@ from xushi.train import Data, ObjectiveConfig
 from xushi.train import language as module
 from xushi.train import step as update
 from xushi.train.checkpoint import latest_checkpoint
+from xushi.train.gradients import Norms
 from xushi.train.guards import (
     LIMIT_IN_A_ROW,
     LIMIT_OF_ROLLBACKS,
@@ -27,7 +28,6 @@ from xushi.train.guards import (
     Guard,
     LossScale,
 )
-from xushi.train.optimizer import Norms
 
 from .conftest import train
 
@@ -88,8 +88,10 @@ def sensitive(monkeypatch) -> None:
     """
     real = module.pretraining_loss
 
-    def loss(model: module.Deepseek, batch: Batch, **settings: object) -> LossParts:
-        parts = real(model, batch, **settings)
+    def loss(
+        model: module.Deepseek, batch: Batch, *others: object, **settings: object
+    ) -> LossParts:
+        parts = real(model, batch, *others, **settings)
         factor = 10.0 if bool((batch.targets == 39).all()) else 1.0
         return replace(parts, total=parts.total * factor, next_token=parts.next_token * factor)
 

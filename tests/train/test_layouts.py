@@ -17,8 +17,8 @@ from torch import Tensor
 
 from xushi.base.errors import XushiError
 from xushi.train import Layout, LayoutConfig, TrainingState, check_layout, join, latest_checkpoint
+from xushi.train.boxes import Box
 from xushi.train.checkpoint import SavedCheckpoint
-from xushi.train.layout import Box
 
 from .layouts import (
     COMPARED,
@@ -54,8 +54,10 @@ CASES = [
 ]
 
 
-def start(place: Path, processes: int, **environment: str) -> list[subprocess.Popen[str]]:
-    """As many processes of tests.train.layouts, with the environment that torchrun gives."""
+def start(
+    place: Path, processes: int, module: str = "tests.train.layouts", **environment: str
+) -> list[subprocess.Popen[str]]:
+    """As many processes of a module, with the environment that torchrun gives."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,7 +71,7 @@ def start(place: Path, processes: int, **environment: str) -> list[subprocess.Po
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.train.layouts", str(place)],
+            [sys.executable, "-m", module, str(place)],
             cwd=ROOT,
             text=True,
             stderr=subprocess.PIPE,
@@ -80,11 +82,15 @@ def start(place: Path, processes: int, **environment: str) -> list[subprocess.Po
 
 
 def together(
-    place: Path, processes: int, task: dict[str, Any], **environment: str
+    place: Path,
+    processes: int,
+    task: dict[str, Any],
+    module: str = "tests.train.layouts",
+    **environment: str,
 ) -> list[dict[str, Any]]:
     """What each of so many processes found for a task."""
     torch.save(task, place / "task.pt")
-    started = start(place, processes, **environment)
+    started = start(place, processes, module, **environment)
     said = [process.communicate(timeout=600)[1] for process in started]
     assert all(process.returncode == 0 for process in started), "\n".join(
         text[-2000:] for text in said

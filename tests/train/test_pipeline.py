@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xushi.model import Deepseek, LossCounts, pretraining_loss
+from xushi.model import Deepseek, LossCounts, LossWeights, pretraining_loss
 from xushi.train import Layout
-from xushi.train.layout import stage_layers
-from xushi.train.pipeline import cut
+from xushi.train.fitting import stage_layers
+from xushi.train.pipeline import microbatches
 
 from .layouts import MODELS, ROWS, batch, model_of
 
@@ -33,7 +33,7 @@ def test_every_layer_is_in_one_stage_and_every_stage_has_one(
 @given(st.integers(1, 40), st.integers(2, 8))
 def test_pieces_are_the_batch_in_order(rows: int, stages: int) -> None:
     whole = batch(0, rows)
-    pieces = cut(whole, Layout(pipeline=stages))
+    pieces = microbatches(whole, Layout(pipeline=stages))
     assert all(
         torch.equal(torch.cat(parts), tensor)
         for parts, tensor in zip(zip(*pieces, strict=True), whole, strict=True)
@@ -51,14 +51,14 @@ def test_stages_one_after_the_other_are_the_whole_model(kind: str, stages: int) 
     rows = batch(0, ROWS)
     counts = LossCounts.of(rows, MODELS[kind].num_nextn_predict_layers)
     whole = model_of(kind)
-    wanted = pretraining_loss(whole, rows, mtp_weight=0.3, balance_weight=0.01, counts=counts)
+    wanted = pretraining_loss(whole, rows, LossWeights(0.3, 0.01), counts=counts)
     wanted.total.backward()
     residual, parts, taken, models = None, [], [], []
     for first, end in stage_layers(MODELS[kind], stages):
         model: Deepseek = model_of(kind)
         model.keep_layers(first, end)
         found = pretraining_loss(
-            model, rows, mtp_weight=0.3, balance_weight=0.01, counts=counts, residual=residual
+            model, rows, LossWeights(0.3, 0.01), counts=counts, residual=residual
         )
         residual = None if found.residual is None else found.residual.detach().requires_grad_()
         parts.append(found)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xushi.model import Batch, Deepseek, ModelConfig, pretraining_loss
+from xushi.model import Batch, Deepseek, LossWeights, ModelConfig, pretraining_loss
 from xushi.train import (
     Data,
     ObjectiveConfig,
@@ -23,7 +23,7 @@ from xushi.train import (
     training_step,
 )
 from xushi.train.checkpoint import latest_checkpoint, save_checkpoint
-from xushi.train.optimizer import Norms
+from xushi.train.gradients import Norms
 from xushi.train.state import set_compute
 from xushi.train.step import optimizer_step
 
@@ -215,7 +215,7 @@ def test_biases_move_in_training_and_not_without_speed(
 
 def test_a_step_moves_biases_against_the_loads(tiny_model, batches) -> None:
     model, config = tiny_model(), ObjectiveConfig(**SETTINGS)
-    parts = pretraining_loss(model, batches(0), mtp_weight=0.3, balance_weight=1e-4)
+    parts = pretraining_loss(model, batches(0), LossWeights(0.3, 1e-4))
     parts.total.backward()
     state = TrainingState.begin(model, config)
     loss = StepLoss(parts.total, 0.0, 0.0, parts.loads)
@@ -308,7 +308,7 @@ def test_no_step_accumulates_by_index_put(
     model = tiny_model()
     set_compute(model, ObjectiveConfig(**(SETTINGS | {"dtype": dtype})))
     with Operations() as seen:
-        pretraining_loss(model, batches(0), mtp_weight=0.3, balance_weight=1e-4).total.backward()
+        pretraining_loss(model, batches(0), LossWeights(0.3, 1e-4)).total.backward()
     assert {"index_add_", "embedding_dense_backward", *products} <= seen.names, (
         "the backward pass was not watched"
     )
@@ -325,7 +325,7 @@ def test_ten_steps_on_two_threads_give_the_same_bits(batches, tiny_model) -> Non
     try:
         for _ in range(10):
             model: Deepseek = tiny_model()
-            pretraining_loss(model, many, mtp_weight=0.3, balance_weight=1e-4).total.backward()
+            pretraining_loss(model, many, LossWeights(0.3, 1e-4)).total.backward()
             now = [p.grad for p in model.parameters()]
             first = first or now
             assert all(torch.equal(a, b) for a, b in zip(now, first, strict=True))

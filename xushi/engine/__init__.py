@@ -5,9 +5,10 @@ Not here: HTTP (serve), rewards (rl), what a model is (model).
 """
 
 from xushi.engine.batch import generate_ids
-from xushi.engine.engine import ContextLengthError, Engine, Request
+from xushi.engine.engine import ContextLengthError, Engine
 from xushi.engine.llm import LLM, ChatCompletion, Completion
 from xushi.engine.params import SamplingParams
+from xushi.engine.request import Request
 from xushi.engine.sampling import Sampled, sample
 from xushi.engine.text import Delta, TextStream
 

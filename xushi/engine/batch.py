@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from xushi.base.errors import BadInput
-from xushi.engine.engine import Engine, Request
+from xushi.engine.engine import Engine
 from xushi.engine.params import SamplingParams
+from xushi.engine.request import Request
 from xushi.model import Deepseek
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from xushi.base.errors import BadInput
 from xushi.base.messages import Message, Tool, ToolCall
-from xushi.engine.engine import Engine, FinishReason, Request
+from xushi.engine.engine import Engine
 from xushi.engine.params import SamplingParams
+from xushi.engine.request import FinishReason, Request
 from xushi.engine.text import Delta, TextStream
 from xushi.model import ModelConfig, load_pretrained
 from xushi.tokenizer import Tokenizer, encode_chat

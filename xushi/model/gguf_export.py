@@ -1,20 +1,17 @@
-"""A directory in the Hugging Face layout to one GGUF file for llama.cpp: DeepSeek-V2 and V3 in BF16
-or Q8_0.
+"""Export a directory in the Hugging Face layout to one GGUF file for llama.cpp: DeepSeek-V2 and V3,
+in BF16 or Q8_0.
 
-Keys, tensors and their layout are those that llama.cpp's `deepseek2` loader reads
-(src/models/deepseek2.cpp and conversion/deepseek.py in llama-cpp-python 0.3.36) and gguf 0.19
-names. What that loader would compute otherwise than `xushi.model` does is refused by name. Not
-here: other architectures and quantisations; MTP layers, which llama.cpp's own converter leaves out
-too.
+The keys are those that llama.cpp's `deepseek2` loader reads (src/models/deepseek2.cpp and
+conversion/deepseek.py in llama-cpp-python 0.3.36), under the names of gguf 0.19. A model for which
+that loader would compute something else than `xushi.model` is refused by name.
 
-Axes: H head, K query or key head dimension, R rotated part of it, C latent rank, D whatever a
-matrix reads, E expert.
+Not here: the tensors' layout (gguf_tensors.py), the tokenizer (gguf_tokenizer.py); other
+architectures and quantisations; MTP layers, which llama.cpp's own converter also leaves out.
 """
 
 import errno
 import os
 import shutil
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +21,12 @@ import torch
 from torch import Tensor
 
 from xushi.base.errors import BadInput, Failed
-from xushi.base.files import disk_errors, fsync_path, read_json
+from xushi.base.files import disk_errors, fsync_path
 from xushi.model.attention import LATENT_NORM_EPS
 from xushi.model.config import ModelConfig, RopeScaling
 from xushi.model.deepseek import Deepseek
+from xushi.model.gguf_tensors import gguf_tensors
+from xushi.model.gguf_tokenizer import PRE_TOKENIZER, PRE_TOKENIZER_NOTE, add_tokenizer
 from xushi.model.published import read_config
 from xushi.model.weights import load_pretrained
 
@@ -36,38 +35,31 @@ if TYPE_CHECKING:
 
 KINDS = ("bf16", "q8_0")
 
-# llama.cpp knows pre-tokenizers by name only. DeepSeek-V3's differs from ours in two patterns. It
-# takes up to three digits together, which changes nothing: no merge of ours joins two. And it draws
-# the borders of Chinese and Japanese by code points instead of scripts.
-_PRE_TOKENIZER = "deepseek-v3"
-_OURS = (r"\p{N}", r"[\p{Han}\p{Hiragana}\p{Katakana}]+")
-_PRE_TOKENIZER_NOTE = (
-    "the closest that llama.cpp knows; Japanese with 々 and rare characters may split otherwise"
-)
-
 
 def export_gguf(directory: str | Path, path: str | Path, kind: str = "bf16") -> dict[str, Any]:
-    """Write the model and tokenizer of `directory` to the new file `path`, with matrices in `kind`
-    of `KINDS`.
+    """Write model and tokenizer of `directory` to the new file `path`. `kind`: the type of
+    matrices, one of `KINDS`.
 
-    Norms, router weights and router biases are float32. A matrix whose rows are no multiple of
-    Q8_0's 32 values stays in BF16. Holds the weights once, in float32, and one tensor more. Returns
-    what was written: `tensors` and `bytes`, how many tensors `kept_bf16`, how many
-    `mtp_layers_left_out`, the `pre_tokenizer` and how near it is. `XushiError` for what llama.cpp
-    cannot express, for damaged input, for an output that exists, without the gguf package, and
-    where the disk is full.
+    Norms, router weights and router biases are float32. A matrix whose rows are not a multiple of
+    Q8_0's 32 values stays in BF16. Memory: the weights once, in float32, and one tensor.
+
+    Returns a description: `file`, `type`, `bytes`, the number of `tensors`, how many of them are
+    `kept_bf16`, `mtp_layers_left_out`, and the `pre_tokenizer` with a note on it. A `XushiError` if
+    llama.cpp cannot express the model, the input is damaged, `path` exists, the gguf package is
+    missing, or the disk is full.
     """
     gguf = _library()
-    directory, path = Path(directory), Path(path)
+    directory = Path(directory)
+    path = Path(path)
     if kind not in KINDS:
-        raise BadInput(f"there is no GGUF type {kind!r} here", f"use one of {', '.join(KINDS)}")
+        raise BadInput(f"{kind!r} is not a supported GGUF type", f"use one of {', '.join(KINDS)}")
     if path.exists():
         raise BadInput(f"{path} exists already", "give another name, or remove it first")
     config = read_config(directory)
     _refuse_inexpressible(config, directory)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DEEPSEEK2])
     _add_description(writer, config, directory.resolve().name, kind)
-    _add_tokenizer(writer, config, directory)
+    add_tokenizer(writer, config, directory)
     model = load_pretrained(directory)
     types = {name: _type_of(name, tensor, kind) for name, tensor in gguf_tensors(model)}
     total = 0
@@ -75,26 +67,22 @@ def export_gguf(directory: str | Path, path: str | Path, kind: str = "bf16") -> 
         shape = gguf.quant_shape_to_byte_shape(tensor.shape, types[name])
         writer.add_tensor_info(name, shape, np.dtype(np.uint8), prod(shape), raw_dtype=types[name])
         total += prod(shape)
-    _write_aside(writer, path, model, types, total)
-    kept = (
-        0
-        if kind == "bf16"
-        else sum(each == gguf.GGMLQuantizationType.BF16 for each in types.values())
-    )
+    _write_file(writer, path, model, types, total)
+    in_bf16 = sum(each == gguf.GGMLQuantizationType.BF16 for each in types.values())
     return {
         "file": str(path),
         "type": kind,
         "bytes": path.stat().st_size,
         "tensors": len(types),
-        "kept_bf16": kept,
+        "kept_bf16": 0 if kind == "bf16" else in_bf16,
         "mtp_layers_left_out": config.num_nextn_predict_layers,
-        "pre_tokenizer": _PRE_TOKENIZER,
-        "pre_tokenizer_note": _PRE_TOKENIZER_NOTE,
+        "pre_tokenizer": PRE_TOKENIZER,
+        "pre_tokenizer_note": PRE_TOKENIZER_NOTE,
     }
 
 
 def _library() -> Any:
-    """The gguf package, which only an export needs."""
+    """The gguf package, which is optional."""
     try:
         import gguf
     except ModuleNotFoundError:
@@ -106,9 +94,9 @@ def _library() -> Any:
 
 
 def _refuse_inexpressible(config: ModelConfig, directory: Path) -> None:
-    """Whatever `deepseek2` has no key for or computes otherwise is a `XushiError` that names it."""
+    """Raise a `XushiError` that names what llama.cpp's `deepseek2` lacks or computes differently."""
     grouped = config.topk_method == "group_limited_greedy" and _limits_groups(config)
-    # The loader takes these for V2-Lite's kin and never looks for a query latent.
+    # The loader takes these for V2-Lite and its relatives and does not look for a query latent.
     lite = config.num_hidden_layers in (26, 27) or (
         config.num_hidden_layers == 48 and config.vocab_size == 128256
     )
@@ -118,19 +106,19 @@ def _refuse_inexpressible(config: ModelConfig, directory: Path) -> None:
         "it needs n_shared_experts of at least 1": config.n_shared_experts == 0,
         f"its latent norms use rms_norm_eps, which is {config.rms_norm_eps} and not "
         f"{LATENT_NORM_EPS}": config.rms_norm_eps != LATENT_NORM_EPS,
-        "it scores groups by their two best experts, and group_limited_greedy by the best": grouped,
+        "it scores a group by its two best experts, but group_limited_greedy by its best": grouped,
         f"it reads no q_lora_rank in a model of {config.num_hidden_layers} layers": lite
         and bool(config.q_lora_rank),
     }
     scaling = config.rope_scaling
     if scaling is not None:
         reasons |= {
-            f"it needs mscale == mscale_all_dim, not 0, and they are {scaling.mscale} and "
+            f"it needs mscale == mscale_all_dim and not 0, but they are {scaling.mscale} and "
             f"{scaling.mscale_all_dim}": scaling.mscale != scaling.mscale_all_dim
             or not scaling.mscale,
-            f"its YaRN needs a factor of at least 1, which is {scaling.factor}": scaling.factor
+            f"its YaRN needs a factor of at least 1, but it is {scaling.factor}": scaling.factor
             < 1.0,
-            f"its beta_fast and beta_slow are 32 and 1, and the model's {scaling.beta_fast:g} and "
+            f"its beta_fast and beta_slow are 32 and 1, the model's are {scaling.beta_fast:g} and "
             f"{scaling.beta_slow:g}": (scaling.beta_fast, scaling.beta_slow) != (32.0, 1.0),
         }
     for reason, holds in reasons.items():
@@ -143,12 +131,12 @@ def _refuse_inexpressible(config: ModelConfig, directory: Path) -> None:
 
 
 def _limits_groups(config: ModelConfig) -> bool:
-    """Whether the router's groups keep any expert from being chosen."""
+    """Whether the groups exclude any expert from the choice."""
     return config.topk_method != "greedy" and config.topk_group < config.n_group
 
 
 def _add_description(writer: "gguf.GGUFWriter", config: ModelConfig, name: str, kind: str) -> None:
-    """Everything about the model that is no tensor and no tokenizer."""
+    """Add the model's metadata: everything but tensors and tokenizer."""
     import gguf
 
     writer.add_type(gguf.GGUFType.MODEL)
@@ -163,8 +151,8 @@ def _add_description(writer: "gguf.GGUFWriter", config: ModelConfig, name: str, 
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_vocab_size(config.vocab_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    # Attention in its absorbed form: one key head that all query heads share, latent and rotated
-    # part side by side.
+    # Attention in its absorbed form: all query heads share one key head, which is the latent
+    # followed by the rotated part.
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(1)
     writer.add_q_lora_rank(config.q_lora_rank or 0)
@@ -186,8 +174,8 @@ def _add_rope(writer: "gguf.GGUFWriter", config: ModelConfig, scaling: RopeScali
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(scaling.factor)
         writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
-        # deepseek2 divides by 0.1 again; it then scales scores by (0.1 mscale ln(factor) + 1)^2 and
-        # rotates unscaled.
+        # deepseek2 divides this by 0.1. It then scales scores by (0.1 mscale ln(factor) + 1)^2 and
+        # does not scale the rotation.
         writer.add_rope_scaling_yarn_log_mul(0.1 * scaling.mscale_all_dim)
 
 
@@ -211,151 +199,9 @@ def _add_experts(writer: "gguf.GGUFWriter", config: ModelConfig) -> None:
         writer.add_expert_group_used_count(config.topk_group)
 
 
-def _add_tokenizer(writer: "gguf.GGUFWriter", config: ModelConfig, directory: Path) -> None:
-    """tokenizer.json and the chat template of tokenizer_config.json, in llama.cpp's terms."""
-    path = directory / "tokenizer.json"
-    remedy = "give a directory with an undamaged tokenizer, such as runs/NAME/export/base"
-    table = read_json(path, remedy)
-    settings = read_json(directory / "tokenizer_config.json", remedy)
-    try:
-        _check_pre_tokenizer(table["pre_tokenizer"], path)
-        tokens, types = _tokens(table, config.vocab_size, path)
-        merges = [
-            merge if isinstance(merge, str) else " ".join(merge)
-            for merge in table["model"]["merges"]
-        ]
-        template = settings.get("chat_template")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput(
-            f"{path} or its tokenizer_config.json is not a byte-level BPE tokenizer's: {error!r}",
-            "use a tokenizer that xushi trained",
-        ) from None
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_PRE_TOKENIZER)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
-    for token, add in (
-        (config.bos_token_id, writer.add_bos_token_id),
-        (config.eos_token_id, writer.add_eos_token_id),
-        (config.pad_token_id, writer.add_pad_token_id),
-    ):
-        if token is not None:
-            add(token)
-    # As xushi's engine does with a text: every document that was trained on begins so. llama.cpp
-    # does not repeat it where a chat template has written it.
-    writer.add_add_bos_token(config.bos_token_id is not None)
-    writer.add_add_eos_token(False)
-    if isinstance(template, str):
-        writer.add_chat_template(template)
-
-
-def _check_pre_tokenizer(pre_tokenizer: dict[str, Any], path: Path) -> None:
-    """Only what `_PRE_TOKENIZER` is known to be near to: another's text would be cut in other
-    places.
-    """
-    patterns = tuple(
-        step["pattern"]["Regex"]
-        for step in pre_tokenizer["pretokenizers"]
-        if step["type"] == "Split"
-    )
-    if patterns[:2] != _OURS:
-        raise BadInput(
-            f"{path}: nobody has compared its pre-tokenizer with llama.cpp's",
-            "use a tokenizer that xushi trained",
-        )
-
-
-def _tokens(table: dict[str, Any], size: int, path: Path) -> tuple[list[str], list[int]]:
-    """The `size` tokens by id and what each is; ids without a token are filled and marked unused."""
-    import gguf
-
-    tokens, types = [f"[PAD{i}]" for i in range(size)], [int(gguf.TokenType.UNUSED)] * size
-    entries = [
-        (token, index, gguf.TokenType.NORMAL) for token, index in table["model"]["vocab"].items()
-    ]
-    entries += [
-        (
-            each["content"],
-            each["id"],
-            gguf.TokenType.CONTROL if each["special"] else gguf.TokenType.USER_DEFINED,
-        )
-        for each in table["added_tokens"]
-    ]
-    for token, index, kind in entries:
-        if not 0 <= index < size:
-            raise BadInput(
-                f"{path}: token {token!r} has the id {index}, and config.json's vocab_size is "
-                f"{size}",
-                "the tokenizer does not belong to this model; get both from one place",
-            )
-        tokens[index], types[index] = token, int(kind)
-    return tokens, types
-
-
-def gguf_tensors(model: Deepseek) -> Iterator[tuple[str, Tensor]]:
-    """(llama.cpp's name, tensor) of everything but the MTP layers, in the model's dtype; the last
-    axis is a row.
-
-    Experts stay stacked. The expansion of the latent is two tensors, keys [H, C, K - R] and values
-    [H, K, C]: llama.cpp multiplies queries by the one and what attention read by the other.
-    """
-    import gguf
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, model.config.num_hidden_layers)
-    for published, tensor in _in_published_terms(model):
-        name = names.get_name(published, try_suffixes=(".weight", ".bias"))
-        assert name is not None, published
-        yield name, tensor
-
-
-def _in_published_terms(model: Deepseek) -> Iterator[tuple[str, Tensor]]:
-    """The tensors as llama.cpp lays them out, by the names that gguf's table has for them."""
-    config = model.config
-    for name, tensor in model.state_dict().items():
-        if name.startswith("model.layers.") and int(name.split(".")[2]) >= config.num_hidden_layers:
-            continue
-        place, _, part = name.removesuffix(".weight").rpartition(".")
-        if part == "gate_up_proj":
-            gate, up = tensor.chunk(2, dim=1)
-            yield f"{place}.gate_proj.weight", gate
-            yield f"{place}.up_proj.weight", up
-        elif part == "down_proj" and place.endswith(".experts"):
-            yield f"{name}.weight", tensor
-        elif part == "e_score_correction_bias":
-            yield f"{place}.e_score_correction.bias", tensor
-        elif part == "kv_b_proj":
-            both = tensor.reshape(config.num_attention_heads, -1, config.kv_lora_rank)
-            keys_HKC, values_HVC = torch.split(
-                both, [config.qk_nope_head_dim, config.v_head_dim], dim=1
-            )
-            yield f"{place}.k_b_proj.weight", keys_HKC.transpose(1, 2)
-            yield f"{place}.v_b_proj.weight", values_HVC
-        elif part in ("q_proj", "q_b_proj", "kv_a_proj_with_mqa") and not config.rope_interleave:
-            yield (
-                name,
-                _rotated_rows_in_pairs(
-                    tensor, config, 1 if part[0] == "k" else config.num_attention_heads
-                ),
-            )
-        else:
-            yield name, tensor
-
-
-def _rotated_rows_in_pairs(matrix: Tensor, config: ModelConfig, heads: int) -> Tensor:
-    """llama.cpp rotates rows (0, 1), (2, 3), ... of each head's last R; without `rope_interleave`
-    the checkpoint means (i, i + R/2). Scores are the same in any order that queries and keys share.
-    """
-    rotated = config.qk_rope_head_dim
-    rows_HKD = matrix.reshape(heads, -1, matrix.shape[-1])
-    plain_HKD, rope_HRD = torch.split(rows_HKD, [rows_HKD.shape[1] - rotated, rotated], dim=1)
-    pairs_HRD = rope_HRD.reshape(heads, 2, rotated // 2, -1).transpose(1, 2).flatten(1, 2)
-    return torch.cat((plain_HKD, pairs_HRD), dim=1).flatten(0, 1)
-
-
 def _type_of(name: str, tensor: Tensor, kind: str) -> "gguf.GGMLQuantizationType":
-    """What a tensor is stored as. llama.cpp wants vectors in float32, and the choice of experts
-    hangs on the router.
+    """The type in which a tensor is stored. llama.cpp needs vectors in float32; the router's weight
+    stays float32 because rounding it would change the choice of experts.
     """
     import gguf
 
@@ -366,44 +212,53 @@ def _type_of(name: str, tensor: Tensor, kind: str) -> "gguf.GGMLQuantizationType
     return gguf.GGMLQuantizationType.Q8_0 if fits else gguf.GGMLQuantizationType.BF16
 
 
-def _write_aside(
+def _write_file(
     writer: "gguf.GGUFWriter",
     path: Path,
     model: Deepseek,
     types: "dict[str, gguf.GGMLQuantizationType]",
     total: int,
 ) -> None:
-    """Fill a file beside `path`, `total` bytes and a little, and rename it into place; on any
-    failure it is removed.
+    """Write a temporary file of `total` bytes plus metadata beside `path` and rename it to `path`.
+    It is removed on any failure.
     """
-    import gguf
-
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(path.parent).free) < total:
+        free = shutil.disk_usage(path.parent).free
+        if free < total:
             raise Failed(
                 f"{path} would take {total:,} bytes, and no space is left for them: {free:,} are "
                 "free",
                 "free some space, or choose another disk",
             )
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            writer.write_header_to_file(aside)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for name, tensor in gguf_tensors(model):
-                wide = tensor.to(torch.float32).contiguous().numpy()
-                writer.write_tensor_data(gguf.quantize(wide, types[name]).view(np.uint8))
-            writer.flush()
-            fsync_path(aside)
-            os.replace(aside, path)
+            _write_tensors(writer, temporary, model, types)
+            fsync_path(temporary)
+            os.replace(temporary, path)
         except BaseException as error:
-            aside.unlink(missing_ok=True)
-            if (
-                isinstance(error, OSError) and error.errno is None
-            ):  # numpy says how much it wrote, but not why no more
+            temporary.unlink(missing_ok=True)
+            # numpy reports a short write without an errno: the disk is full.
+            if isinstance(error, OSError) and error.errno is None:
                 raise OSError(errno.ENOSPC, str(error)) from None
             raise
         finally:
             writer.close()
         fsync_path(path.parent)
+
+
+def _write_tensors(
+    writer: "gguf.GGUFWriter",
+    file: Path,
+    model: Deepseek,
+    types: "dict[str, gguf.GGMLQuantizationType]",
+) -> None:
+    import gguf
+
+    writer.write_header_to_file(file)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in gguf_tensors(model):
+        wide = tensor.to(torch.float32).contiguous().numpy()
+        writer.write_tensor_data(gguf.quantize(wide, types[name]).view(np.uint8))
+    writer.flush()

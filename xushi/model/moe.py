@@ -1,4 +1,4 @@
-"""Fine-grained mixture of experts with shared experts (DeepSeekMoE, arXiv:2401.06066; V3,
+"""The mixture of fine-grained routed experts and shared experts (DeepSeekMoE, arXiv:2401.06066; V3,
 arXiv:2412.19437).
 
 Axes: B batch, T tokens, D hidden, N flat tokens, E experts, k experts per token, V vocabulary.
@@ -21,11 +21,11 @@ from xushi.ops import (
 
 
 class Router(nn.Module):
-    """Chooses experts, by V2's rule, V3's or V4's.
+    """Chooses each token's experts by the rule of V2, V3 or V4.
 
-    V3's and V4's `e_score_correction_bias` [E] is a float32 buffer that training moves, never the
-    gradient; V2 has none. In V4's first layers the choice is fixed by the token's id: `tid2eid` [V,
-    k], int64, is part of the weights.
+    V3's and V4's `e_score_correction_bias` [E] is a float32 buffer. Training updates it without a
+    gradient; V2 has none. In V4's first layers (`hashed`) the token's id decides: `tid2eid` [V, k],
+    int64, holds the experts of each id and is part of the weights.
     """
 
     e_score_correction_bias: Tensor | None
@@ -49,25 +49,30 @@ class Router(nn.Module):
     def forward(
         self, x_ND: Tensor, tokens_N: Tensor | None, pinned_Nk: Tensor | None = None
     ) -> RouterChoice:
-        """Scores, choice and gate values; `pinned_Nk` replaces the choice but in rows of -1,
-        `tokens_N` are for hashed layers.
+        """Scores, choice and gate values of N tokens. Hashed layers need the token ids `tokens_N`.
+
+        `pinned_Nk` replaces the choice, except in rows of -1.
         """
-        config = self.config
         if self.tid2eid is not None:
             assert tokens_N is not None
             by_id_Nk = self.tid2eid.index_select(0, tokens_N)
             pinned_Nk = (
                 by_id_Nk if pinned_Nk is None else torch.where(pinned_Nk < 0, by_id_Nk, pinned_Nk)
             )
-        if config.is_v4:
+        if self.config.is_v4:
             return sqrt_softplus_router(
                 x_ND,
                 self.weight,
                 self.e_score_correction_bias,
-                top_k=config.num_experts_per_tok,
-                scale=config.routed_scaling_factor,
+                top_k=self.config.num_experts_per_tok,
+                scale=self.config.routed_scaling_factor,
                 pinned_Nk=pinned_Nk,
             )
+        return self._grouped(x_ND, pinned_Nk)
+
+    def _grouped(self, x_ND: Tensor, pinned_Nk: Tensor | None) -> RouterChoice:
+        """V3's rule, or V2's, which has no bias; both choose from the best groups of experts."""
+        config = self.config
         if self.e_score_correction_bias is None:
             groups = config.n_group if config.topk_method == "group_limited_greedy" else 1
             return softmax_router(
@@ -93,30 +98,30 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def initialise_table(self, stream: torch.Generator) -> None:
-        """Give every token id k distinct experts, such that all experts serve as many ids, within
-        one.
+        """Fill `tid2eid` with k distinct experts for every token id. The experts' numbers of ids
+        differ by at most one.
         """
         if self.tid2eid is None:
             return
         vocabulary, top_k = self.tid2eid.shape
         experts = self.config.n_routed_experts
-        # Rows of k neighbours on a ring of shuffled experts: distinct within a row and even over
-        # rows.
+        # Each id gets k neighbours on a ring of shuffled experts: distinct within an id, and evenly
+        # used over all ids.
         ring = torch.randperm(experts, generator=stream)
         places = torch.randperm(vocabulary, generator=stream)[:, None] * top_k + torch.arange(top_k)
         self.tid2eid.copy_(ring[places % experts])
 
 
-# Rows [P, D] with the expert of each [P, 1] and its gate value [P, 1], to rows [P, D].
+# From rows [P, D], the expert of each [P, 1] and its gate value [P, 1], to rows [P, D].
 RunExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Experts(nn.Module):
     """The routed experts' weights, stacked: gate and up rows [E, 2F, D], down [E, D, F].
 
-    `dispatch` is how expert parallelism gets in: with it, the weights here are some experts' alone,
-    and it brings each row to where its expert is and back. It is given x, indices, gate values, and
-    how to run the experts that are here.
+    `dispatch` is the hook for expert parallelism. When it is set, this module holds only this
+    process's experts, and `dispatch(x, indices, gate values, run)` sends each token to its expert's
+    process and back; `run` computes the experts held here.
     """
 
     def __init__(self, config: ModelConfig, limit: float | None) -> None:
@@ -138,14 +143,14 @@ class Experts(nn.Module):
         return self.run(x_ND, indices_Nk, weights_Nk)
 
     def run(self, x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
-        """The same by the experts that are here, numbered from 0."""
+        """The same for the experts that this module holds, numbered from 0."""
         return routed_experts(
             x_ND, indices_Nk, weights_Nk, self.gate_up_proj, self.down_proj, self.limit
         )
 
 
 class MixtureOfExperts(nn.Module):
-    """Routed experts plus the shared ones, which are one SwiGLU of their summed width."""
+    """Routed experts plus shared experts; the shared ones are one SwiGLU of their total width."""
 
     def __init__(self, config: ModelConfig, hashed: bool) -> None:
         super().__init__()
@@ -158,8 +163,8 @@ class MixtureOfExperts(nn.Module):
     def forward(
         self, x: Tensor, tokens: Tensor | None, pinned_Nk: Tensor | None = None
     ) -> tuple[Tensor, RouterChoice]:
-        """[..., D] to [..., D], with what the router decided for the flattened tokens, whose ids
-        are `tokens` [...].
+        """[..., D] to [..., D], and the router's choice for the flattened tokens. `tokens` [...]
+        are their ids; `pinned_Nk` as in `Router`.
         """
         x_ND = x.flatten(0, -2)
         choice = self.gate(x_ND, None if tokens is None else tokens.flatten(), pinned_Nk)

@@ -1,11 +1,11 @@
-"""Weights in and out, in the published layouts: config.json and safetensors, sharded with an index
-or not.
+"""Weights in and out in the published layouts: config.json and safetensors, in one file or in
+shards with an index.
 
-Only safetensors and JSON are read, from the checkpoint's own directory. What the files hold is
-compared with what the config describes before the model gets any memory; then it is filled tensor
-by tensor, quantised ones on the way.
+Only safetensors and JSON of the checkpoint's own directory are read. The headers of the files are
+compared with config.json before the model gets any memory. Then the model is filled tensor by
+tensor, and quantised tensors are converted on the way.
 
-Not here: the names (names.py), the file format (shards.py), FP8 and FP4 (quantised.py).
+Not here: tensor names (names.py), the file format (shards.py), FP8 and FP4 (quantised.py).
 """
 
 import contextlib
@@ -14,12 +14,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from xushi.base.errors import BadInput, Failed, XushiError
+from xushi.base.errors import BadInput, Failed
 from xushi.base.files import disk_errors, fsync_path, write_json
 from xushi.base.machine import inspect
 from xushi.model.config import ModelConfig
@@ -55,8 +55,8 @@ _ELSEWHERE = "the weights do not belong to this config.json; get both from one p
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of the files and where it goes; `block` is what each number of its scale stands
-    for.
+    """One tensor of the files and its place in the model. `block`: rows and columns that share one
+    number of `scale`.
     """
 
     place: Place
@@ -68,16 +68,15 @@ class Part:
 def load_pretrained(
     path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Deepseek:
-    """Build the model of checkpoint directory `path` in `dtype`, from whichever published layout it
-    is in.
+    """Build the model of checkpoint directory `path` in `dtype`, from any of the published layouts.
 
-    Router biases, and in V4 the norms, sinks and hyper-connections, stay float32
-    (`names.stays_float32`). FP8 and FP4 weights get their values back. Memory: the model, and one
-    tensor with its scale. Whatever does not fit together, within the files or with config.json, is
-    a `XushiError`, and before the model gets any memory.
+    Router biases, and V4's norms, sinks and hyper-connections, stay float32
+    (`names.stays_float32`). FP8 and FP4 weights are converted. Memory: the model, and one tensor
+    with its scale. If the files contradict each other or config.json, a `XushiError` is raised
+    before the model gets any memory.
 
-    MTP layers must be there, as many as config.json says; the copies of embedding and head that
-    they may hold are not read, as those of the trunk are used.
+    The files must hold as many MTP layers as config.json says. The copies of embedding and head
+    that an MTP layer may have are not read, since the trunk's are used.
     """
     directory = Path(path)
     if not dtype.is_floating_point or dtype.itemsize < 2:
@@ -89,12 +88,7 @@ def load_pretrained(
         checked_file(directory, "config.json", LARGEST_JSON)
     config = read_config(directory)
     block = fp8_block(read_json(directory, "config.json"), str(directory / "config.json"))
-    matrices = (config.num_hidden_layers + config.num_nextn_predict_layers) * (
-        3 * config.n_routed_experts + 64
-    )
-    stored = read_headers(
-        directory, min(LARGEST_JSON, 2**20 + 1024 * matrices)
-    )  # weight and scale, 512 bytes each
+    stored = read_headers(directory, _largest_header(config))
     weights, scales = _by_canonical_name(stored, config, directory)
     model = _without_memory(config, dtype, len(stored), directory)
     parts = _match(model, weights, scales, block, directory)
@@ -107,57 +101,60 @@ def load_pretrained(
     return model
 
 
+def _largest_header(config: ModelConfig) -> int:
+    """Bytes that a file's header may have: 1 MiB, and 512 for each matrix and for its scale."""
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    matrices = layers * (3 * config.n_routed_experts + 64)
+    return min(LARGEST_JSON, 2**20 + 1024 * matrices)
+
+
 def _by_canonical_name(
     stored: dict[str, Stored], config: ModelConfig, directory: Path
 ) -> tuple[dict[str, Stored], dict[str, Stored]]:
-    """(weights, scales) of the files, each under the canonical name of the weight."""
-    found: tuple[dict[str, Stored], dict[str, Stored]] = ({}, {})
+    """(weights, scales) of the files, each under the weight's canonical name."""
+    weights: dict[str, Stored] = {}
+    scales: dict[str, Stored] = {}
     for name, tensor in stored.items():
         if is_ignored(name, config):
             continue
         canonical, is_scale = canonical_name(name, config)
-        if canonical in found[is_scale]:
+        found = scales if is_scale else weights
+        if canonical in found:
             raise BadInput(
-                f"{tensor.file} holds {shown(name)}, which is "
-                f"{shown(found[is_scale][canonical].name)} by "
-                "another name",
+                f"{tensor.file} holds {shown(name)}, which is another name of "
+                f"{shown(found[canonical].name)}",
                 "remove the file that does not belong to this checkpoint",
             )
-        found[is_scale][canonical] = tensor
-    depth, extra = config.num_hidden_layers, config.num_nextn_predict_layers
-    if (
-        extra
-        and found[0]
-        and not any((layer_of(canonical) or 0) >= depth for canonical in found[0])
-    ):
+        found[canonical] = tensor
+    mtp = config.num_nextn_predict_layers
+    has_mtp = any((layer_of(name) or 0) >= config.num_hidden_layers for name in weights)
+    if mtp and weights and not has_mtp:
         raise BadInput(
-            f"{directory} holds no MTP layers, and its config.json says "
-            f"num_nextn_predict_layers={extra}",
-            "set num_nextn_predict_layers to 0 in config.json (num_mtp_layers, where it says that)",
+            f"{directory} holds no MTP layers, but its config.json says "
+            f"num_nextn_predict_layers={mtp}",
+            "set num_nextn_predict_layers to 0 in config.json (or num_mtp_layers, if it has that)",
         )
-    return found
+    return weights, scales
 
 
 def _without_memory(
     config: ModelConfig, dtype: torch.dtype, tensors: int, directory: Path
 ) -> Deepseek:
-    """The model on the meta device, its parameters in the dtypes that they will have."""
+    """The model on the meta device, with its parameters' final dtypes. `tensors`: how many the
+    files hold.
+    """
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    if layers * 8 > tensors:  # a layer has more, so this bounds the work that a config can ask for
+    # Every layer has more than 8 tensors, so this bounds the work that a config can cause.
+    if layers * 8 > tensors:
         raise BadInput(
-            f"{directory / 'config.json'} describes {layers} layers, and the files hold {tensors} "
-            "tensors",
+            f"{directory / 'config.json'} describes {layers} layers, but the files hold only "
+            f"{tensors} tensors",
             _ELSEWHERE,
         )
     try:
         with torch.device("meta"):
             model = Deepseek(config)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-    ) as error:  # sizes and numbers that cannot be
+    except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:  # impossible sizes
         raise BadInput(
             f"{directory / 'config.json'} describes a model that cannot be built: "
             f"{shown(str(error).partition(chr(10))[0])}",
@@ -175,13 +172,17 @@ def _match(
     block: tuple[int, int],
     directory: Path,
 ) -> list[Part]:
-    """Every tensor of the model with what the files have for it; a `XushiError` where they and the
-    config differ.
+    """The parts to load, one for each tensor of the model; a `XushiError` if files and config
+    differ.
     """
-    weights, scales, parts = dict(weights), dict(scales), []
-    state, config = model.state_dict(), model.config
+    weights = dict(weights)
+    scales = dict(scales)
+    parts = []
+    config = model.config
+    state = model.state_dict()
     for name, place in places(state):
-        stored, scale = weights.pop(name, None), scales.pop(name, None)
+        stored = weights.pop(name, None)
+        scale = scales.pop(name, None)
         if stored is None:
             raise BadInput(
                 f"{directory} lacks {written_name(name, config, 'published')}", _ELSEWHERE
@@ -189,30 +190,23 @@ def _match(
         if place.parameter.endswith(".tid2eid"):
             _check_table(stored, scale, place)
         else:
-            check_weight(
-                stored, scale, place.shape, block, config.is_v4 and place.expert is not None
-            )
+            may_be_fp4 = config.is_v4 and place.expert is not None
+            check_weight(stored, scale, place.shape, block, may_be_fp4)
         parts.append(Part(place, stored, scale, block_of(stored, block)))
     for name, original in shared_copies(config).items():
         if name in weights:
-            check_weight(
-                weights.pop(name),
-                scales.pop(name, None),
-                tuple(state[original].shape),
-                block,
-                False,
-            )
-    for left in (weights, scales):
-        for stored in left.values():
-            raise BadInput(
-                f"{stored.file} holds {shown(stored.name)}, which this config.json does not "
-                "describe",
-                _ELSEWHERE,
-            )
+            shape = tuple(state[original].shape)
+            check_weight(weights.pop(name), scales.pop(name, None), shape, block, False)
+    for stored in (*weights.values(), *scales.values()):
+        raise BadInput(
+            f"{stored.file} holds {shown(stored.name)}, which this config.json does not describe",
+            _ELSEWHERE,
+        )
     return parts
 
 
 def _check_table(stored: Stored, scale: Stored | None, place: Place) -> None:
+    """Check a hash layer's table of experts by token id."""
     if (
         stored.dtype not in (torch.int32, torch.int64)
         or stored.shape != place.shape
@@ -229,31 +223,29 @@ def _check_table(stored: Stored, scale: Stored | None, place: Place) -> None:
 def _memory_errors(directory: Path) -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # PyTorch's own is a RuntimeError
+    except (RuntimeError, MemoryError) as error:  # PyTorch raises RuntimeError when out of memory
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        raise _too_large(directory, str(error).partition("\n")[0]) from None
-
-
-def _too_large(directory: Path, why: str) -> XushiError:
-    return Failed(
-        f"the model of {directory} does not fit into memory: {why}",
-        "use a machine with more memory, a smaller dtype or a smaller checkpoint",
-    )
+        reason = str(error).partition("\n")[0]
+        raise Failed(
+            f"the model of {directory} does not fit into memory: {reason}",
+            "use a machine with more memory, a smaller dtype or a smaller checkpoint",
+        ) from None
 
 
 def _allocate(model: Deepseek, device: torch.device | str) -> None:
     needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     total = inspect().memory_total
     if torch.device(device).type == "cpu" and total is not None and needed > total:
-        # The system may grant what it has not, and end the process when it is used.
+        # Linux may promise memory that it does not have and kill the process that uses it.
         raise MemoryError(f"it has {needed} bytes, the machine {total}")
     model.to_empty(device=device)
     model.make_angles(device)
 
 
 def _fill(part: Part, tensor: Tensor, config: ModelConfig) -> None:
-    target, values = part.place.of(tensor), part.stored.read()
+    target = part.place.of(tensor)
+    values = part.stored.read()
     if part.scale is not None:
         dequantise(target, values, part.scale.read(), part.block)
         return
@@ -261,9 +253,8 @@ def _fill(part: Part, tensor: Tensor, config: ModelConfig) -> None:
         ((values >= 0) & (values < config.n_routed_experts)).all()
     ):
         raise BadInput(
-            f"{part.stored.file}: {shown(part.stored.name)} sends a token to an expert that is "
-            "not there; "
-            f"config.json says n_routed_experts={config.n_routed_experts}",
+            f"{part.stored.file}: {shown(part.stored.name)} sends a token to an expert that does "
+            f"not exist; config.json says n_routed_experts={config.n_routed_experts}",
             _ELSEWHERE,
         )
     target.copy_(values)
@@ -272,12 +263,14 @@ def _fill(part: Part, tensor: Tensor, config: ModelConfig) -> None:
 def published_tensors(
     model: Deepseek, mtp: bool = True, names: Naming = "published"
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name in a file, tensor) of every weight and router bias; experts unstacked.
+    """(name in a file, tensor) of every weight and router bias; each expert's matrices by
+    themselves.
 
-    MTP layers of V3 and V3.2 come with copies of embedding and head, those of V4 without, as they
-    are published.
+    MTP layers of V3 and V3.2 come with copies of embedding and head and those of V4 without, as
+    they are published.
     """
-    config, state = model.config, model.state_dict()
+    config = model.config
+    state = model.state_dict()
     for name, place in places(state):
         if mtp or (layer_of(name) or 0) < config.num_hidden_layers:
             yield written_name(name, config, names), place.of(state[place.parameter])
@@ -295,55 +288,55 @@ def save_pretrained(
 ) -> None:
     """Write config.json and the weights, in their dtypes, into directory `path` (made if missing).
 
-    One file up to `shard_bytes`, else several with an index. transformers loads either naming; they
-    differ for V4 alone: `published` is what DeepSeek's and other engines' code reads,
-    `transformers` what that writes itself. With `mtp=False` the MTP layers are left out and the
-    config says zero of them.
+    Weights go into one file if they fit into `shard_bytes`, else into shards with an index. The two
+    namings differ only for V4: `published` is what DeepSeek's code and other engines read,
+    `transformers` is what transformers writes; transformers loads both. With `mtp=False` the MTP
+    layers are left out and config.json says that there are none.
 
-    All files are written aside first; an older checkpoint's in the same place go when these are
-    whole, and config.json, without which nothing is a checkpoint, comes last. Memory: one tensor
-    beyond the model.
+    All files are first written to a temporary directory. An older checkpoint in `path` is removed
+    once they are complete. config.json is moved in last: without it a directory does not count as a
+    checkpoint. Memory: one tensor beyond the model.
     """
-    directory, config = Path(path), model.config
+    directory = Path(path)
     if names not in get_args(Naming):
         raise BadInput(
-            f"{directory} cannot be written in the names {names!r}",
-            f"the names are {' and '.join(get_args(Naming))}",
+            f"{directory} cannot be written with the names {names!r}",
+            f"use one of {', '.join(get_args(Naming))}",
         )
-    if not mtp:
-        ratios = (
-            None
-            if config.compress_ratios is None
-            else config.compress_ratios[: config.num_hidden_layers]
-        )
-        config = config.model_copy(
-            update={"num_nextn_predict_layers": 0, "compress_ratios": ratios}
-        )
+    config = model.config if mtp else _without_mtp(model.config)
     table = to_published(config) | {
         "torch_dtype": str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     }
     shards = _divide(published_tensors(model, mtp, names), shard_bytes)
-    with disk_errors(directory), _aside(directory) as aside:
+    with disk_errors(directory), _temporary(directory) as temporary:
         for name, tensors in shards.items():
-            write_shard(aside / name, tensors)
+            write_shard(temporary / name, tensors)
         if len(shards) > 1:
-            total = sum(
-                t.numel() * t.element_size() for tensors in shards.values() for _, t in tensors
-            )
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {t: name for name, tensors in shards.items() for t, _ in tensors},
-            }
-            write_json(aside / INDEX_FILE, index)
-        write_json(aside / "config.json", table)
-        _put_in_place(aside, directory)
+            write_json(temporary / INDEX_FILE, _index(shards))
+        write_json(temporary / "config.json", table)
+        _put_in_place(temporary, directory)
+
+
+def _without_mtp(config: ModelConfig) -> ModelConfig:
+    ratios = config.compress_ratios
+    if ratios is not None:
+        ratios = ratios[: config.num_hidden_layers]
+    return config.model_copy(update={"num_nextn_predict_layers": 0, "compress_ratios": ratios})
+
+
+def _index(shards: dict[str, list[tuple[str, Tensor]]]) -> dict[str, Any]:
+    tensors = [tensor for shard in shards.values() for _, tensor in shard]
+    return {
+        "metadata": {"total_size": sum(t.numel() * t.element_size() for t in tensors)},
+        "weight_map": {name: file for file, shard in shards.items() for name, _ in shard},
+    }
 
 
 def _divide(
     tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
 ) -> dict[str, list[tuple[str, Tensor]]]:
-    """File names and what goes into each: tensors in their order, as many as `shard_bytes` allow,
-    one at least.
+    """The tensors of each file, by file name. A file gets as many as fit into `shard_bytes`, in
+    order, and at least one.
     """
     shards: list[list[tuple[str, Tensor]]] = [[]]
     size = 0
@@ -362,26 +355,28 @@ def _divide(
 
 
 @contextlib.contextmanager
-def _aside(directory: Path) -> Iterator[Path]:
-    """A directory within `directory`, gone afterwards, whatever happens; what a kill left there
-    goes too.
+def _temporary(directory: Path) -> Iterator[Path]:
+    """A temporary directory within `directory`, always removed at the end. Removes first what a
+    killed process left there.
     """
-    aside = directory / ".saving.partial"
+    temporary = directory / ".saving.partial"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
     except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise BadInput(
             f"{directory} cannot be written: {error.filename} is in the way",
-            "give a directory that is free, or one with a checkpoint to replace",
+            "give a new directory, or one with a checkpoint to replace",
         ) from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _put_in_place(aside: Path, directory: Path) -> None:
-    """Move whole files in, so that at no moment old and new ones together look like a checkpoint."""
+def _put_in_place(temporary: Path, directory: Path) -> None:
+    """Move the complete files in. At no moment do old and new files together look like a
+    checkpoint, because config.json is removed first and comes back last.
+    """
     (directory / "config.json").unlink(missing_ok=True)
     fsync_path(directory)
     for old in [
@@ -390,8 +385,8 @@ def _put_in_place(aside: Path, directory: Path) -> None:
         *directory.glob("model-*-of-*.safetensors"),
     ]:
         old.unlink(missing_ok=True)
-    for name in sorted(os.listdir(aside), key=lambda name: name == "config.json"):
+    for name in sorted(os.listdir(temporary), key=lambda name: name == "config.json"):
         if name == "config.json":
             fsync_path(directory)
-        os.replace(aside / name, directory / name)
+        os.replace(temporary / name, directory / name)
     fsync_path(directory)

@@ -19,7 +19,7 @@ from xushi.plan import (
 from xushi.plan.memory import TrainingMemory
 from xushi.run.benchmark import Shape, training_step
 from xushi.run.recipe import Recipe
-from xushi.train import PIECES_PER_STAGE, Layout, PretrainConfig, chosen_dtype
+from xushi.train import MICROBATCHES_PER_STAGE, Layout, PretrainConfig, chosen_dtype
 
 KEPT_OR_RECOMPUTED: tuple[Literal["keep", "recompute"], ...] = ("keep", "recompute")
 
@@ -131,7 +131,7 @@ def _bytes_per_process(recipe: Recipe, layout: Layout, pretrain: PretrainConfig)
     stages = layout.pipeline
     share = (parts.weights + parts.gradients + parts.optimizer) // (layout.data * stages)
     # A stage keeps its layers' activations of as many microbatches as there are stages.
-    activations = parts.activations // max(stages, min(rows, PIECES_PER_STAGE * stages))
+    activations = parts.activations // max(stages, min(rows, MICROBATCHES_PER_STAGE * stages))
     # Each process makes the whole model before it keeps its part.
     made = 0
     if layout.data * stages > 1:

@@ -24,7 +24,8 @@ from torch import Tensor
 from xushi.base.errors import BadInput, Failed
 from xushi.base.files import directory_in_place, disk_errors, sha256_file, sha256_json, write_json
 from xushi.base.progress import say
-from xushi.train.layout import Box, Team
+from xushi.train.boxes import Box
+from xushi.train.team import Team
 
 FORMAT = 3
 KEEP = 2  # the one before the newest stays, in case the newest is damaged

@@ -21,7 +21,7 @@ from statistics import median
 from types import TracebackType
 from typing import Any
 
-from xushi.train.layout import Team
+from xushi.train.team import Team
 
 SECONDS_BETWEEN = 1.0
 SHORTEST_LIMIT = 60.0  # seconds without a sign of life, or in one place

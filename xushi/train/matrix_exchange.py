@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xushi.train.layout import Box, Layout, expert_axis
+from xushi.train.boxes import Box
+from xushi.train.fitting import expert_axis
+from xushi.train.layout import Layout
 
 
 class MatrixExchange:

@@ -35,12 +35,13 @@ class SFT(TrainingStage):
     """Reads checkpoints/pretrain; writes checkpoints/sft."""
 
     name = "sft"
-    title = "Demonstrations"
+    title = "Fine-tuning"
     section = "sft"
     needs_environment = True
     facts = (
-        Fact("sft.steps", "{} steps on demonstrations"),
-        Fact("sft.loss", "last loss {}", "digits"),
+        Fact("sft.examples", "{} demonstrations"),
+        Fact("sft.steps", "{} steps"),
+        Fact("sft.loss", "last loss {} nats a token", "digits"),
     )
 
     def __init__(self, recipe: "Recipe") -> None:
@@ -101,7 +102,9 @@ def demonstrations(
             example
             for index in range(first + cursor, first + cursor + count)
             for example in chat_examples(
-                tokenizer, environment.demonstration("train", index, config.thinking_share)
+                tokenizer,
+                environment.demonstration("train", index, config.thinking_share),
+                environment.tools,
             )
         ]
         return pack_examples(examples, config.sequence_length, tokenizer.pad_id).batch
