@@ -15,7 +15,7 @@ SPECIAL_TOKENS = (
     "<think>",
     "</think>",
 )
-"""In the order of their ids, which begin at 0. Spelled as in DeepSeek-V3.1's published tokenizer."""
+"""In the order of their ids, from 0, and spelled as in DeepSeek-V3.1's published tokenizer."""
 
 TOOL_TOKENS = (
     "<｜tool▁calls▁begin｜>",
