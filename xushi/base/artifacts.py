@@ -1,4 +1,4 @@
-"""Artifacts by content: what a stage makes is kept under the hash of what it read, and runs share it.
+"""Artifacts by content: what a stage makes is kept under the hash of its inputs, for all runs.
 
     XUSHI_CACHE/artifacts/KIND-HASH/manifest.json  size and SHA-256 of every file
     XUSHI_CACHE/artifacts/KIND-HASH/files/         what was made, read-only
@@ -92,9 +92,7 @@ class Artifacts:
         try:
             return self._obtain(key, make, target)
         except CacheUnusable as error:
-            say(
-                f"the cache is not used ({error.problem}): the {_kind(key)} is made for this run alone"
-            )
+            say(f"the cache is not used ({error.problem}): {_kind(key)} is made for this run alone")
         with directory_in_place(target) as aside:
             make(aside)
         return True
@@ -162,11 +160,10 @@ class Artifacts:
 
 def cache_table(entries: Sequence[Entry]) -> str:
     """Lines of kind, bytes, day of the last use and key, and the total."""
-    lines = [
-        f"{entry.kind:<12}{entry.bytes:>16,}  {time.strftime('%Y-%m-%d', time.localtime(entry.used))}"
-        f"  {entry.key}"
-        for entry in entries
-    ]
+    lines = []
+    for entry in entries:
+        day = time.strftime("%Y-%m-%d", time.localtime(entry.used))
+        lines.append(f"{entry.kind:<12}{entry.bytes:>16,}  {day}  {entry.key}")
     return "\n".join([*lines, f"{'total':<12}{sum(entry.bytes for entry in entries):>16,}"])
 
 
@@ -315,7 +312,6 @@ def _remove(place: Path, key: str) -> bool:
         with locks.exclusive(place / key / "in-use") as unused:
             if unused:
                 _discard(place / key)
-                (place / f"{key}.lock").unlink()
         return unused
 
 

@@ -1,7 +1,6 @@
-"""What a DeepSeek-V2, V3, V3.2 or V4 is, in the field names of its published `config.json`.
+"""The architecture of a DeepSeek-V2, V3, V3.2 or V4, in the field names of its `config.json`.
 
-Not here: anything about training or serving, nor the reading and writing of that file
-(published.py).
+Not here: training and serving, and how that file is read and written (published.py).
 """
 
 from collections.abc import Callable
@@ -50,7 +49,7 @@ _COMPRESSED = (
     "num_hash_layers",
     "swiglu_limit",
 )
-# Fields that a kind has not, with the value that they then have.
+# Fields that do not apply to a model_type, with the value they are fixed to (None: the default).
 ABSENT: dict[str, dict[str, Any]] = {
     "deepseek_v2": {
         "rope_interleave": True,
@@ -85,10 +84,11 @@ class ModelConfig(StrictConfig):
 
     `compress_ratios` gives each layer's attention, MTP layers last: 0 is the sliding window alone,
     `compress_rate_csa` compressed sparse attention, `compress_rate_hca` heavily compressed
-    attention. A field that a kind has not keeps the value it cannot do without, and is not written.
+    attention. Fields that do not apply to a `model_type` are fixed (see ABSENT) and not written to
+    config.json.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     model_type: Literal["deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4"] = "deepseek_v3"
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
@@ -150,9 +150,7 @@ class ModelConfig(StrictConfig):
     @model_validator(mode="before")
     @classmethod
     def _by_kind(cls, table: Any) -> Any:
-        """What a kind has not may not be asked of it, and takes the value that it cannot do
-        without.
-        """
+        """Fix the fields that do not apply to the `model_type`; another value for one is refused."""
         if (
             not isinstance(table, dict)
             or (kind := table.get("model_type", "deepseek_v3")) not in ABSENT
@@ -181,33 +179,33 @@ class ModelConfig(StrictConfig):
 
     @property
     def has_router_bias(self) -> bool:
-        """Whether experts are balanced by a selection bias; if not, the balance loss alone does it."""
+        """Whether a selection bias balances the experts; without it only the balance loss does."""
         return self.topk_method == "noaux_tc"
 
     @property
     def is_v4(self) -> bool:
-        """Whether attention is V4's, on compressed entries, and the residual is several streams."""
+        """Whether attention reads V4's compressed entries and the residual has several streams."""
         return self.model_type == "deepseek_v4"
 
     @property
     def has_indexer(self) -> bool:
-        """Whether attention is sparse somewhere: a query sees the `index_topk` that its layer's
-        indexer chose.
+        """Whether some layer is sparse: its queries attend to the `index_topk` keys or entries that
+        an indexer chose.
         """
         return self.model_type == "deepseek_v32" or (
             self.is_v4 and self.compress_rate_csa in (self.compress_ratios or [])
         )
 
     def is_moe(self, layer: int) -> bool:
-        """Whether decoder layer `layer` (MTP layers count on from the last) holds experts."""
+        """Whether decoder layer `layer` has experts. MTP layers are numbered after the last one."""
         return layer >= self.first_k_dense_replace
 
     def is_hash_routed(self, layer: int) -> bool:
-        """Whether layer `layer`'s experts follow from the token's id alone."""
+        """Whether the token's id alone chooses the experts of layer `layer`."""
         return self.is_v4 and layer < self.num_hash_layers
 
     def compress_ratio(self, layer: int) -> int:
-        """Tokens to a compressed entry in V4's layer `layer`; 0 where there are none."""
+        """Tokens in a compressed entry of V4's layer `layer`; 0: the layer has no entries."""
         assert self.compress_ratios is not None
         return self.compress_ratios[layer]
 
@@ -235,13 +233,15 @@ class ModelConfig(StrictConfig):
                 f"n_routed_experts={self.n_routed_experts} does not divide into "
                 f"n_group={self.n_group}"
             )
-        if self.has_router_bias and not self.is_v4 and self.n_routed_experts // self.n_group < 2:
+        size = self.n_routed_experts // self.n_group
+        # A single group is not scored, so it may have a single expert: then the layer is dense.
+        if self.has_router_bias and self.n_group > 1 and size < 2:
             raise ValueError(
                 "a group needs at least 2 experts: its score is the sum of its two best"
             )
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group={self.topk_group} exceeds n_group={self.n_group}")
-        if self.num_experts_per_tok > self.topk_group * (self.n_routed_experts // self.n_group):
+        if self.num_experts_per_tok > self.topk_group * size:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds the experts of "
                 "topk_group groups"
@@ -264,8 +264,7 @@ class ModelConfig(StrictConfig):
         if self.index_head_dim < self.qk_rope_head_dim:
             raise ValueError(
                 f"index_head_dim={self.index_head_dim} is less than its rotated part, "
-                "qk_rope_head_dim="
-                f"{self.qk_rope_head_dim}"
+                f"qk_rope_head_dim={self.qk_rope_head_dim}"
             )
 
     def _consistent_v4(self) -> None:
@@ -282,8 +281,8 @@ class ModelConfig(StrictConfig):
         for name in ("head_dim", "index_head_dim"):
             if getattr(self, name) < self.qk_rope_head_dim:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} is less than its rotated part, qk_rope_head_dim="
-                    f"{self.qk_rope_head_dim}"
+                    f"{name}={getattr(self, name)} is less than its rotated part, "
+                    f"qk_rope_head_dim={self.qk_rope_head_dim}"
                 )
         if self.num_attention_heads % self.o_groups:
             raise ValueError(
@@ -295,21 +294,23 @@ class ModelConfig(StrictConfig):
                 f"num_hash_layers={self.num_hash_layers} exceeds num_hidden_layers="
                 f"{self.num_hidden_layers}"
             )
+        self._consistent_ratios()
+
+    def _consistent_ratios(self) -> None:
         if self.compress_rate_csa == self.compress_rate_hca:
             raise ValueError(
-                f"compress_rate_csa and compress_rate_hca must differ (both {self.compress_rate_csa})"
+                "compress_rate_csa and compress_rate_hca must differ, and both are "
+                f"{self.compress_rate_csa}"
             )
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
         if self.compress_ratios is None or len(self.compress_ratios) != layers:
             raise ValueError(
                 f"a deepseek_v4 needs compress_ratios with {layers} entries, one for every layer, "
-                "MTP's "
-                "last"
+                "MTP's last"
             )
         known = (0, self.compress_rate_csa, self.compress_rate_hca)
         if wrong := set(self.compress_ratios).difference(known):
             raise ValueError(
                 f"compress_ratios holds {min(wrong)}; it may hold 0, compress_rate_csa={known[1]} "
-                "and "
-                f"compress_rate_hca={known[2]}"
+                f"and compress_rate_hca={known[2]}"
             )
