@@ -297,7 +297,8 @@ class ModelConfig(StrictConfig):
             )
         if self.compress_rate_csa == self.compress_rate_hca:
             raise ValueError(
-                f"compress_rate_csa and compress_rate_hca must differ (both {self.compress_rate_csa})"
+                "compress_rate_csa and compress_rate_hca must differ (both "
+                f"{self.compress_rate_csa})"
             )
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
         if self.compress_ratios is None or len(self.compress_ratios) != layers:

@@ -55,8 +55,7 @@ def export_gguf(directory: str | Path, path: str | Path, kind: str = "bf16") -> 
         raise BadInput(f"{kind!r} is not a supported GGUF type", f"use one of {', '.join(KINDS)}")
     if path.exists():
         raise BadInput(f"{path} exists already", "give another name, or remove it first")
-    config = read_config(directory)
-    _refuse_inexpressible(config, directory)
+    config = _expressible_config(directory)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DEEPSEEK2])
     _add_description(writer, config, directory.resolve().name, kind)
     add_tokenizer(writer, config, directory)
@@ -93,8 +92,11 @@ def _library() -> Any:
     return gguf
 
 
-def _refuse_inexpressible(config: ModelConfig, directory: Path) -> None:
-    """Raise a `XushiError` that names what llama.cpp's `deepseek2` lacks or computes differently."""
+def _expressible_config(directory: Path) -> ModelConfig:
+    """The config of `directory`. Raise a `XushiError` for whatever llama.cpp's `deepseek2` lacks or
+    computes differently.
+    """
+    config = read_config(directory)
     grouped = config.topk_method == "group_limited_greedy" and _limits_groups(config)
     # The loader takes these for V2-Lite and its relatives and does not look for a query latent.
     lite = config.num_hidden_layers in (26, 27) or (
@@ -128,6 +130,7 @@ def _refuse_inexpressible(config: ModelConfig, directory: Path) -> None:
                 f"{reason}",
                 "serve the directory itself, with xushi, transformers or vLLM",
             )
+    return config
 
 
 def _limits_groups(config: ModelConfig) -> bool:
