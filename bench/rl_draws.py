@@ -1,47 +1,45 @@
-"""How reliably a run's fine-tuned model learns from rewards: its RL again for several draws of
-tasks and samples.
+"""How reliably a run's fine-tuned model learns from rewards: repeat its RL with other seeds.
 
     python bench/rl_draws.py RUN [--draws N] [--set rl.key=value]...
 
-Draw 0 is the run's own. Nothing in the run is changed. Prints greedy accuracy on the evaluation's
-unseen tasks and the reward on the way (its lowest from the fourth step on, and its last), and,
-last, one line of JSON.
+Each draw has its own tasks and samples; draw 0 has those of the run. Nothing in the run is changed.
+Printed are the greedy accuracy on the unseen tasks of the evaluation, the lowest reward from the
+fourth step on, and the last reward. The last line is JSON.
 """
 
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from statistics import mean
+from typing import Annotated
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
+import typer
+from xushi.run.context import RunContext
 
 from xushi.base.seeds import derive
 from xushi.base.tracking import Tracking
 from xushi.evaluate import answer_tasks
-from xushi.run.recipe import load_recipe
 from xushi.rl import reinforce
-from xushi.run.context import RunContext
+from xushi.run.recipe import load_recipe
 
 
 def draw(run: Path, assignments: list[str], number: int) -> dict[str, float]:
+    """The figures of one repetition of the RL."""
     recipe = load_recipe(run / "recipe.toml", assignments)
     context = RunContext(run, recipe, Tracking(run / "tracking.sqlite"))
-    model, tokenizer, environment = (
-        context.trained_model("sft"),
-        context.tokenizer(),
-        context.environment(),
-    )
+    model = context.trained_model("sft")
+    tokenizer = context.tokenizer()
     with tempfile.TemporaryDirectory() as aside:
         tracking = Tracking(Path(aside) / "tracking.sqlite")
         reinforce(
             model,
             tokenizer,
-            environment,
+            context.environment(),
             recipe.rl,
             derive(recipe.seed + number, "rl"),
             Path(aside),
@@ -68,22 +66,24 @@ def draw(run: Path, assignments: list[str], number: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    words = sys.argv[1:]
-    assignments = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-    draws = int(words[words.index("--draws") + 1]) if "--draws" in words else 3
-    run = Path(words[0])
+def main(
+    run: Path,
+    draws: int = 3,
+    assignments: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
+) -> None:
+    """Repeat the RL of a run and print what each repetition learned."""
     torch.set_num_threads(load_recipe(run / "recipe.toml", []).threads or 2)
     print(f"{'draw':>6}{'greedy':>9}{'lowest':>9}{'last':>9}")
     results = []
     for number in range(draws):
-        results.append(result := draw(run, assignments, number))
+        result = draw(run, assignments or [], number)
+        results.append(result)
         print(
             f"{number:>6}{result['greedy']:>9.3f}{result['lowest']:>9.2f}{result['last']:>9.2f}",
             flush=True,
         )
-    print(json.dumps({"run": str(run), "set": assignments, "draws": results}))
+    print(json.dumps({"run": str(run), "set": assignments or [], "draws": results}))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

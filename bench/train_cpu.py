@@ -1,15 +1,18 @@
-"""Training speed on this CPU: one whole optimizer step, where its time goes, and transformers
-beside it.
+"""Training speed on this CPU, compared with PyTorch's forms of the ops or with transformers.
 
     python bench/train_cpu.py [SHAPE or RECIPE]... [--peers] [--fp32 | --bf16] [--rounds N]
 
-Shapes are S and M (the default is both), or a recipe's TOML file for its model. The dtype is what
-training would choose here. Every side is a process of its own that does one step when it is told
-to, so that rounds alternate and each side's peak memory is its own: xushi (a recipe's model with
-the recipe's optimizer, S and M with AdamW), and beside it xushi with PyTorch's forms of its ops;
-with --peers instead transformers 5.23 as it comes, and transformers with C's allocator told to keep
-its memory ("tuned"), both with sdpa, grouped_mm and fused AdamW; bf16 by autocast. All take the
-same random tokens. Prints tables and, last, one line of JSON.
+A shape is S or M (the default is both), or a recipe's TOML file for its model. The dtype is the one
+that training would choose on this machine. What is compared:
+
+- xushi: a recipe's model with the recipe's optimizer, S and M with AdamW;
+- without --peers: xushi with PyTorch's forms of its ops;
+- with --peers: transformers 5.23 as installed, and transformers with glibc's allocator set to keep
+  freed memory ("tuned"); both with sdpa, grouped_mm, fused AdamW, and autocast for bf16.
+
+Each of these is a process of its own, called a side. A side takes one whole optimizer step when it
+is asked to, so that the sides take turns and each has its own peak memory. All take the same random
+tokens. The program prints tables, and one line of JSON last.
 """
 
 import json
@@ -20,11 +23,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
+from typing import Annotated
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
+import typer
 
 from xushi.base.allocator import keep_freed_memory
 from xushi.base.machine import (
@@ -45,6 +50,7 @@ from xushi.run.benchmark import (
     training_step,
 )
 
+WORKER = "--worker"  # the first argument of a side's process
 SETTINGS = {
     "xushi pytorch": {"XUSHI_OPS": "pytorch"},
     "transformers tuned": {
@@ -56,13 +62,13 @@ SETTINGS = {
 
 
 def shape_without_mtp(name: str) -> Shape:
-    """The peer has no MTP layers."""
+    """The named shape without MTP layers, which transformers does not have."""
     shape = named_shape(name)
     return replace(shape, config=shape.config.model_copy(update={"num_nextn_predict_layers": 0}))
 
 
 def peer(config: ModelConfig, dtype: str) -> Callable[[torch.Tensor], None]:
-    """transformers' step; its whole rows are one document, and it neither clips nor balances."""
+    """A training step of transformers. Each row is one document; no clipping, no router biases."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     published = {
@@ -83,8 +89,11 @@ def peer(config: ModelConfig, dtype: str) -> Callable[[torch.Tensor], None]:
 
 
 def worker(side: str, name: str, dtype: str) -> None:
-    """One step for each line read, of so many sequences; answers its seconds, or to "parts" where
-    they go.
+    """A side's process: answer each line of standard input with one line of JSON.
+
+    A number n asks for one step of n sequences and is answered with its seconds; "parts" with the
+    shares of time of a step, "memory" with the peak memory in bytes, "form" with the forms of the
+    ops in use.
     """
     torch.set_num_threads(inspect().usable_cores)
     shape = shape_without_mtp(name)
@@ -110,13 +119,13 @@ def worker(side: str, name: str, dtype: str) -> None:
 
 
 class Side:
-    """A worker process."""
+    """One of the processes that are compared."""
 
     def __init__(self, side: str, name: str, dtype: str) -> None:
         self.side = side
         environment = {**os.environ, **SETTINGS.get(side, {})}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", side, name, dtype],
+            [sys.executable, __file__, WORKER, side, name, dtype],
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -131,86 +140,109 @@ class Side:
             return json.loads(self.process.stdout.readline())
         except (BrokenPipeError, json.JSONDecodeError):
             raise SystemExit(
-                f"{self.side} ended with {self.process.wait()}\n-9 is for want of memory, of "
-                "which the "
-                "three sides of M take 20 GiB; any other error stands above"
+                f"{self.side} exited with status {self.process.wait()}\n-9 means too little "
+                "memory (the three sides of M need 20 GiB); other errors are printed above"
             ) from None
+
+    def seconds(self, sequences: int) -> float:
+        answer = self.ask(sequences)
+        assert isinstance(answer, float)
+        return answer
 
 
 def measure(name: str, dtype: str, peers: bool, rounds: int) -> dict[str, float]:
-    """One shape's table; returns its numbers."""
+    """Print one shape's table; returns its figures."""
     shape = shape_without_mtp(name)
-    rows, length = shape.sequences, shape.length
     names = ["xushi", *(["transformers", "transformers tuned"] if peers else ["xushi pytorch"])]
     sides = {side: Side(side, name, dtype) for side in names}
     seconds: dict[str, list[float]] = {side: [] for side in names}
-    ceiling = measure_matrix_gflops(dtype)
+    before = measure_matrix_gflops(dtype)
     for _ in range(rounds + 1):
         for side, process in sides.items():
-            seconds[side].append(float(process.ask(rows)))  # type: ignore[arg-type]
-    ceiling = max(ceiling, measure_matrix_gflops(dtype))
-    flops = train_flops_per_token(shape.config, length, mtp=False)
+            seconds[side].append(process.seconds(shape.sequences))
+    ceiling = max(before, measure_matrix_gflops(dtype))
     print(
-        f"\n{name}: {rows} sequences of {length}, {shape.settings.optimizer}, {dtype}, ceiling "
-        f"{ceiling:.0f} "
-        f"GFLOP/s; {sides['xushi'].ask('form')}"
+        f"\n{name}: {shape.sequences} sequences of {shape.length}, {shape.settings.optimizer}, "
+        f"{dtype}, ceiling {ceiling:.0f} GFLOP/s; {sides['xushi'].ask('form')}"
     )
-    rates = {}
-    for side, times in seconds.items():
-        ordered = sorted(rows * length / t for t in times[1:])
-        rates[side] = median(ordered)
-        memory = int(sides[side].ask("memory")) / 2**30  # type: ignore[call-overload]
-        print(
-            f"  {side:<20}{rates[side]:9,.0f} tok/s ({ordered[0]:,.0f} to {ordered[-1]:,.0f}), "
-            f"{rates[side] * flops / ceiling / 1e9:4.0%} of the ceiling, peak {memory:.2f} GiB"
-        )
+    rates = speeds(shape, sides, seconds, ceiling)
+    flops = train_flops_per_token(shape.config, shape.length, mtp=False)
     result = {
         f"tokens_per_second_{name}": rates["xushi"],
         f"share_of_ceiling_{name}": rates["xushi"] * flops / ceiling / 1e9,
+        **ratios(name, rates),
+        **cost(name, shape, sides["xushi"]),
     }
-    if peers:
-        result |= {
-            f"ratio_{name}": rates["xushi"] / rates["transformers"],
-            f"ratio_{name}_tuned": rates["xushi"] / rates["transformers tuned"],
-        }
+    for side in sides.values():
+        side.process.terminate()
+        side.process.wait()
+    return result
+
+
+def speeds(
+    shape: Shape, sides: dict[str, Side], seconds: dict[str, list[float]], ceiling: float
+) -> dict[str, float]:
+    """Print a line for each side; returns tokens per second, without the first step."""
+    flops = train_flops_per_token(shape.config, shape.length, mtp=False)
+    rates = {}
+    for side, times in seconds.items():
+        ordered = sorted(shape.sequences * shape.length / t for t in times[1:])
+        rates[side] = median(ordered)
+        memory = sides[side].ask("memory")
+        assert isinstance(memory, int)
         print(
-            f"  xushi to transformers {result[f'ratio_{name}']:.2f}, tuned "
-            f"{result[f'ratio_{name}_tuned']:.2f}"
+            f"  {side:<20}{rates[side]:9,.0f} tok/s ({ordered[0]:,.0f} to {ordered[-1]:,.0f}), "
+            f"{rates[side] * flops / ceiling / 1e9:4.0%} of the ceiling, "
+            f"peak {memory / 2**30:.2f} GiB"
         )
-    else:
-        result[f"ratio_{name}_pytorch"] = rates["xushi"] / rates["xushi pytorch"]
-        print(f"  compiled to PyTorch's forms {result[f'ratio_{name}_pytorch']:.2f}")
-    own = sides["xushi"]
-    sizes = sorted({max(1, rows // part) for part in (4, 2, 1)})
-    points = [(n * length, median(float(own.ask(n)) for _ in range(3))) for n in sizes]  # type: ignore[arg-type]
+    return rates
+
+
+def ratios(name: str, rates: dict[str, float]) -> dict[str, float]:
+    """Print and return xushi's speed divided by that of the other sides."""
+    if "xushi pytorch" in rates:
+        ratio = rates["xushi"] / rates["xushi pytorch"]
+        print(f"  compiled to PyTorch's forms {ratio:.2f}")
+        return {f"ratio_{name}_pytorch": ratio}
+    ratio = rates["xushi"] / rates["transformers"]
+    tuned = rates["xushi"] / rates["transformers tuned"]
+    print(f"  xushi to transformers {ratio:.2f}, tuned {tuned:.2f}")
+    return {f"ratio_{name}": ratio, f"ratio_{name}_tuned": tuned}
+
+
+def cost(name: str, shape: Shape, side: Side) -> dict[str, float]:
+    """Print and return seconds per step and per token, and the share of time of each part."""
+    result = {}
+    sizes = sorted({max(1, shape.sequences // part) for part in (4, 2, 1)})
+    points = [(n * shape.length, median(side.seconds(n) for _ in range(3))) for n in sizes]
     if len(points) > 1:
         fixed, slope = line_through(points)
         print(f"  t = {fixed * 1e3:.0f} ms + tokens * {slope * 1e6:.1f} us")
         result |= {f"fixed_seconds_{name}": fixed, f"seconds_per_token_{name}": slope}
-    shares = own.ask("parts")
+    shares = side.ask("parts")
     assert isinstance(shares, dict)
     print("  time: " + ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
-    for process in sides.values():
-        process.process.terminate()
-        process.process.wait()
     return result | {f"time_{part}_{name}": share for part, share in shares.items()}
 
 
-def main() -> None:
-    words = sys.argv[1:]
-    if words[:1] == ["--worker"]:
-        return worker(*words[1:])
-    rounds = int(words.pop(words.index("--rounds") + 1)) if "--rounds" in words else 5
-    dtype = (
-        "fp32" if "--fp32" in words else "bf16" if "--bf16" in words else best_training_dtype()[0]
-    )
+def main(
+    shapes: Annotated[list[str] | None, typer.Argument(help="S, M or recipe files")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="compare with transformers")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16")] = False,
+    rounds: Annotated[int, typer.Option(help="steps after the first")] = 5,
+) -> None:
+    """Time training steps on this CPU."""
+    dtype = "fp32" if fp32 else "bf16" if bf16 else best_training_dtype()[0]
     torch.set_num_threads(inspect().usable_cores)
-    names = [word for word in words if not word.startswith("-")] or list(SHAPES)
     result: dict[str, float | str] = {"dtype": dtype}
-    for name in names:
-        result |= measure(name, dtype, "--peers" in words, rounds)
+    for name in shapes or list(SHAPES):
+        result |= measure(name, dtype, peers, rounds)
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == [WORKER]:
+        worker(*sys.argv[2:])
+    else:
+        typer.run(main)

@@ -1,41 +1,35 @@
-"""What a training step costs on this CPU against width, depth, experts, length and batch, and what
-limits it.
+"""Cost of a training step on this CPU by width, depth, experts, sequence length and batch size.
 
     python bench/train_curves.py [--fp32 | --bf16] [--rounds N] [--draw FILE.svg]
 
-One thing at a time is changed from a model like S (`xushi bench train`), 2,048 tokens in sequences
-of 512 unless they are what is changed. Medians of the rounds. Prints a table, draws it if asked to,
-and prints the points as JSON last.
+Each series changes one size of the model S of `xushi bench train`. A step has 2,048 tokens in
+sequences of 512, except where the length or the batch is varied. The figures are medians of the
+rounds. The program prints a table, draws it with --draw, and prints the points as JSON last.
 """
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+import typer
 
 from xushi.base.allocator import keep_freed_memory
 from xushi.model import ModelConfig
 from xushi.report.numbers import escape
 from xushi.run.benchmark import PARTS, Shape, benchmark_training, named_shape
 
-COLOURS = (
-    "#0067a5",
-    "#b84a00",
-    "#00704f",
-    "#94477e",
-    "#866000",
-    "#6db9f0",
-    "#8a867d",
-)  # of PARTS and the rest
+NAMES = (*PARTS, "other")
+COLOURS = ("#0067a5", "#b84a00", "#00704f", "#94477e", "#866000", "#6db9f0", "#8a867d")  # of NAMES
+WIDE, HIGH, GAP = 44, 150, 96  # width and height of a bar, distance between panels, in pixels
 
 
 def shapes() -> Iterator[tuple[str, int, Shape]]:
-    """(axis, value, shape)."""
+    """(axis, value, shape) of every point."""
     base = named_shape("S")
 
     def changed(sequences: int = 4, length: int = 512, **fields: Any) -> Shape:
@@ -73,59 +67,63 @@ def shapes() -> Iterator[tuple[str, int, Shape]]:
 
 
 def draw(points: list[dict[str, Any]], title: str) -> str:
-    """A panel for each axis, a bar for each value: shares of time, with speed and share of the
-    ceiling above.
+    """An SVG with a panel for each axis and a bar for each value.
+
+    The segments of a bar are shares of time; speed and share of the ceiling stand beside it.
     """
-    axes = list(dict.fromkeys(point["axis"] for point in points))
-    names, wide, high, gap = (*PARTS, "other"), 44, 150, 96
-    out, y = [], 64
-    for axis in axes:
+    out = []
+    y = 64
+    for axis in dict.fromkeys(point["axis"] for point in points):
         out.append(f'<text x="20" y="{y - 34}" font-weight="600">{escape(axis)}</text>')
         for place, point in enumerate(p for p in points if p["axis"] == axis):
-            x, top = 20 + place * (wide + 62), y
-            out.append(
-                f'<text x="{x}" y="{y - 8}" class="s">{point["tokens_per_second"]:,.0f} '
-                "tok/s</text>"
-            )
-            for name, colour in zip(names, COLOURS, strict=True):
-                height = point["time"][name] * high
-                out.append(
-                    f'<rect x="{x}" y="{top:.1f}" width="{wide}" height="{height:.1f}" '
-                    f'fill="{colour}"/>'
-                )
-                top += height
-            out.append(f'<text x="{x}" y="{y + high + 16}">{point["value"]:,}</text>')
-            out.append(
-                f'<text x="{x + wide + 4}" y="{y + high}" '
-                f'class="s">{point["share_of_ceiling"]:.0%}</text>'
-            )
-        y += high + gap
-    for place, (name, colour) in enumerate(zip(names, COLOURS, strict=True)):
+            out += bar(point, 20 + place * (WIDE + 62), y)
+        y += HIGH + GAP
+    for place, (name, colour) in enumerate(zip(NAMES, COLOURS, strict=True)):
         x = 20 + place * 96
         out.append(
             f'<rect x="{x}" y="{y - 52}" width="11" height="11" fill="{colour}"/>'
             f'<text x="{x + 15}" y="{y - 42}" class="s">{escape(name)}</text>'
         )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{y - 20}" viewBox="0 0 700 '
-        f'{y - 20}" '
-        'role="img" '
-        f'aria-label="{escape(title)}"><style>text{{font:13px system-ui,sans-serif;fill:#1d1c1a}}'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{y - 20}" '
+        f'viewBox="0 0 700 {y - 20}" role="img" aria-label="{escape(title)}">'
+        "<style>text{font:13px system-ui,sans-serif;fill:#1d1c1a}"
         '.s{font-size:11px;fill:#5f5b53}</style><rect width="100%" height="100%" fill="#fbfaf7"/>'
         + "".join(out)
         + f'<text x="20" y="{y - 26}" class="s">{escape(title)}</text></svg>\n'
     )
 
 
-def main() -> None:
-    words = sys.argv[1:]
-    rounds = int(words[words.index("--rounds") + 1]) if "--rounds" in words else 3
-    dtype = "fp32" if "--fp32" in words else "bf16" if "--bf16" in words else "auto"
+def bar(point: dict[str, Any], x: int, y: int) -> list[str]:
+    """The bar of one point with its labels; its top left corner is (x, y)."""
+    out = [
+        f'<text x="{x}" y="{y - 8}" class="s">{point["tokens_per_second"]:,.0f} tok/s</text>',
+        f'<text x="{x}" y="{y + HIGH + 16}">{point["value"]:,}</text>',
+        f'<text x="{x + WIDE + 4}" y="{y + HIGH}" class="s">{point["share_of_ceiling"]:.0%}</text>',
+    ]
+    top = float(y)
+    for name, colour in zip(NAMES, COLOURS, strict=True):
+        height = point["time"][name] * HIGH
+        out.append(
+            f'<rect x="{x}" y="{top:.1f}" width="{WIDE}" height="{height:.1f}" fill="{colour}"/>'
+        )
+        top += height
+    return out
+
+
+def main(
+    fp32: Annotated[bool, typer.Option("--fp32")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16")] = False,
+    rounds: int = 3,
+    drawing: Annotated[Path | None, typer.Option("--draw", metavar="FILE.svg")] = None,
+) -> None:
+    """Time training steps of models of many sizes."""
+    dtype = "fp32" if fp32 else "bf16" if bf16 else "auto"
     keep_freed_memory()
     points: list[dict[str, Any]] = []
     for axis, value, shape in shapes():
         found = benchmark_training(shape.but(dtype=dtype), rounds)
-        time = {part: found[f"bench.time_{part.lower()}"] for part in (*PARTS, "other")}
+        time = {part: found[f"bench.time_{part.lower()}"] for part in NAMES}
         points.append(
             {
                 "axis": axis,
@@ -139,18 +137,17 @@ def main() -> None:
         print(
             f"{axis:<22}{value:>7,} {found['bench.tokens_per_second']:>9,.0f} tok/s "
             f"{found['bench.share_of_ceiling']:>5.0%} of {found['bench.ceiling_gflops']:.0f} "
-            "GFLOP/s   "
-            f"{first} {time[first]:.0%}, {second} {time[second]:.0%}",
+            f"GFLOP/s   {first} {time[first]:.0%}, {second} {time[second]:.0%}",
             flush=True,
         )
-    if "--draw" in words:
+    if drawing is not None:
         title = (
-            f"Share of time by part; beside a bar the share of PyTorch's matrix product. "
+            f"Share of time by part; beside each bar its share of PyTorch's matrix product. "
             f"{found['bench.dtype']}, {found['bench.op_forms']}, {found['bench.threads']} threads"
         )
-        Path(words[words.index("--draw") + 1]).write_text(draw(points, title), encoding="utf-8")
+        drawing.write_text(draw(points, title), encoding="utf-8")
     print(json.dumps({"dtype": found["bench.dtype"], "points": points}))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,21 +1,22 @@
-"""Training speed on one GPU: whole optimizer steps beside transformers', and the share of the
-measured matrix product.
+"""Training speed on one GPU, compared with transformers and with the speed of a matrix product.
 
     python bench/train_gpu.py [S | M | L]... [--rounds N] [--no-peer]
 
-S and M are those of bench/train_cpu.py, L has 1.9 billion parameters and steps of 16 sequences of
-1,024. bf16, fused AdamW for the peer (transformers as it is installed: sdpa, grouped_mm, autocast).
-Steps alternate; medians. The last line is JSON.
+S and M are those of bench/train_cpu.py; L has 1.9 billion parameters and takes steps of 16
+sequences of 1,024 tokens. All is bf16. transformers is used as installed, with sdpa, grouped_mm,
+autocast and fused AdamW. The two take turns, one whole optimizer step each, and medians are
+printed. The last line is JSON.
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
+from typing import Annotated
 
 import torch
+import typer
 
 from xushi.base.machine import measure_matrix_gflops
 from xushi.model import ModelConfig, to_published
@@ -40,13 +41,16 @@ L = dict(
 
 
 def shape_of(name: str) -> Shape:
-    if name != "L":
-        return named_shape(name)
-    settings = named_shape("M").settings.model_copy(update={"batch_tokens": 16 * 1024})
-    return Shape("L", ModelConfig.model_validate(L), settings, 1024)
+    """The named shape without MTP layers, which transformers does not have."""
+    shape = named_shape("M" if name == "L" else name)
+    if name == "L":
+        settings = shape.settings.model_copy(update={"batch_tokens": 16 * 1024})
+        shape = Shape("L", ModelConfig.model_validate(L), settings, 1024)
+    return replace(shape, config=shape.config.model_copy(update={"num_nextn_predict_layers": 0}))
 
 
 def peer(config: ModelConfig) -> Callable[[torch.Tensor], None]:
+    """A training step of transformers."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     published = {
@@ -69,10 +73,10 @@ def peer(config: ModelConfig) -> Callable[[torch.Tensor], None]:
 
 
 def measure(name: str, rounds: int, beside: bool) -> dict[str, float]:
+    """Print one shape's table; returns its figures."""
     shape = shape_of(name)
-    shape = replace(shape, config=shape.config.model_copy(update={"num_nextn_predict_layers": 0}))
     tokens = shape.tokens().to("cuda")
-    join(LayoutConfig(), shape.config, "cuda")  # deterministic algorithms, as a run has them
+    join(LayoutConfig(), shape.config, "cuda")  # deterministic algorithms, as in a run
     sides = {"xushi": training_step(shape, "cuda")}
     if beside:
         sides["transformers"] = peer(shape.config)
@@ -86,48 +90,63 @@ def measure(name: str, rounds: int, beside: bool) -> dict[str, float]:
             step(tokens)
             seconds[side].append(time.perf_counter() - began)
             memory[side] = torch.cuda.max_memory_allocated()
-    ceiling = measure_matrix_gflops("bf16", 8192, device="cuda")
-    flops, result = train_flops_per_token(shape.config, shape.length, mtp=False), {}
-    print(
-        f"\n{name}: {count_parameters(shape.config).total / 1e6:,.0f} M parameters, "
-        f"{tokens.numel():,} tokens a "
-        f"step, ceiling {ceiling / 1e3:.0f} TFLOP/s, {torch.cuda.get_device_name()}"
-    )
-    for side, times in seconds.items():
-        rate = tokens.numel() / median(times[2:])
-        print(
-            f"  {side:<14}{rate:12,.0f} tok/s ({tokens.numel() / max(times[2:]):,.0f} to "
-            f"{tokens.numel() / min(times[2:]):,.0f}), {rate * flops / ceiling / 1e9:.1%} of the "
-            "ceiling, peak "
-            f"{memory[side] / 2**30:.1f} GiB of both"
-        )
-        result |= {
-            f"{side}_tokens_per_second_{name}": rate,
-            f"{side}_share_{name}": rate * flops / ceiling / 1e9,
-        }
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        sides["xushi"](tokens)
-    for event in sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:12]:
-        print(
-            f"    {event.self_device_time_total / 1e3:9.1f} ms {event.count:6d} x {event.key[:90]}"
-        )
-    print(
-        f"    {sum(e.self_device_time_total for e in profile.key_averages()) / 1e3:9.1f} ms on "
-        "the GPU of "
-        f"{1e3 * median(seconds['xushi'][2:]):.1f}"
-    )
+    times = {side: found[2:] for side, found in seconds.items()}  # the first two steps warm up
+    result = speeds(shape, times, memory)
+    profile(sides["xushi"], tokens, median(times["xushi"]))
     return result
 
 
-def main() -> None:
-    words = sys.argv[1:]
-    rounds = int(words.pop(words.index("--rounds") + 1)) if "--rounds" in words else 5
+def speeds(
+    shape: Shape, seconds: dict[str, list[float]], memory: dict[str, int]
+) -> dict[str, float]:
+    """Print a line for each side; returns tokens per second and shares of the ceiling."""
+    ceiling = measure_matrix_gflops("bf16", 8192, device="cuda")
+    flops = train_flops_per_token(shape.config, shape.length, mtp=False)
+    tokens = shape.sequences * shape.length
+    print(
+        f"\n{shape.name}: {count_parameters(shape.config).total / 1e6:,.0f} M parameters, "
+        f"{tokens:,} tokens a step, ceiling {ceiling / 1e3:.0f} TFLOP/s, "
+        f"{torch.cuda.get_device_name()}"
+    )
+    result = {}
+    for side, times in seconds.items():
+        rate = tokens / median(times)
+        share = rate * flops / ceiling / 1e9
+        print(
+            f"  {side:<14}{rate:12,.0f} tok/s ({tokens / max(times):,.0f} to "
+            f"{tokens / min(times):,.0f}), {share:.1%} of the ceiling, "
+            f"peak {memory[side] / 2**30:.1f} GiB (with the weights of all sides)"
+        )
+        result[f"{side}_tokens_per_second_{shape.name}"] = rate
+        result[f"{side}_share_{shape.name}"] = share
+    return result
+
+
+def profile(step: Callable[[torch.Tensor], None], tokens: torch.Tensor, seconds: float) -> None:
+    """Print the kernels that take the most time, and the time of all of them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        step(tokens)
+    events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+    for event in events[:12]:
+        print(
+            f"    {event.self_device_time_total / 1e3:9.1f} ms {event.count:6d} x {event.key[:90]}"
+        )
+    total = sum(event.self_device_time_total for event in events)
+    print(f"    {total / 1e3:9.1f} ms on the GPU of {1e3 * seconds:.1f}")
+
+
+def main(
+    shapes: Annotated[list[str] | None, typer.Argument(help="S, M or L")] = None,
+    rounds: Annotated[int, typer.Option(help="steps after the first two")] = 5,
+    no_peer: Annotated[bool, typer.Option("--no-peer", help="without transformers")] = False,
+) -> None:
+    """Time training steps on a GPU."""
     result: dict[str, float] = {}
-    for name in [word for word in words if not word.startswith("-")] or ["S", "M", "L"]:
-        result |= measure(name, rounds, "--no-peer" not in words)
+    for name in shapes or ["S", "M", "L"]:
+        result |= measure(name, rounds, not no_peer)
         torch.cuda.empty_cache()
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -34,6 +34,11 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
+env_app = typer.Typer(
+    help="Environments: tasks whose answers can be verified.", no_args_is_help=True
+)
+app.add_typer(env_app, name="env")
+
 RecipeArgument = Annotated[
     Path | None, typer.Argument(help="the recipe; recipes/demo.toml if left out")
 ]
@@ -233,7 +238,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="print findings as JSON")] = False,
 ) -> None:
     """Say what this machine can do, and what to do where it cannot."""
-    from xushi.base.machine import best_training_dtype, doctor_report
+    from xushi.base.doctor import doctor_report
+    from xushi.base.machine import best_training_dtype
 
     try:
         from xushi.ops import native
@@ -366,6 +372,22 @@ def export(
         print(json.dumps(written))
     else:
         _table(written)
+
+
+@env_app.command("check")
+def env_check(
+    kind: Annotated[
+        str, typer.Argument(metavar="FILE_OR_NAME", help="such as game.py:Counting or digit_sum")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="print findings as JSON")] = False,
+) -> None:
+    """Prove an environment's contract, without a model; exit code 1 if a promise is broken."""
+    from xushi.envs.check import as_lines, as_table, check_environment, kept
+
+    findings = check_environment(kind, Path.cwd())
+    print(json.dumps(as_table(findings)) if as_json else as_lines(findings))
+    if not kept(findings):
+        raise typer.Exit(1)
 
 
 def _table(values: dict[str, Any]) -> None:

@@ -512,6 +512,35 @@ def test_many_processes_and_emptying_all_end_with_whole_files(
     running = [start() for _ in range(3)]
     for each in running:
         each.go_on()
-    while any(each.process.poll() is None for each in running):
+    deadline = time.monotonic() + 30
+    while any(each.process.poll() is None for each in running) and time.monotonic() < deadline:
         cache.empty()
     assert any([each.made() for each in running]) and left(cache) == []
+
+
+def test_what_was_made_is_not_removed_before_it_is_taken(
+    cache: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = artifacts.link_tree
+
+    def emptied(source: Path, target: Path) -> None:
+        assert cache.empty() == []
+        link(source, target)
+
+    monkeypatch.setattr(artifacts, "link_tree", emptied)
+    assert cache.obtain(KEY, Maker(), tmp_path / "data")
+    assert not cache.obtain(KEY, never, tmp_path / "data")
+
+
+def test_a_cache_that_loses_what_is_written(
+    cache: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = artifacts.flush_tree
+
+    def lose(directory: Path) -> None:
+        flush(directory)
+        cut(directory / "files" / "a.txt")
+
+    monkeypatch.setattr(artifacts, "flush_tree", lose)
+    assert cache.obtain(KEY, Maker(), tmp_path / "data")
+    assert content(tmp_path / "data") == WHOLE

@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from xushi.base.errors import BadInput
-from xushi.base.plugins import is_file_spec, load_class
+from xushi.base.plugins import code_of, is_file_spec, load_class
 
 
 class Shape:
@@ -36,6 +36,8 @@ def test_a_changed_file_is_loaded_anew(folder):
     file.write_text(file.read_text().replace("= 2", "= 5"))
     assert load_class("shapes.py:Square", Shape, folder)().side == 5
     assert square().side == 2
+    assert code_of(square) != code_of(load_class("shapes.py:Square", Shape, folder))
+    assert code_of(Shape) == ""
 
 
 @pytest.mark.parametrize(

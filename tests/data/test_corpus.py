@@ -146,7 +146,7 @@ def test_extra_documents_are_trained_on_and_never_held_out(tmp_path: Path) -> No
     assert summary.sources[1].documents == 90 and summary.sources[1].weight == 0.5
     assert list(read_documents(tmp_path / "corpus", "train"))[-90:] == transcripts
     with pytest.raises(
-        XushiError, match="source notes has the name of an environment's transcripts"
+        XushiError, match="source notes has the same name as an environment's transcripts"
     ):
         build_corpus(
             config(tmp_path / "in"), {"notes": ExtraSource(transcripts)}, tmp_path / "corpus"

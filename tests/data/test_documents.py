@@ -56,7 +56,7 @@ def test_shards_keep_documents_and_order(
 
 
 def test_missing_and_damaged_shards(tmp_path: Path) -> None:
-    with pytest.raises(XushiError, match="holds no train documents"):
+    with pytest.raises(XushiError, match="has no train documents"):
         list(read_documents(tmp_path, "train"))
     write_documents(tmp_path, "train", [make_document("s", "text", {"path": "a"})])
     shard = tmp_path / "train-00000.parquet"

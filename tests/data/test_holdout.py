@@ -144,7 +144,7 @@ def test_book_without_lines_is_cut_at_a_character() -> None:
 
 
 def test_too_little_text() -> None:
-    with pytest.raises(XushiError, match="hold 5 bytes of text, too little"):
+    with pytest.raises(XushiError, match="have 5 bytes of text, which is too little"):
         hold_out([make_document("s", "hello", {"path": "a"})], 0.065, "salt")
     with pytest.raises(XushiError, match="too short to hold out a part of each"):
         hold_out(

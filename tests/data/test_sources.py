@@ -12,10 +12,10 @@ import pytest
 
 from xushi.base.errors import XushiError
 from xushi.data import SourceConfig
-from xushi.data.sources import SourceFiles, read_source
+from xushi.data.sources import SourceDocuments, read_source
 
 
-def read(kind: str = "text", **keys: Any) -> SourceFiles:
+def read(kind: str = "text", **keys: Any) -> SourceDocuments:
     return read_source(SourceConfig(name="s", kind=kind, **keys))  # type: ignore[arg-type]
 
 
@@ -26,7 +26,7 @@ def write(directory: Path, files: dict[str, str | bytes]) -> None:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def paths(found: SourceFiles) -> list[str]:
+def paths(found: SourceDocuments) -> list[str]:
     return [document.meta["path"] for document in found.documents]
 
 
@@ -63,9 +63,9 @@ def test_directory_takes_text_files_and_counts_the_rest(tmp_path: Path) -> None:
     found = read(glob=str(tmp_path))
     assert paths(found) == ["a.unknown", "a/z.txt", "b.md", "code.py", "long.log"]
     assert found.documents[1].text == "z\r\n"
-    assert found.files == 5 and found.root == str(tmp_path)
+    assert found.files == 5
     assert found.notes == [
-        "3 hidden files and folders skipped",
+        "3 hidden files and directories skipped",
         "1 broken links and special files skipped",
         "2 files skipped that are not text",
     ]
@@ -107,7 +107,7 @@ def test_glob_that_matches_nothing(tmp_path: Path) -> None:
 def test_source_without_text(tmp_path: Path) -> None:
     write(tmp_path, {"image.png": b"\x89PNG\0"})
     with pytest.raises(
-        XushiError, match=r"source s holds no text \(1 files skipped that are not text\)"
+        XushiError, match=r"source s has no text \(1 files skipped that are not text\)"
     ):
         read(glob=str(tmp_path))
 
@@ -151,7 +151,7 @@ def test_jsonl(tmp_path: Path) -> None:
         ('{"txt": "a"}', "line 2 has no text under 'text'"),
         ('{"text": 3}', "line 2 has no text under 'text'"),
         ('["text"]', "line 2 has no text under 'text'"),
-        ('{"text": "\\ud800"}', "line 2 holds a lone surrogate"),
+        ('{"text": "\\ud800"}', "line 2 has a lone surrogate"),
     ],
 )
 def test_bad_jsonl(tmp_path: Path, line: str, message: str) -> None:
@@ -175,13 +175,13 @@ def test_parquet(tmp_path: Path) -> None:
     ]
     with pytest.raises(XushiError, match=r"a\.parquet has no column 'text' \(it has id, body\)"):
         read("parquet", glob=str(tmp_path))
-    with pytest.raises(XushiError, match="row 1 of column 'id' is no text"):
+    with pytest.raises(XushiError, match="row 1 of column 'id' is not text"):
         read("parquet", glob=str(tmp_path), field="id")
 
 
 def test_bad_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "null.parquet")
-    with pytest.raises(XushiError, match="row 2 of column 'text' is no text"):
+    with pytest.raises(XushiError, match="row 2 of column 'text' is not text"):
         read("parquet", glob=str(tmp_path))
     write(tmp_path, {"null.parquet": "not parquet at all"})
     with pytest.raises(XushiError, match=r"null\.parquet cannot be read as Parquet"):
@@ -219,5 +219,5 @@ def test_bad_packages(site: Path) -> None:
     (site / "broken.py").unlink()
     with pytest.raises(XushiError, match=r"broken\.py cannot be read"):
         read("packages", packages=["broken"])
-    with pytest.raises(XushiError, match="holds no text"):
+    with pytest.raises(XushiError, match="has no text"):
         read("packages", packages=["broken"], exclude=["*"])

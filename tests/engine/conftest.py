@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 from xushi.model import Deepseek, ModelConfig, save_pretrained
 from xushi.tokenizer import Tokenizer
@@ -30,7 +29,6 @@ TINY = ModelConfig(
 
 @pytest.fixture(scope="session")
 def model() -> Deepseek:
-    torch.set_num_threads(1)
     return Deepseek(TINY).initialise(3)
 
 

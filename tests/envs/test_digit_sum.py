@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from xushi.base.errors import XushiError
-from xushi.base.messages import ToolCall
-from xushi.envs import SPLITS, DigitSum, DigitSumConfig, Message
+from xushi.base.messages import Message, ToolCall
+from xushi.envs import SPLITS, DigitSum, DigitSumConfig
 from xushi.envs.digit_sum import running_sums
 from xushi.envs.environment import split_of
 

@@ -3,14 +3,28 @@ batched.
 """
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xushi.evaluate import total_bits
+from xushi.base.errors import BadInput
+from xushi.data import (
+    DataConfig,
+    HeldoutText,
+    SourceConfig,
+    build_corpus,
+    heldout_batches,
+    heldout_bytes,
+    read_documents,
+    tokenize_corpus,
+)
+from xushi.evaluate import DocumentBits, bits_by_document, total_bits
 from xushi.model import Batch, Deepseek
+from xushi.tokenizer import Tokenizer
 from xushi.train import pack_examples
 
 
@@ -78,3 +92,109 @@ def test_the_model_and_its_gradients_are_left_alone(model) -> None:
     total_bits(model, [packed(documents(6, [9], model.config.vocab_size), 9)])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts of 1 to 90 bytes: held-out documents end in the middle of a sequence, at its end, and
+    go on over several.
+    """
+    directory = tmp_path_factory.mktemp("heldout")
+    (directory / "texts").mkdir()
+    for number in range(150):
+        text = f"{number:03}" + "0123456789天" * (number % 8) + "x" * (number % 11)
+        (directory / "texts" / f"{number:03}.txt").write_text(text[: 1 + number * 7 % 90])
+    source = SourceConfig(name="texts", kind="text", glob=str(directory / "texts"))
+    config = DataConfig(sources=[source], sequence_length=LENGTH, heldout=0.08)
+    build_corpus(config, {}, directory / "corpus")
+    return directory / "corpus"
+
+
+@pytest.fixture(scope="module")
+def tokens(corpus: Path, tokenizer: Tokenizer) -> Path:
+    tokenize_corpus(corpus, tokenizer, corpus.parent / "tokens", LENGTH)
+    return corpus.parent / "tokens"
+
+
+@pytest.fixture(scope="module")
+def wide(model: Deepseek) -> Deepseek:
+    """The model in float64."""
+    return Deepseek(model.config).initialise(3).double()
+
+
+def test_documents_are_those_of_the_corpus(
+    corpus: Path, tokens: Path, model: Deepseek, tokenizer: Tokenizer
+) -> None:
+    found = bits_by_document(model, tokens, 3)
+    held = list(read_documents(corpus, "heldout"))
+    assert len(held) > 5 and found.uids == [document.uid for document in held]
+    assert found.bytes_D.tolist() == [len(document.text.encode()) for document in held]
+    assert found.bytes_D.sum() == len(heldout_bytes(corpus))
+    assert np.all(found.bits_D > found.bytes_D)
+
+
+def test_every_target_belongs_to_its_document(tokens: Path) -> None:
+    heldout = HeldoutText.open(tokens)
+    packed = heldout.packed
+    seen: dict[int, list[int]] = {}
+    for batch, documents_BT in heldout.batches(4):
+        assert ((documents_BT >= 0) == batch.loss_mask.numpy()).all()
+        for target, document in zip(
+            batch.targets.flatten().tolist(), documents_BT.flatten().tolist(), strict=True
+        ):
+            seen.setdefault(document, []).append(target)
+    seen.pop(-1, None)
+    assert seen == {d: packed.document(d)[1:].tolist() for d in range(len(packed.uids))}
+
+
+def test_bits_of_a_document_are_those_of_its_pieces_alone(tokens: Path, wide: Deepseek) -> None:
+    """Each piece of a document in a sequence of its own, in float64."""
+    found = bits_by_document(wide, tokens, 4)
+    packed = HeldoutText.open(tokens).packed
+    want = np.zeros(len(packed.uids))
+    pieces = 0
+    for row in range(packed.sequences):
+        for document, span in packed.documents_and_spans(row):
+            ids = torch.tensor(packed.document(document)[span.start : span.end + 1].astype(int))
+            with torch.no_grad():
+                log_p = wide(ids[None, :-1]).logits[0].log_softmax(-1)
+            want[document] -= float(log_p.gather(1, ids[1:, None]).sum()) / math.log(2)
+            pieces += 1
+    assert pieces > len(want) + 2, "no document goes on in another sequence"
+    np.testing.assert_allclose(found.bits_D, want, rtol=1e-9)
+
+
+def test_bits_of_documents_add_up_to_the_total(
+    tokens: Path, model: Deepseek, wide: Deepseek
+) -> None:
+    exactly = bits_by_document(wide, tokens, 4)
+    assert math.fsum(exactly.bits_D) == pytest.approx(exactly.total, rel=1e-13)
+    found = bits_by_document(model, tokens, 4)
+    assert math.fsum(found.bits_D) == pytest.approx(found.total, rel=1e-6)
+    assert found.total == total_bits(model, heldout_batches(tokens, 4))
+    np.testing.assert_allclose(bits_by_document(model, tokens, 7).bits_D, found.bits_D, rtol=1e-5)
+
+
+def test_bits_by_document_are_written_and_read(
+    tokens: Path, model: Deepseek, tmp_path: Path
+) -> None:
+    import pyarrow.parquet as pq
+
+    found = bits_by_document(model, tokens, 4)
+    path = tmp_path / "heldout_bits.parquet"
+    found.write(path)
+    again = DocumentBits.read(path)
+    assert again.uids == found.uids and again.total == found.total
+    assert np.array_equal(again.bytes_D, found.bytes_D)
+    assert np.array_equal(again.bits_D, found.bits_D)
+    assert pq.read_table(path).column_names == ["uid", "bytes", "bits"]
+    path.write_bytes(path.read_bytes()[:-9])
+    for broken in (path, tmp_path / "none"):
+        with pytest.raises(BadInput, match=r"cannot be read"):
+            DocumentBits.read(broken)
+    pq.write_table(pq.read_table(tokens / "heldout" / "heldout.parquet"), path)
+    with pytest.raises(BadInput, match=r"cannot be read"):
+        DocumentBits.read(path)

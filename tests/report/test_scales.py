@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xushi.report.scales import linear, logarithmic, runs, smooth, thin, tick_text
+from xushi.report.scales import linear, runs, smooth, thin, tick_text
 
 VALUES = st.floats(-1e9, 1e9, allow_nan=False)
 ANY = st.floats(allow_nan=True, allow_infinity=True, width=32)
@@ -24,18 +24,10 @@ def test_linear_scale_holds_its_values_and_ticks(values: list[float], rounded: b
 def test_scales_without_values_and_of_one_value() -> None:
     assert linear([]) is None
     assert linear([math.nan, math.inf]) is None
-    assert logarithmic([0.0, -3.0, math.nan]) is None
-    zero, single, log = linear([0.0, 0.0]), linear([5.0]), logarithmic([10.0])
+    zero = linear([0.0, 0.0])
+    single = linear([5.0])
     assert zero is not None and (zero.low, zero.high) == (0.0, 1.0)
     assert single is not None and 0 < single(5.0) < 1
-    assert log is not None and 0 < log(10.0) < 1
-
-
-def test_logarithmic_scale_puts_equal_ratios_at_equal_distances() -> None:
-    scale = logarithmic([1.0, 1e6])
-    assert scale is not None
-    assert scale(1e3) == pytest.approx(0.5)
-    assert scale.ticks == pytest.approx([10.0**i for i in range(7)])
 
 
 @given(st.lists(ANY, max_size=700))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from xushi.evaluate import Branch
 from xushi.model import Deepseek
 from xushi.ops import RouterChoice
-from xushi.rl.episodes import Branch
 from xushi.rl.policy import policy_loss
 from xushi.rl.rollout import Rollout, Sampler
 from xushi.train import PackedExamples, pack_examples

@@ -1,48 +1,5 @@
-"""The miniature recipe through the real command line, once for all tests that look at what it
-leaves behind.
-"""
+"""The miniature recipe, for the tests of the run."""
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from ..miniature import MINIATURE, ROOT, XUSHI, Chain, read_results, xushi, xushi_here
 
-import pytest
-
-ROOT = Path(__file__).parent.parent.parent
-MINIATURE = ROOT / "tests" / "miniature.toml"
-XUSHI = [sys.executable, "-c", "from xushi.cli import main; main()"]
-
-
-@dataclass
-class Chain:
-    directory: Path
-    results: dict[str, Any]
-    said: str
-
-
-def xushi(*arguments: str | Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, from a directory that is not the checkout's business."""
-    return subprocess.run(
-        [*XUSHI, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-
-
-def read_results(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "results.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="session")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    directory = tmp_path_factory.mktemp("chain") / "miniature"
-    done = xushi("run", MINIATURE, "--out", directory)
-    assert done.returncode == 0, done.stderr
-    return Chain(directory, read_results(directory), done.stdout + done.stderr)
+__all__ = ["MINIATURE", "ROOT", "XUSHI", "Chain", "read_results", "xushi", "xushi_here"]

@@ -8,7 +8,9 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -18,12 +20,14 @@ from xushi.run import run
 from xushi.run.recipe import load_recipe
 from xushi.train.checkpoint import latest_checkpoint
 
-from .conftest import MINIATURE, ROOT, XUSHI, Chain, xushi
+from .conftest import MINIATURE, ROOT, XUSHI, Chain, xushi, xushi_here
 
 
-def refused(text: str, *arguments: str | Path) -> None:
-    """The real command says `text` in two lines, without a traceback, and leaves with 2."""
-    done = xushi("run", *arguments)
+def refused(
+    text: str, *arguments: str | Path, command: Callable[..., CompletedProcess[str]] = xushi_here
+) -> None:
+    """The command says `text` in two lines, without a traceback, and leaves with 2."""
+    done = command("run", *arguments)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and text in done.stderr
     assert len(done.stderr.strip().splitlines()) == 2, done.stderr
@@ -86,9 +90,9 @@ def test_balancing_off_is_allowed_when_the_recipe_says_so() -> None:
 
 
 def test_a_mistyped_key_gets_a_suggestion(tmp_path: Path) -> None:
-    refused(
-        "did you mean steps?", MINIATURE, "--set", "pretrain.stepz=3", "--out", tmp_path / "run"
-    )
+    """In a process of its own, as a user meets it: what leaves `main` reaches the shell."""
+    wrong = ("--set", "pretrain.stepz=3", "--out", tmp_path / "run")
+    refused("did you mean steps?", MINIATURE, *wrong, command=xushi)
     assert not (tmp_path / "run").exists()
 
 
@@ -140,7 +144,7 @@ def test_a_directory_in_use(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = xushi("run", MINIATURE, "--out", tmp_path / "run")
+        done = xushi_here("run", MINIATURE, "--out", tmp_path / "run")
     assert done.returncode == 1 and "in use by another xushi run" in done.stderr
 
 
@@ -206,7 +210,7 @@ def test_a_port_in_use(chain: Chain) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        done = xushi("serve", chain.directory, "--port", port)
+        done = xushi_here("serve", chain.directory, "--port", port)
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr
     assert port in done.stderr and len(done.stderr.strip().splitlines()) == 2
 
@@ -219,5 +223,5 @@ def test_a_prompt_longer_than_the_context(chain: Chain) -> None:
 
 def test_chat_and_report_without_a_run(tmp_path: Path) -> None:
     for verb in ("chat", "serve", "report"):
-        done = xushi(verb, tmp_path / "nothing")
+        done = xushi_here(verb, tmp_path / "nothing")
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr

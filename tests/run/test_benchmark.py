@@ -1,28 +1,30 @@
 """`xushi bench train` through the command line, and the line through its points."""
 
 import json
+from math import isfinite
 
 import pytest
 
 from xushi.run.benchmark import PARTS, line_through, named_shape
 
-from .conftest import MINIATURE, xushi
+from .conftest import MINIATURE, xushi_here
 
 
 def test_a_recipe_is_timed_and_its_time_shared_out() -> None:
-    done = xushi("bench", "train", MINIATURE, "--rounds", "2", "--json")
+    done = xushi_here("bench", "train", MINIATURE, "--rounds", "2", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert 0 < found["bench.tokens_per_second_slowest"] <= found["bench.tokens_per_second"]
     assert found["bench.tokens_per_second"] <= found["bench.tokens_per_second_fastest"]
     shares = [found[f"bench.time_{part.lower()}"] for part in (*PARTS, "other")]
     assert sum(shares) == pytest.approx(1) and min(shares) >= 0
-    assert found["bench.seconds_per_token"] > 0 and found["memory.peak_bytes"] > 1e8
+    assert isfinite(found["bench.seconds_per_token"])  # a slope: noise can make it negative
+    assert found["memory.peak_bytes"] > 1e8
     assert "step 2 of 2" in done.stderr
 
 
 def test_its_figures_can_be_read() -> None:
-    done = xushi("bench", "train", MINIATURE, "--rounds", "1", "--dtype", "fp32")
+    done = xushi_here("bench", "train", MINIATURE, "--rounds", "1", "--dtype", "fp32")
     assert done.returncode == 0, done.stderr
     for said in ("fp32 by", "tokens a second", "GFLOP/s", "time: Linear", "peak memory"):
         assert said in done.stdout
@@ -37,7 +39,7 @@ def test_its_figures_can_be_read() -> None:
     ],
 )
 def test_bad_input_is_two_lines(arguments: tuple[str, ...], said: str) -> None:
-    done = xushi("bench", "train", *arguments)
+    done = xushi_here("bench", "train", *arguments)
     assert (
         done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 2
     )

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from xushi.engine import LLM, SamplingParams
 from xushi.model import load_pretrained
 
-from .conftest import MINIATURE, Chain, read_results, xushi
+from .conftest import MINIATURE, Chain, read_results, xushi_here
 
 disable_progress_bar()
 
@@ -124,11 +124,11 @@ def test_the_second_start_does_nothing_and_a_run_can_be_moved(
     moved = tmp_path / "elsewhere"
     shutil.copytree(chain.directory, moved)
     before = hashes(moved / "export")
-    again = xushi("run", MINIATURE, "--out", moved)
+    again = xushi_here("run", MINIATURE, "--out", moved)
     assert again.returncode == 0, again.stderr
     assert "op forms" not in again.stderr
     monkeypatch.setenv("XUSHI_OPS", "reference")
-    again = xushi("run", MINIATURE, "--out", moved)
+    again = xushi_here("run", MINIATURE, "--out", moved)
     assert f"began with other op forms ({chain.results['machine.op_forms']})" in again.stderr
     assert again.stderr.count("done before") == 8 and "started" not in again.stderr
     assert hashes(moved / "export") == before

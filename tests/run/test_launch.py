@@ -16,7 +16,7 @@ from xushi.base.tracking import Tracking
 from xushi.run.launch import Launch, check_launch, write_slurm_job
 from xushi.run.recipe import load_recipe
 
-from .conftest import MINIATURE, ROOT, read_results, xushi
+from .conftest import MINIATURE, ROOT, read_results, xushi, xushi_here
 from .test_torchrun import hashes
 
 # What Slurm would do, for two nodes: the names of its nodes, and the command once on each.
@@ -61,9 +61,9 @@ def test_the_job_file_says_what_was_asked(tmp_path: Path) -> None:
         (
             ["layout.expert=2", "layout.fewest=1"],
             Launch(2, 1, 3, ()),
-            "with 1 nodes of 1 processes, which may be left of 2, layout.expert=2 does not work",
+            "1 nodes of 1 processes, which layout.fewest allows when nodes are lost: layout.expert=2",
         ),
-        (["layout.data=3"], Launch(2, 1, 3, ()), "with 2 nodes of 1 processes layout.data=3"),
+        (["layout.data=3"], Launch(2, 1, 3, ()), "2 nodes of 1 processes: layout.data=3"),
         (["layout.fewest=3"], Launch(2, 1, 3, ()), "layout.fewest=3 and 2 processes"),
         ([], Launch(0, 1, 3, ()), "nodes and processes must be at least 1"),
     ],
@@ -76,7 +76,7 @@ def test_what_could_not_go_on_is_refused_before_it_starts(
 
 
 def test_a_launch_is_one_of_two() -> None:
-    done = xushi("launch", MINIATURE)
+    done = xushi_here("launch", MINIATURE)
     assert done.returncode == 2 and "either --slurm or --ray ADDRESS" in done.stderr
 
 

@@ -16,11 +16,15 @@ from pydantic import BaseModel
 
 from xushi.base.config import read_toml
 from xushi.base.errors import XushiError
-from xushi.envs import DigitSum, DigitSumConfig
-from xushi.run.recipe import MOST_EPOCHS, TRAINING_STAGES, Recipe, load_recipe
+from xushi.base.messages import Message
+from xushi.envs import DigitSum
+from xushi.run.recipe import Recipe, load_recipe
+from xushi.run.recipe_text import MOST_EPOCHS, fit_to_text
+from xushi.run.stages import RECIPE_STAGES
+from xushi.run.stages.lengths import fewest_tokens
 from xushi.tokenizer import Tokenizer, chat_examples
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 MINIATURE = ROOT / "tests" / "miniature.toml"
 RECIPES = [MINIATURE, *sorted((ROOT / "recipes").glob("*.toml"))]
 TEXT_STAGES = ["data", "tokenizer", "pretrain"]
@@ -44,8 +48,8 @@ ASSIGNMENTS = st.fixed_dictionaries({}, optional={
     "name": st.from_regex(r"[a-z][a-z0-9_.-]{0,8}", fullmatch=True).map(lambda name: f"'{name}'"),
     "seed": st.integers(-2**40, 2**40),
     "threads": st.integers(1, 64),
-    "stages": st.integers(3, 5).map(lambda n: list(TRAINING_STAGES[:n])),
-    "without": st.sampled_from(TRAINING_STAGES[:3]).map(lambda stage: f"'{stage}'"),
+    "stages": st.integers(3, 5).map(lambda n: list(RECIPE_STAGES[:n])),
+    "without": st.sampled_from(RECIPE_STAGES[:3]).map(lambda stage: f"'{stage}'"),
     "data.salt": st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="'\\\"")).map(
         lambda s: f"'{s}'"
     ),
@@ -108,7 +112,8 @@ def test_the_last_set_wins_and_dots_reach_tables_that_are_not_there(tmp_path: Pa
     del table["evaluate"]
     path = tmp_path / "short.toml"
     path.write_text(tomli_w.dumps(table))
-    assert load_recipe(path, ["evaluate.tasks=9", "evaluate.longer_digits=9"]).evaluate.tasks == 9
+    short = load_recipe(path, ["evaluate.tasks=9", "evaluate.longer.max_digits=4"])
+    assert short.evaluate.tasks == 9 and short.evaluate.longer == {"max_digits": 4}
 
 
 def test_the_hash_is_of_what_the_recipe_says_and_not_of_how_it_is_written(tmp_path: Path) -> None:
@@ -159,7 +164,18 @@ def test_the_hash_is_of_what_the_recipe_says_and_not_of_how_it_is_written(tmp_pa
         ("name='" + "a" * 300 + "'", "name: must have at most 100 characters"),
         ("pretrain.optimizer='sgd'", "pretrain.optimizer: must be 'muon' or 'adamw' (got 'sgd')"),
         ("'a\\nb'=3", "unknown key"),
-        ("environment.max_digits=40", "a worked answer to a number of 40 digits takes 87 tokens"),
+        (
+            "environment.max_digits=40",
+            "takes 87 tokens, more than model.max_position_embeddings=64",
+        ),
+        ("evaluate.longer.max_digits=29", "takes 65 tokens, more than"),
+        ("environment.kind=chess", "there is no environment 'chess'"),
+        ("environment.kind=3", "key environment.kind is missing"),
+        ("environment.max_digit=4", "unknown key environment.max_digit"),
+        ("environment.max_digits=1", "environment.max_digits: must be at least 2"),
+        ("evaluate.longer.max_digit=4", "evaluate.longer.max_digit is no key of the environment"),
+        ("evaluate.environment.max_digits=1", "evaluate.environment.max_digits"),
+        ("environment.code=x", "unknown key environment.code"),
         ("stages=['data', 'tokenizer', 'pretrain', 'rl']", "needs stage sft"),
     ],
 )
@@ -186,7 +202,7 @@ def bounds_of(config: type[BaseModel], path: str = "") -> Iterator[tuple[str, ty
 
 
 def test_every_number_of_a_recipe_is_bounded_where_it_is_declared() -> None:
-    found = list(bounds_of(Recipe))
+    found = list(bounds_of(type(load_recipe(MINIATURE, []))))
     assert len(found) > 100
     for key, kind, limits in found:
         if key == "model.compress_ratios":
@@ -216,9 +232,15 @@ def test_a_stage_needs_its_table(tmp_path: Path) -> None:
 
 
 def test_the_length_of_a_worked_answer_is_counted_right() -> None:
-    task = DigitSum(DigitSumConfig(min_digits=9, max_digits=9)).demonstration("train", 0, 1.0)
-    [(ids, _)] = chat_examples(Tokenizer.train(["0"], 263), task)
-    assert len(ids) == 2 * 9 + 7
+    """Exactly where every character is a digit; never more than the tokenizer makes of it."""
+    environment = DigitSum(DigitSum.Config(min_digits=9, max_digits=9))
+    episode = environment.demonstration("train", 0, 1.0)
+    tokenizer = Tokenizer.train(["0"], 263)
+    [(ids, _)] = chat_examples(tokenizer, episode)
+    assert len(ids) == 2 * 9 + 7 == fewest_tokens(episode)
+    words = [Message("user", "how many 12 cats?"), Message("assistant", "two, or so", "12 cats")]
+    [(ids, _)] = chat_examples(tokenizer, words)
+    assert fewest_tokens(words) <= len(ids)
 
 
 def text_of(directory: Path, size: int) -> str:
@@ -248,8 +270,6 @@ def test_a_small_text_gets_a_vocabulary_and_steps_that_fit_it(
 def test_more_text_never_fits_less_and_never_more_than_the_recipe_says(
     tmp_path_factory: pytest.TempPathFactory, one: int, other: int
 ) -> None:
-    from xushi.run.recipe import _fit_to_text
-
     asked = load_recipe(MINIATURE, [])
     fitted = []
     for size in sorted((one, other)):
@@ -257,7 +277,7 @@ def test_more_text_never_fits_less_and_never_more_than_the_recipe_says(
             {"vocab_size": 512},
             {"steps": 200, "batch_tokens": 1024, "warmup_steps": 5},
         )
-        _fit_to_text(tokenizer, pretrain, size, True)
+        fit_to_text(tokenizer, pretrain, size, True)
         fitted.append((tokenizer["vocab_size"], pretrain["steps"]))
     assert (
         fitted[0] <= fitted[1] <= (512, asked.pretrain.steps if asked.pretrain.steps > 200 else 200)
@@ -290,12 +310,12 @@ def test_a_text_before_reasoning_keeps_the_environment_and_its_steps(tmp_path: P
         load_recipe(MINIATURE, []),
     )
     assert recipe.environment == asked.environment and recipe.pretrain == asked.pretrain
-    assert recipe.stages == list(TRAINING_STAGES)
+    assert recipe.stages == list(RECIPE_STAGES)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "--text is empty"), ("nowhere/*.md", "no file matches"), ("nothing", "holds no text")],
+    [("", "--text is empty"), ("nowhere/*.md", "no file matches"), ("nothing", "has no text")],
 )
 def test_a_text_that_is_none(
     text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

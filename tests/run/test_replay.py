@@ -13,7 +13,7 @@ from xushi.base.files import sha256_file, sha256_json
 from xushi.base.tracking import Tracking
 from xushi.run import replay, replay_sentences
 
-from .conftest import Chain, xushi
+from .conftest import Chain, xushi_here
 
 
 def test_a_step_is_computed_again_to_the_bit(chain: Chain) -> None:
@@ -53,7 +53,7 @@ def test_fine_tuning_shows_its_demonstrations(chain: Chain) -> None:
 
 
 def test_the_command(chain: Chain) -> None:
-    done = xushi("replay", chain.directory, "--step", "2")
+    done = xushi_here("replay", chain.directory, "--step", "2")
     assert done.returncode == 0 and "as logged; trained again from step 0" in done.stdout, (
         done.stderr
     )

@@ -156,7 +156,7 @@ def test_but_changes_a_recipe_and_checks_it_again(tmp_path: Path) -> None:
     assert other.environment is not None and other.environment.make().config.max_digits == 4
     assert other.but(**{"pretrain.steps": 200, "environment.max_digits": 3, "seed": 0}) == recipe
     assert recipe.but() == recipe and recipe.but().hash == recipe.hash
-    with pytest.raises(BadInput, match="unknown key pretrain.stepz"):
+    with pytest.raises(BadInput, match=r"unknown key pretrain\.stepz"):
         recipe.but(**{"pretrain.stepz": 7})
     with pytest.raises(BadInput, match="seed is not a table"):
         recipe.but(**{"seed.high": 7})

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import MINIATURE, read_results, xushi
+from .conftest import MINIATURE, read_results, xushi, xushi_here
 
 POEMS = """床前明月光，疑是地上霜。举头望明月，低头思故乡。
 白日依山尽，黄河入海流。欲穷千里目，更上一层楼。
@@ -32,7 +32,7 @@ def test_chinese_text_trains_exports_and_is_reported(tmp_path: Path) -> None:
         lines = [POEMS[(number * 3 + k * (number + 1)) % len(POEMS)] for k in range(20)]
         (texts / f"卷{number}.txt").write_text(f"卷{number}\n" + "\n".join(lines), encoding="utf-8")
     out = tmp_path / "run"
-    done = xushi(
+    done = xushi_here(
         "run",
         MINIATURE,
         "--text",
@@ -60,7 +60,7 @@ def test_chinese_text_trains_exports_and_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
-    done = xushi("run", MINIATURE, "--dry-run", "--out", tmp_path / "run")
+    done = xushi_here("run", MINIATURE, "--dry-run", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for said in (
         "[pretrain]",
@@ -73,12 +73,12 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     ):
         assert said in done.stdout
     assert not (tmp_path / "run").exists()
-    plan = json.loads(xushi("run", MINIATURE, "--dry-run", "--json").stdout)
+    plan = json.loads(xushi_here("run", MINIATURE, "--dry-run", "--json").stdout)
     assert plan["seconds.training"] > 0
 
 
 def test_doctor_speaks_json() -> None:
-    findings = json.loads(xushi("doctor", "--json").stdout)
+    findings = json.loads(xushi_here("doctor", "--json").stdout)
     assert {"cpu", "memory"} <= {finding["name"] for finding in findings}
 
 

@@ -46,7 +46,6 @@ CARD = {
 
 @pytest.fixture(scope="session")
 def run_directory(tmp_path_factory):
-    torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("run")
     tokenizer = Tokenizer.train(["数字之和是多少？数字之和是九。数字" * 3], 272)
     for seed, name in enumerate(("base", "reasoning")):

@@ -191,6 +191,21 @@ def test_stop_strings(client, base):
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["stop"]
 
 
+def test_a_stop_string_with_the_last_token_is_a_stop(client, base):
+    """The token limit is reached by the same token; "length" would be wrong."""
+    for count in range(5, 40):
+        whole = base.generate("数", SamplingParams(count, seed=3))[0].text
+        if whole.endswith("\N{REPLACEMENT CHARACTER}") or whole[-1] in whole[:-1]:
+            continue
+        arguments = {"model": "base", "prompt": "数", "max_tokens": count, "seed": 3}
+        [choice] = client.completions.create(**arguments, stop=[whole[-1]]).choices
+        assert (choice.text, choice.finish_reason) == (whole[:-1], "stop")
+        [limited] = client.completions.create(**arguments).choices
+        assert limited.finish_reason == "length"
+        return
+    pytest.fail("no prefix of the text ends in a new character")
+
+
 def test_typed_control_tokens_are_only_text(client, reasoning):
     told = [{"role": "user", "content": "<think></think><｜Assistant｜>"}]
     used = client.chat.completions.create(model="reasoning", messages=told, max_tokens=2).usage

@@ -10,7 +10,7 @@ import pytest
 from xushi.base.errors import XushiError
 from xushi.serve import create_app, find_exports, serve
 from xushi.serve import server as server_module
-from xushi.serve.exports import read_card
+from xushi.serve.cards import read_card
 
 
 def test_a_port_in_use_is_reported_before_anything_is_loaded(run_directory, monkeypatch):

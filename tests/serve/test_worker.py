@@ -1,13 +1,20 @@
-"""What the server does when clients leave, come too many, or the engine fails."""
+"""The server when clients disconnect, when there are too many, and when the engine fails."""
 
+import asyncio
 import threading
+import weakref
+from contextlib import contextmanager
 
 import httpx
 import openai
 import pytest
 from openai import OpenAI
 
+from xushi.engine import LLM, SamplingParams
+from xushi.engine import engine as engine_module
 from xushi.serve import create_app, find_exports
+from xushi.serve import worker as worker_module
+from xushi.serve.worker import Event, Failure, Job, Worker
 
 LONG = {"model": "base", "prompt": "数", "max_tokens": 120, "n": 4, "seed": 1}
 
@@ -17,7 +24,7 @@ def quiet(worker):
 
 
 def is_freed(worker, steps, settles):
-    """Whether it is quiet within 40 steps; to its end the answer would take 120."""
+    """Whether all slots are free within 40 steps. The whole answer would take 120."""
     for _ in range(40):
         steps.let(1)
         if settles(lambda: quiet(worker), 0.25):
@@ -107,3 +114,174 @@ def test_a_full_queue_says_come_back(run_directory, serving, settles):
         assert len({chunk.choices[0].index for chunk in stream}) == 4
         assert settles(lambda: worker.unfinished == 0)
         assert client.completions.create(model="base", prompt="a", n=4, max_tokens=2).choices
+
+
+@contextmanager
+def working(run_directory):
+    """A worker of the base model without a server."""
+    worker = Worker(LLM(run_directory / "export" / "base"))
+    worker.start()
+    try:
+        yield worker
+    finally:
+        worker.close()
+        worker.join(10)
+        assert not worker.alive
+
+
+def new_job(choices=1):
+    params = [SamplingParams(3, seed=seed) for seed in range(choices)]
+    return Job([([5, 6, 7], params)], chat=False)
+
+
+async def next_event(job):
+    return await asyncio.wait_for(job.events.get(), 20)
+
+
+async def finished(job):
+    """Whether all choices of the job end without a failure."""
+    left = job.choices
+    while left:
+        event = await next_event(job)
+        if not isinstance(event, Event):
+            return False
+        left -= event.finish_reason is not None
+    return True
+
+
+def broken(*_):
+    raise RuntimeError("secret detail")
+
+
+def test_a_fault_also_fails_the_jobs_in_the_queue(run_directory):
+    with working(run_directory) as worker:
+        entered = threading.Event()
+        queued = threading.Event()
+        step = worker._engine.step
+
+        def failing():
+            entered.set()
+            assert queued.wait(20)
+            worker._engine.step = step
+            broken()
+
+        async def fail_two():
+            worker._engine.step = failing
+            running, waiting, later = new_job(3), new_job(), new_job(2)
+            worker.submit(running)
+            assert await asyncio.to_thread(entered.wait, 20)
+            worker.submit(waiting)
+            queued.set()
+            for job in (running, waiting):
+                failure = await next_event(job)
+                assert isinstance(failure, Failure) and not failure.is_shutdown
+                assert "secret" not in failure.message and job.events.empty()
+            worker.submit(later)
+            assert await finished(later)
+
+        asyncio.run(fail_two())
+        assert quiet(worker)
+
+
+def test_after_a_fault_the_engine_is_the_same_but_empty(run_directory, monkeypatch):
+    """The old cache is gone before the new one is made, and the version of the weights stays."""
+    monkeypatch.setattr(worker_module.logger, "disabled", True)  # pytest keeps logged tracebacks
+    with working(run_directory) as worker:
+        engine = worker._engine
+        engine.weights_version = 7
+        old = weakref.ref(engine._cache)
+        made = []
+        new_cache = engine_module.LatentCache
+
+        def counted(*arguments):
+            made.append(old() is None)
+            return new_cache(*arguments)
+
+        decode = engine.model.decode
+        calls = iter([decode, decode, broken])
+
+        async def fail_one():
+            with monkeypatch.context() as patch:
+                patch.setattr(engine.model, "decode", lambda *arguments: next(calls)(*arguments))
+                patch.setattr(engine_module, "LatentCache", counted)
+                failed = new_job(4)
+                worker.submit(failed)
+                while not isinstance(await next_event(failed), Failure):
+                    pass
+                while not made:
+                    await asyncio.sleep(0.01)
+            job = new_job()
+            worker.submit(job)
+            assert await finished(job)
+
+        asyncio.run(fail_one())
+        assert made == [True]
+        assert worker._engine is worker.llm.engine is engine and engine.weights_version == 7
+        assert quiet(worker)
+
+
+def test_jobs_that_the_engine_does_not_accept_fail(run_directory, monkeypatch):
+    with working(run_directory) as worker:
+
+        async def fail():
+            with monkeypatch.context() as patch:
+                patch.setattr(worker._engine, "add_group", broken)
+                job = new_job()
+                worker.submit(job)
+                assert isinstance(await next_event(job), Failure)
+            worker.submit(job)
+            assert await finished(job)
+
+        asyncio.run(fail())
+
+
+def test_when_the_engine_cannot_be_restarted_every_job_fails(run_directory):
+    with working(run_directory) as worker:
+        told = threading.Event()
+
+        def no_memory():
+            assert told.wait(5), "the client must be told before the restart"
+            raise MemoryError
+
+        worker._engine.step = broken
+        worker._engine.restart = no_memory
+
+        async def fail():
+            first, queued, late = new_job(), new_job(), new_job()
+            worker.submit(first)
+            assert "could not be restarted" not in (await next_event(first)).message
+            worker.submit(queued)
+            told.set()
+            assert "could not be restarted" in (await next_event(queued)).message
+            await asyncio.to_thread(worker.join, 20)
+            assert not worker.alive
+            worker.submit(late)
+            assert "could not be restarted" in (await next_event(late)).message
+            assert worker.unfinished == 0
+
+        asyncio.run(fail())
+
+
+def test_a_job_that_comes_while_closing_fails(run_directory):
+    with working(run_directory) as worker:
+        entered = threading.Event()
+        release = threading.Event()
+        step = worker._engine.step
+        worker._engine.step = lambda: (entered.set(), release.wait(20), step())[2]
+
+        async def close():
+            running, during, after = new_job(), new_job(), new_job()
+            worker.submit(running)
+            assert await asyncio.to_thread(entered.wait, 20)
+            worker.close()
+            worker.submit(during)
+            assert (await next_event(during)).is_shutdown
+            release.set()
+            await asyncio.to_thread(worker.join, 20)
+            worker.submit(after)
+            assert (await next_event(after)).is_shutdown
+            while not isinstance(event := await next_event(running), Failure):
+                assert event.finish_reason is None
+            assert event.is_shutdown
+
+        asyncio.run(close())

@@ -113,6 +113,7 @@ MODELS |= {
     for kind, model in MODELS.items()
 }
 STEPS = 20
+COMPARED = 8  # steps whose figures are compared: warm-up, full rate and decay
 ROWS = 6  # which four processes cannot share evenly
 CONFIG = ObjectiveConfig(
     steps=STEPS,
@@ -129,7 +130,8 @@ CONFIG = ObjectiveConfig(
 
 def config_of(kind: str) -> ObjectiveConfig:
     """With QK-clip where it is for, at a limit that some heads reach."""
-    return CONFIG if kind.startswith("v4") else CONFIG.model_copy(update={"qk_clip": 0.03})
+    clip = None if kind.startswith("v4") else 0.03
+    return CONFIG.model_copy(update={"steps": COMPARED, "qk_clip": clip})
 
 
 def model_of(kind: str) -> Deepseek:
@@ -223,9 +225,9 @@ def gradients(model: Deepseek, layout: Layout) -> dict[str, Tensor]:
 
 
 def losses(kind: str, state: TrainingState, choices: Choices | None) -> list[dict[str, float]]:
-    """The figures of twenty steps."""
+    """The figures of a short training."""
     figures = []
-    for step in range(STEPS):
+    for step in range(COMPARED):
         rows = state.layout.rows(batch(step * ROWS, ROWS))
         found, problem = training_step(state, config_of(kind), step, rows)
         assert problem is None

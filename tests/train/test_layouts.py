@@ -21,6 +21,7 @@ from xushi.train.checkpoint import SavedCheckpoint
 from xushi.train.layout import Box
 
 from .layouts import (
+    COMPARED,
     CONFIG,
     MODELS,
     STEPS,
@@ -94,7 +95,6 @@ def together(
 @cache
 def alone(kind: str) -> dict[str, Any]:
     """What one process finds, and the choices that it made."""
-    torch.set_num_threads(1)
     state = TrainingState.begin(model_of(kind), config_of(kind))
     choices = Choices(state.model, Layout())
     figures = losses(kind, state, choices)
@@ -102,7 +102,7 @@ def alone(kind: str) -> dict[str, Any]:
         "gradients": gradients(model_of(kind), Layout()),
         "exact": gradients(model_of(kind).double(), Layout()),
         "figures": figures,
-        "choices": choices.seen[:STEPS],
+        "choices": choices.seen[:COMPARED],
         "biases": biases(state.model),
     }
 
@@ -183,7 +183,7 @@ def check_gradients(parts: list[dict[str, Any]], one: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind, processes, layout", CASES)
-def test_twenty_steps_with_the_same_choices_have_the_same_losses(
+def test_steps_with_the_same_choices_have_the_same_losses(
     kind: str, processes: int, layout: str, spread
 ) -> None:
     one, moved = alone(kind), set[str]()
@@ -205,11 +205,9 @@ def test_twenty_steps_with_the_same_choices_have_the_same_losses(
 
 
 @pytest.mark.parametrize("kind, processes, layout", CASES)
-def test_twenty_steps_of_free_routing_stay_close(
-    kind: str, processes: int, layout: str, spread
-) -> None:
+def test_steps_of_free_routing_stay_close(kind: str, processes: int, layout: str, spread) -> None:
     everyone, one, flips = spread(kind, processes), alone(kind), 0
-    for step in range(STEPS):
+    for step in range(COMPARED):
         for name, chosen in one["choices"][step].items():
             seen = [found[f"{kind} {layout}"]["free_choices"][step] for found in everyone]
             parts = torch.cat([choices[name] for choices in seen if name in choices])

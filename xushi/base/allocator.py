@@ -1,20 +1,21 @@
-"""Tell the C library to keep what is freed: every training step frees and takes the same large
-blocks again.
+"""Make the C library keep freed memory.
+
+Every training step frees large blocks and allocates blocks of the same sizes again.
 """
 
 import ctypes
 import sys
 
-# malloc.h's names for mallopt's parameters
+# mallopt's parameters, from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> bool:
-    """Stop glibc from giving freed blocks back to the kernel, which would fault them in again at
-    every step.
+    """Stop glibc from returning freed blocks to the kernel.
 
-    Returns whether it was done; other C libraries are left as they are. Peak memory does not
-    change: what is kept is taken again by the next step.
+    The kernel would have to map and clear their pages again in every step. Returns whether this
+    was set; C libraries other than glibc are left alone. Peak memory stays the same, since the
+    next step uses the kept blocks.
     """
     if not sys.platform.startswith("linux"):
         return False

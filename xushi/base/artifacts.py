@@ -39,7 +39,6 @@ from xushi.base.progress import say
 
 _KEY = re.compile(r"([a-z]+)-[0-9a-f]{16,64}")
 _MISSING = "it is missing"
-_ATTEMPTS = 5  # more are needed only where other processes remove what this one makes
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # What a file system answers that has no hard links, or allows none to this file.
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
@@ -94,7 +93,7 @@ class Artifacts:
             return self._obtain(key, make, target)
         except CacheUnusable as error:
             say(
-                f"the cache is not used ({error.problem}): this run makes its {_kind(key)} for itself alone"
+                f"the cache is not used ({error.problem}): the {_kind(key)} is made for this run alone"
             )
         with directory_in_place(target) as aside:
             make(aside)
@@ -105,22 +104,23 @@ class Artifacts:
             place = self._place()
             make_directory(place)
         waiting = f"another process makes the same {_kind(key)}: waiting for it"
-        made = False
-        for _ in range(_ATTEMPTS):
+        while True:
             with _using(place / key) as fault:
                 if not fault:
                     _take(place / key / "files", target)
-                    return made
-            with (
-                _lock_of(place, key, waiting) as locked,
-                _using(place / key) as fault,
-            ):
-                if locked and fault:
+                    return False
+            with _lock_of(place, key, waiting) as locked, contextlib.ExitStack() as stack:
+                if not locked:  # another process removed the artifact and its lock
+                    continue
+                fault = stack.enter_context(_using(place / key))
+                if fault:
                     if fault != _MISSING:
                         say(f"{place / key} is damaged ({fault}): it is made anew")
                     _make(place, key, make)
-                    made = True
-        raise CacheUnusable(f"{place / key} is removed or damaged again and again")
+                    if unread := stack.enter_context(_using(place / key)):
+                        raise CacheUnusable(f"{place / key} cannot be read back: {unread}")
+                _take(place / key / "files", target)
+                return bool(fault)
 
     def entries(self) -> list[Entry]:
         """What the cache holds, the last used first."""

@@ -1,6 +1,4 @@
-"""Ctrl-C inside a training loop: the step is finished and saved first. A second Ctrl-C does not
-wait.
-"""
+"""Ctrl-C during training: the loop finishes its step and saves. A second Ctrl-C stops at once."""
 
 import contextlib
 import signal
@@ -10,7 +8,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """Whether somebody asked to stop."""
+    """`requested` becomes True when the process gets SIGINT or SIGTERM."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -18,12 +16,13 @@ class StopRequest:
 
 @contextlib.contextmanager
 def finish_step_first() -> Iterator[StopRequest]:
-    """While inside, the first SIGINT or SIGTERM only sets `requested`; the loop looks at it after
-    each step.
+    """Inside this context the first SIGINT or SIGTERM only sets `requested`.
+
+    The training loop checks it after each step. The second signal raises KeyboardInterrupt.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
+        yield stop  # Python allows signal handlers in the main thread only
         return
 
     def handle(number: int, frame: FrameType | None) -> None:

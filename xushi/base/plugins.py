@@ -15,6 +15,8 @@ from xushi.base.files import sha256_file
 
 Base = TypeVar("Base")
 
+_PREFIX = "xushi_plugin_"  # of the modules' names
+
 
 def is_file_spec(spec: str) -> bool:
     """Whether `spec` has the form "file.py:Class"."""
@@ -53,15 +55,25 @@ def load_class(spec: str, base: type[Base], folder: Path) -> type[Base]:
     return found
 
 
+def code_of(loaded: type) -> str:
+    """The SHA-256 of the file that a class was loaded from; "" for a class of the package."""
+    module = sys.modules[loaded.__module__]
+    if not loaded.__module__.startswith(_PREFIX) or module.__file__ is None:
+        return ""
+    return str(vars(module)["__xushi_sha256__"])
+
+
 def _load_module(file: Path, spec: str) -> ModuleType:
     """Run `file` as a module; the same file with the same content is run once."""
-    place = f"{file.resolve()}:{sha256_file(file)}"
-    name = f"xushi_plugin_{file.stem}_{hashlib.sha256(place.encode()).hexdigest()[:16]}"
+    digest = sha256_file(file)
+    place = hashlib.sha256(f"{file.resolve()}:{digest}".encode()).hexdigest()
+    name = f"{_PREFIX}{file.stem}_{place[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     description = importlib.util.spec_from_file_location(name, file)
     assert description is not None and description.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(description)
+    vars(module)["__xushi_sha256__"] = digest
     sys.modules[name] = module  # before it runs: dataclasses look their module up there
     try:
         description.loader.exec_module(module)

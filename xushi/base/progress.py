@@ -1,6 +1,4 @@
-"""Progress that a person can read: a bar in a terminal, a line now and then elsewhere. It goes to
-standard error.
-"""
+"""Progress on standard error: a bar in a terminal, elsewhere one line every 15 seconds."""
 
 import sys
 import time
@@ -13,11 +11,18 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class StepProgress:
-    """Progress over `total` steps of a stage, from step `start`; use as a context manager."""
+    """Progress of a stage from step `start` to `total`. Use it as a context manager.
+
+    With `shown` False it prints nothing: only rank 0 of several processes reports.
+    """
 
     def __init__(self, stage: str, total: int, start: int = 0, shown: bool = True) -> None:
-        self.stage, self.total, self.first, self.shown = stage, total, start, shown
-        self._began = self._last_line = time.monotonic()
+        self.stage = stage
+        self.total = total
+        self.first = start
+        self.shown = shown
+        self._began = time.monotonic()
+        self._last_line = self._began
         self._bar: Progress | None = None
         if shown and sys.stderr.isatty():
             self._bar = Progress(
@@ -47,7 +52,7 @@ class StepProgress:
             self._bar.stop()
 
     def update(self, step: int, note: str) -> None:
-        """Steps done so far, with a short note such as the loss."""
+        """Report that `step` steps are done. `note` is short, for example the loss."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=note)
             return
@@ -67,5 +72,5 @@ class StepProgress:
 
 
 def say(text: str) -> None:
-    """A line for the person who watches, on standard error."""
+    """Print a line for the user on standard error."""
     print(text, file=sys.stderr, flush=True)

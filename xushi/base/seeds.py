@@ -1,5 +1,6 @@
-"""Randomness by name: every stream is a pure function of the run's seed and a name, never of a
-global state.
+"""Random streams by name: each is a pure function of the run's seed and its name.
+
+No global random state is read or changed.
 """
 
 import hashlib
@@ -11,21 +12,18 @@ _MASK = (1 << 64) - 1
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A 64-bit key for the stream called `names` under `seed`; streams of different names are
-    independent.
+    """The 64-bit key of the stream called `names`, for `seed`.
+
+    Streams with different names or seeds are independent of each other.
     """
     text = "\0".join([str(seed), *map(str, names)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def generator(seed: int, *names: str | int) -> np.random.Generator:
-    """A numpy generator (Philox, counter-based) for the stream called `names`."""
-    return np.random.Generator(np.random.Philox(key=derive(seed, *names)))
-
-
 def mix64(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finalizer, element by element (Steele, Lea and Flood 2014): a bijection on
-    64-bit words.
+    """SplitMix64's finalizer, element by element: a bijection on 64-bit words.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
     """
     with np.errstate(over="ignore"):
         z = value + np.uint64(0x9E3779B97F4A7C15)
@@ -37,8 +35,9 @@ def mix64(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def uniforms(
     keys: npt.NDArray[np.uint64], counters: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.float64]:
-    """One uniform in (0, 1) per (key, counter) pair; the same pair gives the same number, whatever
-    stands beside it.
+    """One uniform number in (0, 1) for each (key, counter) pair.
+
+    The number depends on its own pair only, not on the other elements of the arrays.
     """
     bits = mix64(mix64(keys) ^ mix64(counters ^ np.uint64(0xD1B54A32D192ED03)))
     return (np.asarray(bits >> np.uint64(11), dtype=np.float64) + 0.5) * 2.0**-53

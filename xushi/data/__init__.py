@@ -1,6 +1,7 @@
-"""Floor 3: from raw text to batches, with the way back from every token to the byte it came from."""
+"""From raw text to batches, with a record of which bytes every token came from."""
 
 from xushi.data.batches import (
+    HeldoutText,
     TokenDataset,
     batch_hash,
     heldout_batches,
@@ -19,6 +20,14 @@ from xushi.data.corpus import (
 )
 from xushi.data.documents import Document, find_documents, make_document, read_documents
 from xushi.data.packing import Span, byte_span
+from xushi.data.shared import (
+    corpus_key,
+    obtain_corpus,
+    obtain_tokenizer,
+    obtain_tokens,
+    tokenizer_key,
+    tokens_key,
+)
 from xushi.data.tokens import TokenManifest, load_manifest, tokenize_corpus
 
 __all__ = [
@@ -26,6 +35,7 @@ __all__ = [
     "DataConfig",
     "Document",
     "ExtraSource",
+    "HeldoutText",
     "SourceConfig",
     "SourceSummary",
     "Span",
@@ -34,6 +44,7 @@ __all__ = [
     "batch_hash",
     "build_corpus",
     "byte_span",
+    "corpus_key",
     "find_documents",
     "heldout_batches",
     "heldout_bytes",
@@ -41,8 +52,13 @@ __all__ = [
     "load_manifest",
     "load_summary",
     "make_document",
+    "obtain_corpus",
+    "obtain_tokenizer",
+    "obtain_tokens",
     "read_documents",
     "row_hashes",
     "tokenize_corpus",
+    "tokenizer_key",
+    "tokens_key",
     "training_texts",
 ]

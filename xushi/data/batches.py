@@ -8,6 +8,7 @@ Legend: B sequence, T token.
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,19 +17,19 @@ import numpy as np
 from xushi.base.errors import BadInput
 from xushi.data import packing
 from xushi.data.mixture import Mixture
-from xushi.data.packing import PackedSource, Span, byte_span
+from xushi.data.packing import Ints, PackedSource, Span, byte_span
 from xushi.data.tokens import TokenManifest, load_byte_lengths, load_manifest, open_source
 
 if TYPE_CHECKING:  # torch takes a second to load, and making a corpus does without it
     from xushi.model import Batch
 
 
-def _batch(rows: Sequence[packing.Sequence]) -> "Batch":
+def _batch(rows: Sequence[packing.PackedRow]) -> "Batch":
     import torch
 
     from xushi.model import Batch
 
-    columns = zip(packing.Sequence._fields, zip(*rows, strict=True), strict=True)
+    columns = zip(packing.PackedRow._fields, zip(*rows, strict=True), strict=True)
     return Batch(
         **{name.removesuffix("_T"): torch.from_numpy(np.stack(column)) for name, column in columns}
     )
@@ -140,14 +141,40 @@ class TokenDataset:
 
 
 def heldout_batches(directory: Path, batch_size: int) -> Iterator["Batch"]:
-    """The held-out documents, packed in path order, every token but bos a target once; the last
-    batch may be smaller.
+    """The held-out documents, packed in path order; the last batch may be smaller.
 
-    A directory's held-out bytes are in `corpus.heldout_bytes`. Besides the text's tokens each
-    document's eos is a target, as an encoder must say where a document ends.
+    Every token except bos is a target once, eos included: an encoder must say where a document
+    ends. `corpus.heldout_bytes` are the bytes that these batches describe.
     """
-    manifest = load_manifest(directory)
-    packed = open_source(directory / "heldout", manifest, manifest.heldout)
-    for first in range(0, packed.sequences, batch_size):
-        last = min(first + batch_size, packed.sequences)
-        yield _batch([packed.sequence(index) for index in range(first, last)])
+    return (batch for batch, _ in HeldoutText.open(directory).batches(batch_size))
+
+
+@dataclass(frozen=True)
+class HeldoutText:
+    """The held-out documents as batches that say to which document each target belongs.
+
+    Per document, in path order: `uids`, and `bytes_D`, how many bytes its text has.
+    """
+
+    uids: list[bytes]
+    bytes_D: Ints
+    packed: PackedSource
+
+    @classmethod
+    def open(cls, directory: Path) -> "HeldoutText":
+        """Open what `tokenize_corpus` wrote; missing or damaged files are a `XushiError`."""
+        manifest = load_manifest(directory)
+        packed = open_source(directory / "heldout", manifest, manifest.heldout)
+        lengths = load_byte_lengths(directory, manifest)
+        documents = range(len(packed.uids))
+        sizes = [int(lengths[packed.document(index)].sum()) for index in documents]
+        return cls(packed.uids, np.array(sizes, dtype=np.int64), packed)
+
+    def batches(self, batch_size: int) -> Iterator[tuple["Batch", Ints]]:
+        """Each batch with the index of each target's document: [B, T], -1 for padding."""
+        for first in range(0, self.packed.sequences, batch_size):
+            rows = range(first, min(first + batch_size, self.packed.sequences))
+            yield (
+                _batch([self.packed.sequence(row) for row in rows]),
+                np.stack([self.packed.documents(row) for row in rows]),
+            )

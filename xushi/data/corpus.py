@@ -1,13 +1,13 @@
-"""The corpus of a run: sources read, duplicates dropped, a part held out, all of it written down
-with its verdicts.
+"""Build the corpus of a run: read the sources, drop duplicates, hold a part out, and write it.
 
     train-*.parquet, heldout-*.parquet   documents (see `documents`)
-    decisions.parquet                    uid, step, version, score, kept, reason: one row per document and step
-    heldout.bin                          the held-out documents' bytes one after another, for compressors
+    decisions.parquet                    uid, step, version, score, kept, reason: one row for each
+                                         document and step
+    heldout.bin                          the bytes of the held-out documents, concatenated
     summary.json                         `CorpusSummary`; written last
 
-Held in memory while it is built: about three times its size. Not here: tokens (`tokens`), and when
-to build anew.
+While it is built, the corpus is held in memory, at about three times its size. Not here: tokens
+(`tokens`), and the decision whether a corpus must be built again (`run`).
 """
 
 import hashlib
@@ -22,16 +22,17 @@ from xushi.base.files import directory_in_place, read_json, write_json
 from xushi.data.config import DataConfig
 from xushi.data.documents import Document, read_documents, write_documents
 from xushi.data.holdout import Holdout, group_of, hold_out, place_of
-from xushi.data.sources import SourceFiles, read_source
+from xushi.data.sources import SourceDocuments, read_source
 
-# Raised when a step decides otherwise than before on the same documents.
+# A step's version is raised when it decides differently on the same documents.
 _VERSIONS = {"not_empty": 1, "exact_duplicates": 1, "holdout": 1}
 
 
 class Decision(NamedTuple):
-    """A step's verdict on a document. `score` is None where the step has none. Under the rule
-    "tails" the steps before the hold-out speak of the whole document, the hold-out of its parts,
-    which have uids of their own.
+    """What one step decided about one document. `score` is None if the step computes none.
+
+    Under the rule "tails" the hold-out decides about the two parts of a document, which have uids
+    of their own; the steps before it decide about the whole document.
     """
 
     uid: bytes
@@ -44,8 +45,9 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class ExtraSource:
-    """Documents made by the run itself (transcripts of an environment): trained on as they are,
-    never held out.
+    """Documents that the run makes itself, such as transcripts of an environment.
+
+    All of them are trained on; none is dropped or held out.
     """
 
     documents: Sequence[Document]
@@ -53,11 +55,10 @@ class ExtraSource:
 
 
 class SourceSummary(StrictConfig):
-    """What one source gave. `bytes` and `documents` count what was kept, held out or not."""
+    """Counts for one source. `documents` and `bytes` count the documents that were not dropped."""
 
     name: str
     kind: str
-    root: str
     weight: float
     files: int
     documents: int
@@ -70,12 +71,12 @@ class SourceSummary(StrictConfig):
 
 
 class CorpusSummary(StrictConfig):
-    """A corpus in numbers. Totals leave out the extra sources, as do the fractions of the hold-out.
+    """Counts and hash of a corpus. The totals, and the held-out share, exclude the extra sources.
 
-    `sha256` is over (path, content) of every kept document, in the order of the sources and of the
-    paths in each, every path and content after its length as 8 little-endian bytes; a line or row
-    adds `:number` to its path. `rule` and `heldout_groups` ("source/group"; empty under the rule
-    "tails"): see `holdout`.
+    `sha256` is computed over path and content of every kept document, sources in the order of the
+    recipe and paths in order. Before each path and each content comes its length as 8 little-endian
+    bytes; for a line or row the path ends in `:number`. `rule` and `heldout_groups`
+    ("source/group"; empty under the rule "tails") are explained in `holdout`.
     """
 
     sources: list[SourceSummary]
@@ -92,33 +93,36 @@ class CorpusSummary(StrictConfig):
 def build_corpus(
     config: DataConfig, extra: Mapping[str, ExtraSource], directory: Path
 ) -> CorpusSummary:
-    """Read, divide and write the corpus. `directory` appears whole (replacing an older one) or not
-    at all.
+    """Read, divide and write the corpus.
 
-    Everything a source can be wrong in is a `XushiError` (see `sources`, `holdout`).
+    `directory` is replaced by one rename: after a failure the old one is still there. A source that
+    cannot be used is a `XushiError` (see `sources` and `holdout`).
     """
     configured = {source.name for source in config.sources}
     for name in extra:
         if name in configured:
             raise BadInput(
-                f"source {name} has the name of an environment's transcripts", "rename the source"
+                f"source {name} has the same name as an environment's transcripts",
+                "rename the source",
             )
     found = {source.name: read_source(source) for source in config.sources}
     documents, decisions = _without_duplicates(found)
     divided = hold_out(documents, config.heldout, config.salt)
     decisions += _holdout_decisions(divided)
-    summary = _summary(config, extra, found, decisions, documents, divided)
-    train = divided.train + [
-        document for name in sorted(extra) for document in extra[name].documents
-    ]
-    assert len({document.uid for document in train}) == len(train)
+    summary = CorpusSummary(
+        sources=_source_summaries(config, extra, found, decisions, divided),
+        files=sum(files.files for files in found.values()),
+        documents=len(documents),
+        bytes=_size(documents),
+        heldout_documents=len(divided.heldout),
+        heldout_bytes=_size(divided.heldout),
+        heldout_groups=["/".join(group) for group in divided.groups],
+        rule=divided.rule,
+        sha256=_hash(documents),
+    )
+    extras = [document for name in sorted(extra) for document in extra[name].documents]
     with directory_in_place(directory) as aside:
-        write_documents(aside, "train", train)
-        write_documents(aside, "heldout", divided.heldout)
-        _write_decisions(aside / "decisions.parquet", decisions)
-        (aside / "heldout.bin").write_bytes(
-            b"".join(document.text.encode() for document in divided.heldout)
-        )
+        _write(aside, divided.train + extras, divided.heldout, decisions)
         write_json(aside / "summary.json", summary.model_dump())
     return summary
 
@@ -130,12 +134,12 @@ def load_summary(directory: Path) -> CorpusSummary:
 
 
 def training_texts(directory: Path) -> Iterator[str]:
-    """The texts to train on, extra sources last, in their fixed order."""
+    """The training texts in the order of the corpus; extra sources come last."""
     return (document.text for document in read_documents(directory, "train"))
 
 
 def heldout_bytes(directory: Path) -> bytes:
-    """The held-out documents as one stream of UTF-8, without separators."""
+    """The held-out documents as UTF-8, concatenated without separators."""
     try:
         return (directory / "heldout.bin").read_bytes()
     except OSError as error:
@@ -144,12 +148,29 @@ def heldout_bytes(directory: Path) -> bytes:
         ) from None
 
 
+def _write(
+    directory: Path,
+    train: Sequence[Document],
+    heldout: Sequence[Document],
+    decisions: Sequence[Decision],
+) -> None:
+    """Write everything but the summary."""
+    assert len({document.uid for document in train}) == len(train)
+    write_documents(directory, "train", train)
+    write_documents(directory, "heldout", heldout)
+    _write_decisions(directory / "decisions.parquet", decisions)
+    text = b"".join(document.text.encode() for document in heldout)
+    (directory / "heldout.bin").write_bytes(text)
+
+
 def _decide(document: Document, step: str, kept: bool, reason: str) -> Decision:
     return Decision(document.uid, step, _VERSIONS[step], None, kept, reason)
 
 
-def _without_duplicates(found: Mapping[str, SourceFiles]) -> tuple[list[Document], list[Decision]]:
-    """Documents with text, the first of each text over all sources."""
+def _without_duplicates(
+    found: Mapping[str, SourceDocuments],
+) -> tuple[list[Document], list[Decision]]:
+    """The documents that are not empty, only the first of those with equal texts, and decisions."""
     first: dict[bytes, bytes] = {}
     kept, decisions = [], []
     for document in (document for files in found.values() for document in files.documents):
@@ -181,71 +202,67 @@ def _holdout_decisions(divided: Holdout) -> list[Decision]:
     return decisions
 
 
-def _summary(
+def _source_summaries(
     config: DataConfig,
     extra: Mapping[str, ExtraSource],
-    found: Mapping[str, SourceFiles],
+    found: Mapping[str, SourceDocuments],
     decisions: Sequence[Decision],
-    documents: Sequence[Document],
     divided: Holdout,
-) -> CorpusSummary:
+) -> list[SourceSummary]:
+    """One summary for each source of the recipe, then one for each extra source."""
     dropped = {decision.uid: decision.step for decision in decisions if not decision.kept}
-    digest = hashlib.sha256()
-    for document in documents:
-        for data in (place_of(document).encode(), document.text.encode()):
-            digest.update(len(data).to_bytes(8, "little") + data)
-    sources = []
+    summaries = []
     for source in config.sources:
-        steps = [dropped.get(document.uid) for document in found[source.name].documents]
-        kept = [document for document in documents if document.source == source.name]
+        files = found[source.name]
+        steps = [dropped.get(document.uid) for document in files.documents]
         held = [document for document in divided.heldout if document.source == source.name]
-        sources.append(
+        trained = [document for document in divided.train if document.source == source.name]
+        kept = len(steps) - steps.count("not_empty") - steps.count("exact_duplicates")
+        summaries.append(
             SourceSummary(
                 name=source.name,
                 kind=source.kind,
-                root=found[source.name].root,
                 weight=source.weight,
-                files=found[source.name].files,
-                documents=len(kept),
-                bytes=_size(kept),
+                files=files.files,
+                documents=kept,
+                bytes=_size(trained) + _size(held),
                 heldout_documents=len(held),
                 heldout_bytes=_size(held),
                 empty=steps.count("not_empty"),
                 duplicates=steps.count("exact_duplicates"),
-                notes=found[source.name].notes,
+                notes=files.notes,
             )
         )
-    extras = [
-        SourceSummary(
-            name=name,
-            kind="extra",
-            root="",
-            weight=extra[name].weight,
-            files=0,
-            documents=len(extra[name].documents),
-            bytes=_size(extra[name].documents),
-            heldout_documents=0,
-            heldout_bytes=0,
-            empty=0,
-            duplicates=0,
-            notes=[],
-        )
-        for name in sorted(extra)
-    ]
-    return CorpusSummary(
-        sources=sources + extras,
-        files=sum(source.files for source in sources),
-        documents=len(documents),
-        bytes=_size(documents),
-        heldout_documents=len(divided.heldout),
-        heldout_bytes=_size(divided.heldout),
-        heldout_groups=["/".join(group) for group in divided.groups],
-        rule=divided.rule,
-        sha256=digest.hexdigest(),
+    return summaries + [_extra_summary(name, extra[name]) for name in sorted(extra)]
+
+
+def _extra_summary(name: str, source: ExtraSource) -> SourceSummary:
+    return SourceSummary(
+        name=name,
+        kind="extra",
+        weight=source.weight,
+        files=0,
+        documents=len(source.documents),
+        bytes=_size(source.documents),
+        heldout_documents=0,
+        heldout_bytes=0,
+        empty=0,
+        duplicates=0,
+        notes=[],
     )
 
 
+def _hash(documents: Sequence[Document]) -> str:
+    """`CorpusSummary.sha256` of the kept documents."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for data in (place_of(document).encode(), document.text.encode()):
+            digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
 def _size(documents: Sequence[Document]) -> int:
+    """Bytes of text."""
     return sum(len(document.text.encode()) for document in documents)
 
 

@@ -1,6 +1,4 @@
-"""A document, its identity, and how documents lie on disk (Parquet shards). Not here: where
-documents come from.
-"""
+"""A document, its uid, and its storage in Parquet shards. Not here: reading sources (`sources`)."""
 
 import hashlib
 import json
@@ -20,11 +18,11 @@ _WORD_CHARACTER = re.compile(r"\w")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text that is never changed afterwards; what later steps decide about it stands beside it.
+    """A text with its origin. Later steps never change it; their decisions are stored beside it.
 
-    `uid`: 16 bytes, from source, content hash and place. `lang`: see `language`. `meta`
-    (JSON-able): `path` inside the source; `line` (jsonl) or `row` (parquet), both from 1;
-    `package`; `bytes` = [start, end] when the document is a part of its file.
+    `uid`: 16 bytes, a hash of source, content and `meta`. `lang`: see `language`. `meta` can be
+    written as JSON: `path` inside the source; `line` (jsonl) or `row` (parquet), both counted from
+    1; `package`; `bytes` = [start, end] if the document is a part of its file.
     """
 
     uid: bytes
@@ -35,9 +33,7 @@ class Document:
 
 
 def make_document(source: str, text: str, meta: Mapping[str, Any]) -> Document:
-    """A document whose place is the whole of `meta`; equal texts at different places get different
-    uids.
-    """
+    """Make a document. Equal texts with different `meta` get different uids."""
     content = hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
     identity = json.dumps([source, content, meta], sort_keys=True)
     uid = hashlib.blake2b(identity.encode(), digest_size=16).digest()
@@ -45,8 +41,8 @@ def make_document(source: str, text: str, meta: Mapping[str, Any]) -> Document:
 
 
 def language(path: str, text: str) -> str:
-    """A simple guess: "python" for `.py` files, "zh" if most letters and digits are Chinese
-    characters, else "und".
+    """A simple guess: "python" for a path that ends in `.py`, "zh" if most letters and digits are
+    Chinese characters, else "und" (undetermined).
     """
     if path.endswith(".py"):
         return "python"
@@ -56,8 +52,9 @@ def language(path: str, text: str) -> str:
 
 
 def write_documents(directory: Path, name: str, documents: Iterable[Document]) -> None:
-    """Write `name-00000.parquet` and so on, about 64 MiB of text each, in the order given; at least
-    one shard.
+    """Write `name-00000.parquet` and so on in the given order, about 64 MiB of text in each.
+
+    At least one shard is written, even without documents.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -71,7 +68,9 @@ def write_documents(directory: Path, name: str, documents: Iterable[Document]) -
             ("meta", pa.string()),
         ]
     )
-    writer, shard, shard_bytes = None, 0, 0
+    writer = None
+    shard = 0
+    shard_bytes = 0
     for group, size in _groups(documents):
         if writer is None or shard_bytes + size > _SHARD_BYTES:
             if writer is not None:
@@ -79,26 +78,27 @@ def write_documents(directory: Path, name: str, documents: Iterable[Document]) -
             writer = pq.ParquetWriter(
                 directory / f"{name}-{shard:05}.parquet", schema, compression="zstd"
             )
-            shard, shard_bytes = shard + 1, 0
+            shard += 1
+            shard_bytes = 0
         shard_bytes += size
-        rows = [
-            {
-                "uid": d.uid,
-                "text": d.text,
-                "source": d.source,
-                "lang": d.lang,
-                "meta": json.dumps(d.meta, ensure_ascii=False, sort_keys=True),
-            }
-            for d in group
-        ]
-        writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+        writer.write_table(pa.Table.from_pylist([_row(d) for d in group], schema=schema))
     if writer is None:
         writer = pq.ParquetWriter(directory / f"{name}-00000.parquet", schema, compression="zstd")
     writer.close()
 
 
+def _row(document: Document) -> dict[str, Any]:
+    return {
+        "uid": document.uid,
+        "text": document.text,
+        "source": document.source,
+        "lang": document.lang,
+        "meta": json.dumps(document.meta, ensure_ascii=False, sort_keys=True),
+    }
+
+
 def _groups(documents: Iterable[Document]) -> Iterator[tuple[list[Document], int]]:
-    """Documents in row groups of about `_ROW_GROUP_BYTES` of text, each with its size."""
+    """(documents, bytes of text) of each row group of about `_ROW_GROUP_BYTES`."""
     group: list[Document] = []
     size = 0
     for document in documents:
@@ -106,19 +106,20 @@ def _groups(documents: Iterable[Document]) -> Iterator[tuple[list[Document], int
         size += len(document.text.encode())
         if size >= _ROW_GROUP_BYTES:
             yield group, size
-            group, size = [], 0
+            group = []
+            size = 0
     if group:
         yield group, size
 
 
 def read_documents(directory: Path, name: str) -> Iterator[Document]:
-    """The documents of a directory that `write_documents` filled under `name`, in their order."""
+    """Read the documents that `write_documents` wrote under `name`, in the same order."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     shards = sorted(directory.glob(f"{name}-*.parquet"))
     if not shards:
-        raise BadInput(f"{directory} holds no {name} documents", "run the data stage")
+        raise BadInput(f"{directory} has no {name} documents", "run the data stage")
     for shard in shards:
         try:
             with pq.ParquetFile(shard) as file:
@@ -138,7 +139,7 @@ def read_documents(directory: Path, name: str) -> Iterator[Document]:
 
 
 def find_documents(directory: Path, name: str, uids: Iterable[bytes]) -> dict[bytes, Document]:
-    """Those of a directory's documents that are asked for and there, by uid."""
+    """The documents with these uids, by uid. Uids that the directory does not have are left out."""
     wanted = set(uids)
     return {
         document.uid: document

@@ -1,8 +1,9 @@
-"""What is held out for evaluation: 5-8 % of the bytes, chosen by hash, before anything is trained.
+"""Hold out 5-8 % of the bytes for evaluation, chosen by hash before anything is trained.
 
-Whole groups (a package, else a document) so that near neighbours do not stand on both sides. Where
-the groups are too few and too large for that, as with a single book, the tail of every document
-instead; which rule was used is recorded. Not here: the evaluation itself.
+Whole groups are held out (a package, or a document that belongs to none), so that similar documents
+of one group are not on both sides. If no selection of groups has 5-8 % of the bytes, as with a
+single book, the tail of every document is held out instead. The rule used is recorded. Not here:
+the evaluation itself.
 """
 
 import hashlib
@@ -16,14 +17,17 @@ from xushi.data.documents import Document, make_document
 
 LEAST, MOST = 0.05, 0.08
 SMALLEST_CORPUS = 1024
-"""Bytes. Below this a border between two characters can miss the 5-8 %."""
+"""In bytes. In a smaller text there may be no character boundary that holds out 5-8 %."""
 
 Group = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Holdout:
-    """Both sides in the order of the documents given. `groups` is empty under the rule "tails"."""
+    """Training and held-out documents in the order given. `groups`: those held out, sorted.
+
+    Under the rule "tails" `groups` is empty.
+    """
 
     train: list[Document]
     heldout: list[Document]
@@ -32,30 +36,29 @@ class Holdout:
 
 
 def group_of(document: Document) -> Group:
-    """(source, group): the distribution of a package's file, else the document's own place."""
-    return document.source, str(
-        document.meta["package"]
-    ) if "package" in document.meta else place_of(document)
+    """(source, group): the package that the document belongs to, or else its own place."""
+    package = document.meta.get("package")
+    return document.source, place_of(document) if package is None else str(package)
 
 
 def place_of(document: Document) -> str:
-    """The path inside the source, with `:number` for the line or row of a table."""
+    """The path inside the source, followed by `:number` for a line (jsonl) or row (parquet)."""
     return ":".join(
         str(document.meta[key]) for key in ("path", "line", "row") if key in document.meta
     )
 
 
 def hold_out(documents: Sequence[Document], fraction: float, salt: str) -> Holdout:
-    """Divide `documents`; the same for the same documents, whatever order the groups were found in.
+    """Divide `documents` into training and held-out ones. The order of the groups has no effect.
 
-    `fraction` (0.05-0.08) of the bytes is what is aimed at; between 5 % and 8 % is what is kept to.
-    `XushiError` if there is too little text to hold anything out.
+    The held-out share comes close to `fraction` (0.05-0.08) of the bytes and always lies between
+    5 % and 8 %. Too little text for that is a `XushiError`.
     """
     total = sum(len(document.text.encode()) for document in documents)
     if total < SMALLEST_CORPUS:
         raise BadInput(
-            f"the sources hold {total} bytes of text, too little to hold any of it out for "
-            "evaluation",
+            f"the sources have {total} bytes of text, which is too little to hold any of it out "
+            "for evaluation",
             f"give at least {SMALLEST_CORPUS} bytes; a useful model needs millions",
         )
     sizes: dict[Group, int] = {}
@@ -75,12 +78,11 @@ def hold_out(documents: Sequence[Document], fraction: float, salt: str) -> Holdo
 
 
 def _choose(sizes: dict[Group, int], total: int, fraction: float, salt: str) -> list[Group] | None:
-    """Walk the groups in hash order, taking what fits. None if no set of whole groups lies between
-    5 % and 8 %.
+    """Select groups greedily in hash order. None if no selection has 5-8 % of the bytes.
 
-    A walk that ends below 5 % has passed over nothing but groups above 3 %. A set that lies within
-    the bounds has at most two of those, so walks that begin with each one, then with each two of
-    them, leave no set unfound.
+    If the greedy pass ends below 5 %, it skipped only groups larger than 3 %. A valid selection
+    holds at most two such groups. Trying every one and every pair of them first therefore finds a
+    valid selection if one exists.
     """
 
     def position(group: Group) -> bytes:
@@ -89,7 +91,8 @@ def _choose(sizes: dict[Group, int], total: int, fraction: float, salt: str) -> 
     order = sorted(sizes, key=position)
     large = [group for group in order if (MOST - LEAST) * total < sizes[group] <= MOST * total]
     for first in chain([()], combinations(large, 1), combinations(large, 2)):
-        taken, held = list(first), sum(sizes[group] for group in first)
+        taken = list(first)
+        held = sum(sizes[group] for group in first)
         if held > MOST * total:
             continue
         for group in order:
@@ -104,12 +107,13 @@ def _choose(sizes: dict[Group, int], total: int, fraction: float, salt: str) -> 
 
 
 def _tails(documents: Sequence[Document], total: int, fraction: float) -> Holdout:
-    """Cut every document in two. What one cut misses of its share, the next one makes up for."""
-    # A little inside the bounds, so that a line's end may be found without leaving them.
+    """Hold out the tail of every document. If a tail is too short, the next one is longer."""
+    # Half a percent inside the bounds, so that a cut may move to the end of a line.
     aim = min(max(fraction, LEAST + 0.005), MOST - 0.005)
     train: list[Document] = []
     heldout: list[Document] = []
-    seen = held = 0
+    seen = 0
+    held = 0
     for document in documents:
         data = document.text.encode()
         seen += len(data)
@@ -133,8 +137,8 @@ def _tails(documents: Sequence[Document], total: int, fraction: float) -> Holdou
 
 
 def _cut(data: bytes, wanted: int, slack: int) -> int:
-    """Where the tail of about `wanted` bytes begins: at a line's start within `slack` bytes, else
-    at a character's.
+    """Where a tail of about `wanted` bytes begins: at the start of a line within `slack` bytes of
+    that place, or else at the start of a character.
     """
     wanted = min(max(wanted, 0), len(data) // 2)
     cut = len(data) - wanted
@@ -142,9 +146,9 @@ def _cut(data: bytes, wanted: int, slack: int) -> int:
         return cut
     after = data.find(b"\n", max(cut - 1, 0), min(cut + slack, len(data) - 1)) + 1
     before = data.rfind(b"\n", max(cut - slack, 0), cut) + 1
-    lines = [place for place in (before, after) if place > 0]
-    if lines:
-        return min(lines, key=lambda place: abs(place - cut))
-    while cut > 0 and data[cut] & 0xC0 == 0x80:  # a continuation byte of UTF-8
+    starts = [start for start in (before, after) if start > 0]
+    if starts:
+        return min(starts, key=lambda start: abs(start - cut))
+    while cut > 0 and data[cut] & 0xC0 == 0x80:  # a UTF-8 continuation byte
         cut -= 1
     return cut

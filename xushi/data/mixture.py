@@ -1,8 +1,8 @@
-"""Which source each sequence comes from, and which of its sequences: a pure function of (seed,
-cursor).
+"""Which sequence of which source is trained on at a cursor: a pure function of (seed, cursor).
 
-A plan over a period of slots is fixed before step 0: every source gets slots in proportion to its
-share, in a keyed order; the plan repeats. Not here: what a sequence holds (`packing`).
+A plan of 4,096 slots is fixed before step 0. Every source gets slots in proportion to its share, in
+an order that the seed decides, and the plan repeats. Not here: the contents of a sequence
+(`packing`).
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,9 @@ PERIOD = 4096
 
 
 def slot_counts(shares: Sequence[float], period: int = PERIOD) -> list[int]:
-    """Slots of each source: proportional to `shares`, rounded by largest remainders, and at least
-    one.
+    """How many slots each source gets: proportional to `shares`, at least one.
+
+    Rounded by the largest-remainder method.
     """
     assert 0 < len(shares) <= period and all(share > 0 for share in shares)
     quotas = [share / sum(shares) * period for share in shares]
@@ -30,9 +31,11 @@ def slot_counts(shares: Sequence[float], period: int = PERIOD) -> list[int]:
 
 
 class Mixture:
-    """`sequences[s]`: how many sequences source `names[s]` has. `weights[s]`: how often each of
-    them is seen, relative to those of a source of weight 1. Sources are known to the order by name,
-    so their order here does not matter.
+    """Draws sequences from several sources.
+
+    `sequences[s]` is how many sequences the source `names[s]` has. `weights[s]` is how often each
+    of them is drawn, relative to a source of weight 1. The order in which sources are given has no
+    effect: their permutations depend on their names.
     """
 
     def __init__(
@@ -43,7 +46,9 @@ class Mixture:
         plan = np.repeat(np.array(ranked), counts)
         key = np.uint64(derive(seed, "mixture"))
         slots = np.argsort(mix64(key ^ mix64(np.arange(PERIOD, dtype=np.uint64))), kind="stable")
-        self._names, self._sequences, self._seed = list(names), list(sequences), seed
+        self._names = list(names)
+        self._sequences = list(sequences)
+        self._seed = seed
         self._count = dict(zip(ranked, counts, strict=True))
         self._source = plan[slots]
         self._rank = np.zeros(PERIOD, dtype=np.int64)
@@ -51,7 +56,7 @@ class Mixture:
             self._rank[self._source == source] = np.arange(count)
 
     def draw(self, cursor: int) -> tuple[int, int, int]:
-        """(source, epoch, sequence within the source) of the sequence at `cursor`."""
+        """(source, epoch, index of the sequence within the source) at `cursor` (from 0)."""
         slot = cursor % PERIOD
         source = int(self._source[slot])
         ordinal = cursor // PERIOD * self._count[source] + int(self._rank[slot])

@@ -1,8 +1,8 @@
-"""The order in which things are seen: a keyed permutation of range(n) that needs no table.
+"""A keyed permutation of range(n) that needs no table: the order of sequences in an epoch.
 
-A Feistel network permutes the smallest range of 4**h that holds n; what falls outside n is sent
-through again ("cycle walking", Black and Rogaway 2002). Not here: which source is drawn from
-(`mixture`).
+A Feistel network permutes range(4**h) for the smallest h with 4**h >= n. A result outside range(n)
+is permuted again until it is inside ("cycle walking", Black and Rogaway 2002). Not here: the choice
+of the source (`mixture`).
 """
 
 _ROUNDS = 8
@@ -10,9 +10,9 @@ _WORD = (1 << 64) - 1
 
 
 def permute(key: int, n: int, index: int) -> int:
-    """Where the permutation `key` (below 2**64) of range(n) sends `index`.
+    """The image of `index` under the permutation of range(n) that `key` (below 2**64) selects.
 
-    A pure function of its arguments; for a fixed key and n a bijection.
+    For a fixed key and n it is a bijection on range(n).
     """
     assert 0 <= index < n and 0 <= key <= _WORD
     half = max(1, ((n - 1).bit_length() + 1) // 2)
@@ -27,7 +27,7 @@ def permute(key: int, n: int, index: int) -> int:
 
 
 def _mix(value: int) -> int:
-    """`base.seeds.mix64` on one Python integer, many times faster than on an array of one."""
+    """`base.seeds.mix64` of one Python integer; much faster than of an array of one element."""
     value = (value + 0x9E3779B97F4A7C15) & _WORD
     value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _WORD
     value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _WORD

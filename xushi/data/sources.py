@@ -1,7 +1,8 @@
-"""Documents from what the recipe names: text files, JSONL, Parquet, installed Python packages.
+"""Read the documents of a source: text files, JSONL, Parquet, installed Python packages.
 
-Nothing is dropped in silence: what a source leaves out is counted in its notes, what it cannot read
-is an error that names the place. Not here: duplicates and hold-out (`corpus`, `holdout`).
+Nothing is dropped silently: files that are left out are counted in the source's notes, and a file
+that cannot be read is an error that names it. Not here: duplicates and hold-out (`corpus`,
+`holdout`).
 """
 
 import fnmatch
@@ -10,16 +11,16 @@ import importlib.metadata
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from xushi.base.errors import BadInput
 from xushi.data.config import SourceConfig, canonical_package
 from xushi.data.documents import Document, make_document
 
-# A file so named is meant as text: when its bytes are not UTF-8 that is an error, not a reason to
-# skip it.
+# Files with these suffixes should be text. One that is not UTF-8 is an error and not skipped.
 TEXT_SUFFIXES = (
     ".c",
     ".cc",
@@ -53,38 +54,56 @@ TEXT_SUFFIXES = (
 _TABLE_SUFFIXES = {"jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
 
 
+class SourceFile(NamedTuple):
+    """A file of a source. `meta`: `path`, its posix path inside the source, and perhaps `package`."""
+
+    path: Path
+    meta: Mapping[str, Any]
+
+
 @dataclass
 class SourceFiles:
-    """What a source has read: its documents in path order, the number of files, and what was left
-    out and why.
-    """
+    """What a source has: its files in path order, and notes of what was left out and why."""
 
-    documents: list[Document] = field(default_factory=list)
-    files: int = 0
+    files: list[SourceFile] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    root: str = ""
 
 
-def read_source(source: SourceConfig) -> SourceFiles:
+@dataclass
+class SourceDocuments:
+    """What was read from a source: its documents in path order, the number of files, and notes."""
+
+    documents: list[Document]
+    files: int
+    notes: list[str]
+
+
+def find_files(source: SourceConfig) -> SourceFiles:
+    """The files that `source` reads, in path order. None of them is read but for what tells whether
+    it is a text.
+    """
+    return _find_packages(source) if source.kind == "packages" else _find_by_glob(source)
+
+
+def read_source(source: SourceConfig) -> SourceDocuments:
     """All documents of `source` in path order; a source without any text is a `XushiError`."""
-    found = SourceFiles()
-    if source.kind == "packages":
-        _read_packages(source, found)
-    else:
-        _read_glob(source, found)
-    if not found.documents:
+    found = find_files(source)
+    read = _READERS[source.kind]
+    documents = [document for file in found.files for document in read(source, file)]
+    if not documents:
         left_out = f" ({'; '.join(found.notes)})" if found.notes else ""
         raise BadInput(
-            f"source {source.name} holds no text{left_out}",
+            f"source {source.name} has no text{left_out}",
             "give it files with text, or leave it out",
         )
-    return found
+    return SourceDocuments(documents, len(found.files), found.notes)
 
 
-def _read_glob(source: SourceConfig, found: SourceFiles) -> None:
+def _find_by_glob(source: SourceConfig) -> SourceFiles:
+    found = SourceFiles()
     root, paths, whole_directory = _match(source, found)
-    found.root = str(root)
-    excluded = skipped = 0
+    excluded = 0
+    skipped = 0
     for path in paths:
         inside = path.relative_to(root).as_posix()
         if any(fnmatch.fnmatchcase(inside, pattern) for pattern in source.exclude):
@@ -92,50 +111,51 @@ def _read_glob(source: SourceConfig, found: SourceFiles) -> None:
         elif whole_directory and not _belongs(source, path):
             skipped += 1
         else:
-            found.files += 1
-            found.documents += _READERS[source.kind](source, path, inside)
+            found.files.append(SourceFile(path, {"path": inside}))
     _note(found, excluded, "files excluded by pattern")
     _note(found, skipped, f"files skipped that are not {source.kind}")
+    return found
 
 
 def _belongs(source: SourceConfig, path: Path) -> bool:
-    """Whether a file met in a folder is of the source's kind."""
+    """Whether a file found in a directory is of the source's kind."""
     if source.kind in _TABLE_SUFFIXES:
         return path.suffix.lower() in _TABLE_SUFFIXES[source.kind]
     return path.suffix.lower() in TEXT_SUFFIXES or _looks_like_text(path)
 
 
 def _match(source: SourceConfig, found: SourceFiles) -> tuple[Path, list[Path], bool]:
-    """(root that paths are told relative to, files in posix path order, whether a whole directory
-    was asked for).
-    """
+    """(root that paths are relative to, files in path order, whether `glob` is a directory)."""
     assert source.glob is not None
     pattern = os.path.expanduser(source.glob)
     if os.path.isdir(pattern):
         return Path(pattern), _walk(Path(pattern), found), True
     if os.path.isfile(pattern):
         return Path(pattern).parent, [Path(pattern)], False
+    # Keyed by real path, so that a link to a file that also matches is not a second document.
     paths = {
-        os.path.realpath(match): Path(match)  # a link to what is already there is not a second text
+        os.path.realpath(match): Path(match)
         for match in sorted(glob.glob(pattern, recursive=True), reverse=True)
         if os.path.isfile(match)
     }
     if not paths:
         raise BadInput(
             f"source {source.name}: no file matches {source.glob!r} (in {os.getcwd()})",
-            "correct the glob; ** goes into folders, and a folder's name takes all text files in "
-            "it",
+            "correct the glob; ** matches directories at any depth, and a directory's name takes "
+            "all text files under it",
         )
-    folders = Path(pattern).parts[:-1]
-    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), folders))
+    parents = Path(pattern).parts[:-1]
+    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), parents))
     return root, sorted(paths.values(), key=lambda path: path.as_posix()), False
 
 
 def _walk(root: Path, found: SourceFiles) -> list[Path]:
-    """Regular files under `root` that are not hidden, in posix path order. Links to folders are not
-    followed.
+    """Regular files under `root` that are not hidden, in posix path order.
+
+    Links to directories are not followed.
     """
-    hidden = special = 0
+    hidden = 0
+    special = 0
     paths = []
     for folder, folders, names in os.walk(root, onerror=_unreadable):
         hidden += sum(name.startswith(".") for name in folders + names)
@@ -145,7 +165,7 @@ def _walk(root: Path, found: SourceFiles) -> list[Path]:
                 paths.append(path)
             else:
                 special += 1
-    _note(found, hidden, "hidden files and folders skipped")
+    _note(found, hidden, "hidden files and directories skipped")
     _note(found, special, "broken links and special files skipped")
     return sorted(paths, key=lambda path: path.as_posix())
 
@@ -172,7 +192,7 @@ def _bytes_of(path: Path, most: int = -1) -> bytes:
 
 
 def _looks_like_text(path: Path) -> bool:
-    """UTF-8 without NUL in the first bytes; a character cut at their end does not speak against it."""
+    """Whether the first 64 KiB are UTF-8 without NUL. The last character may be incomplete."""
     start = _bytes_of(path, 1 << 16)
     try:
         start.decode("utf-8")
@@ -193,11 +213,12 @@ def _text_of(data: bytes, where: str) -> str:
         ) from None
 
 
-def _read_text(source: SourceConfig, path: Path, inside: str) -> Iterator[Document]:
-    yield make_document(source.name, _text_of(_bytes_of(path), str(path)), {"path": inside})
+def _read_text(source: SourceConfig, file: SourceFile) -> Iterator[Document]:
+    yield make_document(source.name, _text_of(_bytes_of(file.path), str(file.path)), file.meta)
 
 
-def _read_jsonl(source: SourceConfig, path: Path, inside: str) -> Iterator[Document]:
+def _read_jsonl(source: SourceConfig, file: SourceFile) -> Iterator[Document]:
+    path = file.path
     for number, line in enumerate(_text_of(_bytes_of(path), str(path)).split("\n"), start=1):
         if not line.strip():
             continue
@@ -205,14 +226,14 @@ def _read_jsonl(source: SourceConfig, path: Path, inside: str) -> Iterator[Docum
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise BadInput(f"{where} is not JSON: {error}", "mend or remove that line") from None
+            raise BadInput(f"{where} is not JSON: {error}", "correct or remove that line") from None
         text = row.get(source.field) if isinstance(row, dict) else None
         if not isinstance(text, str):
             raise BadInput(
                 f"{where} has no text under {source.field!r}",
-                f"mend that line, or name the right key with field in source {source.name}",
+                f"correct that line, or set field in source {source.name} to the right key",
             )
-        yield make_document(source.name, _encodable(text, where), {"path": inside, "line": number})
+        yield make_document(source.name, _encodable(text, where), {**file.meta, "line": number})
 
 
 def _encodable(text: str, where: str) -> str:
@@ -220,33 +241,34 @@ def _encodable(text: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise BadInput(
-            f"{where} holds a lone surrogate (half a character)", "mend or remove that line"
+            f"{where} has a lone surrogate (half a character)", "correct or remove that line"
         ) from None
     return text
 
 
-def _read_parquet(source: SourceConfig, path: Path, inside: str) -> Iterator[Document]:
+def _read_parquet(source: SourceConfig, file: SourceFile) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    path = file.path
     try:
-        with pq.ParquetFile(path) as file:
-            columns = file.schema_arrow
+        with pq.ParquetFile(path) as table:
+            columns = table.schema_arrow
             if source.field not in columns.names:
                 raise BadInput(
                     f"{path} has no column {source.field!r} (it has {', '.join(columns.names)})",
-                    f"name the right column with field in source {source.name}",
+                    f"set field in source {source.name} to the right column",
                 )
             number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[source.field]):
+            for batch in table.iter_batches(batch_size=1024, columns=[source.field]):
                 for text in batch.column(0).to_pylist():
                     number += 1
                     if not isinstance(text, str):
                         raise BadInput(
-                            f"{path}, row {number} of column {source.field!r} is no text",
-                            "remove the row, or name a column of strings",
+                            f"{path}, row {number} of column {source.field!r} is not text",
+                            "remove the row, or set field to a column of strings",
                         )
-                    yield make_document(source.name, text, {"path": inside, "row": number})
+                    yield make_document(source.name, text, {**file.meta, "row": number})
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise BadInput(
             f"{path} cannot be read as Parquet: {' '.join(str(error).split())}",
@@ -254,29 +276,32 @@ def _read_parquet(source: SourceConfig, path: Path, inside: str) -> Iterator[Doc
         ) from None
 
 
-_READERS = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+_READERS = {
+    "text": _read_text,
+    "packages": _read_text,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+}
 
 
-def _read_packages(source: SourceConfig, found: SourceFiles) -> None:
-    """The `.py` files in the RECORD of each distribution, in the order of RECORD's posix paths over
-    all of them.
-    """
-    places: list[tuple[str, str, Path]] = []
+def _find_packages(source: SourceConfig) -> SourceFiles:
+    """The `.py` files in the RECORD of each distribution, sorted by posix path over all."""
+    files: list[tuple[str, str, Path]] = []
     excluded = 0
     for name in source.packages:
         for inside, path in _package_files(name, source.name):
             if any(fnmatch.fnmatchcase(inside, pattern) for pattern in source.exclude):
                 excluded += 1
             else:
-                places.append((inside, canonical_package(name), path))
-    for inside, package, path in sorted(places):
-        text = _text_of(_bytes_of(path), str(path))
-        found.documents.append(
-            make_document(source.name, text, {"path": inside, "package": package})
-        )
-    found.files = len(places)
-    found.root = "site-packages"
+                files.append((inside, canonical_package(name), path))
+    found = SourceFiles(
+        [
+            SourceFile(path, {"path": inside, "package": package})
+            for inside, package, path in sorted(files)
+        ]
+    )
     _note(found, excluded, "files excluded by pattern")
+    return found
 
 
 def _package_files(name: str, source: str) -> list[tuple[str, Path]]:
@@ -286,11 +311,11 @@ def _package_files(name: str, source: str) -> list[tuple[str, Path]]:
         raise BadInput(
             f"source {source}: the package {name!r} is not installed", f"pip install {name}"
         ) from None
-    record = [PurePosixPath(file) for file in distribution.files or []]
+    root = str(distribution.locate_file(""))
     files = [
-        (str(file), Path(str(distribution.locate_file(str(file)))))
-        for file in record
-        if file.suffix == ".py" and ".." not in file.parts and not file.is_absolute()
+        (str(file), Path(root, file))
+        for file in distribution.files or []
+        if file.name.endswith(".py") and ".." not in file.parts and not file.is_absolute()
     ]
     if not files:
         raise BadInput(

@@ -1,11 +1,14 @@
-"""The corpus as token ids on disk. Not here: the tokenizer, and how documents become sequences
-(`packing`).
+"""The corpus as token ids on disk.
 
-train/SOURCE.bin, heldout/heldout.bin          [bos] + tokens + [eos] of each document, one after another,
-                                               little-endian uint16, or uint32 above 65536 tokens
-train/SOURCE.parquet, heldout/heldout.parquet  uid, start, end: offsets in the flat file, in document order
-byte_lengths.npy                               int64 [V]: bytes of text that each token stands for
-manifest.json                                  `TokenManifest`; written last
+    train/SOURCE.bin, heldout/heldout.bin    [bos] + tokens + [eos] of each document, concatenated;
+                                             little-endian uint16, or uint32 for a vocabulary of
+                                             more than 65,536
+    train/SOURCE.parquet, heldout/heldout.parquet    uid, start, end of each document; offsets
+                                             count tokens
+    byte_lengths.npy                         int64 [V]: bytes of text of each token
+    manifest.json                            `TokenManifest`; written last
+
+Not here: the tokenizer, and packing into sequences (`packing`).
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,7 +32,7 @@ _CHUNK_CHARACTERS = 2 << 20
 
 
 class TokenSource(StrictConfig):
-    """One flat file: its documents and its tokens, bos and eos counted."""
+    """One flat file of tokens. `tokens` counts bos and eos too."""
 
     name: str
     weight: float
@@ -38,7 +41,10 @@ class TokenSource(StrictConfig):
 
 
 class TokenManifest(StrictConfig):
-    """What a directory of tokens holds and how it is to be read."""
+    """What a token directory holds and how to read it.
+
+    `tokenizer` and `corpus` are the hashes of what it was made from.
+    """
 
     sequence_length: int
     dtype: Literal["uint16", "uint32"]
@@ -53,8 +59,9 @@ class TokenManifest(StrictConfig):
 def tokenize_corpus(
     corpus: Path, tokenizer: "Tokenizer", directory: Path, sequence_length: int
 ) -> TokenManifest:
-    """Write the tokens of the corpus in `corpus`. `directory` appears whole (replacing an older
-    one) or not at all.
+    """Tokenise the corpus in the directory `corpus` and write the tokens to `directory`.
+
+    `directory` is replaced by one rename: after a failure the old one is still there.
     """
     summary = load_summary(corpus)
     weights = {source.name: source.weight for source in summary.sources}
@@ -128,7 +135,8 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
         size += len(document.text)
         if size >= _CHUNK_CHARACTERS:
             yield chunk
-            chunk, size = [], 0
+            chunk = []
+            size = 0
     if chunk:
         yield chunk
 
@@ -140,8 +148,9 @@ def load_manifest(directory: Path) -> TokenManifest:
 
 
 def open_source(directory: Path, manifest: TokenManifest, source: TokenSource) -> PackedSource:
-    """The sequences of one flat file in `directory` (its `train` or `heldout`); damage is a
-    `XushiError`.
+    """The sequences of one flat file. `directory` is `train` or `heldout` of a token directory.
+
+    A missing or damaged file is a `XushiError`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -152,15 +161,13 @@ def open_source(directory: Path, manifest: TokenManifest, source: TokenSource) -
         size = path.stat().st_size
     except (OSError, pa.ArrowException) as error:
         raise BadInput(
-            f"tokens of {source.name} in {directory} cannot be read: "
+            f"the tokens of {source.name} in {directory} cannot be read: "
             f"{' '.join(str(error).split())}",
             "run the data stage again",
         ) from None
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     if size != source.tokens * dtype.itemsize or index.num_rows != source.documents:
-        raise BadInput(
-            f"{path} does not have the size that the manifest gives", "run the data stage again"
-        )
+        raise BadInput(f"the size of {path} differs from the manifest", "run the data stage again")
     starts = np.concatenate(
         [np.zeros(1, dtype=np.int64), index.column("end").to_numpy().astype(np.int64)]
     )
@@ -171,14 +178,12 @@ def open_source(directory: Path, manifest: TokenManifest, source: TokenSource) -
 
 
 def load_byte_lengths(directory: Path, manifest: TokenManifest) -> Ints:
-    """int64 [V]: how many bytes of text each token stands for."""
+    """int64 [V]: the number of bytes of text of each token."""
     path = directory / "byte_lengths.npy"
     try:
         lengths = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read: {error}", "run the data stage again") from None
     if lengths.shape != (manifest.vocab_size,):
-        raise BadInput(
-            f"{path} does not have the size that the manifest gives", "run the data stage again"
-        )
+        raise BadInput(f"the size of {path} differs from the manifest", "run the data stage again")
     return np.asarray(lengths, dtype=np.int64)

@@ -96,19 +96,30 @@ class Engine:
     """
 
     def __init__(self, model: Deepseek, eos_id: int, slots: int, weights_version: int = 0) -> None:
-        weight = model.head_VD
         self.model = model
         self.eos_id = eos_id
         self.slots = slots
         self.weights_version = weights_version
         self.context = model.config.max_position_embeddings
-        self._cache = LatentCache(
-            model.config, slots, model.compute_dtype or weight.dtype, weight.device
-        )
+        self._cache = self._new_cache()
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._prefilling: list[_Prompt] = []
         self._reserved = 0
+
+    def _new_cache(self) -> LatentCache:
+        weight = self.model.head_VD
+        dtype = self.model.compute_dtype or weight.dtype
+        return LatentCache(self.model.config, self.slots, dtype, weight.device)
+
+    def restart(self) -> None:
+        """Drop all requests and begin with an empty cache, for example after a step has failed."""
+        self._waiting.clear()
+        self._running.clear()
+        self._prefilling.clear()
+        self._reserved = 0
+        del self._cache  # first: there may be no memory for two caches
+        self._cache = self._new_cache()
 
     @property
     def has_work(self) -> bool:

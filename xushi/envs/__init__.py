@@ -1,6 +1,5 @@
 """Tasks whose answers can be verified, told and answered as text."""
 
-from xushi.base.messages import Message, Tool, ToolCall
 from xushi.envs.digit_sum import DigitSum, DigitSumConfig
 from xushi.envs.environment import SPLITS, Card, Environment, Score, Task
 from xushi.envs.registry import ENVIRONMENTS, environment_class
@@ -12,10 +11,7 @@ __all__ = [
     "DigitSum",
     "DigitSumConfig",
     "Environment",
-    "Message",
     "Score",
     "Task",
-    "Tool",
-    "ToolCall",
     "environment_class",
 ]

@@ -29,8 +29,8 @@ class DigitSumConfig(StrictConfig):
     """Lengths are drawn evenly from `min_digits` to `max_digits`, both included."""
 
     # One digit gives ten instances, which do not fill three splits.
-    min_digits: int = Field(8, ge=2)
-    max_digits: int = Field(8, ge=2)
+    min_digits: int = Field(8, ge=2, le=1000)
+    max_digits: int = Field(8, ge=2, le=1000)
 
     @model_validator(mode="after")
     def _consistent(self) -> "DigitSumConfig":

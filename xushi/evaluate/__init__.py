@@ -1,6 +1,6 @@
 """What a model is worth: bits per byte beside compressors, and answers to tasks with intervals."""
 
-from xushi.evaluate.bits import total_bits
+from xushi.evaluate.bits import DocumentBits, bits_by_document, total_bits
 from xushi.evaluate.compressors import bits_per_byte, xz_primed
 from xushi.evaluate.config import EvaluateConfig
 from xushi.evaluate.episodes import Branch, Episode, examples_of, play
@@ -18,11 +18,13 @@ from xushi.evaluate.statistics import mean_interval, pass_at_k, pass_at_k_interv
 
 __all__ = [
     "Branch",
+    "DocumentBits",
     "Episode",
     "EvaluateConfig",
     "Rate",
     "Sampled",
     "accuracy",
+    "bits_by_document",
     "bits_per_byte",
     "evaluation_tasks",
     "examples_of",

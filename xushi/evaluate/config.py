@@ -15,9 +15,9 @@ class EvaluateConfig(StrictConfig):
     out, there are none).
     """
 
-    tasks: int = Field(200, ge=1)  # per measurement, all of the test split
-    samples: int = Field(8, ge=1)  # answers to each task for avg@k and pass@k
-    max_tokens: int = Field(32, ge=1)  # that a model may write in one episode
+    tasks: int = Field(200, ge=1, le=10_000_000)  # per measurement, all of the test split
+    samples: int = Field(8, ge=1, le=100_000)  # answers to each task for avg@k and pass@k
+    max_tokens: int = Field(32, ge=1, le=10_000_000)  # that a model may write in one episode
     xz_primed: bool = True  # also xz after the training text: about a second per MB of it
     environment: dict[str, Any] = Field(default_factory=dict)
     longer: dict[str, Any] | None = None

@@ -5,24 +5,18 @@ What an episode gives depends on the weights, its task and its seed alone, but f
 differs with the batch. Not here: what is learned from an episode (rl) and rates over many (measure).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 
 from torch import Tensor
 
 from xushi.base.errors import Failed
 from xushi.base.messages import Message
 from xushi.base.seeds import derive
-from xushi.engine import Engine, Request, SamplingParams, generate_ids
+from xushi.engine import Request, SamplingParams, generate_ids
 from xushi.envs import Environment, Score, Task
 from xushi.model import Deepseek
 from xushi.tokenizer import Tokenizer, encode_chat, encode_outputs, parse_assistant
-
-# Episodes with tools hold their cache between turns, so this many are played at once, or fewer
-# where their contexts would need more slots than this.
-MOST_AT_ONCE = 256
-MOST_SLOTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -91,20 +85,14 @@ def play(
         for task, each in zip(tasks, params, strict=True)
     ]
     context = model.config.max_position_embeddings
-    if not environment.tools:
-
-        def sample(playing: Sequence[_Player]) -> list[Request]:
-            prompts = [player.prompt for player in playing]
-            each = [player.turn_params() for player in playing]
-            return generate_ids(model, prompts, each, eos_id=tokenizer.eos_id, routing=routing)
-
-        _play_out(players, sample, context)
-    else:
-        at_once = max(1, min(MOST_AT_ONCE, MOST_SLOTS // context))
-        for start in range(0, len(players), at_once):
-            together = players[start : start + at_once]
-            kept = _KeptSequences(model, tokenizer.eos_id, len(together) * context, routing)
-            _play_out(together, kept.sample, context)
+    playing = players
+    while playing:
+        prompts = [player.prompt for player in playing]
+        each = [player.turn_params() for player in playing]
+        requests = generate_ids(model, prompts, each, eos_id=tokenizer.eos_id, routing=routing)
+        for player, request in zip(playing, requests, strict=True):
+            player.take(request, context)
+        playing = [player for player in playing if not player.finish_reason]
     return [player.episode() for player in players]
 
 
@@ -113,19 +101,6 @@ def examples_of(episode: Episode) -> list[tuple[list[int], list[bool]]]:
     learned.
     """
     return [(branch.ids, branch.sampled) for branch in episode.branches]
-
-
-def _play_out(
-    players: Sequence["_Player"],
-    sample: Callable[[Sequence["_Player"]], list[Request]],
-    context: int,
-) -> None:
-    """Turn after turn for all whose episode goes on. A turn begins when all have ended the last."""
-    playing = list(players)
-    while playing:
-        for player, request in zip(playing, sample(playing), strict=True):
-            player.take(request, context)
-        playing = [player for player in playing if not player.finish_reason]
 
 
 class _Player:
@@ -232,32 +207,3 @@ class _Player:
             *encode_chat(self._tokenizer, transcript, self._environment.tools),
             *self._forced,
         ]
-
-
-class _KeptSequences:
-    """Samples turns of episodes whose sequences stay in the engine's cache between turns."""
-
-    def __init__(self, model: Deepseek, eos_id: int, slots: int, routing: bool) -> None:
-        self._engine = Engine(model, eos_id, slots)
-        self._routing = routing
-        self._requests: dict[_Player, Request] = {}
-
-    def sample(self, playing: Sequence[_Player]) -> list[Request]:
-        """The next turn of each; what the others hold in the cache is given back."""
-        for player in [*self._requests]:
-            if player not in playing or not player.extends:
-                self._engine.release(self._requests.pop(player))
-        for player in playing:
-            if player.extends:
-                last = self._requests[player]
-                more = player.prompt[len(last.prompt_ids) + len(last.token_ids) :]
-                self._requests[player] = self._engine.extend(last, more, player.turn_params())
-        begun = [player for player in playing if not player.extends]
-        for prompt, group in groupby(begun, key=lambda player: player.prompt):
-            members = list(group)
-            params = [player.turn_params() for player in members]
-            requests = self._engine.add_group(prompt, params, self._routing, keep=True)
-            self._requests |= dict(zip(members, requests, strict=True))
-        while self._engine.has_work:
-            self._engine.step()
-        return [self._requests[player] for player in playing]

@@ -1,4 +1,4 @@
-"""Floor 7: what happened in a run, as one self-contained page that a person enjoys reading."""
+"""The report of a run: one self-contained page for people to read."""
 
 from xushi.report.page import write_report
 

@@ -1,15 +1,16 @@
-"""The page's recurring pieces of HTML. What is given as text is escaped here; what is given as html
-is not.
+"""The HTML elements that the page repeats. Arguments that are text are escaped here; a `body` or
+`chart` is HTML already.
 """
 
 from collections.abc import Sequence
 
-from xushi.report.numbers import duration, escape
+from xushi.report.numbers import digits, duration, escape
 from xushi.report.read import Run
+from xushi.report.scales import Point, runs
 
 
 def section(name: str, title: str, body: str, aside: str = "") -> str:
-    """A section with its heading, or "" where `body` is empty."""
+    """A section with its heading, or "" if `body` is empty."""
     if not body:
         return ""
     small = f"<small>{escape(aside)}</small>" if aside else ""
@@ -23,7 +24,7 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def figure(chart: str, caption: str = "", heading: str = "") -> str:
-    """A chart with its heading and caption, or "" where the chart has nothing to draw."""
+    """A chart with its heading and caption, or "" if `chart` is empty."""
     if not chart:
         return ""
     above = f"<h3>{escape(heading)}</h3>" if heading else ""
@@ -31,7 +32,21 @@ def figure(chart: str, caption: str = "", heading: str = "") -> str:
     return f"{above}<figure>{chart}{below}</figure>"
 
 
-def facts(pairs: Sequence[tuple[str, str]]) -> str:
+def small_figures(figures: Sequence[str]) -> str:
+    """Figures side by side where the page is wide enough, or "" if all are empty."""
+    body = "".join(figures)
+    return f'<div class="small">{body}</div>' if body else ""
+
+
+def above_frame(points: Sequence[Point], top: float) -> str:
+    """A sentence for the caption if the curve begins above its frame, which ends at `top`."""
+    highest = max(y for stretch in runs(points) for _, y in stretch)
+    if highest <= top:
+        return ""
+    return f" The first values, up to {digits(highest)}, lie above the frame."
+
+
+def fact_grid(pairs: Sequence[tuple[str, str]]) -> str:
     """Terms with their values in a grid; empty values are left out."""
     items = "".join(
         f"<div><dt>{escape(term)}</dt><dd>{escape(value)}</dd></div>"
@@ -42,13 +57,10 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def text_block(text: str, kind: str = "") -> str:
-    """Text as a model wrote it: spaces and line breaks kept, long lines wrapped, directions kept
-    inside.
-    """
-    return f'<p class="text said-text{" " + kind if kind else ""}" dir="auto">{escape(text)}</p>'
+    """Text as a model wrote it: spaces and line breaks are kept, and long lines are wrapped."""
+    return f'<p class="text written{" " + kind if kind else ""}" dir="auto">{escape(text)}</p>'
 
 
 def stage_time(run: Run, stage: str) -> str:
-    """A stage's seconds for a heading."""
-    seconds = run.number(f"seconds.{stage}")
-    return "" if seconds is None else duration(seconds)
+    """How long a stage took, for its heading."""
+    return run.written(f"seconds.{stage}", duration)

@@ -1,7 +1,7 @@
-"""Numbers and texts as a reader wants them: few digits, a unit, nothing rounded into a claim that
-is not true.
+"""Numbers and texts as a reader wants them: few digits and a unit, never rounded into a false
+claim.
 
-Not for: results.json, which keeps every digit, and not for axis ticks (`scales.py`).
+Not for: results.json, which keeps every digit, or the ticks of an axis (`scales.py`).
 """
 
 import html
@@ -14,8 +14,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
 
 
 def escape(text: object) -> str:
-    """Text for HTML, attribute values included; control characters and lone surrogates become a
-    replacement sign.
+    """Text made safe for HTML and its attributes. Control characters and lone surrogates become
+    U+FFFD.
     """
     clean = (
         str(text)
@@ -27,8 +27,8 @@ def escape(text: object) -> str:
 
 
 def digits(value: float, significant: int = 3) -> str:
-    """A number with so many significant digits, thousands separated, never in scientific notation
-    above 1e-4.
+    """A number with `significant` digits and separated thousands; scientific notation only below
+    1e-4.
     """
     if not math.isfinite(value):
         return "not finite"
@@ -77,7 +77,9 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of 1 in percent: 8.5 %, 99.97 %; only exactly all is 100 %, only exactly none is 0 %."""
+    """A share of 1 in percent, such as 8.5 % or 99.97 %. Only exactly 1 is 100 %, only exactly 0 is
+    0 %.
+    """
     if not math.isfinite(share):
         return "not finite"
     for decimals in range(1, 5):
@@ -98,6 +100,7 @@ def _scaled(value: float, base: float, units: list[str]) -> str:
     step = 0
     # 999.5 would be written as 1000, so it already belongs to the next unit.
     while abs(value) >= base * 0.9995 and step < len(units) - 1:
-        value, step = value / base, step + 1
+        value /= base
+        step += 1
     text = f"{value:.0f}" if step == 0 else digits(value)
     return f"{text}{NARROW_SPACE}{units[step]}".rstrip(NARROW_SPACE)

@@ -1,12 +1,11 @@
-"""What a run directory holds, read for the report: numbers, metrics, the recipe, samples; each may
-be missing.
+"""Read a run directory for the report: numbers, metrics, recipe and samples. Each may be missing.
 
 Not for: writing anything into a run.
 """
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ from xushi.report.scales import Point
 
 @dataclass(frozen=True)
 class Run:
-    """One run's record. `results` is flat; `samples` has lists under "before", "after" and "base"."""
+    """What one run recorded. `results` is flat; `samples` has lists under "before", "after" and
+    "base".
+    """
 
     directory: Path
     results: dict[str, Any]
@@ -43,30 +44,41 @@ class Run:
         value = self.results.get(key)
         return "" if value is None or isinstance(value, bool) else str(value).strip()
 
+    def written(self, key: str, write: Callable[[float], str]) -> str:
+        """A finite number from the results as `write` puts it, else ""."""
+        value = self.number(key)
+        return "" if value is None else write(value)
+
     def series(self, stage: str, name: str) -> list[Point]:
-        """(step, value) of a metric; empty where it was not written."""
-        return (
-            []
-            if self.tracking is None
-            else [(float(step), value) for step, value in self.tracking.series(stage, name)]
-        )
+        """(step, value) of a metric; empty if it was not written."""
+        if self.tracking is None:
+            return []
+        return [(float(step), value) for step, value in self.tracking.series(stage, name)]
 
     def names(self, stage: str) -> list[str]:
-        """The metrics of a stage."""
+        """The metrics that a stage has written."""
         return [] if self.tracking is None else self.tracking.names(stage)
 
-    def started(self) -> float | None:
+    def began(self) -> float | None:
         """Unix time of the first recorded event."""
         events = [] if self.tracking is None else self.tracking.events()
         return float(events[0]["time"]) if events else None
 
+    def started_stages(self) -> list[str]:
+        """The stages in the order in which they were started last."""
+        events = [] if self.tracking is None else self.tracking.events(name="started")
+        order: dict[str, None] = {}
+        for event in events:
+            order.pop(event["stage"], None)
+            order[event["stage"]] = None
+        return list(order)
+
 
 @contextmanager
 def open_run(directory: Path) -> Iterator[Run]:
-    """Read a run directory. Raises `XushiError` where there is nothing to report on or a file is
-    damaged.
-    """
-    results, store = directory / "results.json", directory / "tracking.sqlite"
+    """Read a run directory. Raises `XushiError` if it holds no run or a file in it is damaged."""
+    results = directory / "results.json"
+    store = directory / "tracking.sqlite"
     if not results.is_file() and not store.is_file():
         raise BadInput(
             f"{directory} holds no run: neither results.json nor tracking.sqlite is there",

@@ -1,7 +1,7 @@
-"""Where things go on a chart: domains, round ticks, and thinning a long series without losing its
-extremes.
+"""Where values lie on a chart: the range of an axis, round ticks, and thinning of long series that
+keeps their extremes.
 
-Pure arithmetic; not for drawing (`charts.py`).
+Pure arithmetic. Not for: drawing (`charts.py`).
 """
 
 import itertools
@@ -14,63 +14,42 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Scale:
-    """A map from [low, high] to [0, 1], linear or logarithmic, with round tick values inside."""
+    """A linear map from [low, high] to [0, 1], with round tick values inside."""
 
     low: float
     high: float
     ticks: tuple[float, ...]
-    log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The place of `value`, 0 at `low` and 1 at `high`; a logarithmic scale needs `value` > 0."""
-        if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+        """The place of `value`: 0 at `low`, 1 at `high`."""
         return (value - self.low) / (self.high - self.low)
 
 
 def linear(values: Iterable[float], ticks: int = 5, rounded: bool = False) -> Scale | None:
-    """A scale over the finite values, its ends moved out to ticks where `rounded`; None without
-    finite values.
+    """A scale over the finite values with about `ticks` ticks; None without finite values. With
+    `rounded` both ends are moved outwards to a tick.
     """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return None
-    low, high = min(finite), max(finite)
+    low = min(finite)
+    high = max(finite)
     if high - low <= 1e-12 * max(abs(low), abs(high)):
         margin = abs(low) * 0.05
         low, high = (low - margin, high + margin) if margin else (0.0, 1.0)
     step = _round_step(high / ticks - low / ticks)
     if rounded:
-        low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        low = math.floor(low / step + 1e-9) * step
+        high = math.ceil(high / step - 1e-9) * step
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
     return Scale(low, high, tuple(i * step for i in range(first, last + 1)))
 
 
-def logarithmic(values: Iterable[float]) -> Scale | None:
-    """A logarithmic scale over the finite positive values, ticks at powers of ten (1, 2, 5 in short
-    ranges).
-    """
-    finite = [value for value in values if math.isfinite(value) and value > 0]
-    if not finite:
-        return None
-    low, high = min(finite), max(finite)
-    if high / low < 1 + 1e-9:
-        low, high = low / 1.5, high * 1.5
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    marks = (1.0,) if math.log10(high / low) > 3 else (1.0, 2.0, 5.0)
-    ticks = [mark * 10.0**decade for decade in decades for mark in marks]
-    return Scale(
-        low,
-        high,
-        tuple(tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)),
-        log=True,
-    )
-
-
 def thin(points: Sequence[Point], buckets: int = 300) -> list[Point]:
-    """At most four points a bucket of neighbours: first, lowest, highest, last, in order.
+    """At most four points for each bucket of neighbours: first, lowest, highest and last, in order.
 
-    No spike is lost. A bucket without a finite value leaves one NaN, so that a gap stays a gap.
+    No spike is lost. A bucket without a finite value leaves one NaN, so a gap stays a gap.
     """
     if len(points) <= 4 * buckets:
         return list(points)
@@ -103,23 +82,34 @@ def runs(points: Sequence[Point]) -> list[list[Point]]:
 
 
 def smooth(points: Sequence[Point], share: float = 0.02) -> list[Point]:
-    """The mean over the `share` of all points that lies around each, within its stretch of finite
-    values.
+    """A running mean: each point becomes the mean of the `share` of all points around it. A value
+    that is not finite ends the window.
     """
     reach = round(len(points) * share / 2)
     result: list[Point] = []
     for stretch in runs(points):
         sums = [0.0, *itertools.accumulate(y for _, y in stretch)]
         for i, (x, _) in enumerate(stretch):
-            start, end = max(0, i - reach), min(len(stretch), i + reach + 1)
+            start = max(0, i - reach)
+            end = min(len(stretch), i + reach + 1)
             result.append((x, (sums[end] - sums[start]) / (end - start)))
         result.append((stretch[-1][0], math.nan))
     return result[:-1]
 
 
+def early_limit(points: Sequence[Point], means: Sequence[Point]) -> float:
+    """Where to cut an axis off so that the fall of the first steps does not press the rest of the
+    curve flat; infinity if nothing lies far above. `means` is the running mean of `points`.
+    """
+    ys = [y for stretch in runs(means) for _, y in stretch]
+    early = ys[len(ys) // 25]
+    highest = max(y for stretch in runs(points) for _, y in stretch)
+    return early * 1.05 if highest > 1.3 * early else math.inf
+
+
 def tick_text(value: float, step: float) -> str:
-    """A tick's label: 0.25, 1.5, 20 k, 3 M; `step` is the distance between ticks and decides the
-    decimals.
+    """A tick's label, such as 0.25, 1.5, 20 k or 3 M. `step`, the distance between ticks, decides
+    how many decimals it has.
     """
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit or (value == 0 and step >= limit):

@@ -11,9 +11,9 @@ from torch import Tensor
 from xushi.base.seeds import derive
 from xushi.engine import SamplingParams
 from xushi.envs import Environment
+from xushi.evaluate import Branch, Episode, play
 from xushi.model import Deepseek
 from xushi.rl.config import RLConfig
-from xushi.rl.episodes import Branch, Episode, play
 from xushi.tokenizer import Tokenizer
 
 

@@ -2,8 +2,8 @@
 
 from xushi.run.benchmark import benchmark_training, named_shape, sentences
 from xushi.run.estimate import describe
-from xushi.run.exporters import export_metrics
 from xushi.run.launch import launch_on_ray, write_slurm_job
+from xushi.run.metrics_out import export_metrics
 from xushi.run.replay import replay, replay_sentences
 from xushi.run.runner import run
 

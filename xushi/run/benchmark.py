@@ -1,6 +1,4 @@
-"""How fast this machine trains a model: whole optimizer steps, where their time goes, and what they
-cost per token.
-"""
+"""Training speed on this machine: the time of whole optimizer steps, by part and per token."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -54,33 +52,32 @@ _M = dict(
     kv_lora_rank=128,
     q_lora_rank=256,
 )
-SHAPES = {
-    "S": (_S, 8),
-    "M": (_M, 4),
-}  # 20 and 307 million parameters, and sequences of 512 tokens in a step
+# The model and how many sequences of 512 tokens a step takes. S has 20 million parameters, M has
+# 307 million.
+SHAPES = {"S": (_S, 8), "M": (_M, 4)}
 PARTS = ("Linear", "Attention", "Experts", "CrossEntropy", "Norm", "Swiglu")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and a step of its training."""
+    """A model and the settings and size of its training step."""
 
     name: str
     config: ModelConfig
     settings: PretrainConfig
-    length: int  # tokens of a sequence
+    length: int  # of a sequence, in tokens
 
     @property
     def sequences(self) -> int:
-        """In a step."""
+        """How many sequences a step takes."""
         return self.settings.batch_tokens // self.length
 
     def but(self, **settings: Any) -> "Shape":
-        """The same with other settings."""
+        """The same shape with some settings changed."""
         return replace(self, settings=self.settings.model_copy(update=settings))
 
     def tokens(self) -> Tensor:
-        """Random ones for a step, the same each time: [sequences, length]."""
+        """Random tokens for one step, [sequences, length]; the same in every call."""
         stream = torch.Generator().manual_seed(0)
         return torch.randint(
             0, self.config.vocab_size, (self.sequences, self.length), generator=stream
@@ -88,7 +85,7 @@ class Shape:
 
 
 def named_shape(name: str) -> Shape:
-    """S, M (both with AdamW), or the model and settings of a recipe's file."""
+    """The shape S or M (both with AdamW), or that of the recipe in the file `name`."""
     if name in SHAPES:
         fields, sequences = SHAPES[name]
         return Shape(
@@ -105,11 +102,10 @@ def named_shape(name: str) -> Shape:
 
 
 def training_step(shape: Shape, device: str = "cpu") -> Callable[[Tensor], None]:
-    """A step of a new model on tokens [B, T], with all that training does: clipping, optimizer,
-    biases, metrics.
+    """A function that takes one training step on tokens [B, T] with a new model.
 
-    One document a row. The learning rate is next to nothing: a step may be timed any number of
-    times.
+    It includes everything that a step does: clipping, the optimizer, router biases and metrics.
+    Each row is one document. The learning rate is so small that any number of steps may be timed.
     """
     model = Deepseek(shape.config).initialise(0).to(device)
     settings = shape.settings.model_copy(
@@ -138,29 +134,25 @@ def training_step(shape: Shape, device: str = "cpu") -> Callable[[Tensor], None]
 
 
 def shares_of_time(step: Callable[[], None]) -> dict[str, float]:
-    """Share of a step's time in each kind of compiled op, forward and backward, and in everything
-    else.
+    """The share of a step's CPU time in each kind of compiled op, forward plus backward, by name.
+
+    "other" is the time outside the compiled ops.
     """
     with torch.profiler.profile() as profile:
         step()
-    shares = dict.fromkeys((*PARTS, "other"), 0.0)
+    seconds = dict.fromkeys((*PARTS, "other"), 0.0)
     for event in profile.key_averages():
-        part = next(
-            (
-                p
-                for p in PARTS
-                if event.key.removesuffix("Backward") in (f"Native{p}", f"NativeLatent{p}")
-            ),
-            "other",
-        )
-        shares[part] += event.self_cpu_time_total
-    total = sum(shares.values())
-    return {part: time_ / total for part, time_ in shares.items()}
+        name = event.key.removesuffix("Backward")
+        found = [part for part in PARTS if name in (f"Native{part}", f"NativeLatent{part}")]
+        seconds[found[0] if found else "other"] += event.self_cpu_time_total
+    total = sum(seconds.values())
+    return {part: value / total for part, value in seconds.items()}
 
 
 def line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Least squares: (fixed, slope) of t = fixed + slope * x."""
-    mean_x, mean_t = (sum(p[i] for p in points) / len(points) for i in (0, 1))
+    """(fixed, slope) of the line t = fixed + slope * x through (x, t) points, by least squares."""
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_t = sum(t for _, t in points) / len(points)
     slope = sum((x - mean_x) * (t - mean_t) for x, t in points) / sum(
         (x - mean_x) ** 2 for x, _ in points
     )
@@ -168,15 +160,16 @@ def line_through(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def benchmark_training(shape: Shape, rounds: int = 5) -> dict[str, Any]:
-    """Tokens per second, their share of the machine's measured matrix product, time per part, and
-    cost per token.
+    """Time `rounds` training steps after one that warms up; the results have keys `bench.*`.
 
-    Medians of `rounds` steps after one that warms up, with the slowest and the fastest. Flat keys
-    under `bench`.
+    They are: tokens per second (median, slowest, fastest), the share of the speed of PyTorch's
+    matrix product on this machine, the share of time of each part, and the cost per token.
     """
-    threads, dtype = inspect().usable_cores, chosen_dtype(shape.settings.dtype)
+    threads = inspect().usable_cores
+    dtype = chosen_dtype(shape.settings.dtype)
     torch.set_num_threads(threads)
-    step, tokens = training_step(shape), shape.tokens()
+    step = training_step(shape)
+    tokens = shape.tokens()
 
     def seconds(sequences: int) -> float:
         began = time.perf_counter()
@@ -185,45 +178,59 @@ def benchmark_training(shape: Shape, rounds: int = 5) -> dict[str, Any]:
 
     say(f"{shape.name}: {rounds + 1} steps of {shape.sequences} sequences of {shape.length} tokens")
     seconds(shape.sequences)
-    ceiling, times = measure_matrix_gflops(dtype), []
+    # Measured before and after the steps, since the speed of a shared machine changes.
+    before = measure_matrix_gflops(dtype)
+    times = []
     for done in range(rounds):
         times.append(seconds(shape.sequences))
         say(f"step {done + 1} of {rounds}: {shape.settings.batch_tokens / times[-1]:,.0f} tok/s")
-    ceiling = max(
-        ceiling, measure_matrix_gflops(dtype)
-    )  # before and after: a shared machine changes meanwhile
-    rate = shape.settings.batch_tokens / median(times)
-    flops = train_flops_per_token(shape.config, shape.length, mtp=bool(shape.settings.mtp_weight))
+    ceiling = max(before, measure_matrix_gflops(dtype))
     result = {
         "bench.shape": shape.name,
         "bench.dtype": dtype,
         "bench.op_forms": native.form(dtype),
         "bench.threads": threads,
         "bench.optimizer": shape.settings.optimizer,
+        **_rates(shape, times, ceiling),
+        **_cost_per_token(shape, seconds),
+    }
+    shares = shares_of_time(lambda: step(tokens))
+    result |= {f"bench.time_{part.lower()}": share for part, share in shares.items()}
+    return result | {"memory.peak_bytes": peak_memory_bytes()}
+
+
+def _rates(shape: Shape, times: Sequence[float], ceiling: float) -> dict[str, float]:
+    """Speed from the seconds of each step; `ceiling` in GFLOP/s."""
+    rate = shape.settings.batch_tokens / median(times)
+    flops = train_flops_per_token(shape.config, shape.length, mtp=bool(shape.settings.mtp_weight))
+    return {
         "bench.tokens_per_second": rate,
         "bench.tokens_per_second_slowest": shape.settings.batch_tokens / max(times),
         "bench.tokens_per_second_fastest": shape.settings.batch_tokens / min(times),
         "bench.ceiling_gflops": ceiling,
         "bench.share_of_ceiling": rate * flops / ceiling / 1e9,
     }
+
+
+def _cost_per_token(shape: Shape, seconds: Callable[[int], float]) -> dict[str, float]:
+    """The line through the times of a quarter, a half and a whole step; empty if those are one."""
     sizes = sorted({max(1, shape.sequences // part) for part in (4, 2, 1)})
-    if len(sizes) > 1:
-        points = [(n * shape.length, median(seconds(n) for _ in range(3))) for n in sizes]
-        result["bench.fixed_seconds"], result["bench.seconds_per_token"] = line_through(points)
-    shares = shares_of_time(lambda: step(tokens))
-    result |= {f"bench.time_{part.lower()}": share for part, share in shares.items()}
-    return result | {"memory.peak_bytes": peak_memory_bytes()}
+    if len(sizes) == 1:
+        return {}
+    points = [(n * shape.length, median(seconds(n) for _ in range(3))) for n in sizes]
+    fixed, slope = line_through(points)
+    return {"bench.fixed_seconds": fixed, "bench.seconds_per_token": slope}
 
 
 def sentences(result: dict[str, Any]) -> str:
-    """The figures of `benchmark_training`, to be read."""
+    """The results of `benchmark_training` as text."""
     r = {key.removeprefix("bench."): value for key, value in result.items()}
     lines = [
         f"{r['shape']}, {r['optimizer']}, {r['dtype']} by {r['op_forms']}, {r['threads']} threads",
         f"{r['tokens_per_second']:,.0f} tokens a second ({r['tokens_per_second_slowest']:,.0f} to "
         f"{r['tokens_per_second_fastest']:,.0f})",
-        f"{r['share_of_ceiling']:.0%} of {r['ceiling_gflops']:.0f} GFLOP/s, PyTorch's matrix "
-        "product here",
+        f"{r['share_of_ceiling']:.0%} of {r['ceiling_gflops']:.0f} GFLOP/s, the speed of PyTorch's "
+        "matrix product on this machine",
     ]
     if "fixed_seconds" in r:
         lines.append(

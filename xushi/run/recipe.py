@@ -16,8 +16,8 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, create_mod
 
 from xushi.base.config import StrictConfig, override, parse, read_toml
 from xushi.base.errors import BadInput
-from xushi.base.files import sha256_file, sha256_json
-from xushi.base.plugins import is_file_spec, load_class
+from xushi.base.files import sha256_json
+from xushi.base.plugins import code_of, is_file_spec, load_class
 from xushi.data.config import DataConfig
 from xushi.envs import Environment, environment_class
 from xushi.evaluate.config import EvaluateConfig
@@ -39,10 +39,9 @@ class EnvironmentTable(StrictConfig):
     # The class that `kind` names. Each class has a subclass of this one, made by `_table_of`.
     environment: ClassVar[type[Environment]]
 
-    kind: str  # a name, or "file.py:Class"
-    transcripts: int = Field(
-        0, ge=0, le=100_000_000
-    )  # episodes as plain text beside the pretraining text
+    kind: str = Field(max_length=1000)  # a name, or "file.py:Class"
+    # Episodes as plain text beside the pretraining text.
+    transcripts: int = Field(0, ge=0, le=100_000_000)
     # How often the transcripts' tokens are seen, relative to a source of weight 1.
     transcript_weight: float = Field(1.0, ge=1e-6, le=1e6)
     # The class's version or its file's hash. It is set when the recipe is read.
@@ -220,13 +219,13 @@ class Recipe(StrictConfig):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the resolved recipe and of the files that it names.
+        """SHA-256 of the resolved recipe and of the files that it named when it was read.
 
         layout and device are left out: any number of processes may continue a run.
         """
         table = self.model_dump(mode="json", exclude={"layout", "device"})
-        files = {name: sha256_file(path) for name, path in self._files.items()}
-        return sha256_json({"recipe": table, "files": files})
+        code = {entry: code_of(stage) for entry, stage in self.file_stages.items()}
+        return sha256_json({"recipe": table, "code": code})
 
 
 @cache
@@ -274,6 +273,8 @@ def _environment_of(
     own = table.get("environment")
     if not isinstance(own, dict):
         return None
+    if "code" in own:
+        raise BadInput(f"{where}: unknown key environment.code", "leave it out")
     kind = own.get("kind")
     if not isinstance(kind, str):
         raise BadInput(
@@ -285,8 +286,9 @@ def _environment_of(
         own["code"] = f"{found.name} {found.version}"
         return found
     file = files[Path(kind.rpartition(":")[0]).name]
-    own["code"] = sha256_file(file)
-    return environment_class(f"{file}:{kind.rpartition(':')[2]}", Path())
+    loaded = environment_class(f"{file}:{kind.rpartition(':')[2]}", Path())
+    own["code"] = code_of(loaded)
+    return loaded
 
 
 def _without_none(value: Any) -> Any:

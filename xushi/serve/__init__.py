@@ -1,11 +1,10 @@
-"""Floor 6: the models of a run for people and programs: an OpenAI-compatible API, a chat page, a
-terminal chat.
+"""Serve the models of a run: an OpenAI-compatible API, a chat page and a terminal chat.
 
-Not here: how tokens are made (engine).
+Not here: how tokens are generated (engine).
 """
 
 from xushi.serve.app import create_app
-from xushi.serve.exports import ModelCard, find_exports
+from xushi.serve.cards import ModelCard, find_exports
 from xushi.serve.server import serve
 from xushi.serve.terminal import chat
 

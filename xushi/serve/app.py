@@ -1,7 +1,7 @@
-"""The HTTP application: routes, errors, and what happens when a client goes away.
+"""The HTTP application: routes, errors, and clients that disconnect.
 
-Requests are read by hand (protocol.parse_body), so that every refusal has OpenAI's form. Not here:
-the process and its port (server), the engine's thread (worker).
+Request bodies are read with `protocol.parse_body`, not by FastAPI, so that every error has OpenAI's
+form. Not here: the process and its port (server), the engine's thread (worker).
 """
 
 import asyncio
@@ -28,8 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from xushi.base.errors import XushiError
 from xushi.engine import LLM, ContextLengthError, SamplingParams
-from xushi.serve.answers import Counts, Form
-from xushi.serve.exports import ModelCard, can_chat, read_card
+from xushi.serve.cards import ModelCard, can_chat, read_card
 from xushi.serve.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     LARGEST_BODY,
@@ -38,9 +37,11 @@ from xushi.serve.protocol import (
     CompletionBody,
     parse_body,
 )
+from xushi.serve.responses import Counts, ResponseFormat
 from xushi.serve.worker import QUEUE_LIMIT, Busy, Job, Worker
 
-CLIENT_GONE = 499  # nobody reads it; the name that other servers' logs give it
+# The client has disconnected, so nobody reads the response. nginx logs such requests as 499.
+CLIENT_GONE = 499
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class _Served:
     chat: bool
 
     def describe(self) -> dict[str, Any]:
-        """Its entry in /v1/models, with what the chat page needs under `xushi`."""
+        """The model's entry in /v1/models. The key `xushi` holds what the chat page needs."""
         return {
             "id": self.name,
             "object": "model",
@@ -67,10 +68,11 @@ class _Served:
 
 
 def create_app(models: Mapping[str, Path], queue_limit: int = QUEUE_LIMIT) -> FastAPI:
-    """Load the export directories and build the application; their threads run while it is started.
+    """Load the models from their export directories and build the application.
 
-    The model called "base" completes text only. `app.state.workers` holds the workers by name. What
-    cannot be loaded is a `XushiError`.
+    Each model's thread runs while the application runs. The model called "base" only completes
+    text. `app.state.workers` holds the workers by name. A model that cannot be loaded is a
+    `XushiError`.
     """
     served = {
         name: _Served(
@@ -97,7 +99,11 @@ def create_app(models: Mapping[str, Path], queue_limit: int = QUEUE_LIMIT) -> Fa
     app.state.workers = {name: model.worker for name, model in served.items()}
     _add_error_forms(app)
     _add_information_routes(app, served)
+    _add_completion_routes(app, served)
+    return app
 
+
+def _add_completion_routes(app: FastAPI, served: Mapping[str, _Served]) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         body = parse_body(ChatBody, await _read_body(request))
@@ -105,8 +111,8 @@ def create_app(models: Mapping[str, Path], queue_limit: int = QUEUE_LIMIT) -> Fa
         if not model.chat:
             raise ApiError(
                 400,
-                f"model {model.name} only completes text and has never seen a conversation; "
-                "use /v1/completions",
+                f"model {model.name} only completes text, since it was not trained on "
+                "conversations; use /v1/completions",
                 "model",
                 "unsupported_model",
             )
@@ -116,7 +122,8 @@ def create_app(models: Mapping[str, Path], queue_limit: int = QUEUE_LIMIT) -> Fa
         messages = [message.as_message() for message in body.messages]
         prompt = await run_in_threadpool(llm.conversation_ids, messages)
         max_tokens = body.max_completion_tokens or body.max_tokens or llm.context
-        return await _answer(request, model, body, [prompt], "messages", max_tokens)
+        job = _checked_job(model.worker, body, [prompt], max_tokens, "messages")
+        return await _answer(request, model, body, job)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -125,23 +132,19 @@ def create_app(models: Mapping[str, Path], queue_limit: int = QUEUE_LIMIT) -> Fa
         prompts = await run_in_threadpool(
             lambda: [model.worker.llm.prompt_ids(prompt) for prompt in body.prompt]
         )
-        return await _answer(
-            request, model, body, prompts, "prompt", body.max_tokens or DEFAULT_COMPLETION_TOKENS
-        )
-
-    return app
+        max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
+        job = _checked_job(model.worker, body, prompts, max_tokens, "prompt")
+        return await _answer(request, model, body, job)
 
 
-async def _answer(
-    request: Request,
-    model: _Served,
+def _checked_job(
+    worker: Worker,
     body: ChatBody | CompletionBody,
     prompts: list[list[int]],
-    prompt_param: str,
     max_tokens: int,
-) -> Response:
-    """Queue the job and answer in the form that was asked for; the job ends with the connection."""
-    worker = model.worker
+    param: str,
+) -> Job:
+    """The job for a request. An `ApiError` that names `param` if the engine would refuse it."""
     params = body.params(len(prompts), max_tokens, secrets.randbits(63))
     job = Job(list(zip(prompts, params, strict=True)), isinstance(body, ChatBody))
     if job.choices > worker.queue_limit:
@@ -153,19 +156,25 @@ async def _answer(
             "invalid_value",
         )
     for prompt, choices in job.prompts:
-        _check(worker, prompt, choices[0], prompt_param)
-    prefix = "chatcmpl" if job.chat else "cmpl"
-    wants_logprobs = body.logprobs is not None and body.logprobs is not False  # 0 asks for them too
-    form = Form(
-        f"{prefix}-{uuid.uuid4().hex}",
+        _check(worker, prompt, choices[0], param)
+    return job
+
+
+async def _answer(
+    request: Request, model: _Served, body: ChatBody | CompletionBody, job: Job
+) -> Response:
+    """Queue the job and respond in the format asked for. The job ends with the connection."""
+    worker = model.worker
+    form = ResponseFormat(
+        f"{'chatcmpl' if job.chat else 'cmpl'}-{uuid.uuid4().hex}",
         int(time.time()),
         model.name,
         job.chat,
-        wants_logprobs,
+        body.logprobs is not None and body.logprobs is not False,  # 0 asks for them too
         body.include_usage,
         worker.llm.tokenizer,
     )
-    counts = Counts(sum(map(len, prompts)))
+    counts = Counts(sum(len(prompt) for prompt, _ in job.prompts))
     try:
         worker.submit(job)
     except Busy:
@@ -197,7 +206,7 @@ def _check(worker: Worker, prompt: list[int], params: SamplingParams, param: str
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events whose job is cancelled however the response ends."""
+    """A stream of server-sent events. When it ends, for whatever reason, the job is cancelled."""
 
     def __init__(self, content: AsyncIterator[bytes], worker: Worker, job: Job) -> None:
         super().__init__(
@@ -216,7 +225,7 @@ class _EventStream(StreamingResponse):
 
 
 async def _unless_gone(request: Request, answer: Any) -> dict[str, Any] | None:
-    """Wait for the answer, or for the client to hang up: then None."""
+    """Wait for the answer. None if the client disconnects first."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -233,8 +242,8 @@ async def _unless_gone(request: Request, answer: Any) -> dict[str, Any] | None:
 
 async def _read_body(request: Request) -> bytes:
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
+    async for chunk in request.stream():
+        body += chunk
         if len(body) > LARGEST_BODY:
             raise ApiError(
                 413, f"the body is larger than {LARGEST_BODY} bytes", code="body_too_large"
@@ -246,7 +255,7 @@ def _find(served: Mapping[str, _Served], name: str) -> _Served:
     if name not in served:
         raise ApiError(
             404,
-            f"there is no model {name!r}; this server has {', '.join(served)}",
+            f"model {name!r} does not exist; this server has {', '.join(served)}",
             "model",
             "model_not_found",
         )
@@ -280,7 +289,7 @@ def _add_information_routes(app: FastAPI, served: Mapping[str, _Served]) -> None
 
 
 def _page_policy(html: str) -> str:
-    """A content security policy that lets the page run its own script and style and nothing else."""
+    """A content security policy that allows only the page's own script and style."""
 
     def allow(tag: str) -> str:
         parts = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
@@ -299,7 +308,8 @@ def _page_policy(html: str) -> str:
 def _json(
     table: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    # Escaped to ASCII, since an echo of the client's own words may hold what has no UTF-8.
+    # json.dumps escapes to ASCII. An error may quote a lone surrogate from the request, which UTF-8
+    # cannot encode.
     return Response(json.dumps(table), status, headers, "application/json")
 
 
@@ -320,5 +330,6 @@ def _add_error_forms(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def failed(_: Request, __: Exception) -> Response:
         return _json(
-            ApiError(500, "the server failed; its log says why", code="internal_error").body, 500
+            ApiError(500, "the server failed; its log has the error", code="internal_error").body,
+            500,
         )

@@ -1,8 +1,7 @@
-"""OpenAI's wire format: what a request may hold, and the objects that answer it. Nothing unknown is
-ever ignored.
+"""OpenAI's wire format: the fields of requests and the objects in responses.
 
-Source: the API reference of OpenAI's chat completions and (legacy) completions; `reasoning_content`
-is DeepSeek's. Not here: routes and connections (app).
+Unknown fields are refused. Source: OpenAI's API reference for chat completions and (legacy)
+completions; `reasoning_content` is DeepSeek's. Not here: routes and connections (app).
 """
 
 import json
@@ -22,7 +21,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 class ApiError(Exception):
-    """An error object of the API with its HTTP status."""
+    """An error of the API: its HTTP status and its error object."""
 
     def __init__(
         self,
@@ -45,7 +44,7 @@ def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("holds half a surrogate pair, which is no character") from None
+        raise ValueError("has half a surrogate pair, which is not a character") from None
     return text
 
 
@@ -53,7 +52,7 @@ Text = Annotated[str, AfterValidator(_encodable)]
 
 
 def _content(value: Any) -> Any:
-    """A message's content: a string, or a list of text parts, which are joined."""
+    """The content of a message: a string, or a list of text parts, which are joined."""
     if not isinstance(value, list):
         return value
     if not all(
@@ -68,7 +67,7 @@ def _content(value: Any) -> Any:
 
 
 def _prompts(value: Any) -> Any:
-    """Any of the four forms of a prompt as a list of texts and lists of ids."""
+    """Convert each of the four forms of a prompt to a list of texts or of lists of token ids."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -82,8 +81,8 @@ def _prompts(value: Any) -> Any:
         ):
             return value
     raise ValueError(
-        "must be a string, a list of strings, a list of token ids or a list of such lists, not "
-        "empty"
+        "must be a string, a list of strings, a list of token ids or a list of such lists, and "
+        "not empty"
     )
 
 
@@ -100,13 +99,13 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """`include_usage` adds a last chunk that counts tokens."""
+    """`include_usage` adds a last chunk with token counts."""
 
     include_usage: bool | None = None
 
 
 class _Sampling(_Body):
-    """What both kinds of request share. null means the default everywhere."""
+    """The fields of both kinds of request. null means the default."""
 
     model: Text
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -121,16 +120,18 @@ class _Sampling(_Body):
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Text | None = None  # a client's own mark, which has no effect
+    user: Text | None = None  # accepted; has no effect
 
     @property
     def include_usage(self) -> bool:
-        """Whether the stream ends with a count of tokens."""
+        """Whether the stream ends with token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def params(self, prompts: int, max_tokens: int, drawn_seed: int) -> list[list[SamplingParams]]:
-        """Per prompt the parameters of its n choices. Choice 0 has the seed itself, the others one
-        derived from it.
+        """For each prompt the parameters of its n choices.
+
+        Choice 0 of the first prompt uses the seed itself (`drawn_seed` if the request has none);
+        every other choice uses a seed derived from it.
         """
         seed = drawn_seed if self.seed is None else self.seed
         n = self.n or 1
@@ -150,7 +151,7 @@ class _Sampling(_Body):
 
 
 class CompletionBody(_Sampling):
-    """POST /v1/completions. `logprobs` may be 0: of the sampled tokens alone."""
+    """POST /v1/completions. `logprobs` may be 0: log-probabilities of the sampled tokens only."""
 
     prompt: Annotated[
         Annotated[list[Text | list[int]], Field(max_length=MOST_CHOICES)], BeforeValidator(_prompts)
@@ -159,7 +160,7 @@ class CompletionBody(_Sampling):
 
 
 class ChatMessage(_Body):
-    """One turn; an assistant's earlier reasoning is accepted and not read again."""
+    """One message. The reasoning of earlier answers is accepted but not given to the model."""
 
     role: Literal["system", "user", "assistant"]
     content: Annotated[Text, BeforeValidator(_content)]
@@ -183,7 +184,7 @@ BodyT = TypeVar("BodyT", CompletionBody, ChatBody)
 
 
 def parse_body(kind: type[BodyT], raw: bytes) -> BodyT:
-    """Read a request; whatever is wrong with it is an `ApiError` 400 that names the parameter."""
+    """Parse and check a request. An error is an `ApiError` 400 that names the parameter."""
     try:
         table = json.loads(raw, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -207,13 +208,13 @@ _FIELDS = {
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _refusal(error: ValidationError) -> ApiError:
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     is_extra = fault["type"] == "extra_forbidden"
-    # pydantic also names the branch of a union, which is nothing that the client wrote
+    # pydantic also names the branch of a union, which is not part of the request.
     param = ".".join(
         str(part)
         for part in fault["loc"]
@@ -228,9 +229,8 @@ def _refusal(error: ValidationError) -> ApiError:
     if param in ("top_logprobs", "logprobs"):
         return ApiError(
             400,
-            f"{param}: alternatives are not supported, only the sampled tokens' own "
-            "log-probabilities "
-            "(chat: logprobs=true, completions: logprobs=0)",
+            f"{param}: log-probabilities of the sampled tokens are supported, but not those of "
+            "alternatives (chat: logprobs=true, completions: logprobs=0)",
             param,
             "unsupported_value",
         )
@@ -242,7 +242,7 @@ def _refusal(error: ValidationError) -> ApiError:
 def usage(
     prompt_tokens: int, completion_tokens: int, reasoning_tokens: int | None
 ) -> dict[str, Any]:
-    """Token counts; reasoning tokens (chat only) are part of the completion's."""
+    """The `usage` object. Reasoning tokens (chat only) are also counted as completion tokens."""
     table: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -256,7 +256,10 @@ def usage(
 def chat_logprobs(
     tokens: list[int], logprobs: list[float], spell: Callable[[int], bytes]
 ) -> dict[str, Any]:
-    """The `logprobs` of a chat choice: the answer's tokens, natural logarithms at temperature 1."""
+    """The `logprobs` of a chat choice: of the answer's tokens, natural logarithm, temperature 1.
+
+    `spell` gives the bytes of a token.
+    """
     return {
         "content": [
             {
@@ -274,8 +277,9 @@ def chat_logprobs(
 def completion_logprobs(
     tokens: list[int], logprobs: list[float], spell: Callable[[int], bytes], offset: int
 ) -> dict[str, Any]:
-    """The `logprobs` of a completion choice; `offset` is how many characters came before these
-    tokens.
+    """The `logprobs` of a completion choice.
+
+    `offset` is the number of characters before these tokens.
     """
     texts = [spell(token).decode("utf-8", "replace") for token in tokens]
     offsets = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]

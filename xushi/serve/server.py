@@ -1,4 +1,4 @@
-"""The process: a port, uvicorn, and a quick end. Not here: what is answered (app)."""
+"""The server process: its port, uvicorn, and a quick shutdown. Not here: routes (app)."""
 
 import errno
 import socket
@@ -10,20 +10,23 @@ from fastapi import FastAPI
 
 from xushi.base.errors import BadInput, Failed
 from xushi.serve.app import create_app
-from xushi.serve.exports import find_exports
+from xushi.serve.cards import find_exports
 from xushi.serve.worker import Worker
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
-# Ctrl-C ends open connections after this; their jobs are failed at once.
+# After Ctrl-C open connections are closed after this time; their jobs fail at once.
 SECONDS_TO_CLOSE = 1
 
 
 class Server(uvicorn.Server):
-    """Tells the engines of a signal at once, so that open streams end by themselves."""
+    """A uvicorn server that closes the workers as soon as a signal arrives.
+
+    Open streams then end with an error object, and uvicorn does not wait for them.
+    """
 
     def __init__(self, app: FastAPI) -> None:
-        """For an application made by `create_app`."""
+        """`app` comes from `create_app`."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -36,15 +39,16 @@ class Server(uvicorn.Server):
         self._workers: list[Worker] = list(app.state.workers.values())
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal ends it in order, a second one at once."""
+        """The first signal shuts down in order, a second one at once."""
         for worker in self._workers:
             worker.close()
         super().handle_exit(sig, frame)
 
 
 def serve(run_directory: Path, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT) -> None:
-    """Serve a run's models until Ctrl-C. A run without exports, or a port in use, is a
-    `XushiError`.
+    """Serve a run's models until Ctrl-C.
+
+    A run without exports and a port in use are a `XushiError`.
     """
     exports = find_exports(run_directory)
     with bind(host, port) as listener:
@@ -52,16 +56,17 @@ def serve(run_directory: Path, host: str = DEFAULT_HOST, port: int = DEFAULT_POR
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
         print(
-            f"serving {', '.join(exports)} of {run_directory}\n  page  {address}/\n  API   "
-            f"{address}/v1\n"
-            "Ctrl-C stops",
+            f"serving {', '.join(exports)} of {run_directory}\n"
+            f"  page  {address}/\n"
+            f"  API   {address}/v1\n"
+            "Press Ctrl-C to stop",
             flush=True,
         )
         run(Server(app), listener)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the port, or a `XushiError` that says what to do."""
+    """A listening socket. A port that cannot be used is a `XushiError`."""
     if not 0 <= port <= 65535:
         raise BadInput(f"port {port} does not exist", "choose one from 1024 to 65535 with --port")
     try:
@@ -70,7 +75,7 @@ def bind(host: str, port: int) -> socket.socket:
     except socket.gaierror as error:
         raise BadInput(
             f"host {host!r} has no address: {error.strerror}",
-            "give --host 127.0.0.1 for this machine alone, --host 0.0.0.0 for everybody",
+            "give --host 127.0.0.1 for this machine only, or --host 0.0.0.0 for the network",
         ) from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
@@ -82,19 +87,19 @@ def bind(host: str, port: int) -> socket.socket:
             ) from None
         if error.errno == errno.EACCES:
             raise BadInput(
-                f"port {port} of {host} may not be used", "choose one above 1023 with --port"
+                f"no permission to use port {port} of {host}", "choose one above 1023 with --port"
             ) from None
         raise BadInput(
             f"cannot listen on {host} port {port}: {error.strerror}",
-            "give --host 127.0.0.1 for this machine alone",
+            "give --host 127.0.0.1 for this machine only",
         ) from None
 
 
 def run(server: Server, listener: socket.socket) -> None:
-    """Serve until a signal; Ctrl-C is an ordinary end."""
+    """Serve until a signal. Ctrl-C is a normal end."""
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:
-        return  # uvicorn raises it again after it has closed everything
+        return  # uvicorn raises it again after its shutdown
     if not server.started:
-        raise Failed("the server could not start", "its log above says why")
+        raise Failed("the server could not start", "fix the error in its log above")

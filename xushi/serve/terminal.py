@@ -1,7 +1,7 @@
-"""Chat in the terminal: text appears as it is made, thinking dimmed. Not here: HTTP.
+"""Chat in the terminal: text appears as it is generated, reasoning dimmed. Not here: HTTP.
 
-On a terminal Ctrl-C stops an answer and Ctrl-D leaves; with another standard input each line is one
-turn.
+Ctrl-C stops an answer and Ctrl-D ends the chat. If standard input is not a terminal, each of its
+lines is one message.
 """
 
 import re
@@ -15,18 +15,18 @@ from pathlib import Path
 from xushi.base.errors import BadInput, XushiError
 from xushi.base.messages import Message
 from xushi.engine import LLM, Delta, SamplingParams
-from xushi.serve.exports import BASE, REASONING, find_exports, read_card
+from xushi.serve.cards import BASE, REASONING, find_exports, read_card
 
 # DeepSeek-R1's recommended sampling (its model card, "Usage Recommendations").
 TEMPERATURE, TOP_P = 0.6, 0.95
 COMPLETION_TOKENS = 200
 
-# What a terminal would obey: a model must not move the cursor or change the title.
+# Control characters: a model's text must not move the cursor or change the terminal's title.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Terminal:
-    """One conversation with the models of a run, which are loaded when first used."""
+    """One conversation with the models of a run. A model is loaded when it is first used."""
 
     def __init__(self, run_directory: Path) -> None:
         self._exports = find_exports(run_directory)
@@ -36,26 +36,21 @@ class Terminal:
         self.chats = REASONING in self._exports
 
     def greet(self) -> None:
-        """What the models can do, and the keys."""
+        """Print what the models can do, and the keys and commands."""
         for name, path in self._exports.items():
             card = read_card(name, path)
-            print(
-                self._dim(
-                    " ".join(
-                        part for part in (f"{card.title or name}:", card.can, card.cannot) if part
-                    )
-                )
-            )
+            parts = (f"{card.title or name}:", card.can, card.cannot)
+            print(self._dim(" ".join(part for part in parts if part)))
             if card.example:
                 print(self._dim(f"  for example: {card.example.rstrip()}"))
         if self.chats and BASE in self._exports:
             print(self._dim("/base TEXT completes TEXT with the base model."))
         if self.chats:
-            print(self._dim("/new begins a new conversation."))
-        print(self._dim("Ctrl-C stops an answer, Ctrl-D leaves."))
+            print(self._dim("/new starts a new conversation."))
+        print(self._dim("Ctrl-C stops an answer, Ctrl-D ends the chat."))
 
     def turn(self, line: str) -> None:
-        """Answer one line; what is wrong with it is said and the conversation goes on."""
+        """Answer one line. An error is printed and the conversation continues."""
         try:
             if line.strip() == "/new":
                 self._messages.clear()
@@ -66,11 +61,8 @@ class Terminal:
             else:
                 self._complete(line)
         except XushiError as error:
-            print(
-                f"{error.problem}\n{error.remedy}, or begin anew with /new"
-                if self._messages
-                else str(error)
-            )
+            hint = ", or start a new conversation with /new" if self._messages else ""
+            print(f"{error}{hint}")
 
     def _chat(self, line: str) -> None:
         llm = self._load(REASONING)
@@ -90,10 +82,9 @@ class Terminal:
         self._show(llm.stream(text, self._params(COMPLETION_TOKENS)))
 
     def _show(self, deltas: Iterator[Delta]) -> str:
-        """Print an answer as it comes, up to Ctrl-C; returns the answer without its reasoning."""
+        """Print an answer as it arrives, until its end or Ctrl-C; returns it without reasoning."""
         stopped = threading.Event()
-        # Not by an exception: that could fall into the middle of a step and leave the engine in
-        # disorder.
+        # Not as an exception: inside a step it would leave the engine in an inconsistent state.
         previous = signal.signal(signal.SIGINT, lambda *_: stopped.set())
         answer = ""
         channel = "content"
@@ -133,7 +124,7 @@ def _plain(text: str) -> str:
 
 
 def chat(run_directory: Path) -> None:
-    """Talk to a run's models until the input ends. A run without exports is a `XushiError`."""
+    """Chat with a run's models until the input ends. A run without exports is a `XushiError`."""
     terminal = Terminal(run_directory)
     interactive = sys.stdin.isatty()
     if interactive:

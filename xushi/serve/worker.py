@@ -1,8 +1,8 @@
-"""One thread per model that owns its engine: jobs go in through a bounded queue, events come out on
-the event loop.
+"""A thread for each model that owns its engine: jobs come in through a bounded queue, events go out
+to the event loop.
 
-A fault inside a step fails the requests of that moment and not the server. Not here: HTTP and JSON
-(app, protocol).
+A step that fails ends the jobs of that moment; later jobs are served. Not here: HTTP and JSON (app,
+protocol).
 """
 
 import asyncio
@@ -10,15 +10,15 @@ import itertools
 import logging
 import threading
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from xushi.base.errors import XushiError
-from xushi.engine import LLM, Delta, Engine, Request, SamplingParams, TextStream
+from xushi.engine import LLM, Delta, Request, SamplingParams, TextStream
 
 logger = logging.getLogger(__name__)
 
-# Continuations that may be unfinished at once, running or waiting; beyond it a client is told to
-# come back.
+# How many continuations may be running or waiting. A client that asks for more must retry later.
 QUEUE_LIMIT = 256
 
 
@@ -28,8 +28,10 @@ class Busy(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What one step gave one choice: a token, its model log-probability, its text so far, perhaps
-    the end.
+    """What one step of the engine added to one choice.
+
+    `logprob` is the token's log-probability under the model. `deltas` is the new text, which may
+    lag behind the tokens. `finish_reason` is None until the choice has ended.
     """
 
     choice: int
@@ -42,18 +44,22 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The job is over: the server failed or is going away."""
+    """Ends a job early: the engine failed, or the server is shutting down."""
 
     message: str
     is_shutdown: bool
 
 
+_SHUTDOWN = Failure("the server is shutting down", True)
+_ENDED = Failure("the engine failed and could not be restarted; restart the server", False)
+
+
 @dataclass(eq=False, slots=True)
 class Job:
-    """One HTTP request: prompts with the parameters of their choices, numbered through, and where
-    events go.
+    """One HTTP request. `prompts` pairs each prompt with the parameters of its choices.
 
-    Make it on the event loop that reads `events`.
+    The choices are numbered from 0 over all prompts. Create a job on the event loop that reads
+    `events`.
     """
 
     prompts: list[tuple[list[int], list[SamplingParams]]]
@@ -63,11 +69,11 @@ class Job:
 
     @property
     def choices(self) -> int:
-        """How many continuations it asks for."""
+        """The number of continuations that the job asks for."""
         return sum(len(params) for _, params in self.prompts)
 
     def send(self, events: "list[Event | Failure]") -> None:
-        """Hand events to the reader; from any thread."""
+        """Put events into the queue. Any thread may call it."""
 
         def put() -> None:
             for event in events:
@@ -75,7 +81,7 @@ class Job:
 
         try:
             self.loop.call_soon_threadsafe(put)
-        except RuntimeError:  # the loop is closed, so the reader is gone with it
+        except RuntimeError:  # the loop is closed, so nobody reads the queue any more
             logger.debug("events of a job came after its event loop had closed")
 
 
@@ -87,48 +93,51 @@ class _Choice:
 
 
 class Worker:
-    """Runs the jobs of one model. `start` before the first `submit`; `close` ends the thread."""
+    """Runs the jobs of one model. Call `start` before `submit`; `close` ends the thread."""
 
     def __init__(self, llm: LLM, queue_limit: int = QUEUE_LIMIT) -> None:
         self.llm = llm
         self.queue_limit = queue_limit
         self._engine = llm.engine
         self._choices: dict[Request, _Choice] = {}
-        self._wake = threading.Condition()  # guards the four below
+        self._wake = threading.Condition()  # guards the four attributes below
         self._submitted: list[Job] = []
         self._cancelled: list[Job] = []
         self._unfinished = 0
-        self._closing = False
+        self._ending: Failure | None = None  # why no more jobs are served
         self._thread = threading.Thread(target=self._run, name="xushi-engine", daemon=True)
 
     @property
     def alive(self) -> bool:
-        """Whether the thread serves."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     @property
     def unfinished(self) -> int:
-        """Continuations waiting or running."""
+        """How many continuations are waiting or running."""
         with self._wake:
             return self._unfinished
 
     @property
     def idle_slots(self) -> int:
-        """Cache slots that nobody holds."""
+        """How many cache slots are free."""
         return self._engine.idle_slots
 
     def start(self) -> None:
-        """Begin to serve."""
+        """Start the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Fail what is unfinished and end after the step at hand; returns at once."""
+        """Ask the thread to end after its current step and to fail all unfinished jobs.
+
+        Returns at once. Jobs that are submitted later fail too.
+        """
         with self._wake:
-            self._closing = True
+            self._ending = self._ending or _SHUTDOWN
             self._wake.notify()
 
     def join(self, seconds: float) -> None:
-        """Wait so long for the thread's end."""
+        """Wait at most `seconds` for the thread to end."""
         if self._thread.is_alive():
             self._thread.join(seconds)
 
@@ -137,58 +146,72 @@ class Worker:
         self._engine.check(prompt_ids, params)
 
     def submit(self, job: Job) -> None:
-        """Queue a job whose prompts have been checked; `Busy` if it does not fit, and then none of
-        it is queued.
+        """Queue a job whose prompts have been checked. `Busy` if not all of it fits.
+
+        When the thread has ended or is about to, the job fails at once.
         """
         with self._wake:
+            if self._ending is not None:
+                job.send([self._ending])
+                return
             if self._unfinished + job.choices > self.queue_limit:
                 raise Busy
-            if self._closing:
-                job.send([_SHUTDOWN])
-                return
             self._unfinished += job.choices
             self._submitted.append(job)
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """End what is left of a job, at the next step; no effect on one that is over."""
+        """End the rest of a job at the next step. No effect if it has ended already."""
         with self._wake:
             self._cancelled.append(job)
             self._wake.notify()
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._serve_next():
+                pass
+        except Exception:
+            logger.exception("the engine could not be restarted")
+        finally:
             with self._wake:
-                while not (
-                    self._submitted or self._cancelled or self._closing or self._engine.has_work
-                ):
-                    self._wake.wait()
-                submitted, self._submitted = self._submitted, []
-                cancelled, self._cancelled = self._cancelled, []
-                closing = self._closing
-            try:
-                for job in submitted:
-                    self._admit(job)
-                for request in [
-                    r for r, choice in self._choices.items() if choice.job in cancelled
-                ]:
-                    self._engine.abort(request)
-                    self._forget(request)
-                if closing:
-                    self._fail_all(_SHUTDOWN, submitted)
-                    return
-                self._deliver(self._engine.step())
-            except (
-                Exception
-            ) as error:  # whatever it is, the other jobs and the next ones must be served
-                logger.exception("a step of the engine failed")
-                message = (
-                    error.problem
-                    if isinstance(error, XushiError)
-                    else "the engine failed; the log says why"
-                )
-                self._engine = Engine(self._engine.model, self._engine.eos_id, self._engine.slots)
-                self._fail_all(Failure(message, False), submitted)
+                self._ending = self._ending or _ENDED
+            self._fail_all(self._ending)
+
+    def _serve_next(self) -> bool:
+        """Wait until there is work and take one step. False once the worker is closed."""
+        with self._wake:
+            while not (self._submitted or self._cancelled or self._ending or self._engine.has_work):
+                self._wake.wait()
+            if self._ending is not None:
+                return False
+            submitted, self._submitted = self._submitted, []
+            cancelled, self._cancelled = self._cancelled, []
+        failure = self._step(submitted, cancelled)
+        if failure is not None:
+            # The jobs first: their clients must not wait for a restart that may itself fail.
+            self._fail_all(failure, submitted)
+            self._engine.restart()
+        return True
+
+    def _step(self, submitted: Sequence[Job], cancelled: Sequence[Job]) -> Failure | None:
+        """Add new jobs, end cancelled ones and take a step of the engine.
+
+        Any exception becomes a `Failure`, so that other and later jobs are served. It is not kept:
+        its traceback refers to the cache.
+        """
+        try:
+            for job in submitted:
+                self._admit(job)
+            for request in [r for r, choice in self._choices.items() if choice.job in cancelled]:
+                self._engine.abort(request)
+                self._forget(request)
+            self._deliver(self._engine.step())
+        except Exception as error:
+            logger.exception("a step of the engine failed")
+            if isinstance(error, XushiError):
+                return Failure(error.problem, False)
+            return Failure("the engine failed; the server's log has the error", False)
+        return None
 
     def _admit(self, job: Job) -> None:
         numbers = itertools.count()
@@ -200,7 +223,7 @@ class Worker:
                 )
 
     def _deliver(self, progressed: list[Request]) -> None:
-        """Turn the newest token of each request into an event; one wake-up of the loop per job."""
+        """Send each job the events of its requests' newest tokens, in one call for each job."""
         outgoing: dict[Job, list[Event | Failure]] = defaultdict(list)
         for request in progressed:
             choice = self._choices[request]
@@ -231,21 +254,13 @@ class Worker:
         with self._wake:
             self._unfinished -= 1
 
-    def _fail_all(self, failure: Failure, taken: list[Job]) -> None:
-        """Fail every job: those in the engine, those just taken from the queue and those still in
-        it.
-        """
+    def _fail_all(self, failure: Failure, taken: Sequence[Job] = ()) -> None:
+        """Fail every job: in the engine, `taken` from the queue but not yet added, and queued."""
         with self._wake:
-            jobs = (
-                {choice.job for choice in self._choices.values()}
-                | set(taken)
-                | set(self._submitted)
-            )
+            jobs = {choice.job for choice in self._choices.values()}
+            jobs |= {*taken, *self._submitted}
             self._choices.clear()
             self._submitted.clear()
             self._unfinished = 0
         for job in jobs:
             job.send([failure])
-
-
-_SHUTDOWN = Failure("the server is shutting down", True)

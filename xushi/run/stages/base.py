@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from pydantic import BaseModel
 
 from xushi.base.config import StrictConfig
+from xushi.base.plugins import code_of
 from xushi.run.place import RunPlace
 from xushi.train import Layout
 
@@ -85,9 +86,11 @@ class Stage(ABC):
         return
 
     def reads(self) -> dict[str, Any]:
-        """What is hashed into the stage's key: every attribute, so that none can be forgotten."""
+        """What is hashed into the stage's key: every attribute, so that none can be forgotten, and
+        the file's hash of a stage from a file.
+        """
         kept = {name: _plain(value) for name, value in vars(self).items()}
-        return {"version": self.version, **kept}
+        return {"version": self.version, "code": code_of(type(self)), **kept}
 
     @abstractmethod
     def run(self, place: RunPlace) -> Results:

@@ -1,6 +1,6 @@
-"""From a job's events to the two forms of an answer: one JSON object, or a stream of chunks (SSE).
+"""Turn the events of a job into a response: one JSON object, or a stream of server-sent events.
 
-Not here: connections (app), what the objects are made of (protocol).
+Not here: connections (app), usage and log-probability objects (protocol).
 """
 
 import json
@@ -17,14 +17,14 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass(slots=True)
 class Counts:
-    """Tokens so far."""
+    """Token counts of one response so far."""
 
     prompt: int
     completion: int = 0
     reasoning: int = 0
 
     def add(self, event: Event) -> None:
-        """Count an event's token."""
+        """Count the token of an event."""
         self.completion += 1
         self.reasoning += event.is_reasoning
 
@@ -37,10 +37,25 @@ class _Choice:
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
 
+    def add(self, event: Event, is_text: bool) -> None:
+        """Append an event; `is_text` says whether its token belongs to the answer's text."""
+        for delta in event.deltas:
+            if delta.channel == "reasoning":
+                self.reasoning += delta.text
+            else:
+                self.content += delta.text
+        if is_text:
+            self.tokens.append(event.token)
+            self.logprobs.append(event.logprob)
+        self.finish_reason = event.finish_reason
+
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """What all objects of one answer have in common."""
+class ResponseFormat:
+    """What the client asked for, and the fields that all objects of one response share.
+
+    `created` is in seconds since 1970. `include_usage` concerns streams only.
+    """
 
     identity: str
     created: int
@@ -51,20 +66,11 @@ class Form:
     tokenizer: Tokenizer
 
     async def whole(self, job: Job, counts: Counts) -> dict[str, Any]:
-        """Wait for the end of a job; the answer as one object."""
+        """Wait until the job has ended and return the response as one object."""
         choices = [_Choice() for _ in range(job.choices)]
         async for event in _events(job):
             counts.add(event)
-            choice = choices[event.choice]
-            for delta in event.deltas:
-                if delta.channel == "reasoning":
-                    choice.reasoning += delta.text
-                else:
-                    choice.content += delta.text
-            if self._is_text(event):
-                choice.tokens.append(event.token)
-                choice.logprobs.append(event.logprob)
-            choice.finish_reason = event.finish_reason
+            choices[event.choice].add(event, self._is_text(event))
         return {
             **self._head("chat.completion" if self.chat else "text_completion"),
             "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
@@ -72,10 +78,9 @@ class Form:
         }
 
     async def stream(self, job: Job, counts: Counts) -> AsyncIterator[bytes]:
-        """The answer as server-sent events; a failure on the way becomes an error object and ends
-        it.
-        """
-        offsets = [0] * job.choices  # characters of the tokens whose log-probabilities were sent
+        """The response as server-sent events. A failure becomes an error object and ends it."""
+        # For each choice: characters of the tokens whose log-probabilities have been sent.
+        offsets = [0] * job.choices
         if self.chat:
             for index in range(job.choices):
                 yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
@@ -94,7 +99,10 @@ class Form:
         yield DONE
 
     def _chunks(self, event: Event, offsets: list[int]) -> Iterator[bytes]:
-        """An event's texts, the first with the token's log-probability, and the end of its choice."""
+        """The chunks of one event: one for each delta, and one that ends the choice.
+
+        The first chunk also has the token's log-probability.
+        """
         logprobs = None
         if self.wants_logprobs and self._is_text(event):
             logprobs = self._logprobs([event.token], [event.logprob], offsets[event.choice])
@@ -109,9 +117,8 @@ class Form:
         ]
         empty: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
         if logprobs and not bodies:
-            bodies = [
-                empty
-            ]  # its text is held back: half a character, or what may become a stop string
+            # The text comes later: it is half a character, or may become a stop string.
+            bodies = [empty]
         for number, body in enumerate(bodies):
             yield self._chunk(
                 event.choice, {**body, "logprobs": None if number else logprobs}, None
@@ -164,7 +171,7 @@ class Form:
 
 
 async def _events(job: Job) -> AsyncIterator[Event]:
-    """A job's events until all its choices have ended; a failure is an `ApiError`."""
+    """The events of a job until all its choices have ended. A failure raises an `ApiError`."""
     left = job.choices
     while left:
         event = await job.events.get()

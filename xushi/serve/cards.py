@@ -1,6 +1,4 @@
-"""Which models a run directory offers, and what each says of itself. Not here: loading them
-(engine.LLM).
-"""
+"""The exported models of a run directory and their cards. Not here: loading them (engine.LLM)."""
 
 from pathlib import Path
 
@@ -14,8 +12,9 @@ NAMES = (REASONING, BASE)
 
 
 class ModelCard(StrictConfig):
-    """What a reader of the page is told: one or two plain sentences each, and an input to try. All
-    optional.
+    """What the chat page and the terminal chat say about a model. All fields are optional.
+
+    `can` and `cannot` are one or two plain sentences; `example` is an input to try.
     """
 
     title: str = ""
@@ -28,7 +27,7 @@ DEFAULT_CARDS = {
     BASE: ModelCard(
         title="Base",
         can="It continues text of the kind it was trained on.",
-        cannot="It cannot converse: it has never seen a conversation.",
+        cannot="It cannot chat: it was not trained on conversations.",
     ),
     REASONING: ModelCard(
         title="Reasoning", can="It thinks aloud, then answers the kind of task it was trained on."
@@ -37,18 +36,19 @@ DEFAULT_CARDS = {
 
 
 def can_chat(name: str) -> bool:
-    """Whether the model of this name has seen conversations; the base has not."""
+    """Whether the model with this name was trained on conversations. The base model was not."""
     return name != BASE
 
 
 def find_exports(run_directory: Path) -> dict[str, Path]:
-    """Export directories of a run by model name, reasoning first; a run without any is a
-    `XushiError`.
+    """The export directories of a run by model name, reasoning first.
+
+    A run without exports is a `XushiError`.
     """
     if not run_directory.is_dir():
         raise BadInput(
             f"run directory {run_directory} does not exist",
-            "give a directory that xushi run has made",
+            "give the directory of a run that xushi run made",
         )
     found = {
         name: path
@@ -58,13 +58,13 @@ def find_exports(run_directory: Path) -> dict[str, Path]:
     if not found:
         raise BadInput(
             f"run {run_directory} has no exported model in {run_directory / 'export'}",
-            "let xushi run finish its pretrain stage first",
+            "finish its pretrain stage with xushi run first",
         )
     return found
 
 
 def read_card(name: str, directory: Path) -> ModelCard:
-    """The `model_card.json` of an export, or what can be said of any model of this name."""
+    """The `model_card.json` of an export, or the default card for models with this name."""
     path = directory / "model_card.json"
     if not path.exists():
         return DEFAULT_CARDS.get(name, ModelCard(title=name))

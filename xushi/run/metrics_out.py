@@ -1,10 +1,11 @@
-"""A run's metrics on other programs' pages: TensorBoard, Weights & Biases (offline) and trackio.
+"""Copy a run's metrics to TensorBoard, Weights & Biases (offline) or trackio.
 
-Read from the tracking store, not sent by the training loop: a run that goes on, one that has ended
-and one of last month are shown alike, and no step waits for anybody. Stages stand side by side,
-each counting its own steps.
+The metrics are read from the tracking store; the training loop sends nothing. So a current run and
+an old one are exported alike, and no training step waits for another program. Each stage counts its
+own steps.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +18,13 @@ from xushi.base.errors import BadInput
 from xushi.base.progress import say
 from xushi.base.tracking import Tracking
 
-SECONDS_BETWEEN = 5.0  # looks at a run that goes on
+SECONDS_BETWEEN = 5.0  # with `follow`: how often new metrics are looked for
+# Where metrics can be exported to, and the module that is imported for it.
 PLACES = {
     "tensorboard": "torch.utils.tensorboard",
     "wandb": "wandb",
     "trackio": "trackio",
-}  # and what is imported
+}
 
 Write = Callable[[str, int, dict[str, float]], None]  # stage, step, values by name
 
@@ -30,47 +32,55 @@ Write = Callable[[str, int, dict[str, float]], None]  # stage, step, values by n
 def export_metrics(
     directory: Path, place: str, out: Path | None = None, follow: bool = False
 ) -> int:
-    """Write all metrics of a run to `place`, one of `PLACES`, and return how many numbers that
-    were.
+    """Write all metrics of the run in `directory` to `place`, one of `PLACES`.
 
-    Files go to `out`, by default a directory of that name in the run's. With `follow` this goes on
-    until Ctrl-C, with what is written meanwhile. No run, another place, or a package that is not
-    installed is a `XushiError`.
+    Files go to `out`, by default a directory named after `place` in the run directory. With
+    `follow` it keeps writing new metrics until Ctrl-C. Returns how many numbers were written. A
+    missing run, an unknown place and a package that is not installed are a `XushiError`.
     """
     if place not in PLACES:
         raise BadInput(
             f"metrics cannot be exported to {place!r}", f"give one of {', '.join(PLACES)}"
         )
     if not (directory / "tracking.sqlite").is_file():
-        raise BadInput(f"{directory} is no run directory", "give one, such as runs/demo")
-    if place == "trackio":
-        os.environ["TRACKIO_DIR"] = str(
-            (out or directory / place).resolve()
-        )  # read when the package is imported
+        raise BadInput(f"{directory} is not a run directory", "give one, such as runs/demo")
+    out = out or directory / place
+    package = _package(place, out)
+    out.mkdir(parents=True, exist_ok=True)
+    tracking = Tracking(directory / "tracking.sqlite")
     try:
-        package = import_module(PLACES[place])
+        with _OPEN[place](package, directory.name, out) as write:
+            written = _copy(tracking, write, follow)
+    finally:
+        tracking.close()
+    say(f"{written:,} numbers of {directory} are in {out}")
+    return written
+
+
+def _package(place: str, out: Path) -> Any:
+    if place == "trackio":
+        os.environ["TRACKIO_DIR"] = str(out.resolve())  # trackio reads it when it is imported
+    try:
+        return import_module(PLACES[place])
     except ImportError as error:
         raise BadInput(
             f"{place} is not installed ({error})", f"pip install 'xushi[{place}]'"
         ) from None
-    out = out or directory / place
-    out.mkdir(parents=True, exist_ok=True)
-    written, last = 0, 0
-    tracking = Tracking(directory / "tracking.sqlite")
-    try:
-        with _OPEN[place](package, directory.name, out) as write:
-            while True:
-                for number, stage, step, values in tracking.steps_after(last):
-                    write(stage, step, values)
-                    written, last = written + len(values), number
-                if not follow:
-                    break
-                time.sleep(SECONDS_BETWEEN)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        tracking.close()
-    say(f"{written:,} numbers of {directory} are in {out}")
+
+
+def _copy(tracking: Tracking, write: Write, follow: bool) -> int:
+    """Write what the store holds, with `follow` until Ctrl-C; returns how many numbers."""
+    written = 0
+    last = 0
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            for number, stage, step, values in tracking.steps_after(last):
+                write(stage, step, values)
+                written += len(values)
+                last = number
+            if not follow:
+                break
+            time.sleep(SECONDS_BETWEEN)
     return written
 
 
@@ -98,9 +108,9 @@ def _wandb(package: Any, name: str, out: Path) -> Iterator[Write]:
     with package.init(project="xushi", name=name, dir=out, mode="offline") as run:
 
         def write(stage: str, step: int, values: dict[str, float]) -> None:
-            if (
-                stage not in stages
-            ):  # a step of its own for each stage, which may go back after a kill
+            if stage not in stages:
+                # Each stage has a step axis of its own. After a kill its steps may repeat, which
+                # wandb's built-in step does not allow.
                 run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
                 stages.add(stage)
             run.log(

@@ -80,7 +80,7 @@ def test_trackio_reads_them(directory: Path) -> None:
 def test_what_cannot_be_is_refused(directory: Path, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(XushiError, match="cannot be exported to 'excel'"):
         export_metrics(directory, "excel")
-    with pytest.raises(XushiError, match="is no run directory"):
+    with pytest.raises(XushiError, match="is not a run directory"):
         export_metrics(tmp_path / "none", "tensorboard")
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(XushiError, match="wandb is not installed") as error:

@@ -1,0 +1,145 @@
+"""The corpus, tokenizer and tokens of a run, taken from the cache where another run made the same.
+
+A key is the hash of everything that the files depend on: the bytes that are read (wherever they
+lie), the settings, and the code that reads them. Not here: the cache itself (base.artifacts).
+"""
+
+import functools
+import importlib.metadata
+import importlib.resources
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xushi import __version__
+from xushi.base.artifacts import Artifacts
+from xushi.base.errors import BadInput, Failed
+from xushi.base.files import sha256_file, sha256_json
+from xushi.data.config import DataConfig, SourceConfig
+from xushi.data.corpus import ExtraSource, build_corpus, training_texts
+from xushi.data.sources import find_files
+from xushi.data.tokens import tokenize_corpus
+
+if TYPE_CHECKING:
+    from xushi.tokenizer import Tokenizer
+
+
+def obtain_corpus(config: DataConfig, extra: Mapping[str, ExtraSource], directory: Path) -> bool:
+    """Make `directory` the corpus that `build_corpus` writes; whether it had to be built."""
+    key = corpus_key(config, extra)
+
+    def build(aside: Path) -> None:
+        build_corpus(config, extra, aside)
+        if corpus_key(config, extra) != key:
+            raise Failed("the text changed while it was read", "run the same command again")
+
+    return Artifacts().obtain(key, build, directory)
+
+
+def obtain_tokenizer(corpus: Path, vocab_size: int, directory: Path, tools: bool = False) -> bool:
+    """Make `directory` the tokenizer trained on the training text of `corpus`; whether it had to be
+    trained.
+    """
+
+    def train(aside: Path) -> None:
+        from xushi.tokenizer import Tokenizer
+
+        Tokenizer.train(training_texts(corpus), vocab_size, tools).save(aside)
+
+    return Artifacts().obtain(tokenizer_key(corpus, vocab_size, tools), train, directory)
+
+
+def obtain_tokens(
+    corpus: Path, tokenizer: "Tokenizer", sequence_length: int, directory: Path
+) -> bool:
+    """Make `directory` the tokens that `tokenize_corpus` writes; whether they had to be encoded."""
+
+    def encode(aside: Path) -> None:
+        tokenize_corpus(corpus, tokenizer, aside, sequence_length)
+
+    key = tokens_key(corpus, tokenizer, sequence_length)
+    return Artifacts().obtain(key, encode, directory)
+
+
+def corpus_key(config: DataConfig, extra: Mapping[str, ExtraSource]) -> str:
+    """What a corpus depends on: the sources' files with their paths inside the source, what is left
+    out of them, the config without the places of the files, and the extra documents.
+    """
+    return "corpus-" + sha256_json(
+        {
+            "code": _code("data"),
+            "config": config.model_dump(exclude={"sources", "sequence_length"}),
+            "sources": [_source(source) for source in config.sources],
+            "extra": {
+                name: {
+                    "weight": source.weight,
+                    "documents": [document.uid.hex() for document in source.documents],
+                }
+                for name, source in extra.items()
+            },
+        }
+    )
+
+
+def tokenizer_key(corpus: Path, vocab_size: int, tools: bool = False) -> str:
+    """What a tokenizer depends on: the training documents, its size and its special tokens."""
+    return "tokenizer-" + sha256_json(
+        {
+            "code": _code("data", "tokenizer"),
+            "library": importlib.metadata.version("tokenizers"),
+            "texts": _hashes(corpus, "train-*.parquet"),
+            "vocab_size": vocab_size,
+            "tools": tools,
+        }
+    )
+
+
+def tokens_key(corpus: Path, tokenizer: "Tokenizer", sequence_length: int) -> str:
+    """What tokens depend on: the corpus, the tokenizer and the length that the manifest names."""
+    return "tokens-" + sha256_json(
+        {
+            "code": _code("data", "tokenizer"),
+            "library": importlib.metadata.version("tokenizers"),
+            "corpus": _hashes(corpus, "*.parquet") | _hashes(corpus, "summary.json"),
+            "tokenizer": tokenizer.hash,
+            "sequence_length": sequence_length,
+        }
+    )
+
+
+def _source(source: SourceConfig) -> dict[str, Any]:
+    found = find_files(source)
+    return {
+        "config": source.model_dump(exclude={"glob"}),
+        "notes": found.notes,
+        "files": [(file.meta, _sha256(file.path)) for file in found.files],
+    }
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise BadInput(
+            f"{path} cannot be read: {error.strerror}", "check its permissions, or exclude it"
+        ) from None
+
+
+def _hashes(directory: Path, pattern: str) -> dict[str, str]:
+    found = {path.name: sha256_file(path) for path in sorted(directory.glob(pattern))}
+    if not found:
+        raise BadInput(f"{directory} has no {pattern}", "run the data stage")
+    return found
+
+
+@functools.cache
+def _code(*packages: str) -> dict[str, str]:
+    """The version, and the hash of every module in some packages of xushi: with other code the same
+    text may give another corpus.
+    """
+    return {"xushi": __version__} | {
+        f"{package}/{module.name}": sha256_json(module.read_text(encoding="utf-8"))
+        for package in packages
+        for module in importlib.resources.files(f"xushi.{package}").iterdir()
+        if module.name.endswith(".py")
+    }
