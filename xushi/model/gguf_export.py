@@ -61,11 +61,7 @@ def export_gguf(directory: str | Path, path: str | Path, kind: str = "bf16") -> 
     add_tokenizer(writer, config, directory)
     model = load_pretrained(directory)
     types = {name: _type_of(name, tensor, kind) for name, tensor in gguf_tensors(model)}
-    total = 0
-    for name, tensor in gguf_tensors(model):
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, types[name])
-        writer.add_tensor_info(name, shape, np.dtype(np.uint8), prod(shape), raw_dtype=types[name])
-        total += prod(shape)
+    total = _add_tensor_infos(writer, model, types)
     _write_file(writer, path, model, types, total)
     in_bf16 = sum(each == gguf.GGMLQuantizationType.BF16 for each in types.values())
     return {
@@ -213,6 +209,20 @@ def _type_of(name: str, tensor: Tensor, kind: str) -> "gguf.GGMLQuantizationType
     block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0]
     fits = kind == "q8_0" and tensor.shape[-1] % block == 0
     return gguf.GGMLQuantizationType.Q8_0 if fits else gguf.GGMLQuantizationType.BF16
+
+
+def _add_tensor_infos(
+    writer: "gguf.GGUFWriter", model: Deepseek, types: "dict[str, gguf.GGMLQuantizationType]"
+) -> int:
+    """Announce all tensors to `writer`; returns their total size in bytes."""
+    import gguf
+
+    total = 0
+    for name, tensor in gguf_tensors(model):
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, types[name])
+        writer.add_tensor_info(name, shape, np.dtype(np.uint8), prod(shape), raw_dtype=types[name])
+        total += prod(shape)
+    return total
 
 
 def _write_file(
