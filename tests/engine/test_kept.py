@@ -1,4 +1,4 @@
-"""Kept sequences: an extended request equals a fresh one, and no order of extending blocks the queue."""
+"""Kept sequences: an extended request equals a fresh one, and the queue never blocks."""
 
 import numpy as np
 import pytest
@@ -214,7 +214,7 @@ ACTIONS = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(actions=st.lists(ACTIONS, max_size=20), slots=st.integers(16, 36))
 def test_episodes_in_any_order_end_and_equal_fresh_requests(model, actions, slots):
-    """A caller may extend one sequence, all at once or none, release or forget them: the queue moves."""
+    """A caller may extend one sequence, all or none, release or forget them: the queue moves."""
     engine = Engine(model, EOS, slots)
     requests = []
 

@@ -1,5 +1,5 @@
-"""A conversation's ids: transformers' template as oracle, the masks of examples, prompts that extend
-what was sampled, and no way for content to form special tokens.
+"""A conversation's ids: transformers' template as oracle, the masks of examples, and prompts that
+extend what was sampled. Content never forms special tokens.
 """
 
 import json
