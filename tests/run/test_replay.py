@@ -78,7 +78,7 @@ def test_what_is_not_there_is_said(
         and remedy in error.value.remedy
         and error.value.exit_code == 2
     )
-    with pytest.raises(XushiError, match="is no run directory" if stage == "pretrain" else "rl"):
+    with pytest.raises(XushiError, match="is not a run directory" if stage == "pretrain" else "rl"):
         replay(tmp_path, step, stage)
     assert not list(tmp_path.iterdir())
 

@@ -17,7 +17,7 @@ from xushi.base.errors import BadInput, XushiError
 class StrictConfig(BaseModel):
     """Base of every config: unknown keys are errors, numbers are finite, values are fixed once read.
 
-    A bound that concerns one field stands beside it (`Field(ge=1, le=...)`), upper bounds included:
+    A bound of one field is declared with it (`Field(ge=1, le=...)`), upper bounds included:
     a number that would hang or crash a later stage is refused when the recipe is read. A rule
     between fields is a validator.
     """
@@ -68,7 +68,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise BadInput(
             f"recipe {path} is not valid TOML: {error}",
-            "mend that line; strings need quotes, lists need brackets",
+            "correct that line; strings need quotes, lists need brackets",
         ) from None
 
 
