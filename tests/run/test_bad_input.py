@@ -129,7 +129,7 @@ def test_text_that_cannot_be_used(tmp_path: Path) -> None:
 def test_directories_that_are_not_this_runs(chain: Chain, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").write_text("do not touch")
-    refused("is not empty and is no run directory", MINIATURE, "--out", tmp_path / "full")
+    refused("is not empty and is not a run directory", MINIATURE, "--out", tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir() if path.name != ".lock"] == [
         "thesis.doc"
     ]

@@ -79,7 +79,7 @@ def test_what_is_not_there_is_said(
         and remedy in error.value.remedy
         and error.value.exit_code == 2
     )
-    with pytest.raises(XushiError, match="is no run directory"):
+    with pytest.raises(XushiError, match="is not a run directory"):
         replay(tmp_path, step, stage)
     assert not list(tmp_path.iterdir())
 

@@ -195,7 +195,7 @@ class Recipe(StrictConfig):
         return self._files
 
     def but(self, **changes: Any) -> "Recipe":
-        """This recipe with other values, checked anew: `recipe.but(**{"pretrain.steps": 10})`."""
+        """This recipe with other values, checked again: `recipe.but(**{"pretrain.steps": 10})`."""
         table = tomllib.loads(self.to_toml())
         for key, value in changes.items():
             *path, last = key.split(".")
