@@ -76,8 +76,10 @@ class OptimizationConfig(StrictConfig):
 
 
 class LayoutConfig(StrictConfig):
-    """`data` processes share each batch (None: as many as were started allow); groups of `expert`
-    of them the experts. Each of them is `pipeline` processes, which share the layers.
+    """How a run is spread over processes, a grid of `pipeline` x `data`.
+
+    `data` processes share each batch (None: as many as were started allow). `pipeline` stages share
+    the layers. Groups of `expert` of the `data` processes share the experts.
     """
 
     data: int | None = Field(None, ge=1, le=1_000_000)
@@ -111,7 +113,7 @@ class ObjectiveConfig(OptimizationConfig):
         return self
 
     def trains_indexers_alone(self, step: int) -> bool:
-        """Whether `step` (from 0) belongs to the indexers' warm-up; there is one in pretraining only."""
+        """Whether `step` (from 0) trains the indexers alone, as pretraining's first steps may."""
         return False
 
     def mtp_weight_at(self, step: int) -> float:
