@@ -2,7 +2,7 @@
 
     python bench/rl_draws.py RUN [--draws N] [--set rl.key=value]...
 
-Each draw has its own tasks and samples; draw 0 has those of the run. Nothing in the run is changed.
+Each draw has its own tasks and samples; draw 0 has those of the run. Nothing in the run changes.
 Printed are the greedy accuracy on the unseen tasks of the evaluation, the lowest reward from the
 fourth step on, and the last reward. The last line is JSON.
 """
@@ -33,22 +33,25 @@ def draw(run: Path, assignments: list[str], number: int) -> dict[str, float]:
     """The figures of one repetition of the RL."""
     recipe = load_recipe(run / "recipe.toml", assignments)
     stage = RL(recipe)
-    place = RunPlace(run, Tracking(run / "tracking.sqlite"))
-    tokenizer = place.tokenizer()
-    environment = stage.environment.make()
-    model = stage.trained_model(place, stage.start)
-    seed = derive(recipe.seed + number, "rl")
-    step = ReinforcementStep(tokenizer, environment, stage.config, seed)
     with tempfile.TemporaryDirectory() as aside:
         tracking = Tracking(Path(aside) / "tracking.sqlite")
-        Training("rl", model, step, Path(aside), tracking).run()
-        rewards = [value for _, value in tracking.series("rl", "reward")]
-    scored = stage.environment.make(recipe.evaluate.environment)
-    episodes = play_greedily(model, tokenizer, scored, recipe.evaluate, recipe.seed)
+        place = RunPlace(run, tracking)
+        model = stage.trained_model(place, stage.start)
+        step = ReinforcementStep(
+            place.tokenizer(),
+            stage.environment.make(),
+            stage.config,
+            derive(recipe.seed + number, "rl"),
+        )
+        Training(stage.name, model, step, Path(aside) / "saved", tracking).run()
+        rewards = [value for _, value in tracking.series(stage.name, "reward")]
+        tracking.close()
+    unseen = stage.environment.make(recipe.evaluate.environment)
+    episodes = play_greedily(model, place.tokenizer(), unseen, recipe.evaluate, recipe.seed)
     return {
         "draw": number,
         "greedy": accuracy(episodes).value,
-        "lowest": min(rewards[3:] or rewards),
+        "lowest": min(rewards[3:]),
         "last": rewards[-1],
     }
 

@@ -32,7 +32,6 @@ NOT_YET: tuple[str, ...] = (
     "xushi/report/",
     "xushi/run/",
     "xushi/tokenizer/",
-    "xushi/train/",
 )
 
 # Records of what was decided and measured at some time. They keep their words.
@@ -44,8 +43,8 @@ WORDS = {
     r"houses?": "project, package",
     r"rooms?(?! (?:for|to|left|in|on)\b)": "package; of memory: space",
     r"floors? \d": "leave it out",
-    r"(?:the|its|own|this|each|every|lower|higher) floors?(?! (?:division|of))": "package, layer",
-    r"floors (?:above|below)": "package, layer",
+    r"(?:its|own|this|each|every|lower|higher) floors?(?! (?:division|of))": "package, layer",
+    r"floors": "package, layer",
     r"doors?": "command line, entry point",
     r"tenants?": "user, task",
     # The field has words for these.
@@ -63,7 +62,7 @@ WORDS = {
     r"so many (?:tokens|steps|rows|bytes|items|processes)": "give the number a name",
     r"by number only": "say which constant is copied and why",
     r"(?<!there\s)is no (?:run|directory|file|number|stage|recipe|table|text)": "is not a",
-    r"(?:is|are|appears?) whole": "complete, not sharded",
+    r"(?:is|are) whole(?= or| counts|[.,:;])|that is whole|appears? whole": "complete, not sharded",
     r"unfound|unwanted|to be had": "say it with a verb",
     r"correct these options": "name the options",
     # Words that an engineer does not use.

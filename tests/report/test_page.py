@@ -114,6 +114,8 @@ def test_a_stage_that_the_page_does_not_know_has_its_name_time_and_numbers(tmp_p
     assert row.one("a").attributes["href"] == "#numbers"
     cells = [cell.text for cell in page.one(id="numbers").all("td")]
     assert "3" in cells and "8.0" in cells
+    keys = [cell.text for cell in page.one(id="numbers").all("th")]
+    assert keys == sorted(results | extra)
 
 
 def test_the_page_shows_the_day_of_the_first_event(

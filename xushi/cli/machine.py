@@ -102,7 +102,7 @@ def env_check(
     kind: Annotated[
         str,
         typer.Argument(
-            metavar="FILE_OR_NAME", help="such as game.py:Counting, or a name as in recipes"
+            metavar="FILE_OR_NAME", help="a built-in one, or a class of a file: game.py:Counting"
         ),
     ],
     as_json: JsonOption = False,

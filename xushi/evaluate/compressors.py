@@ -94,7 +94,7 @@ def _compressed_size(data: bytes, method: Method) -> int:
 
 
 def _xz_size(texts: tuple[memoryview, ...], dictionary: int) -> int:
-    # Fed in chunks, so that neither the joined nor the compressed text is in memory as a whole.
+    # In chunks, so that neither the joined text nor the compressed one is held in memory.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": dictionary}]
     encoder = lzma.LZMACompressor(format=lzma.FORMAT_XZ, filters=filters)
     size = 0

@@ -195,7 +195,7 @@ class Recipe(StrictConfig):
         return self._files
 
     def but(self, **changes: Any) -> "Recipe":
-        """This recipe with other values, checked anew: `recipe.but(**{"pretrain.steps": 10})`."""
+        """This recipe with other values, checked again: `recipe.but(**{"pretrain.steps": 10})`."""
         table = tomllib.loads(self.to_toml())
         for key, value in changes.items():
             *path, last = key.split(".")
@@ -279,7 +279,7 @@ def _environment_of(
     if not isinstance(kind, str):
         raise BadInput(
             f"{where}: key environment.kind is missing",
-            f"name one of {', '.join(ENVIRONMENTS)}, or a class of a file, such as game.py:Counting",
+            f"set it to {' or '.join(ENVIRONMENTS)}, or to a class of a file: game.py:Counting",
         )
     if not is_file_spec(kind):
         found = environment_class(kind, Path())
