@@ -18,21 +18,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Where sentences are still being rewritten: packages, files or folders, from the root.
-NOT_YET: tuple[str, ...] = (
-    "CONTRIBUTING.md",
-    "README.md",
-    "docs/",
-    "xushi/base/",
-    "xushi/cli/",
-    "xushi/engine/",
-    "xushi/evaluate/",
-    "xushi/model/",
-    "xushi/plan/",
-    "xushi/report/",
-    "xushi/run/",
-    "xushi/tokenizer/",
-)
+# Pages that are still being rewritten.
+NOT_YET: tuple[str, ...] = ("docs/train.md", "docs/training.md")
 
 # Records of what was decided and measured at some time. They keep their words.
 RECORDS = ("lab-log.md", "decisions.md")

@@ -177,7 +177,8 @@ def test_what_lies_above_the_frame_is_said(
         section = page.one("section", id=name)
         top = float(section.all("svg", "plot")[0].attributes["data-y"].split()[1])
         assert (first > top) == above
-        assert ("The first values, up to 9.00, lie above the frame." in section.text) == above
+        sentence = f"The first values, up to {first:.2f}, lie above the frame."
+        assert (sentence in section.text) == above
 
 
 def test_every_number_of_samples_has_its_rates(tmp_path: Path) -> None:
