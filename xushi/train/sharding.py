@@ -31,8 +31,8 @@ def shard(model: Deepseek, layout: Layout) -> Deepseek:
         _shard_over_data(model, layout)
         for name, parameter in model.named_parameters():
             assert tuple(local(parameter).shape) == layout.box(name).size, name
-    twice = layout.pipeline > 1 and needs_embedding_twice(model.config)
-    if twice and (model.begins or model.ends):
+    shares = layout.pipeline > 1 and needs_embedding_twice(model.config)
+    if shares and (model.begins or model.ends):
         layout.shared_embedding = model.get_parameter("model.embed_tokens.weight")
     return model
 
