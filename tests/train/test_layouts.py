@@ -373,7 +373,8 @@ def test_a_batch_that_does_not_divide_is_refused_unless_shares_may_be_unequal() 
 def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+    started = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in (started | {"LOCAL_RANK": "1"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(XushiError, match="which has 1 GPUs"):
         join(LayoutConfig(), THIRD, "cuda")
