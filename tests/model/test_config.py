@@ -194,7 +194,7 @@ def test_a_query_latent_of_zero_is_none() -> None:
         ({"n_group": 2} | V4, "n_group=1"),
         ({"index_topk": 8}, "deepseek_v3 has no index_topk"),
         ({"hc_mult": 2}, "no hc_mult"),
-        (V4 | {"compress_ratios": [0, 4, 64]}, "holds 64"),
+        (V4 | {"compress_ratios": [0, 4, 64]}, "contains 64"),
         (V4 | {"compress_ratios": [0, 4]}, "with 3 entries"),
         (V4 | {"compress_rate_csa": 128}, "must differ, and both are 128"),
         (V4 | {"num_hash_layers": 3}, "num_hash_layers=3"),

@@ -635,6 +635,7 @@ def test_the_samples_stand_side_by_side_before_on_the_left(shown: Shown) -> None
         ):
             sign = "✓ right" if entry["right"] else "✗ wrong"
             assert answer.one("h4").text == f"{when} RL {sign}"
+            assert answer.one("span", "sign").classes[1] == sign[2:]
             paragraphs = [node.text for node in answer.all("p")]
             assert paragraphs == [entry["reasoning"] or "does not think", entry["content"]]
     for name, entries in (("before", before), ("after", after)):

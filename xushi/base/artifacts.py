@@ -84,9 +84,9 @@ class Artifacts:
 
         `key` is KIND-HASH, with the hash of everything that `make` reads. `make` fills an empty
         directory. It runs once, even if several processes need the artifact at the same time: the
-        others wait. What a maker that fails or is killed leaves does not count. A damaged artifact
-        is told and made anew. Where the cache cannot be used, one line says so and `target` is made
-        without it.
+        others wait. If `make` fails or is killed, what it has written is not used. A damaged
+        artifact is reported and made again. If the cache cannot be used, a message says so and
+        `target` is made without it.
         """
         assert _KEY.fullmatch(key), f"{key!r} is not KIND-HASH"
         try:
@@ -113,7 +113,7 @@ class Artifacts:
                 fault = stack.enter_context(_using(place / key))
                 if fault:
                     if fault != _MISSING:
-                        say(f"{place / key} is damaged ({fault}): it is made anew")
+                        say(f"{place / key} is damaged ({fault}): it is made again")
                     _make(place, key, make)
                     if unread := stack.enter_context(_using(place / key)):
                         raise CacheUnusable(f"{place / key} cannot be read back: {unread}")
@@ -169,7 +169,7 @@ def cache_table(entries: Sequence[Entry]) -> str:
 
 def link_tree(source: Path, target: Path) -> None:
     """Make `target` a directory with the files of `source`: hard links, or copies where the file
-    system has none. `target` appears whole (replacing an older one) or not at all.
+    system has none. `target` is replaced by one rename.
     """
     with directory_in_place(target) as aside:
         for directory, _, names in os.walk(source):

@@ -17,9 +17,9 @@ from xushi.base.errors import BadInput, XushiError
 class StrictConfig(BaseModel):
     """Base of every config: unknown keys are errors, numbers are finite, values cannot be changed.
 
-    A bound of one field is declared beside it (`Field(ge=1, le=...)`). Upper bounds refuse, when
-    the recipe is read, numbers that would hang or crash a later stage. A rule between fields is a
-    validator.
+    A bound of one field is declared with it (`Field(ge=1, le=...)`), upper bounds included: a
+    number that would hang or crash a later stage is refused when the recipe is read. A rule between
+    fields is a validator.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

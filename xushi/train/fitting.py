@@ -1,6 +1,6 @@
 """Which layouts fit a model and a number of processes, and how layers and experts are cut.
 
-Not here: the processes themselves (layout, joining). Nothing here needs torch.
+Not here: the processes themselves (layout, joining).
 """
 
 from collections.abc import Iterable

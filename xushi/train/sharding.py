@@ -41,8 +41,8 @@ def _shard_over_data(model: Deepseek, layout: Layout) -> None:
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     data = layout.meshes["data"]
-    # Microbatches of a pipeline follow each other: to gather parameters anew for each would cost
-    # more than the memory it saves.
+    # Microbatches of a pipeline follow each other: to gather parameters again for each would
+    # cost more than the memory it saves.
     reshard = layout.pipeline == 1
     for layer in model.model.layers.values():
         if isinstance(layer.mlp, MixtureOfExperts):

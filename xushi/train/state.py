@@ -113,7 +113,7 @@ class TrainingState:
 
     @property
     def boxes(self) -> dict[str, Box]:
-        """Where each shard lies in its whole tensor; a tensor without a box is whole."""
+        """Where each shard lies in its whole tensor; a name without a box is a full tensor."""
         if self.layout.data == 1:
             return {}
         boxes = {name: self.layout.box(name) for name in self.optimizer.parameters}
