@@ -38,6 +38,11 @@ def started_processes() -> tuple[int, int]:
     return rank, processes
 
 
+def processes_on_this_machine() -> int:
+    """How many processes torchrun started on this machine; 1 without it."""
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
 def _number(name: str, default: int) -> int:
     """A whole number from the environment."""
     text = os.environ.get(name, str(default))
