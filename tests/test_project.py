@@ -66,6 +66,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(tmp_path_factory.mktemp("wheel"))
 
 
+def test_every_file_of_tests_has_some_and_is_found() -> None:
+    """A file that lost its tests, or its name, would be missed by nobody."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        found = re.search(r"^ *def test_|^class \w+\(.*Machine\)", path.read_text("utf-8"), re.M)
+        assert bool(found) == path.name.startswith("test_"), path
+
+
 @pytest.mark.slow
 def test_wheel_holds_every_file(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())

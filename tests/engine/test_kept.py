@@ -1,4 +1,4 @@
-"""Kept sequences: an extended request equals a fresh one, and no order of extending blocks the queue."""
+"""Kept sequences: an extended request equals a fresh one, and the queue never blocks."""
 
 import numpy as np
 import pytest
@@ -107,7 +107,7 @@ def test_kept_sequences_give_way_and_come_back(model):
     assert engine.idle_slots == 21, "all that is kept is outside of the cache"
     for request in turn:
         engine.release(request)
-    assert not engine._idle
+    assert len(engine._kept) == 0
 
 
 def test_no_more_sequences_leave_the_cache_than_must(model):
@@ -128,6 +128,20 @@ def test_no_more_sequences_leave_the_cache_than_must(model):
     assert engine.idle_slots == 5
     engine.release(kept[2])
     assert engine.idle_slots == 10
+    engine.release(longer)
+    assert engine.idle_slots == 20
+
+
+def test_an_extension_waits_in_the_cache_for_what_is_running(model):
+    engine = Engine(model, NEVER_EOS, slots=20)
+    kept = engine.add([5] * 8, SamplingParams(1), keep=True)
+    drain(engine)
+    beside = engine.add([6] * 4, SamplingParams(7))  # 10 slots, so that 2 are left
+    longer = engine.extend(kept, [4, 4], SamplingParams(1))  # 3 more
+    for _ in range(7):
+        assert engine.step() == [beside]
+        assert len(engine._kept) == 1
+    assert engine.step() == [longer]
     engine.release(longer)
     assert engine.idle_slots == 20
 
@@ -165,6 +179,24 @@ def test_only_a_finished_request_that_is_kept_can_be_extended(model):
     assert engine.idle_slots == 64
 
 
+def test_a_restart_loses_what_the_cache_held(model):
+    engine = Engine(model, NEVER_EOS, slots=19)
+    params = SamplingParams(2)
+    outside = engine.add([5] * 8, params, keep=True)
+    inside = engine.add([6] * 10, params, keep=True)
+    drain(engine)
+    assert engine.idle_slots == 19 - 11
+    engine.restart()
+    with pytest.raises(XushiError, match="holds no sequence to extend"):
+        engine.extend(inside, [4], params)
+    longer = engine.extend(outside, [4], params)
+    drain(engine)
+    assert longer.token_ids == fresh(model, longer.prompt_ids, params, NEVER_EOS).token_ids
+    for request in (longer, inside, outside):
+        engine.release(request)
+    assert engine.idle_slots == 19
+
+
 def test_release_ends_what_is_unfinished(model):
     engine = Engine(model, NEVER_EOS, slots=30)
     params = SamplingParams(5)
@@ -196,7 +228,7 @@ ACTIONS = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(actions=st.lists(ACTIONS, max_size=20), slots=st.integers(16, 36))
 def test_episodes_in_any_order_end_and_equal_fresh_requests(model, actions, slots):
-    """A caller may extend one sequence, all at once or none, release or forget them: the queue moves."""
+    """A caller may extend one sequence, all or none, release or forget them: the queue moves."""
     engine = Engine(model, EOS, slots)
     requests = []
 
@@ -237,4 +269,4 @@ def test_episodes_in_any_order_end_and_equal_fresh_requests(model, actions, slot
     for request in requests:
         engine.release(request)
     assert engine.idle_slots == slots
-    assert not engine._idle
+    assert len(engine._kept) == 0

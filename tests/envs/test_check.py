@@ -157,6 +157,13 @@ IMPURE = {
     "a verdict by the order of sets": Fault(
         "pure", "score of", 'Score("right", "the sum")', 'Score("right", str({"the", "sum", "is"}))'
     ),
+    "tasks by the order in which they are drawn": Fault(
+        "pure",
+        "task of",
+        DRAW,
+        "memo = self.__dict__.setdefault('memo', {})\n"
+        "        number = memo.setdefault((split, index, attempt), len(memo))",
+    ),
     "a verdict by the calls before": Fault(
         "pure",
         "score of",

@@ -213,7 +213,7 @@ DAMAGE = {
     ),
     "slices of a model": (
         lambda d: (shard(d, 2), (d / INDEX_FILE).unlink()),
-        "2 safetensors files and no",
+        "2 safetensors files but no",
     ),
     "a tensor in two shards": (lambda d: (shard(d, 2), twice(d)), "and so does"),
     "a tensor by two names": (
@@ -226,7 +226,10 @@ DAMAGE = {
     "a header with too little": (edit_header(lambda h: h[NORM].pop("shape")), "is not described"),
     "a dtype unheard of": (edit_header(lambda h: h[NORM].update(dtype="F4")), "dtype F4"),
     "a dtype that is a list": (edit_header(lambda h: h[NORM].update(dtype=["F32"])), "F32"),
-    "half a dtype": (edit_header(lambda h: h[NORM].update(dtype="BF16")), "48 bytes, and 96"),
+    "half a dtype": (
+        edit_header(lambda h: h[NORM].update(dtype="BF16")),
+        "48 bytes, and 96 bytes of data",
+    ),
     "a shape below zero": (edit_header(lambda h: h[NORM].update(shape=[-24])), "-24"),
     "a shape that is true": (edit_header(lambda h: h[NORM].update(shape=[True, 24])), "True"),
     "a shape beyond all": (

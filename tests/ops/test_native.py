@@ -43,7 +43,7 @@ def nothing_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(
-    not MACHINE.compilers or not any(form[0] <= MACHINE.features for form in build.FORMS),
+    not MACHINE.compilers or not any(each.features <= MACHINE.features for each in build.BUILDS),
     reason="needs a C++ compiler, and a processor with AVX2 or NEON",
 )
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

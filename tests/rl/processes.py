@@ -21,6 +21,7 @@ from xushi.tokenizer import Tokenizer
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
 from xushi.train import Layout, LayoutConfig, Training, join
 from xushi.train.layout import local
+from xushi.train.sharding import shard
 
 from .conftest import CONFIG, TINY, EvenDigit
 
@@ -69,7 +70,7 @@ def gradients(
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """This process's parts of the gradient of the whole rollout, and the figures."""
     model = load(place)
-    model = layout.spread(model.double() if exact else model)
+    model = shard(model.double() if exact else model, layout)
     rollout = part_of(off_policy_rollout(place), share_of(6, layout.rank, layout.data))
     policy = policy_loss(model, config_of(loss_mean), tokenizer().pad_id, rollout, layout)
     policy.total.backward()

@@ -166,5 +166,5 @@ def test_a_layout_that_cannot_be_is_refused_by_all(tmp_path: Path) -> None:
     (tmp_path / "run" / "thesis.doc").write_text("do not touch")
     process = start("run", MINIATURE, "--out", tmp_path / "run")
     _, said = process.communicate(timeout=120)
-    assert process.returncode != 0 and "is no run directory" in said
+    assert process.returncode != 0 and "is not a run directory" in said
     assert "process 1: the first process has ended" in said

@@ -142,9 +142,11 @@ def steps(app, monkeypatch):
 
 @pytest.fixture
 def settles():
-    """A function that waits a few seconds for a condition and returns whether it became true."""
+    """A function that waits for a condition and returns whether it became true; the limit is for
+    tests that fail.
+    """
 
-    def wait(condition, seconds=2.0):
+    def wait(condition, seconds=30.0):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if condition():

@@ -1,4 +1,4 @@
-"""Artifacts by content: what a stage makes is kept under the hash of what it read, and runs share it.
+"""Artifacts by content: what a stage makes is kept under the hash of its inputs, for all runs.
 
     XUSHI_CACHE/artifacts/KIND-HASH/manifest.json  size and SHA-256 of every file
     XUSHI_CACHE/artifacts/KIND-HASH/files/         what was made, read-only
@@ -39,7 +39,6 @@ from xushi.base.progress import say
 
 _KEY = re.compile(r"([a-z]+)-[0-9a-f]{16,64}")
 _MISSING = "it is missing"
-_ATTEMPTS = 5  # more are needed only where other processes remove what this one makes
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # What a file system answers that has no hard links, or allows none to this file.
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
@@ -85,17 +84,15 @@ class Artifacts:
 
         `key` is KIND-HASH, with the hash of everything that `make` reads. `make` fills an empty
         directory. It runs once, even if several processes need the artifact at the same time: the
-        others wait. What a maker that fails or is killed leaves does not count. A damaged artifact
-        is told and made anew. Where the cache cannot be used, one line says so and `target` is made
-        without it.
+        others wait. If `make` fails or is killed, what it has written is not used. A damaged
+        artifact is reported and made again. If the cache cannot be used, a message says so and
+        `target` is made without it.
         """
         assert _KEY.fullmatch(key), f"{key!r} is not KIND-HASH"
         try:
             return self._obtain(key, make, target)
         except CacheUnusable as error:
-            say(
-                f"the cache is not used ({error.problem}): this run makes its {_kind(key)} for itself alone"
-            )
+            say(f"the cache is not used ({error.problem}): {_kind(key)} is made for this run alone")
         with directory_in_place(target) as aside:
             make(aside)
         return True
@@ -105,22 +102,23 @@ class Artifacts:
             place = self._place()
             make_directory(place)
         waiting = f"another process makes the same {_kind(key)}: waiting for it"
-        made = False
-        for _ in range(_ATTEMPTS):
+        while True:
             with _using(place / key) as fault:
                 if not fault:
                     _take(place / key / "files", target)
-                    return made
-            with (
-                _lock_of(place, key, waiting) as locked,
-                _using(place / key) as fault,
-            ):
-                if locked and fault:
+                    return False
+            with _lock_of(place, key, waiting) as locked, contextlib.ExitStack() as stack:
+                if not locked:  # another process removed the artifact and its lock
+                    continue
+                fault = stack.enter_context(_using(place / key))
+                if fault:
                     if fault != _MISSING:
-                        say(f"{place / key} is damaged ({fault}): it is made anew")
+                        say(f"{place / key} is damaged ({fault}): it is made again")
                     _make(place, key, make)
-                    made = True
-        raise CacheUnusable(f"{place / key} is removed or damaged again and again")
+                    if unread := stack.enter_context(_using(place / key)):
+                        raise CacheUnusable(f"{place / key} cannot be read back: {unread}")
+                _take(place / key / "files", target)
+                return bool(fault)
 
     def entries(self) -> list[Entry]:
         """What the cache holds, the last used first."""
@@ -162,17 +160,16 @@ class Artifacts:
 
 def cache_table(entries: Sequence[Entry]) -> str:
     """Lines of kind, bytes, day of the last use and key, and the total."""
-    lines = [
-        f"{entry.kind:<12}{entry.bytes:>16,}  {time.strftime('%Y-%m-%d', time.localtime(entry.used))}"
-        f"  {entry.key}"
-        for entry in entries
-    ]
+    lines = []
+    for entry in entries:
+        day = time.strftime("%Y-%m-%d", time.localtime(entry.used))
+        lines.append(f"{entry.kind:<12}{entry.bytes:>16,}  {day}  {entry.key}")
     return "\n".join([*lines, f"{'total':<12}{sum(entry.bytes for entry in entries):>16,}"])
 
 
 def link_tree(source: Path, target: Path) -> None:
     """Make `target` a directory with the files of `source`: hard links, or copies where the file
-    system has none. `target` appears whole (replacing an older one) or not at all.
+    system has none. `target` is replaced by one rename.
     """
     with directory_in_place(target) as aside:
         for directory, _, names in os.walk(source):
@@ -315,7 +312,6 @@ def _remove(place: Path, key: str) -> bool:
         with locks.exclusive(place / key / "in-use") as unused:
             if unused:
                 _discard(place / key)
-                (place / f"{key}.lock").unlink()
         return unused
 
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xushi.base.errors import BadInput, XushiError
+from xushi.base.errors import BadInput
+from xushi.engine.kept import KeptSequences
 from xushi.engine.params import SamplingParams
-from xushi.engine.request import FinishReason, KeptSequence, Prompt, Request
+from xushi.engine.request import FinishReason, Prompt, Request
 from xushi.engine.sampling import request_uniforms, sample, sampling_key
 from xushi.model import Deepseek, LatentCache
 
@@ -23,13 +24,13 @@ SCORES_PER_CALL = 1 << 22
 SMALLEST_CHUNK = 16
 
 
-class ContextLengthError(XushiError):
-    """A prompt that leaves no place for an answer."""
+class ContextLengthError(BadInput):
+    """A prompt that leaves no room for an answer in the context."""
 
     def __init__(self, prompt_tokens: int, context: int) -> None:
         super().__init__(
             f"the prompt has {prompt_tokens} tokens and the model's context holds {context}, "
-            "one of them at least for the answer",
+            "at least one of them for the answer",
             "shorten the prompt",
         )
         self.prompt_tokens = prompt_tokens
@@ -43,11 +44,11 @@ class Engine:
     adding; so a request that has entered always runs to its end. The model is used as it is, its
     training flag included.
 
-    A request added with `keep` leaves its sequence in the cache when it finishes, for `extend`. Such
-    a sequence never blocks the queue: where the next request needs its slots, its entries are copied
-    out of the cache, and copied back when it is extended. So whatever is waiting, and in whatever
-    order a caller extends and releases, the first of the queue enters once the running requests have
-    finished.
+    A request added with `keep` leaves its sequence in the cache when it finishes, for `extend`.
+    Such a sequence never blocks the queue: where the next request needs its slots, its entries are
+    copied out of the cache, and copied back when it is extended. So whatever is waiting, and in
+    whatever order a caller extends and releases, the first of the queue enters once the running
+    requests have finished.
     """
 
     def __init__(self, model: Deepseek, eos_id: int, slots: int, weights_version: int = 0) -> None:
@@ -60,7 +61,7 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._prefilling: list[Prompt] = []
-        self._idle: dict[KeptSequence, None] = {}  # kept ones in the cache, the oldest first
+        self._kept = KeptSequences(self._cache)
 
     def _new_cache(self) -> LatentCache:
         weight = self.model.head_VD
@@ -72,9 +73,9 @@ class Engine:
         self._waiting.clear()
         self._running.clear()
         self._prefilling.clear()
-        self._reserved = 0
-        del self._cache  # first: there may be no memory for two caches
+        del self._cache, self._kept  # first: there may be no memory for two caches
         self._cache = self._new_cache()
+        self._kept = KeptSequences(self._cache)
 
     @property
     def has_work(self) -> bool:
@@ -87,7 +88,7 @@ class Engine:
         return self._cache.available
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raise the `XushiError` that `add` would raise; touches no state, so any thread may call
+        """Raise the `XushiError` that `add` would raise. Changes nothing, so any thread may call
         it.
         """
         if not prompt_ids:
@@ -146,7 +147,7 @@ class Engine:
         as in `check`, and then the old request still holds its sequence.
         """
         kept = request._kept
-        if kept is None:
+        if kept is None or not self._kept.holds(kept):
             raise BadInput(
                 "the request holds no sequence to extend",
                 "add it with keep=True, let it finish, and extend or release it once",
@@ -169,7 +170,7 @@ class Engine:
         """Give back what a request holds, and end it if it is unfinished; else without effect."""
         self.abort(request)
         if request._kept is not None:
-            self._drop(request._kept)
+            self._kept.drop(request._kept)
             request._kept = None
 
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
@@ -184,7 +185,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """One call of the model for everything that runs; the requests that got a token."""
+        """One call of the model for all that runs; returns the requests that got a token."""
         self._admit()
         decoding = [request for request in self._running if request._sequence is not None]
         logits_MV, routed = self._decode(decoding)
@@ -254,7 +255,7 @@ class Engine:
             # The last token is never fed, so it needs no slot.
             need = request._limit - 1 + (0 if prompt.admitted else prompt.places)
             if need > room:
-                room += self._make_room(need - room, prompt.kept)
+                room += self._kept.make_room(need - room, prompt.kept)
             if need > room:
                 return
             room -= need
@@ -262,7 +263,10 @@ class Engine:
             self._running.append(request)
             if not prompt.admitted:
                 prompt.admitted = True
-                prompt.sequence = self._sequence_of(prompt)
+                prompt.sequence = (
+                    self._cache.allocate() if prompt.kept is None else self._kept.take(prompt.kept)
+                )
+                prompt.kept = None
                 self._prefilling.append(prompt)
 
     def _promised(self) -> int:
@@ -271,43 +275,12 @@ class Engine:
         # Of n generated tokens n - 1 are in the cache, and the last of `_limit` never will be.
         return prompts + sum(r._limit - max(len(r.token_ids), 1) for r in self._running)
 
-    def _make_room(self, missing: int, but: KeptSequence | None) -> int:
-        """Copy kept sequences out of the cache, all `but` one, until `missing` slots are free.
-
-        Returns the number of slots that are free now and were not before.
-        """
-        before = self._cache.available
-        for kept in list(self._idle):
-            if self._cache.available - before >= missing:
-                break
-            if kept is not but and kept.sequence is not None:
-                del self._idle[kept]
-                kept.entries = self._cache.unload(kept.sequence)
-                kept.sequence = None
-        return self._cache.available - before
-
-    def _sequence_of(self, prompt: Prompt) -> int:
-        """The sequence in which a prompt is fed: an empty one, or the kept one that it extends."""
-        kept, prompt.kept = prompt.kept, None
-        if kept is None:
-            return self._cache.allocate()
-        if kept.sequence is None:
-            assert kept.entries is not None
-            return self._cache.load(kept.entries)
-        del self._idle[kept]
-        return kept.sequence
-
-    def _drop(self, kept: KeptSequence) -> None:
-        """Forget a kept sequence."""
-        if kept.sequence is not None:
-            del self._idle[kept]
-            self._cache.free(kept.sequence)
-
     def _decode(self, decoding: list[Request]) -> tuple[Tensor, list[Tensor]]:
-        """Feed each decoding request's last token and each unfed prompt's next chunk.
+        """Feed the last token of each decoding request and the next chunk of each unfed prompt.
 
-        Returns logits [decoding, V] and, where a request wants them, each one's experts [MoE
-        layers, k]; what is a prompt's is kept with it.
+        Returns the decoding requests' logits [decoding, V] and, if a running request asks for them,
+        the experts [MoE layers, k] of all tokens of the call, the decoding requests' first. A
+        prompt's logits and experts are stored in it.
         """
         prefilling = self._prefilling
         additions: list[tuple[int, list[int]]] = []
@@ -353,8 +326,8 @@ class Engine:
         return max(SMALLEST_CHUNK, SCORES_PER_CALL // (sequences * longest))
 
     def _join(self, request: Request, prompt: Prompt) -> None:
-        """Give the request its own sequence: a fork of the prompt's, or that itself for the last
-        one.
+        """Give the request its own sequence: a fork of the prompt's, or for the last request the
+        prompt's itself.
         """
         assert prompt.sequence is not None
         prompt.unjoined -= 1
@@ -385,9 +358,7 @@ class Engine:
         if request._sequence is None:
             prompt.unjoined -= 1
         elif keep:
-            length = self._cache.length(request._sequence)
-            request._kept = KeptSequence(length, request._sequence)
-            self._idle[request._kept] = None
+            request._kept = self._kept.add(request._sequence)
         else:
             self._cache.free(request._sequence)
         request._sequence = None
@@ -398,5 +369,5 @@ class Engine:
             self._cache.free(prompt.sequence)
             prompt.sequence = None
         if prompt.kept is not None:
-            self._drop(prompt.kept)
+            self._kept.drop(prompt.kept)
         self._prefilling = [other for other in self._prefilling if other is not prompt]

@@ -1,4 +1,4 @@
-"""What the engine knows of a request, of its prompt, and of a sequence that is kept.
+"""What the engine knows of a request and of its prompt.
 
 Not here: when anything of it changes (engine).
 """
@@ -8,18 +8,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from xushi.engine.kept import KeptSequence
 from xushi.engine.params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort"]
-
-
-@dataclass(eq=False, slots=True)
-class KeptSequence:
-    """The sequence of a finished request. It is in the cache, or its entries are outside of it."""
-
-    length: int  # in tokens
-    sequence: int | None  # its id in the cache
-    entries: list[Tensor] | None = None  # [length, width] of each layer, on the CPU
 
 
 @dataclass(eq=False, slots=True)
@@ -39,7 +31,7 @@ class Prompt:
     @property
     def places(self) -> int:
         """Cache slots that its admission takes."""
-        in_cache = 0 if self.kept is None or self.kept.sequence is None else self.kept.length
+        in_cache = 0 if self.kept is None or self.kept.entries is not None else self.kept.length
         return len(self.ids) - in_cache
 
     def forget_logits(self) -> None:

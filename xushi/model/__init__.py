@@ -1,8 +1,8 @@
-"""Floor 2: what a DeepSeek is: config, blocks, weights in and out. The mathematics is defined here
-and only here.
+"""The DeepSeek models: config, blocks, weights in and out. This is the only definition of their
+mathematics: training, sampling, serving and export all use it.
 
-Names are imported when they are first asked for: counting needs the config and must not wait for
-torch to load.
+Names are imported when they are first used, so that code which needs only the config does not wait
+for torch to load.
 """
 
 from importlib import import_module
@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from xushi.model.batch import Batch
     from xushi.model.cache import FlatTokens, LatentCache
     from xushi.model.deepseek import Decoded, Deepseek, Hidden, Logits
-    from xushi.model.objective import LossCounts, LossParts, next_token_loss, pretraining_loss
+    from xushi.model.objective import (
+        LossCounts,
+        LossParts,
+        LossWeights,
+        next_token_loss,
+        pretraining_loss,
+    )
     from xushi.model.weights import load_pretrained, save_pretrained
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "Logits",
     "LossCounts",
     "LossParts",
+    "LossWeights",
     "ModelConfig",
     "RopeScaling",
     "from_published",
@@ -52,6 +59,7 @@ _PLACES = {
     "Logits": "deepseek",
     "LossCounts": "objective",
     "LossParts": "objective",
+    "LossWeights": "objective",
     "next_token_loss": "objective",
     "pretraining_loss": "objective",
     "load_pretrained": "weights",

@@ -135,9 +135,9 @@ class LatentCache:
 
     def load(self, entries: Sequence[Tensor]) -> int:
         """A new sequence that holds what `unload` returned; it takes a slot for each token."""
+        self._check_room(len(entries[0]))
         sequence = self.allocate()
-        slots = self._take(len(entries[0]))
-        self._slots[sequence] = slots
+        slots = self._append(sequence, len(entries[0]))
         index = torch.tensor(slots, dtype=torch.int64, device=self.device)
         for layer, values in zip(self.layers, entries, strict=True):
             layer.index_copy_(0, index, values.to(self.device))
@@ -152,7 +152,7 @@ class LatentCache:
         token. `wanted` is "last" (logits of each sequence's last new token, in the order given) or
         "all" (of every new token).
         """
-        taken = self._take(sum(len(tokens) for _, tokens in additions))
+        self._check_room(sum(len(tokens) for _, tokens in additions))
         tokens_N: list[int] = []
         rows: list[int] = []
         columns: list[int] = []
@@ -160,10 +160,8 @@ class LatentCache:
         slots_N: list[int] = []
         ends: list[int] = []
         for row, (sequence, tokens) in enumerate(additions):
-            held = self._slots[sequence]
-            start = len(held)
-            new = taken[len(tokens_N) : len(tokens_N) + len(tokens)]
-            held.extend(new)
+            start = self.length(sequence)
+            new = self._append(sequence, len(tokens))
             tokens_N.extend(tokens)
             rows.extend([row] * len(new))
             columns.extend(range(len(new)))
@@ -178,23 +176,26 @@ class LatentCache:
             *(torch.tensor(part, dtype=torch.int64, device=self.device) for part in parts)
         )
 
+    def _check_room(self, needed: int) -> None:
+        if needed > self.available:
+            raise Failed(
+                f"the cache has {self.available} free slots and {needed} are needed",
+                "ask for fewer or shorter sequences at once, or give the cache more slots",
+            )
+
+    def _append(self, sequence: int, count: int) -> list[int]:
+        """Give `sequence` `count` free slots."""
+        new = [self._unused.pop() for _ in range(count)]
+        for slot in new:
+            self._references[slot] = 1
+        self._slots[sequence].extend(new)
+        return new
+
     def _padded(self, sequences: list[int]) -> list[list[int]]:
         """The slots of some sequences, padded with 0 to the longest."""
         tables = [self._slots[sequence] for sequence in sequences]
         longest = max(len(slots) for slots in tables)
         return [slots + [0] * (longest - len(slots)) for slots in tables]
-
-    def _take(self, count: int) -> list[int]:
-        """Slots for `count` new tokens of one sequence each."""
-        if count > self.available:
-            raise Failed(
-                f"the cache has {self.available} free slots and {count} are needed",
-                "ask for fewer or shorter sequences at once, or give the cache more slots",
-            )
-        slots = [self._unused.pop() for _ in range(count)]
-        for slot in slots:
-            self._references[slot] = 1
-        return slots
 
     def _release(self, slot: int) -> None:
         self._references[slot] -= 1

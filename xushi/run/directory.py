@@ -47,7 +47,9 @@ def claim(recipe: Recipe, directory: Path, update: bool) -> None:
     if file.exists():
         _check_owner(file, recipe, update)
     elif any(not _is_leftover(path) for path in directory.iterdir()):
-        raise BadInput(f"{directory} is not empty and is no run directory", "choose another --out")
+        raise BadInput(
+            f"{directory} is not empty and is not a run directory", "choose another --out"
+        )
     owner = {"format": RUN_FORMAT, "recipe_hash": recipe.hash, "version": __version__}
     write_json(file, owner)
     for name, source in recipe.files.items():

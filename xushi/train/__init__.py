@@ -9,15 +9,18 @@ from xushi.train.config import (
     SFTConfig,
 )
 from xushi.train.examples import PackedExamples, pack_examples
+from xushi.train.fitting import check_layout
+from xushi.train.joining import join
 from xushi.train.language import Data, LanguageModelStep, training_step
-from xushi.train.layout import Layout, Team, check_layout, join
-from xushi.train.pipeline import PIECES_PER_STAGE, run_stage
+from xushi.train.layout import Layout
+from xushi.train.pipeline import MICROBATCHES_PER_STAGE, run_stage
 from xushi.train.state import TrainingState, chosen_dtype
 from xushi.train.step import Step, StepLoss, StepResult, guarded_update
+from xushi.train.team import Team
 from xushi.train.training import Evaluation, Replayed, Training
 
 __all__ = [
-    "PIECES_PER_STAGE",
+    "MICROBATCHES_PER_STAGE",
     "Data",
     "Evaluation",
     "LanguageModelStep",
