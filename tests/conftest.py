@@ -1,6 +1,6 @@
-"""What every test shares: no network, one thread, an empty cache for the session, fresh examples for
-property tests, one run of the miniature recipe, and a session that fails where a whole file of tests
-no longer runs.
+"""What every test shares: no network, one thread, an empty cache for the session, fresh examples
+for property tests, one run of the miniature recipe, and a session that fails where a whole file of
+tests no longer runs.
 """
 
 import contextlib
