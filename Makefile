@@ -22,11 +22,11 @@ endef
 help:  ## list what make can do
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1\t/' | expand -t 18
 
-demo: $(VENV)/.core  ## raw text to a served reasoning model: train the whole chain, at most 10 minutes
+demo: $(VENV)/.core  ## raw text to a served reasoning model: 6 minutes with bf16 instructions, 15 to 20 without
 	@$(VENV)/bin/xushi run recipes/demo.toml
 
 test: $(VENV)/.dev  ## the quick tests, at most 5 minutes
-	@$(RUN) -m pytest -q -n 2 --dist loadgroup -m "not slow"
+	@$(RUN) -m pytest -q -n 2 --dist loadscope -m "not slow"
 
 test-slow: $(VENV)/.slow  ## the long tests, at most 40 minutes
 	@$(RUN) -m pytest -q -m slow

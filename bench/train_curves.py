@@ -69,7 +69,7 @@ def shapes() -> Iterator[tuple[str, int, Shape]]:
 def draw(points: list[dict[str, Any]], title: str) -> str:
     """An SVG with a panel for each axis and a bar for each value.
 
-    The segments of a bar are shares of time; speed and share of the ceiling stand beside it.
+    The segments of a bar are shares of time; its labels are speed and share of the ceiling.
     """
     out = []
     y = 64

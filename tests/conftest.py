@@ -4,8 +4,10 @@ no longer runs.
 """
 
 import contextlib
+import functools
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -19,8 +21,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
-from .miniature import Chain, run_miniature
+from .miniature import ROOT, Chain, run_miniature
 
 settings.register_profile("xushi", deadline=None, max_examples=50, print_blob=True)
 settings.load_profile("xushi")
@@ -61,15 +65,27 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return run_miniature(tmp_path_factory.mktemp("chain") / "miniature")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With two processes, tests of a file run in one, and so do all that look at the miniature run."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        place = Path(item.path)
-        shared = place.parent.name == "run" or "chain" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("run" if shared else place.name))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """With several processes a file's tests run in one, and so do all that use the miniature run.
+
+    (xdist 3.8's own groups, --dist loadgroup, have no effect under pytest 9.2: it no longer reads
+    the node id that xdist changes.)
+    """
+    return ByFile(config, log)
+
+
+class ByFile(LoadScopeScheduling):
+    """Tests of one file, or of all files that use the fixture `chain`, are one unit of work."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "chain" if uses_chain(file) else file
+
+
+@functools.cache
+def uses_chain(file: str) -> bool:
+    """Whether a file of tests uses the fixture `chain`."""
+    return re.search(r"\bchain: Chain\b", (ROOT / file).read_text(encoding="utf-8")) is not None
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:

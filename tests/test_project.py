@@ -66,6 +66,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(tmp_path_factory.mktemp("wheel"))
 
 
+def test_every_file_of_tests_has_some_and_is_found() -> None:
+    """A file that lost its tests, or its name, would be missed by nobody."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        found = re.search(r"^ *def test_|^class \w+\(.*Machine\)", path.read_text("utf-8"), re.M)
+        assert bool(found) == path.name.startswith("test_"), path
+
+
 @pytest.mark.slow
 def test_wheel_holds_every_file(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
@@ -230,3 +237,7 @@ def test_pins_hold_for_what_is_installed():
         if name in installed and installed[name].split("+")[0] != version
     }
     assert not unlike, "make reinstalls when constraints.txt changes; run it, or correct the pins"
+
+
+def test_the_pictures_of_the_architecture_are_up_to_date() -> None:
+    command(ROOT / "tools" / "draw_architecture.py", "--check", cwd=ROOT)

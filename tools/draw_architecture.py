@@ -39,7 +39,7 @@ PATHS = {
     "recipe-key": (
         "The way of a recipe key: pretrain.learning_rate",
         [
-            ("cli.py", "run_command", "--set pretrain.learning_rate=0.01"),
+            ("cli/runs.py", "run_command", "--set pretrain.learning_rate=0.01"),
             ("run/recipe.py", "load_recipe", "reads the file, applies --set"),
             ("base/config.py", "parse", "checks types and bounds"),
             ("run/stages/pretrain.py", "Pretrain", "keeps the table as an attribute"),
@@ -60,7 +60,7 @@ PATHS = {
             ("model/deepseek.py", "Deepseek", "one call of the model per step"),
             ("engine/sampling.py", "sample", "draws a token"),
             ("engine/text.py", "TextStream", "tokens to text, reasoning apart"),
-            ("serve/answers.py", "Form", "the answer in the API's form"),
+            ("serve/responses.py", "ResponseFormat", "the answer in the API's form"),
         ],
     ),
 }
@@ -88,7 +88,6 @@ def imports_of(path: Path) -> Iterator[str]:
 def read_imports() -> Imports:
     """For each package, the packages that it imports."""
     files = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE]
-    files.append(PACKAGE / "cli.py")
     names = {package_of(path) for path in files}
     found: Imports = {name: set() for name in names}
     for path in files:

@@ -1,4 +1,4 @@
-"""Recipes that are wrong: each fault names the key and says what to do."""
+"""Wrong recipes: each error names the key and says what to do."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also when a write fails or the process is killed."""
+"""Files are complete or absent, even when a write fails or the process is killed."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""Corpora on disk that the tests of this room share."""
+"""Fixtures of the tests of `xushi.data`."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from xushi.tokenizer import Tokenizer
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """The bytes and a few merges, so that tokens of one and of several bytes both occur."""
+    """All bytes and a few merges, so that there are tokens of one and of several bytes."""
     return Tokenizer.train(["the tree the then 天地天地 return self\n    return self\n" * 20], 285)
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place from which distributions are found, to be filled with `install`."""
+    """An empty directory on sys.path in which tests install distributions."""
     directory = tmp_path / "site"
     directory.mkdir()
     monkeypatch.syspath_prepend(str(directory))

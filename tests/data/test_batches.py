@@ -1,4 +1,4 @@
-"""Batches: pure functions of (seed, cursor), once per epoch, and back to the bytes they came from."""
+"""Batches are functions of (seed, cursor), cover an epoch once, and lead back to their bytes."""
 
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from xushi.data import (
     build_corpus,
     heldout_batches,
     heldout_bytes,
+    joined_hash,
     make_document,
     read_documents,
+    row_hashes,
     tokenize_corpus,
 )
 from xushi.tokenizer import Tokenizer
@@ -130,6 +132,16 @@ def test_hash_sees_every_array(built: Path) -> None:
     hashes.add(batch_hash(dataset.batch(0, 1)))
     hashes.add(batch_hash(TokenDataset.open(built / "tokens", 2).batch(3, 2)))
     assert len(hashes) == 8
+
+
+def test_a_rows_hash_depends_on_that_row_only(built: Path) -> None:
+    """Ranks hash their own rows, and the hash of the whole batch is made of those."""
+    dataset = TokenDataset.open(built / "tokens", 1)
+    alone = [row_hashes(dataset.batch(cursor, 1))[0] for cursor in range(4)]
+    assert row_hashes(dataset.batch(0, 4)) == alone
+    assert row_hashes(dataset.batch(1, 2)) == alone[1:3]
+    assert len(set(alone)) == 4
+    assert batch_hash(dataset.batch(0, 4)) == joined_hash(alone)
 
 
 def test_one_source_is_covered_once_per_epoch(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Recipe keys of the data room: what is refused, and that the message names the key."""
+"""The recipe's data table: wrong values are refused, and the message names the key."""
 
 from typing import Any
 
@@ -30,13 +30,13 @@ def test_defaults() -> None:
         ({"kind": "packages", "glob": None}, "needs packages"),
         (
             {"kind": "packages", "glob": None, "packages": ["A_b", "a-B"]},
-            "names a distribution twice",
+            "names one distribution twice",
         ),
         ({"weight": 0.0}, "weight: must be at least 1e-06"),
         ({"weight": -1.0}, "weight: must be at least 1e-06"),
         ({"weight": float("inf")}, "weight: must be a finite number"),
         ({"weight": 1e308}, r"weight: must be at most 1e\+06"),
-        ({"name": "a/b"}, "a source's name is made of"),
+        ({"name": "a/b"}, "a source's name may have only"),
         ({"kind": "csv"}, "kind"),
         ({"globs": "x"}, "unknown key globs"),
     ],
@@ -50,7 +50,7 @@ def test_bad_source(change: dict[str, Any], message: str) -> None:
     ("change", "message"),
     [
         ({"sources": []}, "sources: must hold 1 or more entries"),
-        ({"sources": [NOTES, NOTES]}, "two sources are called 'notes'"),
+        ({"sources": [NOTES, NOTES]}, "two sources have the name 'notes'"),
         ({"sequence_length": 1}, "sequence_length: must be at least 2"),
         ({"heldout": 0.04}, r"heldout: must be at least 0\.05"),
         ({"heldout": 0.09}, r"heldout: must be at most 0\.08"),

@@ -1,6 +1,4 @@
-"""A corpus as it is written: verdicts, hashes, the held-out stream, and nothing half after a
-failure.
-"""
+"""A corpus on disk: decisions, hashes, held-out bytes, and what is left after a failure."""
 
 import hashlib
 import random
@@ -111,11 +109,20 @@ def test_hash_sees_paths_and_contents(tmp_path: Path) -> None:
         file.write("x")
     hashes.append(build_corpus(config(tmp_path / "in"), {}, tmp_path / "corpus").sha256)
     assert len(set(hashes)) == 3
-    # Neither the salt nor the fraction is part of what the text is.
+    # The hash is of the text only, so it does not depend on the salt.
     assert (
         build_corpus(config(tmp_path / "in", salt="other"), {}, tmp_path / "corpus").sha256
         == hashes[-1]
     )
+
+
+def test_the_recipe_decides_how_much_is_held_out(tmp_path: Path) -> None:
+    write(tmp_path / "in", 400)
+    for fraction in (0.055, 0.075):
+        summary = build_corpus(
+            config(tmp_path / "in", heldout=fraction), {}, tmp_path / str(fraction)
+        )
+        assert summary.heldout_bytes / summary.bytes == pytest.approx(fraction, abs=0.004)
 
 
 def test_hash_is_what_the_documentation_says(tmp_path: Path) -> None:

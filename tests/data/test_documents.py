@@ -1,4 +1,4 @@
-"""Documents: identity, language, and that shards give back what was put in."""
+"""Documents: uids, languages, and that what is read from shards is what was written."""
 
 from pathlib import Path
 

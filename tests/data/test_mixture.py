@@ -1,4 +1,4 @@
-"""Weights mean what they say, every source is seen, and an epoch covers a source once."""
+"""Weights decide how often a source is seen, and an epoch covers every source once."""
 
 from collections import Counter
 
@@ -10,11 +10,11 @@ from xushi.data.mixture import PERIOD, Mixture, slot_counts
 
 @settings(max_examples=200, deadline=None)
 @given(shares=st.lists(st.floats(1e-6, 1e9), min_size=1, max_size=20))
-def test_slots_add_up_and_nobody_gets_none(shares: list[float]) -> None:
+def test_slots_add_up_and_every_source_has_one(shares: list[float]) -> None:
     counts = slot_counts(shares)
     assert sum(counts) == PERIOD and min(counts) >= 1
     for share, count in zip(shares, counts, strict=True):
-        # One slot of rounding, and those given to sources that had earned none.
+        # One slot of rounding, and those of sources whose share is less than one slot.
         assert abs(count - share / sum(shares) * PERIOD) <= 1 + len(shares)
 
 
@@ -28,7 +28,7 @@ def test_weight_multiplies_how_often_a_source_is_seen() -> None:
     mixture = Mixture(["a", "b"], [1000, 1000], [1.0, 3.0], seed=5)
     seen = Counter(mixture.draw(cursor)[0] for cursor in range(PERIOD))
     assert seen == {0: PERIOD // 4, 1: 3 * PERIOD // 4}
-    # Not only over the whole period: the slots are shuffled.
+    # Also in a part of the period, since the slots are shuffled.
     assert 0.6 < sum(mixture.draw(cursor)[0] for cursor in range(400)) / 400 < 0.9
 
 
@@ -45,7 +45,43 @@ def test_every_epoch_covers_every_source_once(sizes: list[int], seed: int) -> No
             assert {i for s, e, i in drawn if (s, e) == (source, epoch)} == set(range(size))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_epochs_continue_when_the_plan_repeats() -> None:
+    """No sequence is skipped or repeated after the first 4,096."""
+    sizes = [5000, 1500]
+    mixture = Mixture(["a", "b"], sizes, [1.0, 1.0], seed=8)
+    drawn: list[list[tuple[int, int]]] = [[], []]
+    for cursor in range(3 * PERIOD):
+        source, epoch, index = mixture.draw(cursor)
+        drawn[source].append((epoch, index))
+    for size, found in zip(sizes, drawn, strict=True):
+        assert len(found) > size
+        assert [epoch for epoch, _ in found] == [number // size for number in range(len(found))]
+        assert sorted(index for _, index in found[:size]) == list(range(size))
+        assert len(set(found)) == len(found)
+
+
+def test_the_seed_decides_which_source_comes_when() -> None:
+    def plan(seed: int) -> list[int]:
+        mixture = Mixture(["a", "b"], [1000, 1000], [1.0, 1.0], seed)
+        return [mixture.draw(cursor)[0] for cursor in range(200)]
+
+    assert plan(1) == plan(1)
+    assert len({tuple(plan(seed)) for seed in range(5)}) == 5
+
+
+def test_every_source_has_an_order_of_its_own() -> None:
+    mixture = Mixture(["a", "b"], [50, 50], [1.0, 1.0], seed=2)
+    orders: list[list[int]] = [[], []]
+    for cursor in range(300):
+        source, epoch, index = mixture.draw(cursor)
+        if epoch == 0:
+            orders[source].append(index)
+    first, second = orders
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+
+
+def test_every_epoch_and_every_seed_has_an_order_of_its_own() -> None:
     mixture = Mixture(["a"], [50], [1.0], seed=0)
     first, second = ([mixture.draw(c)[2] for c in range(start, start + 50)] for start in (0, 50))
     other = [Mixture(["a"], [50], [1.0], seed=1).draw(c)[2] for c in range(50)]

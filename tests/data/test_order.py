@@ -1,4 +1,4 @@
-"""The keyed permutation is one, for every size, and keys differ."""
+"""`permute` is a permutation for every size, and every key gives another one."""
 
 import numpy as np
 from hypothesis import example, given, settings
@@ -50,5 +50,5 @@ def test_first_place_is_uniform_over_keys() -> None:
 
 
 def test_values_are_pinned() -> None:
-    # A change here changes the order of every run that is under way.
+    # If these change, runs that are under way resume with another order.
     assert whole(2026, 10) == [7, 1, 5, 8, 2, 4, 9, 3, 6, 0]

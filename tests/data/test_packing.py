@@ -1,6 +1,4 @@
-"""Packing against the plain definition written out with lists; spans and byte spans against the
-text itself.
-"""
+"""Packing against its definition written with lists; spans and byte spans against the text."""
 
 from itertools import chain
 

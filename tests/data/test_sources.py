@@ -1,4 +1,4 @@
-"""Every kind of source, and every way in which one can be wrong."""
+"""Every kind of source, and every error that a source can have."""
 
 import json
 import os
@@ -80,12 +80,12 @@ def test_globs_and_home_and_relative_paths(tmp_path: Path, monkeypatch: pytest.M
     assert paths(read(glob="*/*.txt")) == ["notes/c.txt"]
     assert paths(read(glob="notes/a.md")) == ["a.md"]
     assert paths(read(glob="~/notes", exclude=["*.txt", "deep/*"])) == ["a.md"]
-    # Where the notes lie does not change what they are.
+    # The uids do not depend on the directory in which the notes are.
     absolute, relative = read(glob=str(tmp_path / "notes" / "*.md")), read(glob="notes/*.md")
     assert [d.uid for d in absolute.documents] == [d.uid for d in relative.documents]
 
 
-def test_name_that_looks_like_a_pattern_is_taken_as_it_stands(tmp_path: Path) -> None:
+def test_a_name_that_looks_like_a_pattern_is_a_name(tmp_path: Path) -> None:
     write(tmp_path, {"old [1]/a.md": "1"})
     assert paths(read(glob=str(tmp_path / "old [1]"))) == ["a.md"]
 

@@ -1,4 +1,4 @@
-"""Token files: what they hold, and that damage is noticed."""
+"""Token files: their contents, and that damage is detected."""
 
 from pathlib import Path
 

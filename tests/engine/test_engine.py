@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 from xushi.engine import ContextLengthError, Engine, SamplingParams, generate_ids, sample
 from xushi.engine import engine as engine_module
 from xushi.engine.sampling import request_uniforms, sampling_key
@@ -181,7 +181,7 @@ def test_any_order_of_adding_stepping_and_aborting_ends_clean(model, actions, sl
         assert engine.step() or engine._prefilling
     assert not engine.has_work
     assert engine.idle_slots == slots
-    assert engine._reserved == 0
+    assert engine._promised() == 0
     for request in requests:
         assert (
             request.finish_reason == "abort"
@@ -189,9 +189,55 @@ def test_any_order_of_adding_stepping_and_aborting_ends_clean(model, actions, sl
         )
 
 
+def test_a_request_that_needs_all_slots_enters(model):
+    p = SamplingParams(max_tokens=6, ignore_eos=True)
+    engine = Engine(model, EOS, slots=10)
+    exact = engine.add([2] * 5, p)  # the last of six tokens is never fed
+    assert engine.step() == [exact]
+    run(engine)
+    assert len(exact.token_ids) == 6
+    with pytest.raises(XushiError, match="needs 11 places in the cache, which has 10"):
+        engine.add([2] * 6, p)
+    # Beside another, it waits for the last slot.
+    other = engine.add([2], SamplingParams(max_tokens=2, ignore_eos=True))
+    exact = engine.add([2] * 5, p)
+    assert engine.step() == [other]
+    assert engine.step() == [other]
+    assert engine.step() == [exact]
+
+
+def test_chunks_keep_to_the_memory_bound(model, monkeypatch):
+    """Sequences x new tokens x length, as the model pads them, never pass the bound."""
+    scores = []
+    decode = model.decode
+
+    def watched(flat, *rest):
+        sequences, length = flat.slot_table_SL.shape
+        chunk = int(flat.columns_N.max()) + 1
+        scores.append((chunk, sequences * chunk * length))
+        return decode(flat, *rest)
+
+    monkeypatch.setattr(model, "decode", watched)
+    monkeypatch.setattr(engine_module, "SCORES_PER_CALL", 600)
+    monkeypatch.setattr(engine_module, "SMALLEST_CHUNK", 1)
+    engine = Engine(model, EOS, slots=400)
+    for prompt in prompts_of(6, seed=4, longest=40):
+        engine.add(prompt, SamplingParams(max_tokens=20, ignore_eos=True))
+        engine.step()
+    run(engine)
+    assert all(size <= 600 for _, size in scores)
+    assert max(chunk for chunk, _ in scores) > 3
+    # The length counts: a short prompt beside a long sequence is fed in small chunks.
+    engine.add([2] * 60, SamplingParams(max_tokens=1))
+    scores.clear()
+    run(engine)
+    assert [chunk for chunk, _ in scores] == [10] * 6
+
+
 def test_context(model):
     engine = Engine(model, EOS, slots=200)
     p = SamplingParams(max_tokens=100, ignore_eos=True)
+    assert issubclass(ContextLengthError, BadInput), "a user's fault has an exit code"
     with pytest.raises(ContextLengthError, match=r"64 tokens .* context holds 64"):
         engine.add([2] * 64, p)
     with pytest.raises(XushiError, match="no tokens"):

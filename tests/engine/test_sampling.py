@@ -184,3 +184,11 @@ def test_logits_that_are_no_numbers_are_reported(bad, temperature):
 def test_parameters_out_of_range_are_named(name, value):
     with pytest.raises(XushiError, match=name):
         SamplingParams(**{"max_tokens": 1, name: value})
+
+
+def test_top_p_counts_what_top_k_left():
+    """Of 0.4, 0.3, 0.2, 0.1 two are left; 0.5 of their 0.7 is in the first, 0.5 of 1 is not."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    got = sample(logits, [SamplingParams(1, top_k=2, top_p=0.5)], np.array([0.99]))
+    assert got.tokens == [0]
+    assert got.sampling_logprobs == [0.0]

@@ -157,6 +157,13 @@ IMPURE = {
     "a verdict by the order of sets": Fault(
         "pure", "score of", 'Score("right", "the sum")', 'Score("right", str({"the", "sum", "is"}))'
     ),
+    "tasks by the order in which they are drawn": Fault(
+        "pure",
+        "task of",
+        DRAW,
+        "memo = self.__dict__.setdefault('memo', {})\n"
+        "        number = memo.setdefault((split, index, attempt), len(memo))",
+    ),
     "a verdict by the calls before": Fault(
         "pure",
         "score of",
@@ -251,6 +258,15 @@ def test_what_is_broken_is_told_with_its_task(tmp_path: Path) -> None:
         RIGHT, RIGHT.replace('"right"', '"right" if task.index < 3 else "wrong"')
     )
     assert "solve of train task 3 scores wrong" in found_here(tmp_path, source)["solve"]["text"]
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    """It keeps the contract, and the page shows what the check says of it."""
+    page = Path(__file__).parents[2].joinpath("docs", "envs.md").read_text(encoding="utf-8")
+    source = page.split("```python\n")[1].split("```")[0]
+    write(tmp_path, source)
+    findings = check_environment("game.py:Reverse", tmp_path)
+    assert as_lines(findings) in page
 
 
 def test_a_file_that_is_not_there_is_bad_input(tmp_path: Path) -> None:

@@ -5,70 +5,24 @@ The model is random: it answers nonsense, but the same nonsense.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
-from xushi.base.config import StrictConfig
 from xushi.base.errors import Failed
-from xushi.base.messages import Message, Tool
+from xushi.base.messages import Message
 from xushi.base.seeds import derive
-from xushi.engine import SamplingParams, generate_ids
-from xushi.envs import Card, DigitSum, DigitSumConfig, Environment, Score, Task
-from xushi.evaluate import Episode, examples_of, play
+from xushi.engine import Engine, SamplingParams, generate_ids
+from xushi.envs import DigitSum, DigitSumConfig, Environment, Score, Task
+from xushi.evaluate import Branch, Episode, examples_of, play
 from xushi.evaluate import episodes as module
-from xushi.tokenizer import encode_chat, parse_assistant
+from xushi.model import Deepseek
+from xushi.tokenizer import Tokenizer, encode_chat, encode_outputs, parse_assistant
+
+from .talking import Talk, Tools, talkative_model, tokenizer_with_tools
 
 DIGITS = DigitSum(DigitSumConfig(min_digits=2, max_digits=4))
-
-
-class Talk(Environment):
-    """Asks again, whatever is said, until `turns` answers are given; right if all have content."""
-
-    name = "talk"
-    version = 1
-    Config = StrictConfig
-    role = "user"
-    turns = 3
-
-    def task(self, split: str, index: int) -> Task:
-        return Task(self.name, self.version, split, index, f"{index}?", "", {})
-
-    def reply(self, task: Task, transcript: Sequence[Message]) -> Message | None:
-        turn = len(transcript) // 2
-        if turn == 0:
-            return Message("user", task.prompt)
-        return Message(self.role, f"{turn}") if turn < self.turns else None
-
-    def score(self, task: Task, transcript: Sequence[Message]) -> Score:
-        answers = [message for message in transcript if message.role == "assistant"]
-        whole = len(answers) == self.turns and all(answer.content for answer in answers)
-        return Score("right" if whole else "wrong", f"{len(answers)} answers")
-
-    def solve(self, task: Task) -> Sequence[Message]:
-        return []
-
-    def exploits(self, task: Task) -> list[Sequence[Message]]:
-        return []
-
-    def demonstration(self, split: str, index: int, thinking_share: float) -> Sequence[Message]:
-        return []
-
-    def text(self, transcript: Sequence[Message]) -> str:
-        return ""
-
-    def longest_transcript(self) -> Sequence[Message]:
-        return []
-
-    def card(self) -> Card:
-        return Card("", "", "", "", "")
-
-
-class Tools(Talk):
-    """The same, asked by a tool."""
-
-    role = "tool"
-    tools = (Tool("next", "asks again", {"type": "object", "properties": {}}),)
 
 
 def tasks_of(environment: Environment, count: int, samples: int) -> list[Task]:
@@ -86,7 +40,7 @@ def params_of(count: int, max_tokens: int, temperature: float = 1.0) -> list[Sam
 @pytest.mark.parametrize("routing", [False, True])
 def test_one_turn_is_generate_ids_to_the_bit(think, routing, model, tokenizer) -> None:
     """Tokens, both log-probabilities, experts; the same calls with the same groups and slots."""
-    tasks, params = tasks_of(DIGITS, 5, 4), params_of(20, 12)
+    tasks, params = tasks_of(DIGITS, 5, 4), params_of(20, 12, 0.7)
     forced = [tokenizer.think_id] if think else []
     prompts = [[*encode_chat(tokenizer, [Message("user", task.prompt)]), *forced] for task in tasks]
     wanted = generate_ids(model, prompts, params, eos_id=tokenizer.eos_id, routing=routing)
@@ -264,16 +218,22 @@ def test_an_episode_ends_where_nothing_is_left_to_sample(model, tokenizer, monke
         assert episode.answer.content == ("a" if limit in (3, 6) else "")
 
 
-def test_an_episode_ends_where_the_context_does(model, tokenizer, monkeypatch) -> None:
+@pytest.mark.parametrize(("letters", "turns"), [(53, 2), (54, 1), (56, 1)])
+def test_an_episode_ends_where_the_context_does(
+    letters, turns, model, tokenizer, monkeypatch
+) -> None:
+    """The context of 64 must hold the next prompt and one token of an answer. Prompts have 5 tokens
+    and, after an answer, 3 more.
+    """
     end, eos = tokenizer.end_think_id, tokenizer.eos_id
-    long = spelled(tokenizer, end, "a" * 55, eos)
-    scripted(monkeypatch, tokenizer, [long, long])
+    long = spelled(tokenizer, end, "a" * letters, eos)
+    scripted(monkeypatch, tokenizer, [long, [end]])
     environment = Talk()
     (episode,) = play(
         model, tokenizer, environment, [environment.task("test", 4)], params_of(1, 200)
     )
-    assert [message.role for message in episode.transcript] == ["user", "assistant"]
-    assert episode.finish_reason == "length" and episode.answer.content == "a" * 55
+    assert [message.role for message in episode.transcript] == ["user", "assistant"] * turns
+    assert episode.finish_reason == "length" and episode.transcript[1].content == "a" * letters
 
 
 def test_an_environment_that_asks_nothing_is_named(model, tokenizer) -> None:
@@ -283,3 +243,144 @@ def test_an_environment_that_asks_nothing_is_named(model, tokenizer) -> None:
 
     with pytest.raises(Failed, match="talk asks nothing"):
         play(model, tokenizer, Silent(), [Silent().task("test", 0)], params_of(1, 4))
+
+
+# Episodes with tools: the real engine, which keeps sequences between turns.
+
+
+@pytest.fixture(scope="module")
+def with_tools() -> Tokenizer:
+    return tokenizer_with_tools()
+
+
+@pytest.fixture(scope="module")
+def talkative(with_tools) -> Deepseek:
+    return talkative_model(with_tools)
+
+
+def log_probabilities(model: Deepseek, branch: Branch) -> torch.Tensor:
+    """Of the sampled tokens, by one forward pass over the whole branch."""
+    ids = torch.tensor(branch.ids)
+    with torch.no_grad():
+        log_p = model(ids[None, :-1]).logits[0].log_softmax(-1)
+    chosen = log_p.gather(1, ids[1:, None])[:, 0]
+    return chosen[torch.tensor(branch.sampled[1:])]
+
+
+def test_an_episode_of_tools_is_one_growing_sequence(talkative, with_tools) -> None:
+    """Each prompt extends what was sampled; the log-probabilities and the experts of all turns are
+    those of the whole sequence, whichever way they were computed.
+    """
+    environment = Tools()
+    tasks, params = tasks_of(environment, 6, 4), params_of(24, 36)
+    episodes = play(talkative, with_tools, environment, tasks, params, routing=True)
+    turns = [sum(m.role == "assistant" for m in episode.transcript) for episode in episodes]
+    assert set(turns) == {1, 2, 3}, "the test sees episodes of every length"
+    for episode, length in zip(episodes, turns, strict=True):
+        (branch,) = episode.branches
+        assert len(branch.ids) == len(branch.sampled) == len(branch.experts) + 1
+        assert sum(branch.sampled) == len(branch.logprobs) == episode.tokens <= 36
+        expected = log_probabilities(talkative, branch)
+        assert torch.allclose(expected, torch.tensor(branch.logprobs), atol=1e-4)
+        assert branch.sampling_logprobs == pytest.approx(branch.logprobs, abs=1e-5)
+        assert (episode.finish_reason == "length") == (length < 3 or not ended(episode, with_tools))
+        roles = ["user", "assistant", "tool", "assistant", "tool", "assistant"]
+        assert [message.role for message in episode.transcript] == roles[: 2 * length]
+    for length in (1, 2, 3):
+        place = turns.index(length)
+        turns_again(talkative, with_tools, environment, episodes[place], params[place])
+
+
+def test_with_tools_too_every_turn_is_made_to_think(talkative, with_tools) -> None:
+    environment = Tools()
+    tasks, params = tasks_of(environment, 4, 4), params_of(16, 36)
+    episodes = play(talkative, with_tools, environment, tasks, params, think=True)
+    assert any(len(episode.transcript) > 2 for episode in episodes)
+    for episode in episodes:
+        (branch,) = episode.branches
+        places = [i for i in range(1, len(branch.ids)) if branch.sampled[i] > branch.sampled[i - 1]]
+        assert len(places) == len(episode.transcript) // 2
+        assert [branch.ids[i - 1] for i in places] == [with_tools.think_id] * len(places)
+        answers = [message for message in episode.transcript if message.role == "assistant"]
+        assert all(answer.reasoning is not None for answer in answers)
+
+
+def ended(episode: Episode, tokenizer: Tokenizer) -> bool:
+    return episode.branches[-1].ids[-1] == tokenizer.eos_id
+
+
+def turns_again(model, tokenizer, environment, episode: Episode, params: SamplingParams) -> None:
+    """Each turn alone through generate_ids, its prompt computed from the beginning: the same."""
+    (branch,) = episode.branches
+    start = branch.sampled.index(True)
+    assert branch.ids[:start] == encode_chat(tokenizer, episode.transcript[:1], environment.tools)
+    used, experts = 0, None
+    for turn in range(len(episode.transcript) // 2):
+        seed = derive(params.seed, "turn", turn) if turn else params.seed
+        each = replace(params, seed=seed, max_tokens=params.max_tokens - used)
+        (request,) = generate_ids(
+            model, [branch.ids[:start]], each, eos_id=tokenizer.eos_id, routing=True
+        )
+        end = start + len(request.token_ids)
+        assert branch.ids[start:end] == request.token_ids
+        assert all(branch.sampled[start:end])
+        used, experts = used + len(request.token_ids), request.routed_experts
+        if end < len(branch.ids):
+            observation = encode_outputs(tokenizer, [episode.transcript[2 * turn + 2]])
+            start = end + len(observation)
+            assert branch.ids[end:start] == observation
+            assert not any(branch.sampled[end:start])
+    assert end == len(branch.ids)
+    agreed = torch.stack(branch.experts) == torch.stack(experts)
+    assert agreed.float().mean() > 0.99  # but for near ties that rounding decides
+
+
+def test_a_cache_for_one_context_is_enough(talkative, with_tools, monkeypatch) -> None:
+    """Kept sequences that do not fit wait outside of it."""
+    environment = Tools()
+    tasks, params = tasks_of(environment, 2, 4), params_of(8, 30)
+    wanted = play(talkative, with_tools, environment, tasks, params)
+    engines = []
+
+    class Watched(Engine):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            engines.append(self)
+
+    monkeypatch.setattr(module, "Engine", Watched)
+    monkeypatch.setattr(module, "MOST_SLOTS", 1)
+    episodes = play(talkative, with_tools, environment, tasks, params)
+    (engine,) = engines
+    assert engine.slots == 1024
+    assert [episode.branches[0].ids for episode in episodes] == [
+        episode.branches[0].ids for episode in wanted
+    ]
+
+
+def test_a_user_turn_after_tools_begins_a_branch(talkative, with_tools) -> None:
+    class Mixed(Tools):
+        def reply(self, task: Task, transcript: Sequence[Message]) -> Message | None:
+            given = super().reply(task, transcript)
+            return given if given is None or len(transcript) != 4 else replace(given, role="user")
+
+    environment = Mixed()
+    tasks, params = tasks_of(environment, 6, 4), params_of(24, 40)
+    episodes = play(talkative, with_tools, environment, tasks, params)
+    several = [episode for episode in episodes if len(episode.branches) == 2]
+    assert several
+    for episode in several:
+        second = episode.branches[1]
+        prompt = encode_chat(with_tools, episode.transcript[:5], environment.tools)
+        assert second.ids[: len(prompt)] == prompt
+        for branch in episode.branches:
+            expected = log_probabilities(talkative, branch)
+            assert torch.allclose(expected, torch.tensor(branch.logprobs), atol=1e-4)
+
+
+@pytest.mark.parametrize("limit", [5, 12])
+def test_max_tokens_limits_the_turns_with_tools_too(limit, talkative, with_tools) -> None:
+    environment = Tools()
+    tasks, params = tasks_of(environment, 4, 4), params_of(16, limit)
+    episodes = play(talkative, with_tools, environment, tasks, params)
+    assert all(episode.tokens <= limit for episode in episodes)
+    assert all(episode.transcript[-1].role == "assistant" for episode in episodes)

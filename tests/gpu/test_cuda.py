@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xushi.base.tracking import Tracking
 from xushi.engine import SamplingParams, generate_ids
-from xushi.model import Batch, Deepseek, pretraining_loss
+from xushi.model import Batch, Deepseek, LossWeights, pretraining_loss
 from xushi.ops import routed_experts, routed_experts_reference
 from xushi.train import Data, Layout, LayoutConfig, join, latest_checkpoint
 
@@ -32,7 +32,7 @@ def layout() -> Layout:
 
 def gradients(model: Deepseek) -> dict[str, Tensor]:
     rows = batch(0, ROWS).to(model.device)
-    pretraining_loss(model, rows, mtp_weight=0.3, balance_weight=0.01).total.backward()
+    pretraining_loss(model, rows, LossWeights(0.3, 0.01)).total.backward()
     return {
         name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None
     }

@@ -113,6 +113,30 @@ class CacheMachine(RuleBasedStateMachine):
         with pytest.raises(KeyError):
             self.cache.length(sequence)
 
+    @rule(target=sequences, sequence=consumes(sequences))
+    def unload_and_load(self, sequence: int) -> int:
+        slots = self.cache._slots[sequence]
+        for layer in self.cache.layers:
+            for slot in slots:
+                layer[slot] = self.written[slot]
+        entries = self.cache.unload(sequence)
+        if len(entries[0]) > self.cache.available:
+            with pytest.raises(XushiError, match="free slots"):
+                self.cache.load(entries)
+            loaded = self.cache.allocate()
+            self.marks[loaded], self.held[loaded] = [], []
+        else:
+            loaded = self.cache.load(entries)
+            self.marks[loaded], self.held[loaded] = [], self.held[sequence]
+            for slot, mark in zip(self.cache._slots[loaded], self.marks[sequence], strict=True):
+                # What was shared with another sequence is a copy now.
+                assert all(bool((layer[slot] == mark).all()) for layer in self.cache.layers)
+                self.mark += 1
+                self.written[slot] = self.mark
+                self.marks[loaded].append(self.mark)
+        del self.held[sequence], self.marks[sequence]
+        return loaded
+
     @invariant()
     def lengths_and_slots_add_up(self) -> None:
         if not hasattr(self, "cache"):

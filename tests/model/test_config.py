@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -10,6 +11,8 @@ from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV4Config, D
 
 from xushi.base.errors import XushiError
 from xushi.model import ModelConfig, RopeScaling, from_published, preset, to_published
+from xushi.model.layers import MLP
+from xushi.model.moe import MixtureOfExperts
 
 THEIRS = {
     "deepseek_v2": DeepseekV2Config,
@@ -193,7 +196,7 @@ def test_a_query_latent_of_zero_is_none() -> None:
         ({"hc_mult": 2}, "no hc_mult"),
         (V4 | {"compress_ratios": [0, 4, 64]}, "contains 64"),
         (V4 | {"compress_ratios": [0, 4]}, "with 3 entries"),
-        (V4 | {"compress_rate_csa": 128}, "differ"),
+        (V4 | {"compress_rate_csa": 128}, "must differ, and both are 128"),
         (V4 | {"num_hash_layers": 3}, "num_hash_layers=3"),
         (V4 | {"o_groups": 7}, "o_groups=7"),
         (V4 | {"head_dim": 32}, "head_dim=32"),
@@ -210,6 +213,31 @@ def test_a_query_latent_of_zero_is_none() -> None:
 def test_inconsistent_values_are_refused(changes: dict, words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         ModelConfig(**changes)
+
+
+def test_one_expert_is_a_dense_layer() -> None:
+    """A mixture with a single expert equals a dense layer."""
+    config = ModelConfig(
+        hidden_size=16,
+        moe_intermediate_size=24,
+        n_routed_experts=1,
+        num_experts_per_tok=1,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=0,
+        routed_scaling_factor=1.0,
+    )
+    generator = torch.Generator().manual_seed(0)
+    mixture, dense = MixtureOfExperts(config, hashed=False), MLP(16, 24)
+    with torch.no_grad():
+        for parameter in mixture.parameters():
+            parameter.normal_(generator=generator)
+        gate, up = mixture.experts.gate_up_proj[0].split(24)
+        dense.gate_proj.weight.copy_(gate)
+        dense.up_proj.weight.copy_(up)
+        dense.down_proj.weight.copy_(mixture.experts.down_proj[0])
+        x = torch.randn(50, 16, generator=generator)
+        torch.testing.assert_close(mixture(x, None)[0], dense(x), rtol=1e-5, atol=1e-4)
 
 
 def test_a_value_that_is_not_implemented_is_refused_by_key() -> None:

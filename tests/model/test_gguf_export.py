@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xushi.base.errors import XushiError
-from xushi.cli import export as export_command
 from xushi.cli import guarded
+from xushi.cli.models import export as export_command
 from xushi.model import ModelConfig, RopeScaling, gguf_export, save_pretrained
 from xushi.model.gguf_export import export_gguf
 from xushi.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xushi.base.errors import XushiError
-from xushi.model import Batch, Deepseek, pretraining_loss
+from xushi.model import Batch, Deepseek, LossWeights, pretraining_loss
 
 KINDS = ("deepseek_v32", "deepseek_v4")
 LENGTH = 11
@@ -241,14 +241,10 @@ def test_gradients_by_differences(kind: str, warmup: bool, random_model, tiny_of
     assert len(names) >= 5
 
     def loss() -> Tensor:
-        return pretraining_loss(
-            model, batch, mtp_weight=0.0, balance_weight=0.0, indexer_warmup=warmup
-        ).indexer
+        return pretraining_loss(model, batch, LossWeights(0.0, 0.0), indexer_warmup=warmup).indexer
 
     model.zero_grad()
-    pretraining_loss(
-        model, batch, mtp_weight=0.0, balance_weight=0.0, indexer_warmup=warmup
-    ).total.backward()
+    pretraining_loss(model, batch, LossWeights(0.0, 0.0), indexer_warmup=warmup).total.backward()
     step, g = 1e-6, torch.Generator().manual_seed(1)
     for name in names:
         parameter = model.get_parameter(name)
@@ -275,11 +271,10 @@ def test_losses_do_not_cross(kind: str, random_model, tiny_of) -> None:
     model = random_model(tiny_of(kind, num_nextn_predict_layers=1), 42)
     batch = batch_of(model, 9)
 
-    def touched(**settings: object) -> set[str]:
+    def touched(indexer_weight: float = 1.0, **settings: object) -> set[str]:
         model.zero_grad()
-        pretraining_loss(
-            model, batch, mtp_weight=0.3, balance_weight=0.01, **settings
-        ).total.backward()
+        weights = LossWeights(0.3, 0.01, indexer_weight)
+        pretraining_loss(model, batch, weights, **settings).total.backward()
         return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
 
     indexers = {name for name, _ in model.named_parameters() if ".indexer." in name}
@@ -302,6 +297,4 @@ def test_the_warm_up_attends_to_everything(kind: str, random_model, tiny_of) -> 
 def test_a_warm_up_of_nothing_is_refused(random_model, tiny) -> None:
     model = random_model(tiny(), 44)
     with pytest.raises(XushiError, match="indexer"):
-        pretraining_loss(
-            model, batch_of(model, 11), mtp_weight=0.0, balance_weight=0.0, indexer_warmup=True
-        )
+        pretraining_loss(model, batch_of(model, 11), LossWeights(0.0, 0.0), indexer_warmup=True)

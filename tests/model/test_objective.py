@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from xushi.model import Batch, Deepseek, pretraining_loss, save_pretrained
+from xushi.model import Batch, Deepseek, LossWeights, pretraining_loss, save_pretrained
 from xushi.model.objective import sequence_balance_loss
 from xushi.ops import RouterChoice
 
@@ -320,7 +320,7 @@ def test_the_whole_objective_is_the_papers(
     paper = Paper(tmp_path / "weights")
     # The balance loss gets a weight at which its gradient is not lost beside the others'.
     total, parts, loads = paper_loss(paper, documents, 0.7, 0.5)
-    got = pretraining_loss(model, batch, mtp_weight=0.7, balance_weight=0.5)
+    got = pretraining_loss(model, batch, LossWeights(0.7, 0.5))
     assert {name: load.tolist() for name, load in got.loads.items()} == loads
     for name, value in parts.items():
         assert float(getattr(got, name)) == pytest.approx(value, rel=1e-5), name
@@ -358,13 +358,7 @@ def parts_and_gradients(
     indexer_weight: float = 0.0,
 ):
     model.zero_grad()
-    parts = pretraining_loss(
-        model,
-        batch,
-        mtp_weight=mtp_weight,
-        balance_weight=balance_weight,
-        indexer_weight=indexer_weight,
-    )
+    parts = pretraining_loss(model, batch, LossWeights(mtp_weight, balance_weight, indexer_weight))
     parts.total.backward()
     return parts, gradients(model)
 
@@ -547,8 +541,7 @@ def test_recomputed_activations_give_the_same_bits(kind, dtype, random_model, ti
                 segments=torch.zeros_like(tokens),
                 loss_mask=tokens >= 0,
             ),
-            mtp_weight=0.3,
-            balance_weight=0.1,
+            LossWeights(0.3, 0.1),
         )
         parts.total.backward()
         results.append(

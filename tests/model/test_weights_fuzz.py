@@ -7,6 +7,7 @@ Damage that no reader could notice, such as a changed bit of a weight, may load.
 import json
 import struct
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -77,17 +78,19 @@ def loads(place: Path, files: dict[str, bytes]) -> bool:
         path.unlink()
     for name, content in files.items():
         (place / name).write_bytes(content)
-    begun, before = time.perf_counter(), peak_memory_bytes()
+    with suppress(OSError):  # Linux: the peak begins anew, else earlier tests would hide it
+        Path("/proc/self/clear_refs").write_text("5")
+    begun, before = time.process_time(), peak_memory_bytes()
     try:
         load_pretrained(place)
+        loaded = True
     except XushiError as error:
         assert str(place) in error.problem, "it says where"
         for line in (error.problem, error.remedy):
             assert line and len(line) < 1000 and len(line.splitlines()) == 1, line
-        return False
-    finally:
-        assert time.perf_counter() - begun < 30 and peak_memory_bytes() - before < 50 * 2**20
-    return True
+        loaded = False
+    assert time.process_time() - begun < 30 and peak_memory_bytes() - before < 50 * 2**20
+    return loaded
 
 
 def header_of(weights: bytes) -> tuple[dict, bytes]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xushi.model import Batch, Deepseek, ModelConfig, pretraining_loss
+from xushi.model import Batch, Deepseek, LossWeights, ModelConfig, pretraining_loss
 from xushi.ops import native
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(native.load() is None, reason=native.status())]
@@ -77,7 +77,7 @@ def loss_and_gradients(
         return found
 
     model.hidden = with_choice
-    total = pretraining_loss(model, batch, mtp_weight=0.0, balance_weight=0.01).total
+    total = pretraining_loss(model, batch, LossWeights(0.0, 0.01)).total
     total.backward()
     return [total.detach(), *(p.grad for p in model.parameters())]
 

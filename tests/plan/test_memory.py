@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xushi.model import PRESETS, Batch, preset
+from xushi.model import PRESETS, Batch, LossWeights, preset
 from xushi.model.config import ModelConfig
 from xushi.model.deepseek import Deepseek
 from xushi.model.objective import pretraining_loss
@@ -78,11 +78,7 @@ def kept_by_autograd(
     )
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = pretraining_loss(
-            model,
-            batch,
-            mtp_weight=0.1 if mtp else 0.0,
-            balance_weight=1e-4,
-            indexer_weight=indexer_weight,
+            model, batch, LossWeights(0.1 if mtp else 0.0, 1e-4, indexer_weight)
         )
     assert loss.total.requires_grad
     return sum(storage.nbytes() for storage in kept.values())

@@ -14,7 +14,7 @@ import pytest
 
 from xushi.base.tracking import Tracking
 
-from .recorded import COMPLETION_FIELDS, SAMPLE_FIELDS, check_keys, check_metrics
+from .recorded import COMPLETION_FIELDS, SAMPLE_FIELDS, check_keys, check_metrics, sample
 
 Build = Callable[[Path], Path]
 Metrics = Mapping[str, Mapping[str, list[tuple[int, float]]]]
@@ -201,26 +201,8 @@ def _rl(random: np.random.Generator) -> dict[str, list[tuple[int, float]]]:
 
 
 def _samples() -> dict[str, list[dict[str, Any]]]:
-    prompts = [f"riddle {number}" for number in range(10)]
-    before = [
-        {
-            "prompt": prompt,
-            "reasoning": "",
-            "content": "9" if number == 4 else "no",
-            "right": number == 4,
-            "answer": str(number + 5),
-        }
-        for number, prompt in enumerate(prompts)
-    ]
-    after = [
-        {
-            "prompt": prompt,
-            "reasoning": f"think of {number}",
-            "content": str(number + 5),
-            "right": True,
-            "answer": str(number + 5),
-        }
-        for number, prompt in enumerate(prompts)
-    ]
+    numbers = range(10)
+    before = [sample(f"riddle {i}", "9" if i == 4 else "no", i == 4, str(i + 5)) for i in numbers]
+    after = [sample(f"riddle {i}", str(i + 5), True, str(i + 5), f"think {i}") for i in numbers]
     base = [{"prompt": "import os\nimport ", "completion": "sys\nimport time\n"}]
     return {"before": before, "after": after, "base": base}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from xushi.base.messages import Message
 from xushi.report.read import Run
 
 
@@ -25,7 +26,7 @@ SHOWN = {
     "evaluate.xz_primed_training_bytes",
     "export.max_logit_difference",
     *(f"machine.{name}" for name in ("cores", "cpu", "device", "dtype", "memory_bytes")),
-    *(f"machine.{name}" for name in ("op_forms", "system", "threads", "torch")),
+    *(f"machine.{name}" for name in ("op_forms", "python", "system", "threads", "torch")),
     "memory.peak_bytes",
     "memory.peak_children_bytes",
     "model.kv_cache_bytes_per_token",
@@ -46,7 +47,7 @@ SHOWN = {
     "tokenizer.bytes_per_token",
     "tokenizer.vocab_size",
 }
-# Keys that stand in "Every number" alone.
+# Keys that are in "Every number" alone.
 NUMBERS_ONLY = {
     "data.files",
     "data.heldout_tokens",
@@ -68,7 +69,7 @@ METRICS = {
         *("reward", "length", "entropy", "truncated", "with_signal", "logprob_difference", "loss"),
     },
 }
-SAMPLE_FIELDS = {"prompt", "reasoning", "content", "right", "answer"}
+SAMPLE_FIELDS = {"prompt", "reasoning", "content", "right", "answer", "transcript"}
 COMPLETION_FIELDS = {"prompt", "completion"}
 
 
@@ -98,6 +99,19 @@ def run_of(results: Mapping[str, Any]) -> Run:
     """A run that holds nothing but these results."""
     check_keys(results)
     return Run(Path("runs/x"), dict(results), {}, "", None)
+
+
+def sample(prompt: str, content: str, right: bool, answer: str, reasoning: str = "") -> Any:
+    """An episode of one turn as samples.json has it."""
+    messages = [Message("user", prompt), Message("assistant", content, reasoning or None)]
+    return {
+        "prompt": prompt,
+        "reasoning": reasoning or None,
+        "content": content,
+        "right": right,
+        "answer": answer,
+        "transcript": [message.to_dict() for message in messages],
+    }
 
 
 def plain(text: str) -> str:

@@ -1,5 +1,5 @@
-"""Whole pages of synthetic runs: self-contained, well-formed, the same bytes each time, and right in
-every edge case. What a full run shows is tested on a real one (`test_real_run.py`).
+"""Whole pages of synthetic runs: self-contained, well-formed, the same bytes each time, and right
+in every edge case. What a full run shows is tested on a real one (`test_real_run.py`).
 """
 
 import json
@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from xushi.base.errors import XushiError
+from xushi.base.messages import Message, ToolCall
 from xushi.base.tracking import Tracking
 from xushi.report import write_report
 
 from .conftest import RESULTS, pretraining, write_run
 from .page_tree import Node, parse, section_ids
-from .recorded import plain
+from .recorded import plain, sample
 
 Build = Callable[[Path], Path]
 
@@ -75,7 +76,7 @@ def test_a_run_without_reinforcement_learning_does_not_speak_of_before_and_after
         for key, value in RESULTS.items()
         if (key not in gone and not key.startswith("rl.")) or "_before" in key or "tasks" in key
     }
-    entry = {"prompt": "p", "reasoning": "", "content": "1", "right": True, "answer": "1"}
+    entry = sample("p", "1", True, "1")
     page = _page(write_run(tmp_path, results, {}, {"before": [entry, entry]}))
     section = page.one("section", id="rl")
     assert "has no reinforcement learning" in section.text
@@ -113,6 +114,21 @@ def test_a_stage_that_the_page_does_not_know_has_its_name_time_and_numbers(tmp_p
     assert row.one("a").attributes["href"] == "#numbers"
     cells = [cell.text for cell in page.one(id="numbers").all("td")]
     assert "3" in cells and "8.0" in cells
+    keys = [cell.text for cell in page.one(id="numbers").all("th")]
+    assert keys == sorted(results | extra)
+
+
+def test_the_page_shows_the_day_of_the_first_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_run(tmp_path, {})
+    tracking = Tracking(directory / "tracking.sqlite")
+    for day in (1_700_000_000.0, 1_800_000_000.0):
+        monkeypatch.setattr("time.time", lambda day=day: day)
+        tracking.event("data", "started")
+    tracking.close()
+    monkeypatch.undo()
+    assert _page(directory).one("span", "day").text == "2023-11-14"
 
 
 def test_a_stage_that_was_started_over_stands_where_it_ran_last(tmp_path: Path) -> None:
@@ -161,7 +177,8 @@ def test_what_lies_above_the_frame_is_said(
         section = page.one("section", id=name)
         top = float(section.all("svg", "plot")[0].attributes["data-y"].split()[1])
         assert (first > top) == above
-        assert ("The first values, up to 9.00, lie above the frame." in section.text) == above
+        sentence = f"The first values, up to {first:.2f}, lie above the frame."
+        assert (sentence in section.text) == above
 
 
 def test_every_number_of_samples_has_its_rates(tmp_path: Path) -> None:
@@ -255,15 +272,24 @@ def test_hostile_text_stays_text(full_run: Build, tmp_path: Path) -> None:
     results |= dict.fromkeys(texts, evil)
     (directory / "results.json").write_text(json.dumps(results))
     (directory / "recipe.toml").write_bytes(b"\xff\xfe" + evil.replace("\ud800", "").encode())
-    names = ("prompt", "reasoning", "content", "right", "answer", "completion")
-    entry = dict.fromkeys(names, evil)
+    names = ("prompt", "right", "answer", "completion")
+    call = {"function": {"name": evil, "arguments": evil}}
+    answer = {"role": "assistant", "content": evil, "reasoning_content": evil, "tool_calls": [call]}
+    entry: dict[str, Any] = dict.fromkeys(names, evil)
+    entry["transcript"] = [
+        {},
+        answer,
+        {"role": evil, "content": evil},
+        evil,
+        {"tool_calls": [evil]},
+    ]
     (directory / "samples.json").write_text(
         json.dumps({"before": [entry], "after": [entry, entry], "base": [entry]})
     )
     page = _page(directory)
     assert len(page.all("script")) == 1 and not page.all("img")
     shown = evil.replace("\x00", "\ufffd").replace("\x1b", "\ufffd").replace("\ud800", "\ufffd")
-    assert page.text.count(shown) >= 25
+    assert page.text.count(shown) >= 40
 
 
 def test_values_that_are_not_finite_are_named_and_not_drawn(
@@ -313,12 +339,8 @@ def test_many_layers_and_a_single_step(tmp_path: Path) -> None:
 
 
 def test_samples_pair_by_prompt_and_repeated_prompts_by_their_turn(tmp_path: Path) -> None:
-    def entry(prompt: str, content: str, right: bool) -> dict[str, Any]:
-        fields = {"prompt": prompt, "content": content, "right": right, "answer": "2"}
-        return fields | {"reasoning": None}
-
-    before = [entry(prompt, f"{prompt}{i}", False) for i, prompt in enumerate("abab")]
-    after = [entry(prompt, f"{prompt}{i}", True) for i, prompt in enumerate("bbc")]
+    before = [sample(prompt, f"{prompt}{i}", False, "2") for i, prompt in enumerate("abab")]
+    after = [sample(prompt, f"{prompt}{i}", True, "2") for i, prompt in enumerate("bbc")]
     page = _page(write_run(tmp_path, {}, {}, {"before": before, "after": after}))
     shown = page.one(id="samples")
     rows = [
@@ -327,6 +349,27 @@ def test_samples_pair_by_prompt_and_repeated_prompts_by_their_turn(tmp_path: Pat
     assert rows == [["a", "a0"], ["b", "b1", "b0"], ["a", "a2"], ["b", "b3", "b1"], ["c", "c2"]]
     assert "0 of 4 right before, 3 of 3 right after" in shown.text
     assert shown.text.count("does not think") == 7
+
+
+def test_an_episode_of_several_turns_is_shown_in_order(tmp_path: Path) -> None:
+    messages = [
+        Message("user", "How many?"),
+        Message("assistant", "", "I count.", (ToolCall("count", '{"from": 1}'),)),
+        Message("tool", "1 2 3"),
+        Message("assistant", "Three."),
+    ]
+    entry = sample("How many?", "Three.", True, "3")
+    entry["transcript"] = [message.to_dict() for message in messages]
+    silent = sample("How many?", "", False, "3")
+    page = _page(write_run(tmp_path, {}, {}, {"before": [silent], "after": [entry]}))
+    before, after = page.one(id="samples").all("div", "answer")
+    assert [node.text for node in before.all("p")] == ["does not think", "gives no answer"]
+    assert [(node.classes[-1], node.text) for node in after.all("p")] == [
+        ("thought", "I count."),
+        ("call", 'count {"from": 1}'),
+        ("observed", "tool: 1 2 3"),
+        ("written", "Three."),
+    ]
 
 
 def test_what_is_no_run_or_damaged_is_an_error_of_two_lines(tmp_path: Path) -> None:

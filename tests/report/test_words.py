@@ -98,6 +98,8 @@ def test_one_sentence_says_what_changed_and_what_was_there_before() -> None:
     # Half of the gain decides between the two.
     assert "already" in words.reinforcement(_rl(0.0, 0.8, forced_before=0.4))
     assert "already" not in words.reinforcement(_rl(0.0, 0.8, forced_before=0.39))
+    # The gain counts, not the rate.
+    assert "already" not in words.reinforcement(_rl(0.3, 0.9, forced_before=0.4))
     alone = plain(words.reinforcement(_rl(0.1, 0.99)))
     assert alone == (
         "Reinforcement learning took the model from 10 % to 99 % of unseen tasks right."

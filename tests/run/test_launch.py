@@ -128,7 +128,7 @@ def test_a_lost_node_and_the_job_goes_on_with_the_other(tmp_path: Path, chain) -
     _, said = job.communicate(timeout=400)
     assert job.returncode == 0, said[-3000:]
     assert (
-        "began with the layout {'data': 2, 'pipeline': 1, 'expert': 1} and goes on with {'data': 1"
+        "began with the layout {'data': 2, 'pipeline': 1, 'expert': 1} and continues with {'data': 1"
         in said
     )
     assert read_results(run)["pretrain.steps"] == 200

@@ -52,7 +52,7 @@ def run_directory(tmp_path_factory):
         directory = run / "export" / name
         model = Deepseek(TINY).initialise(seed)
         with torch.no_grad():
-            if name == "reasoning":  # else a random model hardly ever begins an answer, or ends it
+            if name == "reasoning":  # otherwise a random model rarely begins or ends an answer
                 model.head_VD[[tokenizer.end_think_id, tokenizer.eos_id]] *= 4
         save_pretrained(model, directory)
         tokenizer.save(directory)
@@ -108,9 +108,7 @@ def http(address):
 
 
 class Steps:
-    """The engine takes a step when it is let, and so waits for the test however slow the machine
-    is.
-    """
+    """Makes an engine wait before each step until the test allows it, on a machine of any speed."""
 
     def __init__(self):
         self._allowed = threading.Semaphore(0)
@@ -134,7 +132,7 @@ class Steps:
 
 @pytest.fixture
 def steps(app, monkeypatch):
-    """Holds the steps of the model "base"."""
+    """Controls the steps of the model "base"."""
     steps = Steps()
     engine = app.state.workers["base"]._engine
     monkeypatch.setattr(engine, "step", steps.holding(engine.step))
@@ -144,9 +142,11 @@ def steps(app, monkeypatch):
 
 @pytest.fixture
 def settles():
-    """Whether a condition becomes true within a few seconds."""
+    """A function that waits for a condition and returns whether it became true; the limit is for
+    tests that fail.
+    """
 
-    def wait(condition, seconds=2.0):
+    def wait(condition, seconds=30.0):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if condition():

@@ -61,7 +61,7 @@ def test_chat_equals_the_engine_on_its_own(client, reasoning, seed):
 
 
 def gather(stream):
-    """Texts and ends of a chat stream, by choice."""
+    """(texts and finish reasons of a chat stream by choice, usage, roles)."""
     parts, usage, roles = {}, None, []
     for chunk in stream:
         usage = chunk.usage or usage
@@ -323,7 +323,7 @@ def test_the_context_error_has_both_numbers(client, base):
     with pytest.raises(openai.BadRequestError, match=r"500 tokens .* holds 128") as caught:
         client.completions.create(model="base", prompt=[7] * 500)
     assert caught.value.code == "context_length_exceeded"
-    # what goes beyond the context is cut, not refused
+    # max_tokens beyond the context is cut and not refused
     result = client.completions.create(model="base", prompt=[7] * 126, max_tokens=1000)
     assert result.usage.completion_tokens <= 2
 

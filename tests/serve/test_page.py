@@ -12,7 +12,7 @@ def page(http):
 
 def test_nothing_comes_from_elsewhere(page):
     assert page.status_code == 200
-    # SVG has no namespace here for the same reason; the only scheme is data:.
+    # The icon's SVG has no namespace either, since that is a URL. The only scheme is data:.
     assert not re.search(
         r"https?:|//[a-z]|@import|url\(|<link(?![^>]*href=\"data:)|\bsrc=", page.text
     )

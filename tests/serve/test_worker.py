@@ -24,12 +24,12 @@ def quiet(worker):
 
 
 def is_freed(worker, steps, settles):
-    """Whether all slots are free within 40 steps. The whole answer would take 120."""
-    for _ in range(40):
-        steps.let(1)
-        if settles(lambda: quiet(worker), 0.25):
-            return True
-    return False
+    """Whether all slots are free two steps after the worker knows that the client has left: the one
+    that was waiting, and the one that begins with ending the job. The whole answer would take 120.
+    """
+    assert settles(lambda: worker._cancelled or quiet(worker))
+    steps.let(2)
+    return settles(lambda: quiet(worker))
 
 
 def test_leaving_a_stream_frees_its_slots(app, http, steps, settles):

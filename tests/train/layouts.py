@@ -18,7 +18,15 @@ from torch import Tensor
 
 from xushi.base.tracking import Tracking
 from xushi.cli import guarded
-from xushi.model import Batch, Deepseek, LossCounts, LossParts, ModelConfig, pretraining_loss
+from xushi.model import (
+    Batch,
+    Deepseek,
+    LossCounts,
+    LossParts,
+    LossWeights,
+    ModelConfig,
+    pretraining_loss,
+)
 from xushi.model.moe import Router
 from xushi.train import (
     Data,
@@ -34,6 +42,7 @@ from xushi.train import (
 )
 from xushi.train.layout import local
 from xushi.train.pipeline import run_pipeline
+from xushi.train.sharding import shard
 
 from .conftest import train
 
@@ -208,7 +217,7 @@ def gradients(model: Deepseek, layout: Layout) -> dict[str, Tensor]:
 
     def loss(piece: Batch, residual: Tensor | None = None) -> LossParts:
         return pretraining_loss(
-            model, piece, mtp_weight=0.3, balance_weight=0.01, counts=counts, residual=residual
+            model, piece, LossWeights(0.3, 0.01), counts=counts, residual=residual
         )
 
     if layout.pipeline > 1:
@@ -239,8 +248,8 @@ def losses(kind: str, state: TrainingState, choices: Choices | None) -> list[dic
 
 def examine(kind: str, layout: Layout, recorded: list[dict[str, Tensor]]) -> dict[str, object]:
     result: dict[str, object] = {
-        "gradients": gradients(layout.spread(model_of(kind)), layout),
-        "exact": gradients(layout.spread(model_of(kind).double()), layout),
+        "gradients": gradients(shard(model_of(kind), layout), layout),
+        "exact": gradients(shard(model_of(kind).double(), layout), layout),
         "boxes": {name: vars(layout.box(name)) for name in layout.shapes},
     }
     for name, steps in (("replayed", recorded), ("free", None)):

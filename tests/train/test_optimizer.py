@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from xushi.model import Deepseek, ModelConfig
+from xushi.train.gradients import clip_gradients
 from xushi.train.optimizer import (
     Optimizer,
-    clip_gradients,
+    OptimizerSettings,
     is_matrix,
     orthogonalise,
 )
@@ -61,7 +62,7 @@ def test_adamw_is_pytorchs(decay: float, epsilon: float) -> None:
     changing rates.
     """
     ours, theirs = Parts(), Parts()
-    optimizer = Optimizer(ours, "adamw", BETAS, decay, epsilon=epsilon)
+    optimizer = Optimizer(ours, OptimizerSettings("adamw", BETAS, decay, epsilon=epsilon))
     groups = [
         {
             "params": [p for p in theirs.parameters() if (p.dim() >= 2) == matrix],
@@ -102,7 +103,7 @@ def published_matrices(name: str, tensor: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("decay", [0.0, DECAY])
 def test_muon_is_its_definition_on_every_published_matrix(decay: float) -> None:
     model, start = Parts(), Parts()
-    optimizer = Optimizer(model, "muon", BETAS, decay)
+    optimizer = Optimizer(model, OptimizerSettings("muon", BETAS, decay))
     matrices = {
         "q_proj.weight",
         "tall.weight",
@@ -154,7 +155,9 @@ def test_newton_schulz_runs_in_the_dtype_asked_for(tiny_model) -> None:
     for model, dtype in zip(models, (None, torch.bfloat16), strict=True):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter).cumsum(0)
-        Optimizer(model, "muon", BETAS, DECAY, dtype).step(LR)
+        Optimizer(model, OptimizerSettings("muon", BETAS, DECAY, newton_schulz_dtype=dtype)).step(
+            LR
+        )
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         assert a.dtype == b.dtype == torch.float32
         assert torch.equal(a, b) != is_matrix(name, a), name
@@ -163,7 +166,8 @@ def test_newton_schulz_runs_in_the_dtype_asked_for(tiny_model) -> None:
 def test_muon_leaves_the_rest_to_adamw() -> None:
     """Embedding, head, norms and biases go as in AdamW, bit by bit."""
     muon, adam = Parts(), Parts()
-    first, second = Optimizer(muon, "muon", BETAS, DECAY), Optimizer(adam, "adamw", BETAS, DECAY)
+    first = Optimizer(muon, OptimizerSettings("muon", BETAS, DECAY))
+    second = Optimizer(adam, OptimizerSettings("adamw", BETAS, DECAY))
     for step in range(3):
         set_gradients(muon, step), set_gradients(adam, step)
         first.step(LR), second.step(LR)
@@ -184,7 +188,7 @@ def test_the_models_own_parameters_divide_as_they_should(tiny_model) -> None:
     assert all(
         model.get_parameter(name).dim() == 1 for name in adam if name.endswith("norm.weight")
     )
-    optimizer = Optimizer(model, "muon", BETAS, DECAY)
+    optimizer = Optimizer(model, OptimizerSettings("muon", BETAS, DECAY))
     assert set(optimizer.state) == (
         {f"{kind}.{name}" for name in adam for kind in ("mean", "square")}
         | {f"momentum.{name}" for name, _ in model.named_parameters() if name not in adam}
@@ -194,7 +198,7 @@ def test_the_models_own_parameters_divide_as_they_should(tiny_model) -> None:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_parameters_without_a_gradient_are_left_alone(kind: str) -> None:
     model, before = Parts(), Parts()
-    optimizer = Optimizer(model, kind, BETAS, DECAY)
+    optimizer = Optimizer(model, OptimizerSettings(kind, BETAS, DECAY))
     left = ("lm_head.weight", "q_proj.weight", "norm.weight")
     set_gradients(model, 0, but=left)
     optimizer.step(LR)
@@ -216,7 +220,7 @@ def test_a_model_of_vectors_or_of_matrices_alone(kind: str) -> None:
             model, 0, but=tuple(name for name, _ in model.named_parameters() if name != keep)
         )
         before = dict(model.named_parameters())[keep].detach().clone()
-        Optimizer(model, kind, BETAS, DECAY).step(LR)
+        Optimizer(model, OptimizerSettings(kind, BETAS, DECAY)).step(LR)
         assert not torch.equal(before, dict(model.named_parameters())[keep])
 
 
@@ -313,7 +317,7 @@ def test_a_bias_with_two_axes_is_a_bias() -> None:
         with torch.no_grad():
             for bias in biases.values():
                 bias.fill_(1.0)
-        Optimizer(model, kind, BETAS, DECAY).step(LR)
+        Optimizer(model, OptimizerSettings(kind, BETAS, DECAY)).step(LR)
         assert all(bool((bias == 1.0).all()) for bias in biases.values())
 
 
@@ -339,7 +343,7 @@ def test_heads_and_groups_are_orthogonalised_apart(kind: str) -> None:
         stream = torch.Generator().manual_seed(sum(name.encode()))
         parameter.grad = torch.randn(parameter.shape, generator=stream, dtype=torch.float64)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    Optimizer(model, "muon", BETAS, 0.0, per_head=True).step(LR)
+    Optimizer(model, OptimizerSettings("muon", BETAS, 0.0, per_head=True)).step(LR)
     heads, checked = config.num_attention_heads, set()
     for name, parameter in model.named_parameters():
         short = name.rsplit("self_attn.", 1)[-1]

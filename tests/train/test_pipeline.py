@@ -7,33 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xushi.model import Deepseek, LossCounts, pretraining_loss
+from xushi.model import Deepseek, LossCounts, LossWeights, pretraining_loss
 from xushi.train import Layout
-from xushi.train.layout import stage_layers
-from xushi.train.pipeline import cut
+from xushi.train.fitting import stage_layers
+from xushi.train.pipeline import microbatches
 
 from .layouts import MODELS, ROWS, batch, model_of
-
-
-@given(st.integers(1, 64), st.integers(0, 3), st.data())
-def test_every_layer_is_in_one_stage_and_every_stage_has_one(
-    depth: int, extra: int, data: st.DataObject
-) -> None:
-    stages = data.draw(st.integers(1, depth))
-    model = MODELS["v3"].model_copy(
-        update={"num_hidden_layers": depth, "num_nextn_predict_layers": extra}
-    )
-    parts = stage_layers(model, stages)
-    assert [layer for first, end in parts for layer in range(first, end)] == list(range(depth))
-    sizes = [end - first for first, end in parts]
-    assert len(parts) == stages and min(sizes) >= 1
-    assert max(sizes[:-1], default=0) - min(sizes[:-1], default=0) <= 1 or min(sizes) == 1
 
 
 @given(st.integers(1, 40), st.integers(2, 8))
 def test_pieces_are_the_batch_in_order(rows: int, stages: int) -> None:
     whole = batch(0, rows)
-    pieces = cut(whole, Layout(pipeline=stages))
+    pieces = microbatches(whole, Layout(pipeline=stages))
     assert all(
         torch.equal(torch.cat(parts), tensor)
         for parts, tensor in zip(zip(*pieces, strict=True), whole, strict=True)
@@ -51,14 +36,14 @@ def test_stages_one_after_the_other_are_the_whole_model(kind: str, stages: int) 
     rows = batch(0, ROWS)
     counts = LossCounts.of(rows, MODELS[kind].num_nextn_predict_layers)
     whole = model_of(kind)
-    wanted = pretraining_loss(whole, rows, mtp_weight=0.3, balance_weight=0.01, counts=counts)
+    wanted = pretraining_loss(whole, rows, LossWeights(0.3, 0.01), counts=counts)
     wanted.total.backward()
     residual, parts, taken, models = None, [], [], []
     for first, end in stage_layers(MODELS[kind], stages):
         model: Deepseek = model_of(kind)
         model.keep_layers(first, end)
         found = pretraining_loss(
-            model, rows, mtp_weight=0.3, balance_weight=0.01, counts=counts, residual=residual
+            model, rows, LossWeights(0.3, 0.01), counts=counts, residual=residual
         )
         residual = None if found.residual is None else found.residual.detach().requires_grad_()
         parts.append(found)

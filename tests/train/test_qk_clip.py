@@ -10,6 +10,7 @@ from xushi.ops import largest_scores
 from xushi.run.recipe import Recipe, load_recipe
 from xushi.train import Layout
 from xushi.train.qk_clip import clip_scores, watch_scores
+from xushi.train.sharding import shard
 
 from ..run.conftest import MINIATURE
 from .layouts import MODELS, batch
@@ -64,7 +65,7 @@ def test_the_largest_scores_are_found_and_brought_to_the_limit(kind: str) -> Non
     model, layout = Deepseek(config).initialise(5).double(), Layout()
     with torch.no_grad():
         model.decoder_layers[0].self_attn.kv_b_proj.weight[:4].mul_(20)  # the first head's keys
-    layout.spread(model)
+    shard(model, layout)
     before = scores(model, 0).amax((0, 2, 3))
     limit = float(before.mean())
     weights = {

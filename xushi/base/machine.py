@@ -266,7 +266,7 @@ def _memory() -> tuple[int | None, int | None]:
     for group in _control_groups("memory"):
         limit = _lines(group / "memory.max") or _lines(group / "memory.limit_in_bytes")
         used = _lines(group / "memory.current") or _lines(group / "memory.usage_in_bytes")
-        # "max" is no number and a missing file has no lines: then the group sets no limit.
+        # A value "max" or a missing file means that the group sets no limit.
         with contextlib.suppress(ValueError, IndexError):
             free = max(0, int(limit[0]) - int(used[0]) + _reclaimable(group))
             total = int(limit[0]) if total is None else min(total, int(limit[0]))

@@ -1,13 +1,14 @@
-"""Floor 3: generation. Sampling, continuous batching over the latent cache, and `LLM`, the short
-way in.
+"""Generation: sampling, continuous batching over the latent cache, and `LLM`, which loads an
+export.
 
-Not here: HTTP (serve), rewards (rl), what a model is (model).
+Not here: HTTP (serve), rewards (rl), the model itself (model).
 """
 
 from xushi.engine.batch import generate_ids
-from xushi.engine.engine import ContextLengthError, Engine, Request
+from xushi.engine.engine import ContextLengthError, Engine
 from xushi.engine.llm import LLM, ChatCompletion, Completion
 from xushi.engine.params import SamplingParams
+from xushi.engine.request import Request
 from xushi.engine.sampling import Sampled, sample
 from xushi.engine.text import Delta, TextStream
 

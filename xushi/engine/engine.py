@@ -1,98 +1,54 @@
 """Continuous batching: requests enter and leave between steps, and each step is one call of the
 model.
 
-One thread owns an engine. Not here: text, stop strings (text, llm), threads and HTTP (serve).
+One thread owns an engine. Not here: text and stop strings (text, llm), threads and HTTP (serve).
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from xushi.base.errors import BadInput, XushiError
+from xushi.base.errors import BadInput
+from xushi.engine.kept import KeptSequences
 from xushi.engine.params import SamplingParams
+from xushi.engine.request import FinishReason, Prompt, Request
 from xushi.engine.sampling import request_uniforms, sample, sampling_key
 from xushi.model import Deepseek, LatentCache
 
-FinishReason = Literal["stop", "length", "abort"]
-
-# The model pads every sequence of a call to its longest chunk of new tokens, and attention to its
-# longest sequence. Prompts are fed in chunks that keep sequences x chunk x length under this many
-# scores per head.
+# The model pads each sequence of a call to the call's longest chunk of new tokens, and attention
+# pads to its longest sequence. Prompts are fed in chunks that keep sequences x chunk x length at or
+# below this many scores per head.
 SCORES_PER_CALL = 1 << 22
 SMALLEST_CHUNK = 16
 
 
-class ContextLengthError(XushiError):
-    """A prompt that leaves no place for an answer."""
+class ContextLengthError(BadInput):
+    """A prompt that leaves no room for an answer in the context."""
 
     def __init__(self, prompt_tokens: int, context: int) -> None:
         super().__init__(
             f"the prompt has {prompt_tokens} tokens and the model's context holds {context}, "
-            "one of them at least for the answer",
+            "at least one of them for the answer",
             "shorten the prompt",
         )
         self.prompt_tokens = prompt_tokens
         self.context = context
 
 
-@dataclass(eq=False, slots=True)
-class _Prompt:
-    """A prompt in the cache, for the requests that share it."""
-
-    ids: list[int]
-    unfinished: int
-    unjoined: int  # requests that do not have their own sequence yet
-    charged: bool = False  # its slots are reserved
-    sequence: int | None = None
-    fed: int = 0
-    logits_V: Tensor | None = (
-        None  # of its last token, once all of it is fed and until all have joined
-    )
-    routed_experts: list[Tensor] = field(
-        default_factory=list
-    )  # of what is fed, where a request wants them
-
-    def forget_logits(self) -> None:
-        """Let go of the matrix of all rows of that call; keep this row for those that still wait."""
-        self.logits_V = (
-            self.logits_V.clone() if self.logits_V is not None and self.unjoined else None
-        )
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """One continuation of one prompt; read it between steps, never write it.
-
-    `token_ids` ends with eos where eos was sampled. Per token: `logprobs` under the model
-    (temperature 1, whole vocabulary), and `sampling_logprobs` under the distribution it was drawn
-    from. On request `routed_experts`, int64 [MoE layers, k] for each place that was computed: the
-    prompt's, and each token's but the last one's.
-    """
-
-    prompt_ids: list[int]
-    params: SamplingParams
-    weights_version: int
-    routed_experts: list[Tensor] | None
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    sampling_logprobs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    _limit: int = 0  # of generated tokens
-    _key: int = 0
-    _sequence: int | None = None
-    _prompt: _Prompt | None = None  # until finished
-
-
 class Engine:
     """Generates for many requests at once with a cache of `slots` tokens.
 
     A request enters when the cache has room for its prompt and all it may generate, in the order of
-    adding; so nothing that has entered is ever thrown out. The model is used as it stands, its
+    adding; so a request that has entered always runs to its end. The model is used as it is, its
     training flag included.
+
+    A request added with `keep` leaves its sequence in the cache when it finishes, for `extend`.
+    Such a sequence never blocks the queue: where the next request needs its slots, its entries are
+    copied out of the cache, and copied back when it is extended. So whatever is waiting, and in
+    whatever order a caller extends and releases, the first of the queue enters once the running
+    requests have finished.
     """
 
     def __init__(self, model: Deepseek, eos_id: int, slots: int, weights_version: int = 0) -> None:
@@ -104,8 +60,8 @@ class Engine:
         self._cache = self._new_cache()
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
-        self._prefilling: list[_Prompt] = []
-        self._reserved = 0
+        self._prefilling: list[Prompt] = []
+        self._kept = KeptSequences(self._cache)
 
     def _new_cache(self) -> LatentCache:
         weight = self.model.head_VD
@@ -117,9 +73,9 @@ class Engine:
         self._waiting.clear()
         self._running.clear()
         self._prefilling.clear()
-        self._reserved = 0
-        del self._cache  # first: there may be no memory for two caches
+        del self._cache, self._kept  # first: there may be no memory for two caches
         self._cache = self._new_cache()
+        self._kept = KeptSequences(self._cache)
 
     @property
     def has_work(self) -> bool:
@@ -128,11 +84,11 @@ class Engine:
 
     @property
     def idle_slots(self) -> int:
-        """Cache slots that no sequence holds; all of them when there is no work."""
+        """Cache slots that no sequence holds; all of them when nothing is unfinished or kept."""
         return self._cache.available
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raise the `XushiError` that `add` would raise; touches no state, so any thread may call
+        """Raise the `XushiError` that `add` would raise. Changes nothing, so any thread may call
         it.
         """
         if not prompt_ids:
@@ -148,7 +104,7 @@ class Engine:
             )
         if len(prompt_ids) >= self.context:
             raise ContextLengthError(len(prompt_ids), self.context)
-        need = len(prompt_ids) + self._room(prompt_ids, params) - 1
+        need = len(prompt_ids) + self._limit(prompt_ids, params) - 1
         if need > self.slots:
             raise BadInput(
                 f"the request needs {need} places in the cache, which has {self.slots}",
@@ -156,49 +112,80 @@ class Engine:
             )
 
     def add(
-        self, prompt_ids: Sequence[int], params: SamplingParams, routing: bool = False
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        routing: bool = False,
+        keep: bool = False,
     ) -> Request:
-        """Queue one request. What goes beyond the context is cut from max_tokens; errors as in
-        `check`.
+        """Queue one request. Tokens beyond the context are cut from max_tokens.
+
+        `routing` records the routed experts. With `keep` the finished request holds its sequence
+        until `extend` or `release`. Errors as in `check`.
         """
-        return self.add_group(prompt_ids, [params], routing)[0]
+        return self.add_group(prompt_ids, [params], routing, keep)[0]
 
     def add_group(
-        self, prompt_ids: Sequence[int], params: Sequence[SamplingParams], routing: bool = False
+        self,
+        prompt_ids: Sequence[int],
+        params: Sequence[SamplingParams],
+        routing: bool = False,
+        keep: bool = False,
     ) -> list[Request]:
         """Queue several continuations of one prompt, which is computed and held once."""
         for each in params:
             self.check(prompt_ids, each)
-        prompt = _Prompt(list(prompt_ids), unfinished=len(params), unjoined=len(params))
-        requests = [
-            Request(
-                prompt.ids,
-                each,
-                self.weights_version,
-                [] if routing else None,
-                _prompt=prompt,
-                _limit=self._room(prompt_ids, each),
-                _key=sampling_key(each.seed),
+        prompt = Prompt(list(prompt_ids), unfinished=len(params), unjoined=len(params))
+        return [self._queue(prompt, each, [] if routing else None, keep) for each in params]
+
+    def extend(self, request: Request, more_ids: Sequence[int], params: SamplingParams) -> Request:
+        """Queue a continuation of a finished request that was added with `keep`.
+
+        The new prompt is the old one, its tokens and `more_ids`; only what the cache does not have
+        is computed. The new request's `routed_experts` cover the whole prompt. It is kept like the
+        old one, which holds nothing any more. The weights must be those of the old request. Errors
+        as in `check`, and then the old request still holds its sequence.
+        """
+        kept = request._kept
+        if kept is None or not self._kept.holds(kept):
+            raise BadInput(
+                "the request holds no sequence to extend",
+                "add it with keep=True, let it finish, and extend or release it once",
             )
-            for each in params
-        ]
-        self._waiting.extend(requests)
-        return requests
+        ids = [*request.prompt_ids, *request.token_ids, *more_ids]
+        self.check(ids, params)
+        request._kept = None
+        experts = request.routed_experts
+        prompt = Prompt(
+            ids,
+            unfinished=1,
+            unjoined=1,
+            kept=kept,
+            fed=kept.length,
+            routed_experts=list(experts or []),
+        )
+        return self._queue(prompt, params, None if experts is None else [], keep=True)
+
+    def release(self, request: Request) -> None:
+        """Give back what a request holds, and end it if it is unfinished; else without effect."""
+        self.abort(request)
+        if request._kept is not None:
+            self._kept.drop(request._kept)
+            request._kept = None
 
     def abort(self, request: Request, reason: FinishReason = "abort") -> None:
-        """End a request now and give back its place; no effect on one that is finished."""
+        """End an unfinished request now; it keeps nothing. No effect on a finished one."""
         if request.finish_reason is not None:
             return
         waiting = len(self._waiting)
         self._waiting = deque(other for other in self._waiting if other is not request)
         if len(self._waiting) == waiting:
             self._running.remove(request)
-            self._reserved -= request._limit - 1
         self._finish(request, reason)
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """One call of the model for everything that runs; the requests that got a token."""
+        """One call of the model for all that runs; returns the requests that got a token."""
         self._admit()
         decoding = [request for request in self._running if request._sequence is not None]
         logits_MV, routed = self._decode(decoding)
@@ -237,32 +224,63 @@ class Engine:
         self._retire(progressed)
         return progressed
 
-    def _room(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
+    def _limit(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
         return min(params.max_tokens, self.context - len(prompt_ids))
+
+    def _queue(
+        self, prompt: Prompt, params: SamplingParams, experts: list[Tensor] | None, keep: bool
+    ) -> Request:
+        request = Request(
+            prompt.ids,
+            params,
+            self.weights_version,
+            experts,
+            _prompt=prompt,
+            _limit=self._limit(prompt.ids, params),
+            _key=sampling_key(params.seed),
+            _keep=keep,
+        )
+        self._waiting.append(request)
+        return request
 
     def _admit(self) -> None:
         """Move requests from the queue while the cache has room for all they may come to hold."""
+        if not self._waiting:
+            return
+        room = self._cache.available - self._promised()
         while self._waiting:
             request = self._waiting[0]
             prompt = request._prompt
             assert prompt is not None
             # The last token is never fed, so it needs no slot.
-            need = request._limit - 1 + (0 if prompt.charged else len(prompt.ids))
-            if self._reserved + need > self.slots:
+            need = request._limit - 1 + (0 if prompt.admitted else prompt.places)
+            if need > room:
+                room += self._kept.make_room(need - room, prompt.kept)
+            if need > room:
                 return
+            room -= need
             self._waiting.popleft()
             self._running.append(request)
-            self._reserved += need
-            if not prompt.charged:
-                prompt.charged = True
-                prompt.sequence = self._cache.allocate()
+            if not prompt.admitted:
+                prompt.admitted = True
+                prompt.sequence = (
+                    self._cache.allocate() if prompt.kept is None else self._kept.take(prompt.kept)
+                )
+                prompt.kept = None
                 self._prefilling.append(prompt)
 
-    def _decode(self, decoding: list[Request]) -> tuple[Tensor, list[Tensor]]:
-        """Feed each decoding request's last token and each unfed prompt's next chunk.
+    def _promised(self) -> int:
+        """Slots that admitted requests and their prompts do not hold yet and may come to hold."""
+        prompts = sum(len(prompt.ids) - prompt.fed for prompt in self._prefilling)
+        # Of n generated tokens n - 1 are in the cache, and the last of `_limit` never will be.
+        return prompts + sum(r._limit - max(len(r.token_ids), 1) for r in self._running)
 
-        Returns logits [decoding, V] and, where a request wants them, each one's experts [MoE
-        layers, k]; what is a prompt's is kept with it.
+    def _decode(self, decoding: list[Request]) -> tuple[Tensor, list[Tensor]]:
+        """Feed the last token of each decoding request and the next chunk of each unfed prompt.
+
+        Returns the decoding requests' logits [decoding, V] and, if a running request asks for them,
+        the experts [MoE layers, k] of all tokens of the call, the decoding requests' first. A
+        prompt's logits and experts are stored in it.
         """
         prefilling = self._prefilling
         additions: list[tuple[int, list[int]]] = []
@@ -278,7 +296,8 @@ class Engine:
             return torch.empty(0, 0), []
         wants_routing = any(request.routed_experts is not None for request in self._running)
         decoded = self.model.decode(self._cache.extend(additions), self._cache, wants_routing)
-        logits_MV, routed = decoded.logits_MV, list[Tensor]()
+        logits_MV = decoded.logits_MV
+        routed: list[Tensor] = []
         if wants_routing:
             fed = sum(len(tokens) for _, tokens in additions)
             experts = decoded.routed_experts  # none of a dense model
@@ -306,9 +325,9 @@ class Engine:
         )
         return max(SMALLEST_CHUNK, SCORES_PER_CALL // (sequences * longest))
 
-    def _join(self, request: Request, prompt: _Prompt) -> None:
-        """Give the request its own sequence: a fork of the prompt's, or that itself for the last
-        one.
+    def _join(self, request: Request, prompt: Prompt) -> None:
+        """Give the request its own sequence: a fork of the prompt's, or for the last request the
+        prompt's itself.
         """
         assert prompt.sequence is not None
         prompt.unjoined -= 1
@@ -321,32 +340,34 @@ class Engine:
         done = False
         for request in progressed:
             if request.token_ids[-1] == self.eos_id and not request.params.ignore_eos:
-                self._finish(request, "stop")
+                self._finish(request, "stop", request._keep)
             elif len(request.token_ids) == request._limit:
-                self._finish(request, "length")
+                self._finish(request, "length", request._keep)
             else:
                 continue
             done = True
-            self._reserved -= request._limit - 1
         if done:
             self._running = [request for request in self._running if request.finish_reason is None]
 
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        """Free what the request alone holds, and its prompt with the last request that shares it."""
+    def _finish(self, request: Request, reason: FinishReason, keep: bool = False) -> None:
+        """Keep or free the request's sequence, and free its prompt with the last that shares it."""
         prompt = request._prompt
         assert prompt is not None
-        request.finish_reason, request._prompt = reason, None
-        if request._sequence is not None:
-            self._cache.free(request._sequence)
-            request._sequence = None
-        else:
+        request.finish_reason = reason
+        request._prompt = None
+        if request._sequence is None:
             prompt.unjoined -= 1
+        elif keep:
+            request._kept = self._kept.add(request._sequence)
+        else:
+            self._cache.free(request._sequence)
+        request._sequence = None
         prompt.unfinished -= 1
         if prompt.unfinished:
             return
         if prompt.sequence is not None:
             self._cache.free(prompt.sequence)
             prompt.sequence = None
-        if prompt.charged:
-            self._reserved -= len(prompt.ids)
+        if prompt.kept is not None:
+            self._kept.drop(prompt.kept)
         self._prefilling = [other for other in self._prefilling if other is not prompt]

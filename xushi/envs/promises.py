@@ -39,7 +39,7 @@ def declared(probe: Probe, found: type[Environment]) -> str:
     name = getattr(found, "name", None)
     version = getattr(found, "version", None)
     if not isinstance(name, str) or not name.isidentifier():
-        raise Broken(f"name is {name!r}", 'set the class attribute name, such as name = "game"')
+        raise Broken(f"name is {name!r}", 'set the class attribute name, such as name = "my_task"')
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise Broken(f"version is {version!r}", "set the class attribute version, from 1 on")
     probe.environment = _made(probe, found)
@@ -53,7 +53,7 @@ def declared(probe: Probe, found: type[Environment]) -> str:
     missing = [key for key, text in vars(card).items() if not text]
     if missing:
         raise Broken(f"card() leaves {', '.join(missing)} empty", "fill in every field")
-    return f"{name}, version {version}, {len(tools)} tools, {card.tasks}"
+    return f"{name}, version {version}, {_count(len(tools), 'tool')}, {card.tasks}"
 
 
 def splits(probe: Probe) -> str:
@@ -91,7 +91,7 @@ def solved(probe: Probe) -> str:
                 "make solve return an episode that score finds right",
             )
         turns = max(turns, sum(message.role == "assistant" for message in transcript))
-    return f"{LOOKED_AT * len(SPLITS)} tasks, at most {turns} turns"
+    return f"{LOOKED_AT * len(SPLITS)} tasks, at most {_count(turns, 'turn')}"
 
 
 def exploits(probe: Probe) -> str:
@@ -142,7 +142,7 @@ def anything(probe: Probe) -> str:
                         "make reply return None after some number of turns, whatever is said",
                     )
             longest = max(longest, len(transcript) // 2)
-    return f"at most {longest} turns"
+    return f"at most {_count(longest, 'turn')}"
 
 
 def demonstrations(probe: Probe) -> str:
@@ -295,6 +295,10 @@ def _malformed(solution: Sequence[Message]) -> Iterator[list[Message]]:
             if role != message.role:
                 yield [*solution[:place], replace(message, role=role), *solution[place + 1 :]]
     yield list(reversed(solution))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _instance(task: Task) -> str:

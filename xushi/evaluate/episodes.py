@@ -1,22 +1,27 @@
 """Episodes: a model answers an environment's tasks. Reinforcement learning and evaluation both
 sample here.
 
-What an episode gives depends on the weights, its task and its seed alone, but for rounding that
-differs with the batch. Not here: what is learned from an episode (rl) and rates over many (measure).
+An episode depends on the weights, its task and its seed alone, but for rounding that differs with
+the batch. Not here: what is learned from an episode (rl), and rates over many (measure).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from torch import Tensor
 
 from xushi.base.errors import Failed
 from xushi.base.messages import Message
 from xushi.base.seeds import derive
-from xushi.engine import Request, SamplingParams, generate_ids
+from xushi.engine import Engine, Request, SamplingParams, generate_ids
 from xushi.envs import Environment, Score, Task
 from xushi.model import Deepseek
 from xushi.tokenizer import Tokenizer, encode_chat, encode_outputs, parse_assistant
+
+# Cache slots for episodes with tools, whose sequences are kept between turns. Where they need more,
+# the engine moves kept ones out of the cache and back.
+MOST_SLOTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,18 @@ def play(
         for task, each in zip(tasks, params, strict=True)
     ]
     context = model.config.max_position_embeddings
+    sequences = None
+    if environment.tools:
+        slots = max(context, min(len(players) * context, MOST_SLOTS))
+        sequences = _KeptSequences(Engine(model, tokenizer.eos_id, slots), routing)
     playing = players
-    while playing:
-        prompts = [player.prompt for player in playing]
-        each = [player.turn_params() for player in playing]
-        requests = generate_ids(model, prompts, each, eos_id=tokenizer.eos_id, routing=routing)
+    while playing:  # one turn of each
+        if sequences is not None:
+            requests = sequences.sample(playing)
+        else:
+            prompts = [player.prompt for player in playing]
+            each = [player.turn_params() for player in playing]
+            requests = generate_ids(model, prompts, each, eos_id=tokenizer.eos_id, routing=routing)
         for player, request in zip(playing, requests, strict=True):
             player.take(request, context)
         playing = [player for player in playing if not player.finish_reason]
@@ -104,7 +116,7 @@ def examples_of(episode: Episode) -> list[tuple[list[int], list[bool]]]:
 
 
 class _Player:
-    """One episode in progress. It is given a request per turn and has the prompt of the next one."""
+    """One episode in progress: it takes each turn's request and has the prompt of the next one."""
 
     def __init__(
         self,
@@ -207,3 +219,31 @@ class _Player:
             *encode_chat(self._tokenizer, transcript, self._environment.tools),
             *self._forced,
         ]
+
+
+class _KeptSequences:
+    """Samples turns of episodes whose sequences stay with the engine between turns."""
+
+    def __init__(self, engine: Engine, routing: bool) -> None:
+        self._engine = engine
+        self._routing = routing
+        self._last: dict[_Player, Request] = {}
+
+    def sample(self, playing: Sequence[_Player]) -> list[Request]:
+        """The next turn of each. Sequences that no player goes on with are given back."""
+        goes_on = {player for player in playing if player.extends}
+        for player in [player for player in self._last if player not in goes_on]:
+            self._engine.release(self._last.pop(player))
+        begins = [player for player in playing if not player.extends]
+        for prompt, group in groupby(begins, key=lambda player: player.prompt):
+            members = list(group)
+            params = [player.turn_params() for player in members]
+            requests = self._engine.add_group(prompt, params, self._routing, keep=True)
+            self._last |= dict(zip(members, requests, strict=True))
+        for player in [player for player in playing if player.extends]:
+            last = self._last[player]
+            more = player.prompt[len(last.prompt_ids) + len(last.token_ids) :]
+            self._last[player] = self._engine.extend(last, more, player.turn_params())
+        while self._engine.has_work:
+            self._engine.step()
+        return [self._last[player] for player in playing]

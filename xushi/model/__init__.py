@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from xushi.model.batch import Batch
     from xushi.model.cache import FlatTokens, LatentCache
     from xushi.model.deepseek import Decoded, Deepseek, Hidden, Logits
-    from xushi.model.objective import LossCounts, LossParts, next_token_loss, pretraining_loss
+    from xushi.model.objective import (
+        LossCounts,
+        LossParts,
+        LossWeights,
+        next_token_loss,
+        pretraining_loss,
+    )
     from xushi.model.weights import load_pretrained, save_pretrained
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "Logits",
     "LossCounts",
     "LossParts",
+    "LossWeights",
     "ModelConfig",
     "RopeScaling",
     "from_published",
@@ -52,6 +59,7 @@ _PLACES = {
     "Logits": "deepseek",
     "LossCounts": "objective",
     "LossParts": "objective",
+    "LossWeights": "objective",
     "next_token_loss": "objective",
     "pretraining_loss": "objective",
     "load_pretrained": "weights",

@@ -126,6 +126,23 @@ class LatentCache:
         self.truncate(sequence, 0)
         del self._slots[sequence]
 
+    def unload(self, sequence: int) -> list[Tensor]:
+        """Free a sequence and return what it held: [tokens, width] of each layer, on the CPU."""
+        slots = torch.tensor(self._slots[sequence], dtype=torch.int64, device=self.device)
+        entries = [layer.index_select(0, slots).cpu() for layer in self.layers]
+        self.free(sequence)
+        return entries
+
+    def load(self, entries: Sequence[Tensor]) -> int:
+        """A new sequence that holds what `unload` returned; it takes a slot for each token."""
+        self._check_room(len(entries[0]))
+        sequence = self.allocate()
+        slots = self._append(sequence, len(entries[0]))
+        index = torch.tensor(slots, dtype=torch.int64, device=self.device)
+        for layer, values in zip(self.layers, entries, strict=True):
+            layer.index_copy_(0, index, values.to(self.device))
+        return sequence
+
     def extend(
         self, additions: Sequence[tuple[int, Sequence[int]]], wanted: str = "last"
     ) -> FlatTokens:
@@ -135,12 +152,7 @@ class LatentCache:
         token. `wanted` is "last" (logits of each sequence's last new token, in the order given) or
         "all" (of every new token).
         """
-        needed = sum(len(tokens) for _, tokens in additions)
-        if needed > self.available:
-            raise Failed(
-                f"the cache has {self.available} free slots and {needed} are needed",
-                "ask for fewer or shorter sequences at once, or give the cache more slots",
-            )
+        self._check_room(sum(len(tokens) for _, tokens in additions))
         tokens_N: list[int] = []
         rows: list[int] = []
         columns: list[int] = []
@@ -163,6 +175,13 @@ class LatentCache:
         return FlatTokens(
             *(torch.tensor(part, dtype=torch.int64, device=self.device) for part in parts)
         )
+
+    def _check_room(self, needed: int) -> None:
+        if needed > self.available:
+            raise Failed(
+                f"the cache has {self.available} free slots and {needed} are needed",
+                "ask for fewer or shorter sequences at once, or give the cache more slots",
+            )
 
     def _append(self, sequence: int, count: int) -> list[int]:
         """Give `sequence` `count` free slots."""

@@ -89,7 +89,7 @@ class ModelConfig(StrictConfig):
     config.json.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     model_type: Literal["deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4"] = "deepseek_v3"
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
@@ -232,13 +232,15 @@ class ModelConfig(StrictConfig):
                 f"n_routed_experts={self.n_routed_experts} is not divisible by "
                 f"n_group={self.n_group}"
             )
-        if self.has_router_bias and not self.is_v4 and self.n_routed_experts // self.n_group < 2:
+        size = self.n_routed_experts // self.n_group
+        # A single group is not scored, so it may have a single expert: then the layer is dense.
+        if self.has_router_bias and self.n_group > 1 and size < 2:
             raise ValueError(
                 "a group needs at least 2 experts: its score is the sum of its two best"
             )
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group={self.topk_group} exceeds n_group={self.n_group}")
-        if self.num_experts_per_tok > self.topk_group * (self.n_routed_experts // self.n_group):
+        if self.num_experts_per_tok > self.topk_group * size:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds the experts of "
                 "topk_group groups"
@@ -278,8 +280,8 @@ class ModelConfig(StrictConfig):
         for name in ("head_dim", "index_head_dim"):
             if getattr(self, name) < self.qk_rope_head_dim:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} is less than its rotated part, qk_rope_head_dim="
-                    f"{self.qk_rope_head_dim}"
+                    f"{name}={getattr(self, name)} is less than its rotated part, "
+                    f"qk_rope_head_dim={self.qk_rope_head_dim}"
                 )
         if self.num_attention_heads % self.o_groups:
             raise ValueError(
@@ -294,6 +296,9 @@ class ModelConfig(StrictConfig):
                 f"num_hash_layers={self.num_hash_layers} exceeds num_hidden_layers="
                 f"{self.num_hidden_layers}"
             )
+        self._consistent_ratios()
+
+    def _consistent_ratios(self) -> None:
         if self.compress_rate_csa == self.compress_rate_hca:
             raise ValueError(
                 "compress_rate_csa and compress_rate_hca must differ (both "

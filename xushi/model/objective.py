@@ -1,5 +1,5 @@
-"""What a DeepSeek is trained to minimise: next-token loss, the MTP losses, the balance loss, and
-the indexer's own.
+"""What a DeepSeek is trained to minimise: next-token loss, MTP losses, balance losses, and the
+indexers' losses.
 
 Axes: B batch, T tokens, D hidden, N = B*T, E experts, k experts per token, G segments of a batch.
 """
@@ -17,11 +17,20 @@ from xushi.ops import RouterChoice, cross_entropy
 
 
 @dataclass(frozen=True)
-class LossParts:
-    """`total` is what is differentiated; the rest are its parts, unweighted, and the experts' loads
-    [E] per router.
+class LossWeights:
+    """What the parts of the loss are multiplied by; `mtp` is shared by all MTP depths."""
 
-    `residual` is what the next stage of a pipeline takes in, where there is one.
+    mtp: float
+    balance: float
+    indexer: float = 1.0
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """`total` is what is differentiated; the others are its parts, unweighted and detached.
+
+    `loads` holds, for each router, how many tokens chose each expert [E]. `residual` is what the
+    next pipeline stage takes as input, None in the last stage.
     """
 
     total: Tensor
@@ -35,11 +44,12 @@ class LossParts:
 
 @dataclass(frozen=True)
 class LossCounts:
-    """What the losses of a batch are means over, as float64 scalars: a batch that is spread over
-    processes has the sum of theirs, and then its processes' losses add up to the whole's.
+    """Denominators of the mean losses, float64 [1 + MTP depths] each.
 
-    `targets` of the next token and of each MTP depth; `fed`: the tokens that the trunk's layers and
-    each MTP layer take in.
+    They are global counts: where a batch is shared by several processes they are summed over all of
+    them, so that the processes' losses sum to the batch's loss. `targets` counts the target tokens
+    of the next token and of each MTP depth; `fed` counts the tokens that the trunk and each MTP
+    layer take as input.
     """
 
     targets: Tensor
@@ -47,7 +57,7 @@ class LossCounts:
 
     @classmethod
     def of(cls, batch: Batch, depths: int) -> "LossCounts":
-        """Of one batch, for a model with so many MTP depths: [1 + depths] each."""
+        """The counts of one batch, for a model with this many MTP depths."""
         segments, mask = batch.segments, batch.loss_mask
         targets = [
             mask.sum(),
@@ -61,7 +71,7 @@ class LossCounts:
 
 
 def _same_segment(segments_BT: Tensor, ahead: int) -> Tensor:
-    """Whether the token so many places ahead belongs to the same segment."""
+    """Whether the token `ahead` places later belongs to the same segment."""
     same = torch.roll(segments_BT, -ahead, dims=1) == segments_BT
     same[:, same.shape[1] - ahead :] = False
     return same
@@ -73,9 +83,7 @@ def _mtp_targets(mask_BT: Tensor, segments_BT: Tensor, depth: int) -> Tensor:
 
 
 def _mtp_fed(segments_BT: Tensor, depth: int) -> Tensor:
-    """The segments that MTP layer `depth` takes in; -1 where its input is padding or another
-    document's.
-    """
+    """The segments of MTP layer `depth`'s input; -1 where it is padding or another document's."""
     return segments_BT.where(_same_segment(segments_BT, depth - 1), -1)
 
 
@@ -98,7 +106,7 @@ def next_token_loss(
 
 
 def expert_loads(choice: RouterChoice, valid_N: Tensor) -> Tensor:
-    """How many of the valid tokens chose each expert: [E] float32."""
+    """How many of the valid tokens chose each expert: float32 [E]."""
     experts = choice.scores_NE.shape[1]
     chosen = choice.indices_Nk[valid_N].flatten()
     return torch.bincount(chosen, minlength=experts).float()
@@ -112,8 +120,8 @@ def sequence_balance_loss(
 
     f_e = E / (k n) * tokens of the document that chose e; P_e = their mean normalised score.
     Documents are weighted by their length n, so a packed batch has the loss of its documents run
-    alone; padding (segment -1) is left out. `count` is how many tokens the whole batch has where
-    these are a part of it.
+    alone; padding (segment -1) is left out. `count` is the number of tokens of the whole batch,
+    where these are only a part of it.
     """
     scores_NE, indices_Nk = choice.scores_NE, choice.indices_Nk
     experts, per_token = scores_NE.shape[1], indices_Nk.shape[1]
@@ -139,22 +147,30 @@ def sequence_balance_loss(
     ).clamp(min=1)
 
 
-def indexer_loss(divergences: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """V3.2's (arXiv:2512.02556, eqs. 3 and 4): KL of the indexer from the attention, a mean over
-    tokens, summed over layers.
-
-    Each layer's divergence [B, T] comes with the segments [B, T] it counts for and how many tokens
-    that is in the whole batch. The paper sums over tokens.
+def indexer_loss(divergences: "list[_Divergence]") -> Tensor:
+    """V3.2's loss (arXiv:2512.02556, eqs. 3 and 4): the KL divergence of the indexer from the
+    attention, a mean over tokens, summed over layers. The paper sums over tokens.
     """
     return torch.stack(
-        [(d_BT * _mean_over(s_BT >= 0, count)).sum() for d_BT, s_BT, count in divergences]
+        [(d.divergence_BT * _mean_over(d.segments_BT >= 0, d.count)).sum() for d in divergences]
     ).sum()
 
 
 @dataclass(frozen=True)
+class _Divergence:
+    """An indexer's divergence from its layer's attention, with what it is a mean over."""
+
+    divergence_BT: Tensor
+    segments_BT: Tensor
+    count: Tensor
+
+
+@dataclass(frozen=True)
 class _Routed:
-    """A layer's routing with the segments [B, T] it counts for (-1 where its input is padding or
-    another document's), and how many tokens that is in the whole batch.
+    """A layer's routing, with what its losses are means over.
+
+    `segments_BT` are those of the layer's input, -1 where that is padding or another document's;
+    `count` is how many of its tokens the whole batch has.
     """
 
     choice: RouterChoice
@@ -162,26 +178,59 @@ class _Routed:
     count: Tensor
 
 
-def _mtp_losses(
-    model: Deepseek, trunk: Hidden, batch: Batch, counts: LossCounts
-) -> tuple[list[Tensor], dict[str, _Routed], list[tuple[Tensor, Tensor, Tensor]]]:
-    """Each depth's mean loss, the routing of its layer and its indexer's divergence.
+@dataclass(frozen=True)
+class _Layers:
+    """What the layers that have run leave for the losses of layers."""
+
+    routed: dict[str, _Routed]
+    divergences: list[_Divergence]
+
+    @classmethod
+    def of_trunk(
+        cls, model: Deepseek, trunk: Hidden, batch: Batch, counts: LossCounts
+    ) -> "_Layers":
+        """Those of the trunk's layers."""
+        names = [name for name in model.routers() if int(name) < model.config.num_hidden_layers]
+        places = (batch.segments, counts.fed[0])
+        return cls(
+            {n: _Routed(c, *places) for n, c in zip(names, trunk.routing, strict=True)},
+            [_Divergence(divergence_BT, *places) for divergence_BT in trunk.index_divergence],
+        )
+
+    def balance_loss(self, model: Deepseek) -> Tensor:
+        """The sum of the balance losses of all routers that learn; needs one routed layer."""
+        learnt = [r for n, r in self.routed.items() if not model.config.is_hash_routed(int(n))]
+        zero = next(iter(self.routed.values())).choice.scores_NE.new_zeros(())
+        return sum(
+            (sequence_balance_loss(r.choice, r.segments_BT, r.count) for r in learnt), start=zero
+        )
+
+    def loads(self) -> dict[str, Tensor]:
+        """How many tokens chose each expert, by router."""
+        return {
+            name: expert_loads(routed.choice, (routed.segments_BT >= 0).flatten())
+            for name, routed in self.routed.items()
+        }
+
+
+def _mtp_loss(
+    model: Deepseek, trunk: Hidden, batch: Batch, counts: LossCounts, layers: _Layers
+) -> Tensor:
+    """The mean of the MTP depths' losses; what their layers leave is added to `layers`.
 
     At depth d the input at place i is the embedding of token i+d and the target is token i+d+1,
-    both read from `targets`; places whose i+d+1 leaves the segment, or is not trained on, have no
-    loss.
+    both read from `targets`. Places whose token i+d+1 is outside the segment, or is not trained on,
+    have no loss.
     """
-    targets, segments, carried = batch.targets, batch.segments, trunk.carried
+    targets, carried = batch.targets, trunk.carried
     losses: list[Tensor] = []
-    routing: dict[str, _Routed] = {}
-    divergences: list[tuple[Tensor, Tensor, Tensor]] = []
     for depth, layer in enumerate(model.mtp_layers, start=1):
         embedded = F.embedding(
             torch.roll(targets, 1 - depth, dims=1), model.model.embed_tokens.weight
         )
         predicted = model.block(layer.predict, carried, embedded, trunk.sequences)
         carried = predicted.carried
-        valid = _mtp_targets(batch.loss_mask, segments, depth)
+        valid = _mtp_targets(batch.loss_mask, batch.segments, depth)
         losses.append(
             next_token_loss(
                 model,
@@ -190,96 +239,69 @@ def _mtp_losses(
                 _mean_over(valid, counts.targets[depth]),
             )
         )
-        fed = _mtp_fed(segments, depth)
+        places = (_mtp_fed(batch.segments, depth), counts.fed[depth])
         if predicted.choice is not None:
             name = str(model.config.num_hidden_layers + depth - 1)
-            routing[name] = _Routed(predicted.choice, fed, counts.fed[depth])
+            layers.routed[name] = _Routed(predicted.choice, *places)
         if predicted.divergence_BT is not None:
-            divergences.append((predicted.divergence_BT, fed, counts.fed[depth]))
-    return losses, routing, divergences
+            layers.divergences.append(_Divergence(predicted.divergence_BT, *places))
+    return torch.stack(losses).mean()
+
+
+def _main_loss(model: Deepseek, trunk: Hidden, batch: Batch, counts: LossCounts) -> Tensor:
+    """The next-token loss; zero in a pipeline stage that does not have the head."""
+    if not model.ends:
+        return trunk.hidden_BTD.new_zeros(())
+    weights_BT = _mean_over(batch.loss_mask, counts.targets[0])
+    return next_token_loss(model, trunk.hidden_BTD, batch.targets, weights_BT)
+
+
+def _check_warmup(model: Deepseek) -> None:
+    """`BadInput` if a whole model without an indexer that learns is to warm one up."""
+    if model.begins and model.ends:
+        raise BadInput(
+            "indexer_warmup_steps without an indexer that learns",
+            "it is for deepseek_v32 models and deepseek_v4 models with sparse layers, and for an "
+            "indexer_weight above 0",
+        )
 
 
 def pretraining_loss(
     model: Deepseek,
     batch: Batch,
+    weights: LossWeights,
     *,
-    mtp_weight: float,
-    balance_weight: float,
-    indexer_weight: float = 1.0,
     indexer_warmup: bool = False,
     counts: LossCounts | None = None,
     residual: Tensor | None = None,
 ) -> LossParts:
-    """L = next token + mtp_weight / depths * sum of MTP losses + balance_weight * sum of balance
-    losses over layers + indexer_weight * sum of the indexers' losses over layers, where there are
-    indexers.
+    """L = next token + mtp weight * mean of the MTP losses + balance weight * sum of the balance
+    losses over layers + indexer weight * sum of the indexers' losses over layers.
 
-    With `indexer_warmup` attention is dense and the indexers' loss is all that is differentiated
-    (V3.2, section 2.1.1). `batch` has the design's tensors: tokens, targets, positions, segments
-    (int64) and loss_mask (bool), all [B, T]. Every loss is a mean over its target tokens (V3, eqs.
-    17-20 and 24-25). An MTP depth with nothing to predict gives zero. `counts` are those of the
-    whole batch where this is a part of it; then the parts' losses and gradients add up to the
-    whole's. So do those of a pipeline's stages, whose `residual` comes from the stage before.
+    Every loss is a mean over its target tokens (V3, eqs. 17-20 and 24-25). With `indexer_warmup`
+    attention is dense and only the indexers' loss is differentiated (V3.2, section 2.1.1);
+    `BadInput` if no indexer learns. `counts` are those of the whole batch where this is a part of
+    it: the parts' losses and gradients then sum to the whole's. So do those of pipeline stages,
+    whose `residual` is the output of the stage before.
     """
     counts = counts or LossCounts.of(batch, model.config.num_nextn_predict_layers)
-    index_loss = model.config.has_indexer and indexer_weight > 0
-    trunk = model.hidden(
-        batch.tokens,
-        batch.positions,
-        batch.segments,
-        dense=indexer_warmup,
-        index_loss=index_loss,
-        residual=residual,
-    )
-    next_token = (
-        next_token_loss(
-            model,
-            trunk.hidden_BTD,
-            batch.targets,
-            _mean_over(batch.loss_mask, counts.targets[0]),
-        )
-        if model.ends
-        else trunk.hidden_BTD.new_zeros(())
-    )
-    names = [name for name in model.routers() if int(name) < model.config.num_hidden_layers]
-    routing = {
-        name: _Routed(choice, batch.segments, counts.fed[0])
-        for name, choice in zip(names, trunk.routing, strict=True)
-    }
-    divergences = [
-        (divergence_BT, batch.segments, counts.fed[0]) for divergence_BT in trunk.index_divergence
-    ]
+    index_loss = model.config.has_indexer and weights.indexer > 0
+    inputs = (batch.tokens, batch.positions, batch.segments)
+    trunk = model.hidden(*inputs, dense=indexer_warmup, index_loss=index_loss, residual=residual)
+    next_token = _main_loss(model, trunk, batch, counts)
+    layers = _Layers.of_trunk(model, trunk, batch, counts)
     mtp = balance = indexer = next_token.new_zeros(())
-    if model.mtp_layers and mtp_weight:
-        losses, mtp_routing, mtp_divergences = _mtp_losses(model, trunk, batch, counts)
-        mtp = torch.stack(losses).mean()
-        routing |= mtp_routing
-        divergences += mtp_divergences
-    if routing and balance_weight:
-        learnt = [r for name, r in routing.items() if not model.config.is_hash_routed(int(name))]
-        balance = sum(
-            (sequence_balance_loss(r.choice, r.segments_BT, r.count) for r in learnt), start=balance
-        )
-    loads = {
-        name: expert_loads(r.choice, (r.segments_BT >= 0).flatten()) for name, r in routing.items()
-    }
-    if divergences:
-        indexer = indexer_loss(divergences)
-    elif indexer_warmup and model.begins and model.ends:
-        raise BadInput(
-            "indexer_warmup_steps without an indexer that learns",
-            "it is for deepseek_v32 models and "
-            "deepseek_v4 models with sparse layers, and for an indexer_weight above 0",
-        )
-    total = indexer_weight * indexer
+    if model.mtp_layers and weights.mtp:
+        mtp = _mtp_loss(model, trunk, batch, counts, layers)
+    if layers.routed and weights.balance:
+        balance = layers.balance_loss(model)
+    if layers.divergences:
+        indexer = indexer_loss(layers.divergences)
+    elif indexer_warmup:
+        _check_warmup(model)
+    total = weights.indexer * indexer
     if not indexer_warmup:
-        total = next_token + mtp_weight * mtp + balance_weight * balance + total
-    return LossParts(
-        total,
-        next_token.detach(),
-        mtp.detach(),
-        balance.detach(),
-        indexer.detach(),
-        loads,
-        None if model.ends else trunk.hidden_BTD,
-    )
+        total = next_token + weights.mtp * mtp + weights.balance * balance + total
+    residual = None if model.ends else trunk.hidden_BTD
+    values = next_token.detach(), mtp.detach(), balance.detach(), indexer.detach()
+    return LossParts(total, *values, layers.loads(), residual)

@@ -18,8 +18,13 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def rope_frequencies(width: int, theta: float) -> Tensor:
-    """The frequency theta^(-2i/R) of each pair i: [R/2] in float32, radians per position."""
-    return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    """The frequency theta^(-2i/R) of each pair i, in radians per position: [R/2] float32, on the CPU.
+
+    On the meta device, where models are built before their files are read, `arange` would import
+    torch's compiler, for more than a second.
+    """
+    pairs = torch.arange(0, width, 2, dtype=torch.float32, device="cpu")
+    return 1.0 / theta ** (pairs / width)
 
 
 def yarn_frequencies(
@@ -44,7 +49,8 @@ def yarn_frequencies(
     low = max(math.floor(pair_that_turns(beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(beta_slow)), width - 1)
     span = (high - low) or 0.001
-    ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    pairs = torch.arange(width // 2, dtype=torch.float32, device="cpu")
+    ramp = ((pairs - low) / span).clamp(0, 1)
     frequencies = rope_frequencies(width, theta)
     return frequencies / factor * ramp + frequencies * (1 - ramp)
 

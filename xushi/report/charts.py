@@ -50,14 +50,14 @@ class Axes:
     """The frame of a line chart: its titles, its height in pixels and the reach of its vertical
     axis.
 
-    The axis goes down at least to `y_floor` and ends at about `y_limit`, whatever lies above.
+    The axis goes down at least to `y_lowest` and ends at about `y_limit`, whatever lies above.
     """
 
     title: str
     x_label: str
     y_label: str
     height: int = 240
-    y_floor: float | None = None
+    y_lowest: float | None = None
     y_limit: float = math.inf
 
 
@@ -204,8 +204,8 @@ def heat_map(
 def _plane(series: Sequence[Series], levels: Sequence[Reference], axes: Axes) -> _Plane | None:
     finite = [point for one in series for stretch in runs(one.points) for point in stretch]
     reached = [min(y, axes.y_limit) for _, y in finite] + [one.value for one in levels]
-    if axes.y_floor is not None:
-        reached.append(axes.y_floor)
+    if axes.y_lowest is not None:
+        reached.append(axes.y_lowest)
     x_scale = linear((x for x, _ in finite), 6)
     y_scale = linear(reached, 4, rounded=True)
     if x_scale is None or y_scale is None:

@@ -68,12 +68,15 @@ def page_of(run: Run) -> str:
 
 def _header(run: Run, name: str) -> str:
     began = run.began()
-    day = "" if began is None else f" · {datetime.fromtimestamp(began, UTC):%Y-%m-%d}"
+    day = ""
+    if began is not None:
+        date = datetime.fromtimestamp(began, UTC)
+        day = f' · <span class="day">{date:%Y-%m-%d}</span>'
     sentences = (words.control_run(run), words.reinforcement(run), words.yardstick(run))
     return (
         '<header><div class="kicker"><span class="mark">xushi</span>'
         '<span class="hanzi" lang="zh-Hans"><span class="void">虚</span>实</span>'
-        f"<span>{escape(name + day)}</span>"
+        f"<span>{escape(name)}{day}</span>"
         '<button id="theme" type="button" hidden>light / dark</button></div>'
         f"<h1>{escape(words.headline(run))}</h1>"
         + "".join(paragraph(sentence, "lede") for sentence in sentences)

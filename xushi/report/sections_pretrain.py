@@ -244,7 +244,7 @@ def _violation_figure(run: Run, layers: Sequence[int]) -> str:
             for x, y in points:
                 worst[x] = max(worst.get(x, -math.inf), y)
         series = [Series("worst layer", smooth(sorted(worst.items())), 1)]
-    axes = Axes("Maximal violation", x_label, label, height=170, y_floor=0.0)
+    axes = Axes("Maximal violation", x_label, label, height=170, y_lowest=0.0)
     return figure(line_chart(series, axes), heading="How far from even")
 
 
@@ -258,7 +258,7 @@ def _health_figures(run: Run) -> str:
     charts = []
     for name, label, tone in wanted:
         points, x_label = _against_tokens(run, run.series("pretrain", name))
-        axes = Axes(label, x_label, label, height=110, y_floor=0.0)
+        axes = Axes(label, x_label, label, height=110, y_lowest=0.0)
         charts.append(figure(line_chart([Series("", points, tone)], axes)))
     return small_figures(charts)
 

@@ -33,7 +33,7 @@ class _Curve:
     name: str
     label: str
     tone: int
-    floor: float | None = 0.0
+    lowest: float | None = 0.0
     falls: bool = False  # fast at first: the first values may lie above the frame
 
 
@@ -43,7 +43,7 @@ _HEALTH = (
     _Curve("truncated", "share of answers cut off", 1),
     _Curve("with_signal", "share of tasks answered both right and wrong", 4),
     _Curve("logprob_difference", "log-probability of a token, trainer against sampler", 5),
-    _Curve("loss", "loss", 0, floor=None),
+    _Curve("loss", "loss", 0, lowest=None),
 )
 
 
@@ -54,7 +54,7 @@ def has_rl(run: Run) -> bool:
 
 def sft_section(run: Run) -> str:
     """Supervised fine-tuning: its numbers and its loss."""
-    loss = _Curve("loss", "loss, nats per token", 0, floor=None, falls=True)
+    loss = _Curve("loss", "loss, nats per token", 0, lowest=None, falls=True)
     charts = _curves(run, "sft", (loss,))
     facts = stages.sentence(run, "sft")
     if not charts and not facts:
@@ -150,7 +150,7 @@ def _curve_figure(run: Run, stage: str, curve: _Curve) -> str:
         lines = [replace(lines[0], faint=True), Series("", means, curve.tone)]
     limit = early_limit(points, means) if curve.falls else math.inf
     title = f"{stage}: {curve.label}"
-    axes = Axes(title, "step", curve.label, height=150, y_floor=curve.floor, y_limit=limit)
+    axes = Axes(title, "step", curve.label, height=150, y_lowest=curve.lowest, y_limit=limit)
     return figure(line_chart(lines, axes), above_frame(points, frame_top(lines, axes)).strip())
 
 
@@ -281,20 +281,42 @@ def _sample(pair: _Pair, columns: dict[str, str]) -> str:
 
 
 def _answer(title: str, entry: dict[str, Any]) -> str:
-    reasoning = _string(entry, "reasoning")
-    content = _string(entry, "content")
     right = entry.get("right")
     sign = ""
     if isinstance(right, bool):
         sign = f'<span class="sign {"right" if right else "wrong"}">'
         sign += "✓ right</span>" if right else "✗ wrong</span>"
-    thought = (
-        text_block(reasoning, "thought")
-        if reasoning.strip()
-        else '<p class="silent">does not think</p>'
-    )
-    answer = text_block(content) if content.strip() else '<p class="silent">gives no answer</p>'
-    return f'<div class="answer"><h4>{escape(title)} {sign}</h4>{thought}{answer}</div>'
+    return f'<div class="answer"><h4>{escape(title)} {sign}</h4>{_transcript(entry)}</div>'
+
+
+def _transcript(entry: dict[str, Any]) -> str:
+    """What followed the question: thoughts, answers, tool calls and what came back."""
+    messages = _dicts(entry.get("transcript"))[1:]
+    if not messages:
+        return ""
+    own = [message for message in messages if message.get("role") == "assistant"]
+    parts = [_message(message) for message in messages]
+    if not any(_string(message, "reasoning_content").strip() for message in own):
+        parts.insert(0, '<p class="silent">does not think</p>')
+    if not own or not _string(own[-1], "content").strip():
+        parts.append('<p class="silent">gives no answer</p>')
+    return "".join(parts)
+
+
+def _message(message: dict[str, Any]) -> str:
+    content = _string(message, "content")
+    if message.get("role") != "assistant":
+        return text_block(f"{_string(message, 'role')}: {content}", "observed")
+    calls = [call.get("function") for call in _dicts(message.get("tool_calls"))]
+    texts = [(_string(message, "reasoning_content"), "thought"), (content, "")]
+    texts += [
+        (f"{_string(call, 'name')} {_string(call, 'arguments')}", "call") for call in _dicts(calls)
+    ]
+    return "".join(text_block(text, kind) for text, kind in texts if text.strip())
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _string(entry: dict[str, Any], key: str) -> str:

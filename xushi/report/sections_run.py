@@ -89,11 +89,12 @@ def machine_section(run: Run) -> str:
             ("threads used", run.text("machine.threads")),
             ("memory", run.written("machine.memory_bytes", memory)),
             ("peak memory of the run", run.written("memory.peak_bytes", memory)),
-            ("and of a process it started", run.written("memory.peak_children_bytes", memory)),
+            ("peak memory of a subprocess", run.written("memory.peak_children_bytes", memory)),
             ("number format", run.text("machine.dtype")),
             ("op forms", run.text("machine.op_forms")),
             ("system", run.text("machine.system")),
             ("PyTorch", run.text("machine.torch")),
+            ("Python", run.text("machine.python")),
             ("xushi", run.text("run.version")),
             ("seed", run.text("run.seed")),
         ]

@@ -1,17 +1,15 @@
-"""The stages that the page knows: their titles, and the facts that say in one line what each did.
+"""What the page says of each stage, from the title and the facts that the stage declares.
 
-A run may have other stages (`story`): they are shown with their name and time, and their numbers
-stand in "Every number".
+A run may have stages from somebody's own file, which `xushi.run.stages` does not list: they are
+shown with their name and time, and their numbers are in "Every number".
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 from xushi.report.numbers import count, digits, duration, percent, size
 from xushi.report.read import Run
+from xushi.run.stages import STAGES, Fact
 
-Unit = Literal["count", "size", "percent", "digits", "duration", "text"]
 _WRITERS: dict[str, Callable[[float], str]] = {
     "count": count,
     "size": size,
@@ -21,106 +19,6 @@ _WRITERS: dict[str, Callable[[float], str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Fact:
-    """A value of results.json in words: `key` is its dotted key, `pattern` has one {} for the
-    value.
-    """
-
-    key: str
-    pattern: str
-    unit: Unit
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage: `name` as in the key `seconds.<name>`, `section` the id of the section about it."""
-
-    name: str
-    title: str
-    section: str
-    facts: tuple[Fact, ...]
-
-
-STAGES = (
-    Stage(
-        "data",
-        "Data",
-        "data",
-        (
-            Fact("data.bytes", "{} of text", "size"),
-            Fact("data.documents", "{} documents", "count"),
-            Fact("data.heldout_fraction", "{} held out", "percent"),
-        ),
-    ),
-    Stage(
-        "tokenizer",
-        "Tokenizer",
-        "data",
-        (
-            Fact("tokenizer.vocab_size", "{} tokens in the vocabulary", "count"),
-            Fact("tokenizer.bytes_per_token", "{} bytes of text in a token", "digits"),
-        ),
-    ),
-    Stage(
-        "pretrain",
-        "Pretraining",
-        "pretrain",
-        (
-            Fact("pretrain.tokens", "{} tokens", "count"),
-            Fact("pretrain.steps", "{} steps", "count"),
-            Fact("pretrain.tokens_per_second", "{} tokens a second", "count"),
-            Fact("pretrain.loss", "last loss {} nats a token", "digits"),
-        ),
-    ),
-    Stage(
-        "sft",
-        "Fine-tuning",
-        "sft",
-        (
-            Fact("sft.examples", "{} demonstrations", "count"),
-            Fact("sft.steps", "{} steps", "count"),
-            Fact("sft.loss", "last loss {} nats a token", "digits"),
-        ),
-    ),
-    Stage(
-        "rl",
-        "Reinforcement learning",
-        "rl",
-        (
-            Fact("rl.answers", "{} answers scored", "count"),
-            Fact("rl.steps", "{} steps", "count"),
-            Fact("rl.reward", "last mean reward {}", "digits"),
-        ),
-    ),
-    Stage(
-        "control",
-        "Control",
-        "rl",
-        (
-            Fact(
-                "control.steps",
-                "{} more steps of fine-tuning, for as long as reinforcement learning took",
-                "count",
-            ),
-        ),
-    ),
-    Stage(
-        "evaluate",
-        "Evaluation",
-        "bits",
-        (
-            Fact("evaluate.bits_per_byte", "{} bits per byte on held-out text", "digits"),
-            Fact("rl.tasks", "{} tasks never trained on", "count"),
-        ),
-    ),
-    Stage(
-        "export",
-        "Export",
-        "numbers",
-        (Fact("export.max_logit_difference", "logits read back differ by at most {}", "digits"),),
-    ),
-)
 _KNOWN = {stage.name: stage for stage in STAGES}
 _NO_STAGE = {"total", "this_start"}  # of the keys seconds.<name>
 
@@ -145,7 +43,7 @@ def section_of(name: str) -> str:
 
 
 def sentence(run: Run, name: str) -> str:
-    """What a stage did, in one line of its own numbers; "" if none of them is there."""
+    """What a stage did, in one line of its own numbers; "" if it recorded none of them."""
     facts = _KNOWN[name].facts if name in _KNOWN else ()
     text = ", ".join(part for part in (_part(run, fact) for fact in facts) if part)
     return text[:1].upper() + text[1:]

@@ -64,6 +64,7 @@ margin:0 0 2.4rem}
 SimSun,serif;
 font-size:1.5rem;font-weight:700;color:var(--ink);letter-spacing:.12em;white-space:nowrap}
 .hanzi .void{color:transparent;-webkit-text-stroke:.7px var(--ink)}
+.day{white-space:nowrap}
 .kicker button{margin-left:auto;align-self:center;font:inherit;font-size:.82rem;color:var(--soft);
 background:none;
 border:1px solid var(--line);border-radius:1rem;padding:.1rem .8rem;cursor:pointer;
@@ -163,6 +164,8 @@ font-size:.84rem;line-height:1.5}
 .thought{color:var(--soft);background:var(--panel);border-radius:.35rem;padding:.5rem .75rem;
 margin:0 0 .45rem;
 max-height:14rem;overflow:auto}
+.call,.observed{padding:0 .75rem;margin:0 0 .45rem}.call{color:var(--t3)}
+.observed{color:var(--soft);border-left:2px solid var(--line)}
 .silent{color:var(--soft);font-size:.84rem;font-style:italic;margin:0 0 .45rem}
 pre{background:var(--panel);border-radius:.4rem;padding:1rem 1.15rem;margin:1rem 0;
 max-height:30rem;overflow:auto;

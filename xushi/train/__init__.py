@@ -9,15 +9,18 @@ from xushi.train.config import (
     SFTConfig,
 )
 from xushi.train.examples import PackedExamples, pack_examples
+from xushi.train.fitting import check_layout
+from xushi.train.joining import join, processes_on_this_machine
 from xushi.train.language import Data, LanguageModelStep, training_step
-from xushi.train.layout import Layout, Team, check_layout, join
-from xushi.train.pipeline import PIECES_PER_STAGE, run_stage
+from xushi.train.layout import Layout
+from xushi.train.pipeline import MICROBATCHES_PER_STAGE, run_stage
 from xushi.train.state import TrainingState, chosen_dtype
 from xushi.train.step import Step, StepLoss, StepResult, guarded_update
+from xushi.train.team import Team
 from xushi.train.training import Evaluation, Replayed, Training
 
 __all__ = [
-    "PIECES_PER_STAGE",
+    "MICROBATCHES_PER_STAGE",
     "Data",
     "Evaluation",
     "LanguageModelStep",
@@ -41,6 +44,7 @@ __all__ = [
     "join",
     "latest_checkpoint",
     "pack_examples",
+    "processes_on_this_machine",
     "run_stage",
     "training_step",
 ]

@@ -1,4 +1,4 @@
-"""Short examples packed into batches: demonstrations for fine-tuning, sampled answers for
+"""Short examples packed into batches: demonstrations for fine-tuning, sampled episodes for
 reinforcement learning.
 
 Axes: B rows, T tokens of a row.
@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from xushi.model import Batch
+from xushi.model.batch import PADDING_SEGMENT
+
+Example = tuple[Sequence[int], Sequence[bool]]  # token ids, and which of them are learned
 
 
 @dataclass(frozen=True)
@@ -24,33 +27,16 @@ class PackedExamples:
     places: list[list[int]]
 
 
-def pack_examples(
-    examples: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int, pad_id: int
-) -> PackedExamples:
-    """Lay (ids, learned) examples one after another into rows of `length` tokens, each its own
-    segment.
+def pack_examples(examples: Sequence[Example], length: int, pad_id: int) -> PackedExamples:
+    """Lay examples one after another into rows of `length` tokens, each its own segment.
 
     A row takes examples as long as they fit whole; an example longer than a row gets a row as long
     as itself, and then all rows are that long. Inputs are all ids but the last, targets all but the
     first; only learned targets are in the loss mask.
     """
     length = max([length, *(len(ids) - 1 for ids, _ in examples)])
-    rows: list[list[int]] = []  # indices of the examples of each row
-    room = 0
-    for index, (ids, _) in enumerate(examples):
-        if not rows or len(ids) - 1 > room:
-            rows.append([])
-            room = length
-        rows[-1].append(index)
-        room -= len(ids) - 1
-    shape = (len(rows), length)
-    tokens = torch.full(shape, pad_id, dtype=torch.int64)
-    targets = torch.full(shape, pad_id, dtype=torch.int64)
-    positions, segments = (
-        torch.zeros(shape, dtype=torch.int64),
-        torch.full(shape, -1, dtype=torch.int64),
-    )
-    mask = torch.zeros(shape, dtype=torch.bool)
+    rows = _rows(examples, length)
+    batch = _empty(len(rows), length, pad_id)
     starts = [0] * len(examples)
     places: list[list[int]] = [[] for _ in examples]
     for row, members in enumerate(rows):
@@ -58,14 +44,37 @@ def pack_examples(
         for segment, index in enumerate(members):
             ids, learned = examples[index]
             end = start + len(ids) - 1
-            tokens[row, start:end] = torch.tensor(ids[:-1])
-            targets[row, start:end] = torch.tensor(ids[1:])
-            positions[row, start:end] = torch.arange(end - start)
-            segments[row, start:end] = segment
-            mask[row, start:end] = torch.tensor(learned[1:])
+            batch.tokens[row, start:end] = torch.tensor(ids[:-1])
+            batch.targets[row, start:end] = torch.tensor(ids[1:])
+            batch.positions[row, start:end] = torch.arange(end - start)
+            batch.segments[row, start:end] = segment
+            batch.loss_mask[row, start:end] = torch.tensor(learned[1:])
             starts[index] = row * length + start
-            places[index] = [
-                starts[index] + i for i, is_learned in enumerate(learned[1:]) if is_learned
-            ]
+            places[index] = [starts[index] + i for i, wanted in enumerate(learned[1:]) if wanted]
             start = end
-    return PackedExamples(Batch(tokens, targets, mask, positions, segments), starts, places)
+    return PackedExamples(batch, starts, places)
+
+
+def _rows(examples: Sequence[Example], length: int) -> list[list[int]]:
+    """The indices of each row's examples: in order, as many as fit."""
+    rows: list[list[int]] = []
+    left = 0
+    for index, (ids, _) in enumerate(examples):
+        if not rows or len(ids) - 1 > left:
+            rows.append([])
+            left = length
+        rows[-1].append(index)
+        left -= len(ids) - 1
+    return rows
+
+
+def _empty(rows: int, length: int, pad_id: int) -> Batch:
+    """A batch of padding."""
+    shape = (rows, length)
+    return Batch(
+        tokens=torch.full(shape, pad_id, dtype=torch.int64),
+        targets=torch.full(shape, pad_id, dtype=torch.int64),
+        loss_mask=torch.zeros(shape, dtype=torch.bool),
+        positions=torch.zeros(shape, dtype=torch.int64),
+        segments=torch.full(shape, PADDING_SEGMENT, dtype=torch.int64),
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xushi.data import joined_hash, row_hashes
-from xushi.model import Batch, Deepseek, LossCounts, LossParts, pretraining_loss
+from xushi.model import Batch, Deepseek, LossCounts, LossParts, LossWeights, pretraining_loss
 from xushi.plan import train_flops_per_token
 from xushi.train.config import ObjectiveConfig
 from xushi.train.guards import Problem
@@ -109,13 +109,15 @@ def _objective(
 ) -> Callable[..., LossParts]:
     """The loss of some rows at this step, with the residual of the stage before where there is one."""
 
+    weights = LossWeights(
+        config.mtp_weight_at(number), config.balance_weight, config.indexer_weight
+    )
+
     def loss_of(rows: Batch, residual: Tensor | None = None) -> LossParts:
         return pretraining_loss(
             model,
             rows,
-            mtp_weight=config.mtp_weight_at(number),
-            balance_weight=config.balance_weight,
-            indexer_weight=config.indexer_weight,
+            weights,
             indexer_warmup=config.trains_indexers_alone(number),
             counts=counts,
             residual=residual,

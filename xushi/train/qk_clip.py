@@ -1,25 +1,25 @@
-"""QK-clip: attention scores kept below a limit by scaling down what makes queries and keys, head by
-head.
+"""QK-clip: attention scores kept below a limit by scaling down the query and key projections, head
+by head.
 
 Kimi K2 (arXiv:2507.20534, section 2.1, MuonClip): after a step in which a head's largest score S
-went beyond the limit t, with g = t / S the head's queries and keys without rotation are each scaled
-by sqrt(g), and its rotated queries by g, since the rotated key is shared by all heads. V4 has no
-need of it: its queries and keys are normed.
+exceeded the limit t, with g = t / S the head's queries and keys without rotation are each scaled by
+sqrt(g), and its rotated queries by g, since the rotated key is shared by all heads. V4 does not
+need it: its queries and keys are normed.
 
-Axes: H heads.
+Axes: H heads, A attention layers.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xushi.model import Deepseek
+from xushi.model import Deepseek, ModelConfig
 from xushi.model.attention import MultiHeadLatentAttention
 from xushi.train.layout import Layout, local
 
 
 def _attentions(model: Deepseek) -> dict[str, MultiHeadLatentAttention]:
-    """By their names."""
+    """The latent attentions by their names."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -41,10 +41,11 @@ def watch_scores(model: Deepseek) -> None:
 
 @torch.no_grad()
 def clip_scores(model: Deepseek, limit: float, layout: Layout) -> dict[str, float]:
-    """Scale down the heads whose largest score, over all data processes, was above `limit`; each
-    layer's largest.
+    """Scale down the heads whose largest score, over all data processes, was above `limit`.
+
+    Returns each layer's largest score before.
     """
-    config, found, figures = model.config, _attentions(model), {}
+    found = _attentions(model)
     if not found:
         return {}
     largest_AH = torch.stack(
@@ -52,33 +53,27 @@ def clip_scores(model: Deepseek, limit: float, layout: Layout) -> dict[str, floa
     )
     if layout.data > 1:
         dist.all_reduce(largest_AH, dist.ReduceOp.MAX, layout.group("data"))
+    figures = {}
     for (name, attention), largest_H in zip(found.items(), largest_AH, strict=True):
         figures[f"attention.{name.split('.')[2]}.largest_score"] = float(largest_H.max())
-        factor_H = torch.where(largest_H > limit, limit / largest_H, 1.0)[
-            :, None
-        ]  # exactly 1 for the others
-        root_H = factor_H.sqrt()
-        rotated = config.qk_rope_head_dim
-        query = "q_b_proj" if config.q_lora_rank is not None else "q_proj"
-        for part, rows_HW in (
-            (
-                query,
-                torch.cat(
-                    [root_H.expand(-1, config.qk_nope_head_dim), factor_H.expand(-1, rotated)], 1
-                ),
-            ),
-            (
-                "kv_b_proj",
-                torch.cat(
-                    [
-                        root_H.expand(-1, config.qk_nope_head_dim),
-                        torch.ones_like(root_H).expand(-1, config.v_head_dim),
-                    ],
-                    1,
-                ),
-            ),
-        ):
+        factor_H1 = torch.where(largest_H > limit, limit / largest_H, 1.0)[:, None]
+        for part, rows_HW in _row_factors(factor_H1, model.config).items():
             weight: Tensor = local(getattr(attention, part).weight)
-            here = layout.box(f"{name}.{part}.weight").slices[0]
-            weight.mul_(rows_HW.flatten()[here, None])
+            shard = layout.box(f"{name}.{part}.weight").slices[0]
+            weight.mul_(rows_HW.flatten()[shard, None])
     return figures
+
+
+def _row_factors(factor_H1: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+    """What the rows of the two projections are multiplied by, head by head; exactly 1 where a head
+    is within the limit.
+    """
+    root_H1 = factor_H1.sqrt()
+    plain_HN = root_H1.expand(-1, config.qk_nope_head_dim)
+    rotated_HR = factor_H1.expand(-1, config.qk_rope_head_dim)
+    values_HV = torch.ones_like(root_H1).expand(-1, config.v_head_dim)
+    query = "q_b_proj" if config.q_lora_rank is not None else "q_proj"
+    return {
+        query: torch.cat([plain_HN, rotated_HR], 1),
+        "kv_b_proj": torch.cat([plain_HN, values_HV], 1),
+    }

@@ -14,11 +14,13 @@ from torch import Tensor
 from xushi.base.errors import Failed
 from xushi.base.machine import best_training_dtype
 from xushi.model import Deepseek
+from xushi.train.boxes import Box
 from xushi.train.checkpoint import Checkpoint, SavedCheckpoint, latest_checkpoint
 from xushi.train.config import OptimizationConfig
 from xushi.train.guards import Guard
-from xushi.train.layout import Box, Layout, local
-from xushi.train.optimizer import Optimizer
+from xushi.train.layout import Layout, local
+from xushi.train.optimizer import Optimizer, OptimizerSettings
+from xushi.train.sharding import shard
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -45,17 +47,16 @@ def new_optimizer(
     Newton-Schulz runs in bfloat16 if the model computes in it and the device multiplies it fastest.
     """
     dtype = model.compute_dtype if chosen_dtype("auto", model.device.type) == "bf16" else None
-    return Optimizer(
-        model,
+    settings = OptimizerSettings(
         config.optimizer,
         (config.beta1, config.beta2),
         config.weight_decay,
+        config.epsilon,
+        config.newton_schulz,
         dtype,
-        layout,
-        form=config.newton_schulz,
-        per_head=config.muon_per_head,
-        epsilon=config.epsilon,
+        config.muon_per_head,
     )
+    return Optimizer(model, settings, layout)
 
 
 @dataclass
@@ -80,7 +81,7 @@ class TrainingState:
         """The state before the first step. Shards the model and makes it compute as `config` says."""
         layout = layout or Layout()
         set_compute(model, config)
-        optimizer = new_optimizer(layout.spread(model), config, layout)
+        optimizer = new_optimizer(shard(model, layout), config, layout)
         return cls(model, optimizer, layout, Guard(config.on_spike))
 
     @property
@@ -98,7 +99,9 @@ class TrainingState:
         All processes' together are each tensor exactly once.
         """
         layout, boxes = self.layout, self.boxes
-        shared = layout.shared is not None and layout.stage > 0  # the first stage saves it
+        shared = (
+            layout.shared_embedding is not None and layout.stage > 0
+        )  # the first stage saves it
         return {
             group: {
                 name: tensor
@@ -110,7 +113,7 @@ class TrainingState:
 
     @property
     def boxes(self) -> dict[str, Box]:
-        """Where each shard lies in its whole tensor; a tensor without a box is whole."""
+        """Where each shard lies in its whole tensor; a name without a box is a full tensor."""
         if self.layout.data == 1:
             return {}
         boxes = {name: self.layout.box(name) for name in self.optimizer.parameters}

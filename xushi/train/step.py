@@ -14,8 +14,8 @@ from torch import Tensor
 from xushi.model import Batch
 from xushi.train.balance import router_health, update_router_biases
 from xushi.train.config import OptimizationConfig
+from xushi.train.gradients import Norms, clip_gradients
 from xushi.train.guards import Problem
-from xushi.train.optimizer import Norms, clip_gradients
 from xushi.train.state import TrainingState
 
 

@@ -40,7 +40,12 @@ class Control(TrainingStage):
     in_recipe = False
     follows = RL.name
     main = False
-    facts = (Fact("control.steps", "{} steps of further fine-tuning"),)
+    facts = (
+        Fact(
+            "control.steps",
+            "{} more steps of fine-tuning, for as long as reinforcement learning took",
+        ),
+    )
 
     def __init__(self, recipe: "Recipe") -> None:
         super().__init__(recipe)

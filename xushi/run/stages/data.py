@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from xushi.data import ExtraSource, build_corpus, load_summary, make_document
+from xushi.data import ExtraSource, load_summary, make_document, obtain_corpus
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results, Stage
 
@@ -55,8 +55,8 @@ class Data(Stage):
         return True
 
     def run(self, place: RunPlace) -> DataResults:
-        """Read, divide and write the corpus."""
-        build_corpus(self.config, self._transcripts(), place.corpus)
+        """Read, divide and write the corpus, or link the one that another run made of the same."""
+        obtain_corpus(self.config, self._transcripts(), place.corpus)
         summary = load_summary(place.corpus)
         return DataResults(
             data=CorpusFigures(

@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from xushi.base.files import write_json
-from xushi.data import heldout_batches, heldout_bytes, training_texts
+from xushi.data import heldout_bytes, training_texts
 from xushi.engine import SamplingParams, generate_ids
 from xushi.envs import Environment
 from xushi.evaluate import (
     Episode,
     Rate,
     accuracy,
+    bits_by_document,
     bits_per_byte,
     play_greedily,
     play_sampled,
     shown,
     summarise,
-    total_bits,
     xz_primed,
 )
 from xushi.model import Deepseek
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
 
 SAMPLES_SHOWN = 10
+ROWS_AT_ONCE = 32
+HELDOUT_BITS = "heldout_bits.parquet"  # bits of each held-out document, to compare runs in pairs
 CODE_OPENINGS = (
     "import os\nimport ",
     "def __init__(self, ",
@@ -81,7 +83,7 @@ class EvaluateResults(Results):
 
 
 class Evaluate(ModelStage):
-    """Reads all checkpoints; writes samples.json."""
+    """Reads all checkpoints; writes samples.json and heldout_bits.parquet."""
 
     name = "evaluate"
     title = "Evaluation"
@@ -122,7 +124,9 @@ class Evaluate(ModelStage):
     def _bits(self, place: RunPlace) -> BitsFigures:
         text = heldout_bytes(place.corpus)
         model = self.trained_model(place, self.base)
-        own = total_bits(model, heldout_batches(place.tokens, 32)) / len(text)
+        documents = bits_by_document(model, place.tokens, ROWS_AT_ONCE)
+        documents.write(place.path(HELDOUT_BITS))
+        own = documents.total / len(text)
         others = {name: bits_per_byte(text, name) for name in ("gzip", "xz", "zstd")}
         primed = None
         if self.config.xz_primed:

@@ -39,10 +39,14 @@ class RL(TrainingStage):
     """Reads the checkpoint of the stage before; writes checkpoints/rl."""
 
     name = "rl"
-    title = "Rewards"
+    title = "Reinforcement learning"
     section = "rl"
     needs_environment = True
-    facts = (Fact("rl.steps", "{} steps of answers and rewards"),)
+    facts = (
+        Fact("rl.answers", "{} answers scored"),
+        Fact("rl.steps", "{} steps"),
+        Fact("rl.reward", "last mean reward {}", "digits"),
+    )
 
     def __init__(self, recipe: "Recipe") -> None:
         super().__init__(recipe)

@@ -8,7 +8,11 @@ from xushi.model import Batch
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results
 from xushi.run.stages.checks import check_length, check_model_training
-from xushi.run.stages.lengths import check_episode_length, mean_demonstration_tokens
+from xushi.run.stages.lengths import (
+    check_episode_length,
+    check_tokens,
+    mean_demonstration_tokens,
+)
 from xushi.run.stages.training import TrainingStage, end_mean
 from xushi.tokenizer import Tokenizer, chat_examples
 from xushi.train import Data, LanguageModelStep, SFTConfig, Step, pack_examples
@@ -35,12 +39,13 @@ class SFT(TrainingStage):
     """Reads checkpoints/pretrain; writes checkpoints/sft."""
 
     name = "sft"
-    title = "Demonstrations"
+    title = "Fine-tuning"
     section = "sft"
     needs_environment = True
     facts = (
-        Fact("sft.steps", "{} steps on demonstrations"),
-        Fact("sft.loss", "last loss {}", "digits"),
+        Fact("sft.examples", "{} demonstrations"),
+        Fact("sft.steps", "{} steps"),
+        Fact("sft.loss", "last loss {} nats a token", "digits"),
     )
 
     def __init__(self, recipe: "Recipe") -> None:
@@ -66,7 +71,10 @@ class SFT(TrainingStage):
 
     def data(self, place: RunPlace) -> Data:
         """Demonstrations, fresh ones at every step; the cursor counts them."""
-        return demonstrations(self.environment.make(), place.tokenizer(), self.config)
+        environment = self.environment.make()
+        tokenizer = place.tokenizer()
+        check_tokens(environment, tokenizer, self.model.max_position_embeddings)
+        return demonstrations(environment, tokenizer, self.config)
 
     def step(self, place: RunPlace) -> Step:
         """Next-token prediction on what an assistant must produce."""
@@ -101,7 +109,9 @@ def demonstrations(
             example
             for index in range(first + cursor, first + cursor + count)
             for example in chat_examples(
-                tokenizer, environment.demonstration("train", index, config.thinking_share)
+                tokenizer,
+                environment.demonstration("train", index, config.thinking_share),
+                environment.tools,
             )
         ]
         return pack_examples(examples, config.sequence_length, tokenizer.pad_id).batch

@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from xushi.data import load_manifest, load_summary, tokenize_corpus, training_texts
+from xushi.data import load_manifest, load_summary, obtain_tokenizer, obtain_tokens
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results, Stage
-from xushi.tokenizer import Tokenizer
-from xushi.tokenizer.config import SMALLEST_VOCABULARY
+from xushi.tokenizer.config import smallest_vocabulary
 
 if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
@@ -35,7 +34,10 @@ class TokenizerResults(Results):
 
 
 class TrainTokenizer(Stage):
-    """Reads data/corpus; writes tokenizer/ and data/tokens. Left out, every byte is a token."""
+    """Reads data/corpus; writes tokenizer/ and data/tokens. Left out, every byte is a token.
+
+    The vocabulary has tokens for tool calls only if the environment declares tools.
+    """
 
     name = "tokenizer"
     title = "Tokenizer"
@@ -47,10 +49,12 @@ class TrainTokenizer(Stage):
     )
 
     def __init__(self, recipe: "Recipe") -> None:
-        self.vocab_size = (
-            recipe.tokenizer.vocab_size if recipe.runs(self.name) else SMALLEST_VOCABULARY
-        )
+        environment = recipe.environment
+        self.tools = environment is not None and bool(environment.make().tools)
         self.sequence_length = recipe.data.sequence_length
+        self.vocab_size = smallest_vocabulary(self.tools)
+        if recipe.runs(self.name):
+            self.vocab_size = recipe.tokenizer.vocab_size
 
     @classmethod
     def wanted(cls, recipe: "Recipe") -> bool:
@@ -58,10 +62,10 @@ class TrainTokenizer(Stage):
         return True
 
     def run(self, place: RunPlace) -> TokenizerResults:
-        """Train the tokenizer and write the corpus as tokens."""
-        trained = Tokenizer.train(training_texts(place.corpus), self.vocab_size)
-        trained.save(place.path("tokenizer"))
-        tokenize_corpus(place.corpus, trained, place.tokens, self.sequence_length)
+        """Train the tokenizer and write the corpus as tokens, or link what another run made."""
+        obtain_tokenizer(place.corpus, self.vocab_size, place.path("tokenizer"), self.tools)
+        trained = place.tokenizer()
+        obtain_tokens(place.corpus, trained, self.sequence_length, place.tokens)
         manifest = load_manifest(place.tokens)
         heldout_bytes = load_summary(place.corpus).heldout_bytes
         return TokenizerResults(
