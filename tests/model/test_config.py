@@ -216,7 +216,7 @@ def test_inconsistent_values_are_refused(changes: dict, words: str) -> None:
 
 
 def test_one_expert_is_a_dense_layer() -> None:
-    """The control that a mixture can be compared with."""
+    """A mixture with a single expert equals a dense layer."""
     config = ModelConfig(
         hidden_size=16,
         moe_intermediate_size=24,

@@ -196,7 +196,9 @@ class ModelConfig(StrictConfig):
         )
 
     def is_moe(self, layer: int) -> bool:
-        """Whether layer `layer` is a mixture of experts. MTP layers are numbered after the trunk."""
+        """Whether layer `layer` is a mixture of experts. MTP layers are numbered after the
+        trunk.
+        """
         return layer >= self.first_k_dense_replace
 
     def is_hash_routed(self, layer: int) -> bool:
