@@ -300,7 +300,7 @@ def test_the_story_tells_of_every_stage_with_its_facts_time_and_share(shown: Sho
             re.escape(fact.pattern).replace(r"\{\}", "(.+?)") for fact in stages[name].facts
         )
         match = re.fullmatch(pattern, text, re.IGNORECASE)
-        assert match is not None, (name, text)
+        assert match is not None and not text[0].islower(), (name, text)
         for number, fact in zip(match.groups(), stages[name].facts, strict=True):
             assert says(number, results[fact.key]), fact
     whole = story.one("small").text.removesuffix(" in all")
