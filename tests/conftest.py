@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 # Before any library reads them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,7 +39,19 @@ MAY_BE_SKIPPED = {
     "tests/gpu/test_cuda.py": "a GPU",
     "tests/model/test_gguf_llama_cpp.py": "llama-cpp-python",
 }
+# Files that look at the miniature run, which is made once for all of them.
+MINIATURE_RUN = ("tests/run/", "tests/report/test_real_run.py")
+# Groups that take ten seconds and more, the longest first.
+FIRST = (
+    "miniature",
+    "tests/train/test_layouts.py",
+    "tests/plan/test_memory.py",
+    "tests/contracts/test_contracts.py",
+    "tests/train/test_training.py",
+    "tests/model/test_parity_transformers.py",
+)
 outcomes: defaultdict[str, set[str]] = defaultdict(set)
+workers: defaultdict[str, set[str]] = defaultdict(set)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -69,6 +82,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return run_miniature(tmp_path_factory.mktemp("chain") / "miniature")
 
 
+<<<<<<< HEAD
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
     """With several processes a file's tests run in one, and so do all that use the miniature run.
 
@@ -90,6 +104,40 @@ class ByFile(LoadScopeScheduling):
 def uses_chain(file: str) -> bool:
     """Whether a file of tests uses the fixture `chain`."""
     return re.search(r"\bchain: Chain\b", (ROOT / file).read_text(encoding="utf-8")) is not None
+=======
+def group(nodeid: str) -> str:
+    """What runs in one process: a file, or all that look at the miniature run."""
+    file = nodeid.split("::")[0]
+    return "miniature" if file.startswith(MINIATURE_RUN) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Two processes share the tests by groups. (--dist loadgroup does not work: pytest-xdist 3.8
+    appends the group to a node's id, which pytest 9.2 ignores.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return ByGroup(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes longest begins first, so that both processes end at about the same time."""
+    for item in items:
+        if "chain" in getattr(item, "fixturenames", ()) and group(item.nodeid) != "miniature":
+            raise pytest.UsageError(
+                f"{item.nodeid} needs its file in MINIATURE_RUN, tests/conftest.py"
+            )
+    if hasattr(config, "workerinput"):
+        last = len(FIRST)
+        groups = {item: group(item.nodeid) for item in items}
+        items.sort(key=lambda item: FIRST.index(groups[item]) if groups[item] in FIRST else last)
+>>>>>>> tests
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
@@ -98,6 +146,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    workers[group(report.nodeid)].add(getattr(report, "worker_id", ""))
     if report.when == "call" or not report.passed:
         outcomes[report.nodeid.split("::")[0]].add(report.outcome)
 
@@ -111,8 +160,13 @@ def skipped_files() -> list[str]:
     )
 
 
+def split_groups() -> list[str]:
+    """Groups that did not run in one process: what they share was made more than once."""
+    return sorted(name for name, found in workers.items() if len(found) > 1)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if skipped_files() and os.environ.get("CI"):
+    if split_groups() or (skipped_files() and os.environ.get("CI")):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -121,7 +175,13 @@ def pytest_terminal_summary(
 ) -> None:
     for file in skipped_files():
         terminalreporter.write_line(f"every test of {file} was skipped; with CI set this fails")
+<<<<<<< HEAD
     if terminalreporter.getreports("failed") and not IN_CI:
+=======
+    for name in split_groups():
+        terminalreporter.write_line(f"{name} ran in more than one process, which is slow")
+    if terminalreporter.getreports("failed"):
+>>>>>>> tests
         seed = config.option.hypothesis_seed
         terminalreporter.write_line(f"to draw the same examples again: --hypothesis-seed={seed}")
 
