@@ -22,7 +22,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from hypothesis import settings
-from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from .miniature import ROOT, Chain, run_miniature
@@ -39,14 +38,13 @@ MAY_BE_SKIPPED = {
     "tests/gpu/test_cuda.py": "a GPU",
     "tests/model/test_gguf_llama_cpp.py": "llama-cpp-python",
 }
-# Files that look at the miniature run, which is made once for all of them.
-MINIATURE_RUN = ("tests/run/", "tests/report/test_real_run.py")
 # Groups that take ten seconds and more, the longest first.
 FIRST = (
     "miniature",
     "tests/train/test_layouts.py",
     "tests/plan/test_memory.py",
     "tests/contracts/test_contracts.py",
+    "tests/run/test_update.py",
     "tests/train/test_training.py",
     "tests/model/test_parity_transformers.py",
 )
@@ -82,33 +80,16 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return run_miniature(tmp_path_factory.mktemp("chain") / "miniature")
 
 
-<<<<<<< HEAD
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    """With several processes a file's tests run in one, and so do all that use the miniature run.
-
-    (xdist 3.8's own groups, --dist loadgroup, have no effect under pytest 9.2: it no longer reads
-    the node id that xdist changes.)
-    """
-    return ByFile(config, log)
-
-
-class ByFile(LoadScopeScheduling):
-    """Tests of one file, or of all files that use the fixture `chain`, are one unit of work."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::")[0]
-        return "chain" if uses_chain(file) else file
+def group(nodeid: str) -> str:
+    """What runs in one process: a file, or all files that use the fixture `chain`."""
+    file = nodeid.split("::")[0]
+    return "miniature" if uses_chain(file) else file
 
 
 @functools.cache
 def uses_chain(file: str) -> bool:
-    """Whether a file of tests uses the fixture `chain`."""
+    """Whether a file's tests look at the miniature run, which is made once for all of them."""
     return re.search(r"\bchain: Chain\b", (ROOT / file).read_text(encoding="utf-8")) is not None
-=======
-def group(nodeid: str) -> str:
-    """What runs in one process: a file, or all that look at the miniature run."""
-    file = nodeid.split("::")[0]
-    return "miniature" if file.startswith(MINIATURE_RUN) else file
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -116,7 +97,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Two processes share the tests by groups. (--dist loadgroup does not work: pytest-xdist 3.8
     appends the group to a node's id, which pytest 9.2 ignores.)
     """
-    from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
@@ -128,16 +108,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes longest begins first, so that both processes end at about the same time."""
-    for item in items:
-        if "chain" in getattr(item, "fixturenames", ()) and group(item.nodeid) != "miniature":
-            raise pytest.UsageError(
-                f"{item.nodeid} needs its file in MINIATURE_RUN, tests/conftest.py"
-            )
     if hasattr(config, "workerinput"):
         last = len(FIRST)
         groups = {item: group(item.nodeid) for item in items}
         items.sort(key=lambda item: FIRST.index(groups[item]) if groups[item] in FIRST else last)
->>>>>>> tests
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
@@ -175,13 +149,9 @@ def pytest_terminal_summary(
 ) -> None:
     for file in skipped_files():
         terminalreporter.write_line(f"every test of {file} was skipped; with CI set this fails")
-<<<<<<< HEAD
-    if terminalreporter.getreports("failed") and not IN_CI:
-=======
     for name in split_groups():
         terminalreporter.write_line(f"{name} ran in more than one process, which is slow")
-    if terminalreporter.getreports("failed"):
->>>>>>> tests
+    if terminalreporter.getreports("failed") and not IN_CI:
         seed = config.option.hypothesis_seed
         terminalreporter.write_line(f"to draw the same examples again: --hypothesis-seed={seed}")
 
