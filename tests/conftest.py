@@ -1,6 +1,6 @@
-"""What every test shares: no network, one thread, an empty cache for the session, fresh examples for
-property tests, one run of the miniature recipe, and a session that fails where a whole file of tests
-no longer runs.
+"""What every test shares: no network, one thread, an empty cache for the session, fresh examples
+for property tests, one run of the miniature recipe, and a session that fails where a whole file of
+tests no longer runs.
 """
 
 import contextlib
@@ -26,7 +26,11 @@ from xdist.scheduler import LoadScopeScheduling
 
 from .miniature import ROOT, Chain, run_miniature
 
-settings.register_profile("xushi", deadline=None, max_examples=50, print_blob=True)
+# In CI the same examples are drawn each time: a change must not fail by what it did not touch.
+IN_CI = bool(os.environ.get("CI"))
+settings.register_profile(
+    "xushi", deadline=None, max_examples=50, print_blob=True, derandomize=IN_CI
+)
 settings.load_profile("xushi")
 
 # Files that may be skipped as a whole, with what they need.
@@ -39,12 +43,12 @@ outcomes: defaultdict[str, set[str]] = defaultdict(set)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Property tests draw other examples in each run, from a seed that is printed when one fails.
+    """Outside CI property tests draw other examples in each run; a failure prints their seed.
 
     The session has an empty cache, which workers of pytest-xdist share. Compiled kernels are taken
     from, and kept in, the user's own cache: to compile them takes as long as many tests.
     """
-    if config.option.hypothesis_seed is None:
+    if config.option.hypothesis_seed is None and not IN_CI:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
     if hasattr(config, "workerinput"):
         return
@@ -117,7 +121,7 @@ def pytest_terminal_summary(
 ) -> None:
     for file in skipped_files():
         terminalreporter.write_line(f"every test of {file} was skipped; with CI set this fails")
-    if terminalreporter.getreports("failed"):
+    if terminalreporter.getreports("failed") and not IN_CI:
         seed = config.option.hypothesis_seed
         terminalreporter.write_line(f"to draw the same examples again: --hypothesis-seed={seed}")
 

@@ -160,6 +160,7 @@ def checked_files() -> list[Path]:
     files = [path for end in ("py", "cpp", "h") for path in (ROOT / "xushi").rglob(f"*.{end}")]
     files += [
         *(ROOT / "bench").glob("*.py"),
+        *(ROOT / "tools").glob("*.py"),
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
         *(ROOT / "docs").glob("*.md"),

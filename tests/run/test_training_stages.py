@@ -43,7 +43,9 @@ def test_the_mean_at_the_end_is_that_of_the_last_tenth(place, values, mean) -> N
 
 
 def test_the_control_takes_as_long_as_rl_took(place) -> None:
-    """160 steps of fine-tuning took 80 seconds and RL 18.6: 37 steps, and not the 160 of fine-tuning."""
+    """160 steps of fine-tuning took 80 seconds and RL 18.6: 37 steps, and not the 160 of
+    fine-tuning.
+    """
     write(place.tracking, "sft", "seconds", [0.5] * 160)
     write(place.tracking, "rl", "seconds", [0.775] * 24)
     control = Control(load_recipe(MINIATURE, []))

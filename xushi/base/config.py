@@ -118,8 +118,8 @@ def _shown(part: int | str) -> str:
 
 
 def parse(model: type[ConfigT], table: dict[str, Any], where: str) -> ConfigT:
-    """Validate `table` as `model`. The first fault is a `BadInput` that names `where` and the dotted
-    key.
+    """Validate `table` as `model`. The first fault is a `BadInput` that names `where` and the
+    dotted key.
     """
     try:
         return model.model_validate(table)

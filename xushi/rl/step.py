@@ -111,7 +111,9 @@ class ReinforcementStep(Step):
 
 
 def _step_loss(policy: PolicyLoss) -> StepLoss:
-    """The guard judges 1 - mean reward: a policy's own loss is about zero, well or badly trained."""
+    """The guard judges 1 - mean reward: a policy's own loss is about zero, well or badly
+    trained.
+    """
     figures = policy.figures
     return StepLoss(
         policy.total,

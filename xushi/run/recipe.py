@@ -34,7 +34,9 @@ _OF_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id
 
 
 class EnvironmentTable(StrictConfig):
-    """The environment of a run: these keys and, beside them, those of the environment's `Config`."""
+    """The environment of a run: these keys and, beside them, those of the environment's
+    `Config`.
+    """
 
     # The class that `kind` names. Each class has a subclass of this one, made by `_table_of`.
     environment: ClassVar[type[Environment]]

@@ -39,8 +39,8 @@ class Checkpoint:
     """A checkpoint to be written: `tensors` by group ("model", "optimizer") and name, and `state`,
     which is JSON-able.
 
-    `boxes[name]` places a shard in its whole tensor; a name without a box is a full tensor. Each process
-    passes only the shards that it saves; shards must not overlap.
+    `boxes[name]` places a shard in its whole tensor; a name without a box is a full tensor. Each
+    process passes only the shards that it saves; shards must not overlap.
     """
 
     step: int
@@ -68,7 +68,9 @@ class SavedCheckpoint:
         return sorted(self._places.get(group, {}))
 
     def read(self, group: str, name: str, box: Box | None = None) -> Tensor:
-        """A tensor, or the block of it that `box` names. Raises KeyError if there is no such tensor."""
+        """A tensor, or the block of it that `box` names. Raises KeyError if there is no such
+        tensor.
+        """
         places = self._places[group][name]
         wanted = box or Box.whole(places[0][1].shape)
         if wanted.shape != places[0][1].shape:

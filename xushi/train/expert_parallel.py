@@ -31,7 +31,8 @@ class _AllToAll(torch.autograd.Function):
 def exchange_rows(
     rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
 ) -> Tensor:
-    """Send the first `sent[0]` rows to rank 0 of the group, the next `sent[1]` to rank 1, and so on.
+    """Send the first `sent[0]` rows to rank 0 of the group, the next `sent[1]` to rank 1, and so
+    on.
 
     Returns the rows received, in the order of ranks.
     """

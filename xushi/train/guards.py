@@ -90,7 +90,9 @@ class Guard:
         )
 
     def withholds(self, problem: Problem | None) -> bool:
-        """Whether the update is left out: always if not finite, for a spike if the recipe says so."""
+        """Whether the update is left out: always if not finite, for a spike if the recipe says
+        so.
+        """
         return problem is not None and (problem.kind == "not finite" or self.on_spike != "warn")
 
     def count(self, loss: float, problem: Problem | None) -> None:

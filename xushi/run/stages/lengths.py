@@ -45,7 +45,9 @@ def mean_demonstration_tokens(environment: Environment, thinking_share: float) -
 
 
 def check_episode_length(recipe: "Recipe") -> None:
-    """Raise ValueError if an episode that is trained on or evaluated exceeds the model's context."""
+    """Raise ValueError if an episode that is trained on or evaluated exceeds the model's
+    context.
+    """
     for environment in recipe.environments():
         tokens = fewest_tokens(environment.longest_transcript())
         limit = recipe.model.max_position_embeddings
