@@ -127,15 +127,19 @@ class LatentCache:
         del self._slots[sequence]
 
     def unload(self, sequence: int) -> list[Tensor]:
-        """Free a sequence and return what it held: [tokens, width] of each layer, on the CPU."""
+        """Free a sequence and return its slots' contents: [tokens, width] of each layer, on the
+        CPU.
+        """
         slots = torch.tensor(self._slots[sequence], dtype=torch.int64, device=self.device)
         entries = [layer.index_select(0, slots).cpu() for layer in self.layers]
         self.free(sequence)
         return entries
 
     def load(self, entries: Sequence[Tensor]) -> int:
-        """A new sequence that holds what `unload` returned; it takes a slot for each token."""
-        self._check_room(len(entries[0]))
+        """A new sequence with the contents that `unload` returned, in as many slots; returns its
+        id.
+        """
+        self._check_free(len(entries[0]))
         sequence = self.allocate()
         slots = self._append(sequence, len(entries[0]))
         index = torch.tensor(slots, dtype=torch.int64, device=self.device)
@@ -152,7 +156,7 @@ class LatentCache:
         token. `wanted` is "last" (logits of each sequence's last new token, in the order given) or
         "all" (of every new token).
         """
-        self._check_room(sum(len(tokens) for _, tokens in additions))
+        self._check_free(sum(len(tokens) for _, tokens in additions))
         tokens_N: list[int] = []
         rows: list[int] = []
         columns: list[int] = []
@@ -176,7 +180,7 @@ class LatentCache:
             *(torch.tensor(part, dtype=torch.int64, device=self.device) for part in parts)
         )
 
-    def _check_room(self, needed: int) -> None:
+    def _check_free(self, needed: int) -> None:
         if needed > self.available:
             raise Failed(
                 f"the cache has {self.available} free slots and {needed} are needed",

@@ -196,9 +196,7 @@ class ModelConfig(StrictConfig):
         )
 
     def is_moe(self, layer: int) -> bool:
-        """Whether layer `layer` is a mixture of experts. MTP layers are numbered after the
-        trunk.
-        """
+        """Whether layer `layer` is a mixture of experts. MTP layers follow the trunk's layers."""
         return layer >= self.first_k_dense_replace
 
     def is_hash_routed(self, layer: int) -> bool:
@@ -290,9 +288,6 @@ class ModelConfig(StrictConfig):
                 f"num_attention_heads={self.num_attention_heads} is not divisible by o_groups="
                 f"{self.o_groups}"
             )
-        self._consistent_v4_layers()
-
-    def _consistent_v4_layers(self) -> None:
         if self.num_hash_layers > self.num_hidden_layers:
             raise ValueError(
                 f"num_hash_layers={self.num_hash_layers} exceeds num_hidden_layers="
@@ -303,8 +298,8 @@ class ModelConfig(StrictConfig):
     def _consistent_ratios(self) -> None:
         if self.compress_rate_csa == self.compress_rate_hca:
             raise ValueError(
-                "compress_rate_csa and compress_rate_hca must differ (both "
-                f"{self.compress_rate_csa})"
+                "compress_rate_csa and compress_rate_hca must differ, and both are "
+                f"{self.compress_rate_csa}"
             )
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
         if self.compress_ratios is None or len(self.compress_ratios) != layers:
@@ -316,6 +311,5 @@ class ModelConfig(StrictConfig):
         if wrong := set(self.compress_ratios).difference(known):
             raise ValueError(
                 f"compress_ratios contains {min(wrong)}; allowed are 0, "
-                f"compress_rate_csa={known[1]} "
-                f"and compress_rate_hca={known[2]}"
+                f"compress_rate_csa={known[1]} and compress_rate_hca={known[2]}"
             )

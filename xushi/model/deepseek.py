@@ -77,7 +77,8 @@ class Trunk(nn.Module):
             config.hidden_size,
             _weight=torch.empty(config.vocab_size, config.hidden_size),
         )
-        depth, extra = config.num_hidden_layers, config.num_nextn_predict_layers
+        depth = config.num_hidden_layers
+        extra = config.num_nextn_predict_layers
         # Keyed by number, since a pipeline stage has only some of them.
         self.layers = nn.ModuleDict(
             {str(i): DecoderLayer(config, i) for i in range(depth)}

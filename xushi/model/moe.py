@@ -128,11 +128,9 @@ class Experts(nn.Module):
         super().__init__()
         self.limit = limit
         self.dispatch: Callable[[Tensor, Tensor, Tensor, RunExperts], Tensor] | None = None
-        experts, width, hidden = (
-            config.n_routed_experts,
-            config.moe_intermediate_size,
-            config.hidden_size,
-        )
+        experts = config.n_routed_experts
+        width = config.moe_intermediate_size
+        hidden = config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 

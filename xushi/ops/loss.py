@@ -93,7 +93,9 @@ class _TokenLogProbabilities(torch.autograd.Function):
         d_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
         for start in range(0, x_ND.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
-            x, targets, gradient = x_ND[rows], targets_N[rows], gradients[0][rows]
+            x = x_ND[rows]
+            targets = targets_N[rows]
+            gradient = gradients[0][rows]
             # d log p[target] / d logits = onehot(target) - p
             d_logits = _chunk_probabilities(x, head, targets)[1].mul_(-gradient[:, None])
             d_logits.scatter_add_(1, targets[:, None], gradient[:, None].to(d_logits.dtype))
@@ -114,7 +116,9 @@ class _CrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=head.device)
         for start in range(0, x_ND.shape[0], CHUNK):
             rows = slice(start, start + CHUNK)
-            x, targets, weights = x_ND[rows], targets_N[rows], weights_N[rows].float()
+            x = x_ND[rows]
+            targets = targets_N[rows]
+            weights = weights_N[rows].float()
             chosen, d_logits = _chunk_probabilities(x, head, targets)
             loss -= (chosen * weights).sum()
             d_logits.mul_(weights[:, None])

@@ -83,7 +83,8 @@ def _feed_forward(config: ModelConfig, layer: int, width: int) -> int:
 
 
 def _latent_attention(config: ModelConfig, length: int, width: int, indexer_loss: bool) -> int:
-    heads, latent = config.num_attention_heads, config.kv_lora_rank
+    heads = config.num_attention_heads
+    latent = config.kv_lora_rank
     kept = (4 + 2 * width) * ((config.q_lora_rank or 0) + latent) + width * (
         config.qk_rope_head_dim
         + heads * (2 * config.qk_head_dim + 3 * config.v_head_dim + _kept_weights(length))
@@ -152,7 +153,8 @@ def _hyper_connection(config: ModelConfig, width: int) -> int:
     """The streams, their normalised value, the block's output, the weights, and the result of every
     half-iteration of Sinkhorn's algorithm.
     """
-    streams, steps = config.hc_mult, 2 * config.hc_sinkhorn_iters
+    streams = config.hc_mult
+    steps = 2 * config.hc_sinkhorn_iters
     weights = streams * streams + 6 * streams
     sinkhorn = (steps + 1) * streams * streams + (steps - 1) * streams
     return 4 * (2 * streams * config.hidden_size + weights + sinkhorn) + width * config.hidden_size

@@ -153,10 +153,11 @@ def _library(
     Taken from the installed wheel, else from the cache, else compiled into the cache.
     """
     installed = _open(BUILT / _file_name(build, dtype), build.lanes)
+    library = installed
+    note = ", as installed"
     if isinstance(installed, str):
-        library, note = _cached_library(build, dtype, compilers), ""
-    else:
-        library, note = installed, ", as installed"
+        library = _cached_library(build, dtype, compilers)
+        note = ""
     if isinstance(library, str):
         return None, library
     if not library.xushi_granted():
