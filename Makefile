@@ -26,7 +26,7 @@ demo: $(VENV)/.core  ## raw text to a served reasoning model: 6 minutes with bf1
 	@$(VENV)/bin/xushi run recipes/demo.toml
 
 test: $(VENV)/.dev  ## the quick tests, at most 5 minutes
-	@$(RUN) -m pytest -q -n 2 --dist loadgroup -m "not slow"
+	@$(RUN) -m pytest -q -n 2 --dist loadscope -m "not slow"
 
 test-slow: $(VENV)/.slow  ## the long tests, at most 40 minutes
 	@$(RUN) -m pytest -q -m slow

@@ -1,11 +1,13 @@
-"""What every test shares: no network, one thread, an empty cache for the session, fresh examples for
-property tests, one run of the miniature recipe, and a session that fails where a whole file of tests
-no longer runs.
+"""What every test shares: no network, one thread, an empty cache for the session, fresh examples
+for property tests, one run of the miniature recipe, and a session that fails where a whole file of
+tests no longer runs.
 """
 
 import contextlib
+import functools
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -19,10 +21,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
-from .miniature import Chain, run_miniature
+from .miniature import ROOT, Chain, run_miniature
 
-settings.register_profile("xushi", deadline=None, max_examples=50, print_blob=True)
+# In CI the same examples are drawn each time: a change must not fail by what it did not touch.
+IN_CI = bool(os.environ.get("CI"))
+settings.register_profile(
+    "xushi", deadline=None, max_examples=50, print_blob=True, derandomize=IN_CI
+)
 settings.load_profile("xushi")
 
 # Files that may be skipped as a whole, with what they need.
@@ -35,12 +43,12 @@ outcomes: defaultdict[str, set[str]] = defaultdict(set)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Property tests draw other examples in each run, from a seed that is printed when one fails.
+    """Outside CI property tests draw other examples in each run; a failure prints their seed.
 
     The session has an empty cache, which workers of pytest-xdist share. Compiled kernels are taken
     from, and kept in, the user's own cache: to compile them takes as long as many tests.
     """
-    if config.option.hypothesis_seed is None:
+    if config.option.hypothesis_seed is None and not IN_CI:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
     if hasattr(config, "workerinput"):
         return
@@ -61,15 +69,27 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return run_miniature(tmp_path_factory.mktemp("chain") / "miniature")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With two processes, tests of a file run in one, and so do all that look at the miniature run."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        place = Path(item.path)
-        shared = place.parent.name == "run" or "chain" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("run" if shared else place.name))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """With several processes a file's tests run in one, and so do all that use the miniature run.
+
+    (xdist 3.8's own groups, --dist loadgroup, have no effect under pytest 9.2: it no longer reads
+    the node id that xdist changes.)
+    """
+    return ByFile(config, log)
+
+
+class ByFile(LoadScopeScheduling):
+    """Tests of one file, or of all files that use the fixture `chain`, are one unit of work."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "chain" if uses_chain(file) else file
+
+
+@functools.cache
+def uses_chain(file: str) -> bool:
+    """Whether a file of tests uses the fixture `chain`."""
+    return re.search(r"\bchain: Chain\b", (ROOT / file).read_text(encoding="utf-8")) is not None
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
@@ -101,7 +121,7 @@ def pytest_terminal_summary(
 ) -> None:
     for file in skipped_files():
         terminalreporter.write_line(f"every test of {file} was skipped; with CI set this fails")
-    if terminalreporter.getreports("failed"):
+    if terminalreporter.getreports("failed") and not IN_CI:
         seed = config.option.hypothesis_seed
         terminalreporter.write_line(f"to draw the same examples again: --hypothesis-seed={seed}")
 

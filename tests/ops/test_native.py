@@ -43,7 +43,7 @@ def nothing_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(
-    not MACHINE.compilers or not any(form[0] <= MACHINE.features for form in build.FORMS),
+    not MACHINE.compilers or not any(each.features <= MACHINE.features for each in build.BUILDS),
     reason="needs a C++ compiler, and a processor with AVX2 or NEON",
 )
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -343,8 +343,8 @@ extern "C" int xushi_granted() { return 1; }
 
 @pytest.fixture
 def quick(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled is a stub that can say what it is: the compiler, its flags, the cache and the
-    loader are the real ones, and the kernels themselves are compiled for the other tests.
+    """What is compiled is a stub that can say what it is: the compiler, its flags, the cache and
+    the loader are the real ones, and the kernels themselves are compiled for the other tests.
     """
     sources = tmp_path_factory.mktemp("sources")
     (sources / "kernels.cpp").write_text(STUB)

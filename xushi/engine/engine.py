@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xushi.base.errors import BadInput, XushiError
+from xushi.base.errors import BadInput
 from xushi.engine.kept import KeptSequences
 from xushi.engine.params import SamplingParams
 from xushi.engine.request import FinishReason, Prompt, Request
@@ -24,7 +24,7 @@ SCORES_PER_CALL = 1 << 22
 SMALLEST_CHUNK = 16
 
 
-class ContextLengthError(XushiError):
+class ContextLengthError(BadInput):
     """A prompt that leaves no room for an answer in the context."""
 
     def __init__(self, prompt_tokens: int, context: int) -> None:

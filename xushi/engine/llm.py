@@ -20,7 +20,8 @@ from xushi.tokenizer import Tokenizer, encode_chat
 # Messages, or mappings in the OpenAI form.
 Conversation = Sequence[Message | Mapping[str, Any]]
 
-# The default cache has room for this many conversations of full length, up to so many tokens.
+# The default cache has room for this many conversations of full length, but has no more slots than
+# the limit.
 DEFAULT_CONVERSATIONS = 8
 DEFAULT_SLOTS_LIMIT = 1 << 16
 
