@@ -17,7 +17,7 @@ from xushi.tokenizer import Tokenizer, chat_examples, encode_chat, encode_output
 from xushi.tokenizer.config import SPECIAL_TOKENS, TOOL_TOKENS
 
 PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<｜"), max_size=20)
-# No space before a spelled token: the fixtures' vocabularies have a merge " <", and transformers encodes
+# No space before a spelled token: the vocabularies have a merge " <", and transformers encodes
 # a sanitized token apart from the text before it.
 SPELLED = st.lists(
     PLAIN.map(lambda text: text.rstrip(" ")) | st.sampled_from(SPECIAL_TOKENS + TOOL_TOKENS),
