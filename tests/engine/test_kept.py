@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xushi.base.errors import XushiError
-from xushi.engine import ContextLengthError, Engine, SamplingParams, generate_ids
+from xushi.engine import ContextLengthError, Engine, SamplingParams
 
 EOS = 1
 NEVER_EOS = 300  # is no token
@@ -37,6 +39,26 @@ def assert_equal(request, expected):
     assert len(request.routed_experts) == len(request.prompt_ids) + len(request.token_ids) - 1
     for one, other in zip(request.routed_experts, expected.routed_experts, strict=True):
         assert one.sort().values.tolist() == other.sort().values.tolist()
+
+
+def assert_computed(model, request):
+    """The record against one forward pass over all ids, through the recorded experts.
+
+    Sampling again could give another token where a uniform number lies at a border. Where two groups
+    of experts score the same, either may be recorded.
+    """
+    ids = [*request.prompt_ids, *request.token_ids]
+    chosen = torch.stack(request.routed_experts)[:, 0]  # [places, k] of the one MoE layer
+    with torch.no_grad():
+        trunk = model.hidden(torch.tensor([ids[:-1]]), pinned=[chosen])
+        logits = F.linear(trunk.hidden_BTD[0, len(request.prompt_ids) - 1 :], model.head_VD)
+    tokens = torch.tensor(request.token_ids)
+    logprobs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    np.testing.assert_allclose(request.logprobs, logprobs, atol=1e-5)
+    assert request.sampling_logprobs == request.logprobs
+    groups = trunk.routing[0].scores_NE.view(-1, 2, 2).sum(-1)
+    tied = (groups[:, 0] - groups[:, 1]).abs() < 1e-4
+    assert (tied | (groups.argmax(-1) == chosen[:, 0] // 2)).all()
 
 
 def test_an_extended_request_equals_a_fresh_one_and_computes_only_what_is_new(model, monkeypatch):
@@ -214,20 +236,18 @@ def test_release_ends_what_is_unfinished(model):
     assert engine.idle_slots == 30
 
 
+SIZES = st.tuples(st.integers(0, 4), st.integers(1, 5))  # new ids, tokens
 ACTIONS = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 10), st.integers(1, 5), st.integers(1, 3)),
-    st.tuples(st.just("step"), st.just(0), st.just(0), st.just(0)),
-    st.tuples(st.just("drain"), st.just(0), st.just(0), st.just(0)),
-    st.tuples(st.just("extend"), st.integers(0, 12), st.integers(0, 4), st.integers(1, 5)),
-    st.tuples(st.just("extend all"), st.just(0), st.integers(0, 4), st.integers(1, 5)),
-    st.tuples(st.just("release"), st.integers(0, 12), st.just(0), st.just(0)),
-    st.tuples(st.just("abort"), st.integers(0, 12), st.just(0), st.just(0)),
+    st.tuples(st.just("add"), st.integers(1, 8), st.tuples(st.integers(1, 3), st.integers(1, 4))),
+    st.tuples(st.sampled_from(["step", "drain", "drain"]), st.just(0), SIZES),
+    st.tuples(st.sampled_from(["extend", "extend all"]), st.integers(0, 12), SIZES),
+    st.tuples(st.sampled_from(["release", "abort"]), st.integers(0, 12), SIZES),
 )
 
 
 @settings(max_examples=60, deadline=None)
-@given(actions=st.lists(ACTIONS, max_size=20), slots=st.integers(16, 36))
-def test_episodes_in_any_order_end_and_equal_fresh_requests(model, actions, slots):
+@given(actions=st.lists(ACTIONS, max_size=20), slots=st.integers(12, 24))
+def test_episodes_in_any_order_end_with_the_right_record(model, actions, slots):
     """A caller may extend one sequence, all or none, release or forget them: the queue moves."""
     engine = Engine(model, EOS, slots)
     requests = []
@@ -238,34 +258,33 @@ def test_episodes_in_any_order_end_and_equal_fresh_requests(model, actions, slot
                 engine.extend(request, [5] * more, SamplingParams(tokens, seed=len(requests)))
             )
         except XushiError:
-            assert request._kept is None or len(request.prompt_ids) + tokens + more > 10
+            held = len(request.prompt_ids) + len(request.token_ids)
+            assert held + more + tokens - 1 > slots
+            assert request._kept is not None
 
-    for action, number, size, count in actions:
+    for action, number, (size, count) in [("add", 4, (2, 3)), ("drain", 0, (0, 1)), *actions]:
+        kept = [request for request in requests if request._kept is not None]
         if action == "add":
-            params = [SamplingParams(size, seed=member) for member in range(count)]
+            params = [SamplingParams(count, seed=member) for member in range(size)]
             requests += engine.add_group([2 + number] * number, params, routing=True, keep=True)
         elif action == "step":
             engine.step()
         elif action == "drain":
             drain(engine)
         elif action == "extend all":
-            for request in [r for r in requests if r._kept is not None]:
+            for request in kept:
                 extend(request, size, count)
-        elif number < len(requests):
-            if action == "extend":
-                extend(requests[number], size, count)
-            elif action == "release":
-                engine.release(requests[number])
-            else:
-                engine.abort(requests[number])
+        elif action == "extend" and kept:
+            extend(kept[number % len(kept)], size, count)
+        elif action == "release":
+            engine.release(requests[number % len(requests)])
+        elif action == "abort":
+            engine.abort(requests[number % len(requests)])
     drain(engine)
     assert engine._promised() == 0
-    whole = [request for request in requests if request.finish_reason != "abort"]
-    expected = generate_ids(
-        model, [r.prompt_ids for r in whole], [r.params for r in whole], EOS, routing=True
-    )
-    for request, other in zip(whole, expected, strict=True):
-        assert_equal(request, other)
+    for request in requests:
+        if request.finish_reason != "abort":
+            assert_computed(model, request)
     for request in requests:
         engine.release(request)
     assert engine.idle_slots == slots
