@@ -3,44 +3,67 @@
     python bench/loop_overhead.py RUN [--steps N] [--set KEY=VALUE]...
 
 RUN is the directory of a finished run. Its corpus and recipe are used; nothing in it changes. The
-program pretrains new weights for N steps with everything that a run does. It prints the time spent
-in making batches, in hashing them, and in writing the tracking store and its JSON lines. The last
-line is JSON.
+program pretrains new weights for N steps. It prints the time spent in making batches, in hashing
+them, and in writing the tracking store and its JSON lines. The last line is JSON.
 """
 
 import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from xushi.run.building import training_inputs
-from xushi.run.context import RunContext
 
 from xushi.base.allocator import keep_freed_memory
 from xushi.base.machine import inspect
 from xushi.base.tracking import Tracking
+from xushi.data import batch_hash
+from xushi.model import Batch
+from xushi.run.place import RunPlace
 from xushi.run.recipe import load_recipe
-from xushi.train import Data, loop, train
+from xushi.run.stages.pretrain import Pretrain
+from xushi.train import LanguageModelStep, StepResult, Training, TrainingState
 
 SPENT: dict[str, float] = defaultdict(float)
 
 
-def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, with its time added to SPENT[name]."""
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    """Add the time spent inside to SPENT[name]."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        SPENT[name] += time.perf_counter() - began
 
-    def call(*arguments: Any, **settings: Any) -> Any:
-        began = time.perf_counter()
-        try:
-            return function(*arguments, **settings)
-        finally:
-            SPENT[name] += time.perf_counter() - began
 
-    return call
+class TimedTracking(Tracking):
+    """A tracking store that measures the time of its writes."""
+
+    def batch(self, *arguments: Any) -> None:
+        with timed("records"):
+            super().batch(*arguments)
+
+    def metrics(self, *arguments: Any) -> None:
+        with timed("records"):
+            super().metrics(*arguments)
+
+
+class TimedStep(LanguageModelStep):
+    """A step that measures its whole time, and that of hashing by hashing its batch once more."""
+
+    def take(self, state: TrainingState, number: int, phase: Callable[[str], None]) -> StepResult:
+        with timed("steps"):
+            result = super().take(state, number, phase)
+        with timed("hashing"):
+            batch_hash(result.batch)
+        return result
 
 
 def main(
@@ -48,48 +71,42 @@ def main(
     steps: int = 200,
     assignments: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE")] = None,
 ) -> None:
-    """Time what a run does beside its training steps."""
+    """Time what a run does besides its training steps."""
     torch.set_num_threads(inspect().usable_cores)
     keep_freed_memory()
+    recipe = load_recipe(
+        run / "recipe.toml",
+        [*(assignments or []), f"pretrain.steps={steps}", f"pretrain.checkpoint_every={steps}"],
+    )
     with tempfile.TemporaryDirectory() as aside:
-        tracking = Tracking(Path(aside) / "tracking.sqlite")
-        recipe = load_recipe(
-            run / "recipe.toml",
-            [*(assignments or []), f"pretrain.steps={steps}", f"pretrain.checkpoint_every={steps}"],
-        )
-        context = RunContext(run, recipe, tracking)
-        inputs = training_inputs(context, "pretrain")
-        for owner, name, label in (
-            (Data, "share", "loading"),
-            (loop, "joined_hash", "hashing"),
-            (Tracking, "batch", "records"),
-            (Tracking, "metrics", "records"),
-            (loop.StepProgress, "update", "progress"),
-        ):
-            setattr(owner, name, timed(label, getattr(owner, name)))
-        loop.training_step = timed("steps", loop.training_step)
-        train(
-            "pretrain",
-            context.trained_model(None),
-            inputs.config,
-            inputs.data,
-            Path(aside) / "saved",
-            tracking,
-        )
+        tracking = TimedTracking(Path(aside) / "tracking.sqlite")
+        place = RunPlace(run, tracking)
+        stage = Pretrain(recipe)
+        data = stage.data(place)
+
+        def batches(cursor: int, count: int) -> Batch:
+            with timed("loading"):
+                return data.batches(cursor, count)
+
+        step = TimedStep(stage.config, replace(data, batches=batches))
+        model = stage.trained_model(place, None)
+        Training(stage.name, model, step, Path(aside) / "saved", tracking).run()
         tracking.close()
     report(steps)
 
 
 def report(steps: int) -> None:
-    others = {name: seconds for name, seconds in SPENT.items() if name != "steps"}
+    """Print the shares of the arithmetic of a step."""
+    others = {name: SPENT[name] for name in ("loading", "hashing", "records")}
+    arithmetic = SPENT["steps"] - SPENT["loading"] - SPENT["hashing"]
     for name, seconds in others.items():
         print(
-            f"{name:<9}{1e3 * seconds / steps:8.2f} ms a step, "
-            f"{seconds / SPENT['steps']:6.2%} of the step"
+            f"{name:<9}{1e3 * seconds / steps:8.2f} ms a step, {seconds / arithmetic:6.2%} of "
+            "its arithmetic"
         )
-    share = sum(others.values()) / SPENT["steps"]
-    print(f"together {share:.2%} of a step of {1e3 * SPENT['steps'] / steps:.0f} ms")
-    print(json.dumps({"overhead_share": share, "step_seconds": SPENT["steps"] / steps}))
+    share = sum(others.values()) / arithmetic
+    print(f"together {share:.2%} of {1e3 * arithmetic / steps:.0f} ms")
+    print(json.dumps({"overhead_share": share, "step_seconds": arithmetic / steps}))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python bench/rl_draws.py RUN [--draws N] [--set rl.key=value]...
 
-Each draw has its own tasks and samples; draw 0 has those of the run. Nothing in the run is changed.
+Each draw has its own tasks and samples; draw 0 has those of the run. Nothing in the run changes.
 Printed are the greedy accuracy on the unseen tasks of the evaluation, the lowest reward from the
 fourth step on, and the last reward. The last line is JSON.
 """
@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from statistics import mean
 from typing import Annotated
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,48 +18,39 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import torch
 import typer
-from xushi.run.context import RunContext
 
 from xushi.base.seeds import derive
 from xushi.base.tracking import Tracking
-from xushi.evaluate import answer_tasks
-from xushi.rl import reinforce
+from xushi.evaluate import accuracy, play_greedily
+from xushi.rl import ReinforcementStep
+from xushi.run.place import RunPlace
 from xushi.run.recipe import load_recipe
+from xushi.run.stages.rl import RL
+from xushi.train import Training
 
 
 def draw(run: Path, assignments: list[str], number: int) -> dict[str, float]:
     """The figures of one repetition of the RL."""
     recipe = load_recipe(run / "recipe.toml", assignments)
-    context = RunContext(run, recipe, Tracking(run / "tracking.sqlite"))
-    model = context.trained_model("sft")
-    tokenizer = context.tokenizer()
+    stage = RL(recipe)
     with tempfile.TemporaryDirectory() as aside:
         tracking = Tracking(Path(aside) / "tracking.sqlite")
-        reinforce(
-            model,
-            tokenizer,
-            context.environment(),
-            recipe.rl,
+        place = RunPlace(run, tracking)
+        model = stage.trained_model(place, stage.start)
+        step = ReinforcementStep(
+            place.tokenizer(),
+            stage.environment.make(),
+            stage.config,
             derive(recipe.seed + number, "rl"),
-            Path(aside),
-            tracking,
         )
-        rewards = [value for _, value in tracking.series("rl", "reward")]
-    unseen = context.environment(recipe.evaluate.min_digits, recipe.evaluate.max_digits)
-    tasks = [unseen.task("test", index) for index in range(recipe.evaluate.tasks)]
-    answers = answer_tasks(
-        model,
-        tokenizer,
-        unseen,
-        tasks,
-        samples=1,
-        temperature=0.0,
-        max_tokens=recipe.evaluate.max_tokens,
-        seed=recipe.seed,
-    )
+        Training(stage.name, model, step, Path(aside) / "saved", tracking).run()
+        rewards = [value for _, value in tracking.series(stage.name, "reward")]
+        tracking.close()
+    unseen = stage.environment.make(recipe.evaluate.environment)
+    episodes = play_greedily(model, place.tokenizer(), unseen, recipe.evaluate, recipe.seed)
     return {
         "draw": number,
-        "greedy": mean(answer.right for (answer,) in answers),
+        "greedy": accuracy(episodes).value,
         "lowest": min(rewards[3:]),
         "last": rewards[-1],
     }

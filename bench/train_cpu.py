@@ -173,9 +173,9 @@ def measure(name: str, dtype: str, peers: bool, rounds: int) -> dict[str, float]
         **ratios(name, rates),
         **cost(name, shape, sides["xushi"]),
     }
-    for side in sides.values():
-        side.process.terminate()
-        side.process.wait()
+    for process in sides.values():
+        process.process.terminate()
+        process.process.wait()
     return result
 
 
@@ -212,7 +212,7 @@ def ratios(name: str, rates: dict[str, float]) -> dict[str, float]:
 
 def cost(name: str, shape: Shape, side: Side) -> dict[str, float]:
     """Print and return seconds per step and per token, and the share of time of each part."""
-    result = {}
+    result: dict[str, float] = {}
     sizes = sorted({max(1, shape.sequences // part) for part in (4, 2, 1)})
     points = [(n * shape.length, median(side.seconds(n) for _ in range(3))) for n in sizes]
     if len(points) > 1:

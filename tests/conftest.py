@@ -1,11 +1,13 @@
-"""What every test shares: no network, one thread, an empty cache for the session, fresh examples for
-property tests, one run of the miniature recipe, and a session that fails where a whole file of tests
-no longer runs.
+"""What every test shares: no network, one thread, an empty cache for the session, fresh examples
+for property tests, one run of the miniature recipe, and a session that fails where a whole file of
+tests no longer runs.
 """
 
 import contextlib
+import functools
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -21,9 +23,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 from hypothesis import settings
 
-from .miniature import Chain, run_miniature
+from .miniature import ROOT, Chain, run_miniature
 
-settings.register_profile("xushi", deadline=None, max_examples=50, print_blob=True)
+# In CI the same examples are drawn each time: a change must not fail by what it did not touch.
+IN_CI = bool(os.environ.get("CI"))
+settings.register_profile(
+    "xushi", deadline=None, max_examples=50, print_blob=True, derandomize=IN_CI
+)
 settings.load_profile("xushi")
 
 # Files that may be skipped as a whole, with what they need.
@@ -31,11 +37,9 @@ MAY_BE_SKIPPED = {
     "tests/gpu/test_cuda.py": "a GPU",
     "tests/model/test_gguf_llama_cpp.py": "llama-cpp-python",
 }
-# Files that look at the miniature run, which is made once for all of them.
-MINIATURE_RUN = ("tests/run/", "tests/report/test_real_run.py")
 # Groups that take ten seconds and more, the longest first.
 FIRST = (
-    "miniature",
+    "chain",
     "tests/train/test_layouts.py",
     "tests/plan/test_memory.py",
     "tests/contracts/test_contracts.py",
@@ -48,12 +52,12 @@ workers: defaultdict[str, set[str]] = defaultdict(set)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Property tests draw other examples in each run, from a seed that is printed when one fails.
+    """Outside CI property tests draw other examples in each run; a failure prints their seed.
 
     The session has an empty cache, which workers of pytest-xdist share. Compiled kernels are taken
     from, and kept in, the user's own cache: to compile them takes as long as many tests.
     """
-    if config.option.hypothesis_seed is None:
+    if config.option.hypothesis_seed is None and not IN_CI:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
     if hasattr(config, "workerinput"):
         return
@@ -74,16 +78,12 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return run_miniature(tmp_path_factory.mktemp("chain") / "miniature")
 
 
-def group(nodeid: str) -> str:
-    """What runs in one process: a file, or all that look at the miniature run."""
-    file = nodeid.split("::")[0]
-    return "miniature" if file.startswith(MINIATURE_RUN) else file
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Two processes share the tests by groups. (--dist loadgroup does not work: pytest-xdist 3.8
-    appends the group to a node's id, which pytest 9.2 ignores.)
+    """With several processes a file's tests run in one, and so do all that use the miniature run.
+
+    (xdist 3.8's own groups, --dist loadgroup, have no effect under pytest 9.2: it no longer reads
+    the node id that xdist changes.)
     """
     from xdist.scheduler import LoadScopeScheduling
 
@@ -94,14 +94,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByGroup(config, log)
 
 
+def group(nodeid: str) -> str:
+    """What is one unit of work: a file, or all files that use the fixture `chain`."""
+    file = nodeid.split("::")[0]
+    return "chain" if uses_chain(file) else file
+
+
+@functools.cache
+def uses_chain(file: str) -> bool:
+    """Whether a file of tests uses the fixture `chain`."""
+    return re.search(r"\bchain: Chain\b", (ROOT / file).read_text(encoding="utf-8")) is not None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes longest begins first, so that both processes end at about the same time."""
     for item in items:
-        if "chain" in getattr(item, "fixturenames", ()) and group(item.nodeid) != "miniature":
-            raise pytest.UsageError(
-                f"{item.nodeid} needs its file in MINIATURE_RUN, tests/conftest.py"
-            )
+        if "chain" in getattr(item, "fixturenames", ()) and group(item.nodeid) != "chain":
+            raise pytest.UsageError(f"{item.nodeid} must name its argument `chain: Chain`")
     if hasattr(config, "workerinput"):
         last = len(FIRST)
         groups = {item: group(item.nodeid) for item in items}
@@ -145,7 +155,7 @@ def pytest_terminal_summary(
         terminalreporter.write_line(f"every test of {file} was skipped; with CI set this fails")
     for name in split_groups():
         terminalreporter.write_line(f"{name} ran in more than one process, which is slow")
-    if terminalreporter.getreports("failed"):
+    if terminalreporter.getreports("failed") and not IN_CI:
         seed = config.option.hypothesis_seed
         terminalreporter.write_line(f"to draw the same examples again: --hypothesis-seed={seed}")
 

@@ -1,5 +1,3 @@
-"""xushi (虚实): raw text in, a served DeepSeek-style reasoning model out, one code path from a laptop
-to a cluster.
-"""
+"""xushi (虚实): raw text in, a served DeepSeek-style reasoning model out, laptop to cluster."""
 
 __version__ = "0.1.0"

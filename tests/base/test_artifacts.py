@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from xushi.base import artifacts, locks
+from xushi.base import artifacts, files, locks
 from xushi.base.artifacts import Artifacts, cache_directory, link_tree
 from xushi.base.errors import Failed, XushiError
 from xushi.base.files import disk_errors, sha256_json
@@ -221,6 +221,25 @@ def test_a_maker_that_fails_leaves_nothing(cache: Artifacts, tmp_path: Path) -> 
     assert content(tmp_path / "data")["a.txt"] == "old"
     assert left(cache) == [f"{KEY}.lock"] and cache.entries() == []
     assert cache.obtain(KEY, Maker(), tmp_path / "data")
+
+
+def test_an_artifact_is_flushed_before_it_has_its_name(
+    cache: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[Path] = []
+    flush = files.fsync_path
+
+    def record(path: Path) -> None:
+        flushed.append(path)
+        flush(path)
+
+    monkeypatch.setattr(files, "fsync_path", record)
+    monkeypatch.setattr(artifacts, "fsync_path", record)
+    cache.obtain(KEY, Maker(), tmp_path / "data")
+    aside = files.aside_of(cache._place() / KEY)
+    for name in ("files/a.txt", "files/inner/b.txt", "files/inner", "manifest.json", ""):
+        assert aside / name in flushed
+    assert cache._place() in flushed[flushed.index(aside) :]
 
 
 # --- a cache that cannot be used ---
@@ -506,6 +525,18 @@ def test_emptying_leaves_what_is_being_made(
     assert first.made() and [entry.key for entry in cache.entries()] == [KEY]
 
 
+def test_emptying_leaves_what_is_made_anew(
+    cache: Artifacts, start: Callable[..., Process], tmp_path: Path
+) -> None:
+    cache.obtain(KEY, Maker(), tmp_path / "data")
+    cut(files_of(cache) / "a.txt")
+    first = start()
+    assert first.stdout.readline() == "making\n"
+    assert cache.empty() == [] and [entry.key for entry in cache.entries()] == [KEY]
+    first.go_on()
+    assert first.made()
+
+
 def test_many_processes_and_emptying_all_end_with_whole_files(
     cache: Artifacts, start: Callable[..., Process]
 ) -> None:
@@ -521,13 +552,18 @@ def test_many_processes_and_emptying_all_end_with_whole_files(
 def test_what_was_made_is_not_removed_before_it_is_taken(
     cache: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link = artifacts.link_tree
+    link, make = artifacts.link_tree, artifacts._make
 
-    def emptied(source: Path, target: Path) -> None:
+    def emptied_before_link(source: Path, target: Path) -> None:
         assert cache.empty() == []
         link(source, target)
 
-    monkeypatch.setattr(artifacts, "link_tree", emptied)
+    def emptied_after_make(*arguments: object) -> None:
+        make(*arguments)  # type: ignore[arg-type]
+        assert cache.empty() == []
+
+    monkeypatch.setattr(artifacts, "link_tree", emptied_before_link)
+    monkeypatch.setattr(artifacts, "_make", emptied_after_make)
     assert cache.obtain(KEY, Maker(), tmp_path / "data")
     assert not cache.obtain(KEY, never, tmp_path / "data")
 

@@ -129,7 +129,9 @@ def test_without_a_place_nothing_is_kept() -> None:
 
 
 def test_a_new_attempt_hides_what_earlier_ones_wrote(tracking):
-    """A recipe of 4 steps follows one of 10: nothing of the longer one may be read as the new one's."""
+    """A recipe of 4 steps follows one of 10: nothing of the longer one may be read as the new
+    one's.
+    """
     for step in range(1, 11):
         tracking.metrics("pretrain", step, {"loss": 10.0, "old": 1.0})
         tracking.batch("pretrain", step, step - 1, 1, f"old {step}", "")

@@ -11,8 +11,10 @@ import pytest
 
 from xushi.base.errors import BadInput
 from xushi.base.tracking import Tracking
+from xushi.report import write_report
 from xushi.run import describe, replay, replay_sentences, run
 from xushi.run.recipe import Recipe, load_recipe
+from xushi.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -125,6 +127,24 @@ def test_its_table_is_checked_like_any_other(folder: Path) -> None:
 def test_a_dry_run_has_its_cost(folder: Path) -> None:
     plan = describe(extended(folder=folder))
     assert "stages.py:Denoise" in plan["run.stages"]
+
+
+def test_an_environment_with_a_tool_goes_through_every_stage(tmp_path: Path) -> None:
+    """The game of game.py: its vocabulary has tool tokens, its card is the model's, its run has it."""
+    directory = tmp_path / "run"
+    results = run(load_recipe(HERE / "game.toml", []), directory)
+    assert results is not None
+    names = [stage.name for stage in load_recipe(directory / "recipe.toml", []).run_stages()]
+    assert [f"seconds.{name}" in results for name in names] == [True] * 8
+    assert results["rl.answers"] > 0 and "hidden digits" in results["rl.tasks_are"]
+    assert Tokenizer.load(directory / "export" / "reasoning").tool_ids is not None
+    card = json.loads((directory / "export" / "reasoning" / "model_card.json").read_text())
+    assert card["can"] and card["example"]
+    assert (directory / "game.py").read_bytes() == (HERE / "game.py").read_bytes()
+    result = replay(directory, 2, "rl")
+    assert result["loss"] == result["loss_logged"] and result["spans"][0]["source"] == "counting"
+    page = write_report(directory).read_text(encoding="utf-8")
+    assert "hidden digits" in page
 
 
 def test_no_file_of_the_package_names_them() -> None:

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from xushi.base.errors import BadInput
 from xushi.base.messages import Message
 from xushi.engine import SamplingParams
 from xushi.envs import Environment, environment_class
 from xushi.envs.check import as_lines, check_environment, kept
 from xushi.evaluate import examples_of, play
 from xushi.model import Deepseek, ModelConfig
+from xushi.run.stages.lengths import check_tokens
 from xushi.tokenizer import Tokenizer, chat_examples
 from xushi.tokenizer.config import smallest_vocabulary
 
@@ -111,3 +113,15 @@ def test_a_random_model_plays_it(game: Environment, tokenizer: Tokenizer, asker:
     episodes = play(model, tokenizer, game, tasks, params, think=True)
     assert [episode.score.verdict for episode in episodes] == ["wrong"] * 4
     assert all(1 <= episode.tokens <= 20 for episode in episodes)
+
+
+def test_an_episode_that_exceeds_the_context_is_refused(
+    game: Environment, tokenizer: Tokenizer
+) -> None:
+    """The description of the tool counts."""
+    examples = chat_examples(tokenizer, game.longest_transcript(), game.tools)
+    tokens = len(examples[0][0])
+    assert tokens > 500
+    check_tokens(game, tokenizer, tokens)
+    with pytest.raises(BadInput, match=f"takes {tokens} tokens, more than .*={tokens - 1}"):
+        check_tokens(game, tokenizer, tokens - 1)

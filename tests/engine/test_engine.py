@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 from xushi.engine import ContextLengthError, Engine, SamplingParams, generate_ids, sample
 from xushi.engine import engine as engine_module
 from xushi.engine.sampling import request_uniforms, sampling_key
@@ -237,6 +237,7 @@ def test_chunks_keep_to_the_memory_bound(model, monkeypatch):
 def test_context(model):
     engine = Engine(model, EOS, slots=200)
     p = SamplingParams(max_tokens=100, ignore_eos=True)
+    assert issubclass(ContextLengthError, BadInput), "a user's fault has an exit code"
     with pytest.raises(ContextLengthError, match=r"64 tokens .* context holds 64"):
         engine.add([2] * 64, p)
     with pytest.raises(XushiError, match="no tokens"):

@@ -1,4 +1,4 @@
-"""Kept sequences: an extended request equals a fresh one, and no order of extending blocks the queue."""
+"""Kept sequences: an extended request equals a fresh one, and the queue never blocks."""
 
 import numpy as np
 import pytest
@@ -132,6 +132,20 @@ def test_no_more_sequences_leave_the_cache_than_must(model):
     assert engine.idle_slots == 20
 
 
+def test_an_extension_waits_in_the_cache_for_what_is_running(model):
+    engine = Engine(model, NEVER_EOS, slots=20)
+    kept = engine.add([5] * 8, SamplingParams(1), keep=True)
+    drain(engine)
+    beside = engine.add([6] * 4, SamplingParams(7))  # 10 slots, so that 2 are left
+    longer = engine.extend(kept, [4, 4], SamplingParams(1))  # 3 more
+    for _ in range(7):
+        assert engine.step() == [beside]
+        assert len(engine._kept) == 1
+    assert engine.step() == [longer]
+    engine.release(longer)
+    assert engine.idle_slots == 20
+
+
 def test_only_a_finished_request_that_is_kept_can_be_extended(model):
     engine = Engine(model, NEVER_EOS, slots=64)
     params = SamplingParams(3)
@@ -214,7 +228,7 @@ ACTIONS = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(actions=st.lists(ACTIONS, max_size=20), slots=st.integers(16, 36))
 def test_episodes_in_any_order_end_and_equal_fresh_requests(model, actions, slots):
-    """A caller may extend one sequence, all at once or none, release or forget them: the queue moves."""
+    """A caller may extend one sequence, all or none, release or forget them: the queue moves."""
     engine = Engine(model, EOS, slots)
     requests = []
 

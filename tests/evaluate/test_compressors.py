@@ -76,7 +76,7 @@ def test_primed_text_that_was_seen_costs_next_to_nothing_however_far_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     heldout = _source(260_000, 4_000)
-    monkeypatch.setattr(compressors, "_PIECE", 5_000)  # many pieces, none of them aligned
+    monkeypatch.setattr(compressors, "_CHUNK", 5_000)  # many pieces, none of them aligned
     primed = xz_primed(heldout + TEXT, heldout)
     assert primed.bits_per_byte < 0.2 < bits_per_byte(heldout, "xz")
 

@@ -10,63 +10,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from xushi.base.config import StrictConfig
 from xushi.base.errors import Failed
-from xushi.base.messages import Message, Tool
+from xushi.base.messages import Message
 from xushi.base.seeds import derive
 from xushi.engine import Engine, SamplingParams, generate_ids
-from xushi.envs import Card, DigitSum, DigitSumConfig, Environment, Score, Task
+from xushi.envs import DigitSum, DigitSumConfig, Environment, Score, Task
 from xushi.evaluate import Branch, Episode, examples_of, play
 from xushi.evaluate import episodes as module
 from xushi.model import Deepseek
 from xushi.tokenizer import Tokenizer, encode_chat, encode_outputs, parse_assistant
-from xushi.tokenizer.config import smallest_vocabulary
 
-from .conftest import TINY
+from .talking import Talk, Tools, talkative_model, tokenizer_with_tools
 
 DIGITS = DigitSum(DigitSumConfig(min_digits=2, max_digits=4))
-
-
-class Talk(Environment):
-    """Asks again, whatever is said, until `turns` answers are given; right if all have content."""
-
-    name = "talk"
-    version = 1
-    Config = StrictConfig
-    role = "user"
-    turns = 3
-
-    def task(self, split: str, index: int) -> Task:
-        return Task(self.name, self.version, split, index, f"{index}?", "", {})
-
-    def reply(self, task: Task, transcript: Sequence[Message]) -> Message | None:
-        turn = len(transcript) // 2
-        if turn == 0:
-            return Message("user", task.prompt)
-        return Message(self.role, f"{turn}") if turn < self.turns else None
-
-    def score(self, task: Task, transcript: Sequence[Message]) -> Score:
-        answers = [message for message in transcript if message.role == "assistant"]
-        whole = len(answers) == self.turns and all(answer.content for answer in answers)
-        return Score("right" if whole else "wrong", f"{len(answers)} answers")
-
-    def solve(self, task: Task) -> Sequence[Message]:
-        return []
-
-    def exploits(self, task: Task) -> list[Sequence[Message]]:
-        return []
-
-    def demonstration(self, split: str, index: int, thinking_share: float) -> Sequence[Message]:
-        return []
-
-    def text(self, transcript: Sequence[Message]) -> str:
-        return ""
-
-    def longest_transcript(self) -> Sequence[Message]:
-        return []
-
-    def card(self) -> Card:
-        return Card("", "", "", "", "")
 
 
 def tasks_of(environment: Environment, count: int, samples: int) -> list[Task]:
@@ -84,7 +40,7 @@ def params_of(count: int, max_tokens: int, temperature: float = 1.0) -> list[Sam
 @pytest.mark.parametrize("routing", [False, True])
 def test_one_turn_is_generate_ids_to_the_bit(think, routing, model, tokenizer) -> None:
     """Tokens, both log-probabilities, experts; the same calls with the same groups and slots."""
-    tasks, params = tasks_of(DIGITS, 5, 4), params_of(20, 12)
+    tasks, params = tasks_of(DIGITS, 5, 4), params_of(20, 12, 0.7)
     forced = [tokenizer.think_id] if think else []
     prompts = [[*encode_chat(tokenizer, [Message("user", task.prompt)]), *forced] for task in tasks]
     wanted = generate_ids(model, prompts, params, eos_id=tokenizer.eos_id, routing=routing)
@@ -262,16 +218,22 @@ def test_an_episode_ends_where_nothing_is_left_to_sample(model, tokenizer, monke
         assert episode.answer.content == ("a" if limit in (3, 6) else "")
 
 
-def test_an_episode_ends_where_the_context_does(model, tokenizer, monkeypatch) -> None:
+@pytest.mark.parametrize(("letters", "turns"), [(53, 2), (54, 1), (56, 1)])
+def test_an_episode_ends_where_the_context_does(
+    letters, turns, model, tokenizer, monkeypatch
+) -> None:
+    """The context of 64 must hold the next prompt and one token of an answer. Prompts have 5 tokens
+    and, after an answer, 3 more.
+    """
     end, eos = tokenizer.end_think_id, tokenizer.eos_id
-    long = spelled(tokenizer, end, "a" * 55, eos)
-    scripted(monkeypatch, tokenizer, [long, long])
+    long = spelled(tokenizer, end, "a" * letters, eos)
+    scripted(monkeypatch, tokenizer, [long, [end]])
     environment = Talk()
     (episode,) = play(
         model, tokenizer, environment, [environment.task("test", 4)], params_of(1, 200)
     )
-    assert [message.role for message in episode.transcript] == ["user", "assistant"]
-    assert episode.finish_reason == "length" and episode.answer.content == "a" * 55
+    assert [message.role for message in episode.transcript] == ["user", "assistant"] * turns
+    assert episode.finish_reason == "length" and episode.transcript[1].content == "a" * letters
 
 
 def test_an_environment_that_asks_nothing_is_named(model, tokenizer) -> None:
@@ -286,28 +248,14 @@ def test_an_environment_that_asks_nothing_is_named(model, tokenizer) -> None:
 # Episodes with tools: the real engine, which keeps sequences between turns.
 
 
-class Tools(Talk):
-    """The same, asked by a tool."""
-
-    role = "tool"
-    tools = (Tool("next", "asks again", {}),)
-
-
 @pytest.fixture(scope="module")
 def with_tools() -> Tokenizer:
-    return Tokenizer.train(["0123456789"], smallest_vocabulary(tools=True), tools=True)
+    return tokenizer_with_tools()
 
 
 @pytest.fixture(scope="module")
 def talkative(with_tools) -> Deepseek:
-    """A random model with tool tokens and room for the description of a tool, which ends about one
-    answer in three before the twelfth token.
-    """
-    changes = {"vocab_size": with_tools.vocab_size, "max_position_embeddings": 1024}
-    model = Deepseek(TINY.model_copy(update=changes)).initialise(3)
-    with torch.no_grad():
-        model.head_VD[with_tools.eos_id] *= 3.0
-    return model
+    return talkative_model(with_tools)
 
 
 def log_probabilities(model: Deepseek, branch: Branch) -> torch.Tensor:
@@ -341,6 +289,20 @@ def test_an_episode_of_tools_is_one_growing_sequence(talkative, with_tools) -> N
     for length in (1, 2, 3):
         place = turns.index(length)
         turns_again(talkative, with_tools, environment, episodes[place], params[place])
+
+
+def test_with_tools_too_every_turn_is_made_to_think(talkative, with_tools) -> None:
+    environment = Tools()
+    tasks, params = tasks_of(environment, 4, 4), params_of(16, 36)
+    episodes = play(talkative, with_tools, environment, tasks, params, think=True)
+    assert any(len(episode.transcript) > 2 for episode in episodes)
+    for episode in episodes:
+        (branch,) = episode.branches
+        places = [i for i in range(1, len(branch.ids)) if branch.sampled[i] > branch.sampled[i - 1]]
+        assert len(places) == len(episode.transcript) // 2
+        assert [branch.ids[i - 1] for i in places] == [with_tools.think_id] * len(places)
+        answers = [message for message in episode.transcript if message.role == "assistant"]
+        assert all(answer.reasoning is not None for answer in answers)
 
 
 def ended(episode: Episode, tokenizer: Tokenizer) -> bool:

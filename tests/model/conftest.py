@@ -16,7 +16,7 @@ from .gguf_models import TEXT, WIDE, Make
 
 
 def tensors_in(file: Path) -> dict[str, Tensor]:
-    """A copy of what a file holds, which can be written over it."""
+    """A file's tensors, copied, so that the file can be overwritten."""
     return load(file.read_bytes())
 
 
@@ -28,8 +28,8 @@ def same(first: Deepseek, second: Deepseek) -> bool:
 
 @pytest.fixture(scope="session")
 def random_model() -> Callable[[ModelConfig, int], Deepseek]:
-    """A model of random everything: norms, biases and router biases too, so that no term can hide
-    behind a zero or a one.
+    """A model in which everything is random, norms, biases and router biases too, so that no
+    missing term is hidden by a zero or a one.
     """
 
     def make(config: ModelConfig, seed: int) -> Deepseek:
@@ -52,7 +52,7 @@ def random_model() -> Callable[[ModelConfig, int], Deepseek]:
 
 @pytest.fixture(scope="session")
 def tiny_of() -> Callable[..., ModelConfig]:
-    """A small config of a kind, every part of it active; keywords replace fields."""
+    """A small config of a model_type with every part active; keywords replace fields."""
 
     def make(kind: str, **changes: object) -> ModelConfig:
         fields: dict[str, object] = {
@@ -153,13 +153,13 @@ def saved(random_model, tiny, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """A small one of Python source, which every installation has."""
+    """A small tokenizer trained on Python source, which every installation has."""
     return Tokenizer.train([TEXT], 290)
 
 
 @pytest.fixture
 def directory(random_model, tiny, tokenizer, tmp_path) -> Make:
-    """Makes an export directory of a random model with the fields of `tiny` changed."""
+    """A function that makes an export directory of a random model with changed fields of `tiny`."""
 
     def make(**changes: Any) -> Path:
         place = tmp_path / "model"

@@ -1,5 +1,5 @@
-"""Configurations of every kind at random, and tokens: what the tests against transformers and of
-decoding draw.
+"""Random configs of every model_type, and random tokens, for the tests against transformers and of
+decoding.
 """
 
 import torch
@@ -17,7 +17,7 @@ KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
 
 @st.composite
 def configs(draw: st.DrawFn, kind: str) -> ModelConfig:
-    """Every flag that the published configs use, and sizes that are multiples of nothing."""
+    """Every flag that the published configs use, with sizes that are no multiples of a block."""
     return draw(configs_of_v4() if kind == "deepseek_v4" else configs_with_latents(kind))
 
 
@@ -59,7 +59,8 @@ def configs_with_latents(draw: st.DrawFn, kind: str) -> ModelConfig:
         model_type=kind,
         topk_method=method,
         **fields,
-        # transformers asks of V2 that the heads divide the hidden size, which nothing in it needs.
+        # transformers requires of V2 that the heads divide the hidden size, although nothing needs
+        # it.
         vocab_size=draw(st.integers(17, 67)),
         hidden_size=draw(st.sampled_from([24, 48] if second else [16, 24, 40])),
         intermediate_size=draw(st.sampled_from([8, 33])),

@@ -1,4 +1,4 @@
-"""The models whose GGUF files are looked into, by gguf and by llama.cpp."""
+"""The models whose GGUF files the tests read with gguf and with llama.cpp."""
 
 import argparse
 import json
@@ -9,12 +9,10 @@ from typing import Any
 
 from xushi.model import RopeScaling
 
-Make = Callable[
-    ..., Path
-]  # makes an export directory of a random model with the fields of `tiny` changed
+# Makes an export directory of a random model with changed fields of `tiny`.
+Make = Callable[..., Path]
 
-# Python source that every installation has: it trains the tokenizers, and the model of the last
-# test.
+# Python source that every installation has, to train the tokenizers and the last test's model.
 TEXT = "".join(
     Path(module.__file__).read_text(encoding="utf-8") for module in (json, textwrap, argparse)
 )

@@ -1,4 +1,4 @@
-"""The latent cache against a plain dictionary of lists, whatever is asked of it in whatever order."""
+"""The latent cache against a plain dictionary of lists, for any calls in any order."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ CONFIG = ModelConfig(
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """The truth is `held`: sequence id -> the tokens it holds, and `written`: what stands in which
-    slot.
+    """The expected state: `held` maps sequence ids to their tokens, `written` slots to their
+    content.
 
-    A slot's content is written when `extend` hands it out, as the model does. Whatever a sequence
-    holds must be read back through its slots for as long as it lives: a slot given away too early,
-    or shared by mistake, is overwritten.
+    As in the model, a slot is written when `extend` returns it. A sequence's tokens must be read
+    back through its slots for as long as it lives. A slot that is reused too early, or shared by
+    mistake, gets overwritten, and this fails.
     """
 
     sequences = Bundle("sequences")
@@ -142,8 +142,8 @@ class CacheMachine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         assert all(self.cache.length(s) == len(tokens) for s, tokens in self.held.items())
-        # Tokens are shared exactly where one sequence was forked from the other and neither cut
-        # them since.
+        # Two sequences share tokens exactly if one was forked from the other and neither has
+        # truncated them since.
         in_use = {mark for marks in self.marks.values() for mark in marks}
         assert self.cache.available == self.slots - len(in_use)
 

@@ -1,8 +1,9 @@
-"""The config against transformers' own reading of it, in both directions."""
+"""The config against transformers' classes, in both directions."""
 
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -10,6 +11,8 @@ from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV4Config, D
 
 from xushi.base.errors import XushiError
 from xushi.model import ModelConfig, RopeScaling, from_published, preset, to_published
+from xushi.model.layers import MLP
+from xushi.model.moe import MixtureOfExperts
 
 THEIRS = {
     "deepseek_v2": DeepseekV2Config,
@@ -71,7 +74,8 @@ def configs(draw: st.DrawFn) -> ModelConfig:
             "compress_ratios": draw(
                 st.lists(st.sampled_from([0, csa, hca]), min_size=layers, max_size=layers)
             )
-            + [0] * fields["num_nextn_predict_layers"],  # transformers' own file does not say MTP's
+            # transformers writes no entries for MTP layers
+            + [0] * fields["num_nextn_predict_layers"],
             "num_hash_layers": draw(st.integers(0, layers)),
             "swiglu_limit": draw(st.floats(0.1, 20)),
             "hc_mult": draw(st.integers(1, 5)),
@@ -104,7 +108,7 @@ def test_published_and_back(config: ModelConfig) -> None:
 
 @given(configs())
 def test_transformers_reads_the_same(config: ModelConfig) -> None:
-    """Through its config class and back from what that writes, in transformers 5's own names."""
+    """Into transformers' config class and back from what it writes, in transformers 5's keys."""
     theirs = THEIRS[config.model_type](**to_published(config))
     ours_alone = (
         "rope_scaling",
@@ -123,9 +127,8 @@ def test_transformers_reads_the_same(config: ModelConfig) -> None:
         assert theirs.rope_parameters["main"]["rope_theta"] == config.rope_theta
         assert theirs.rope_parameters["compress"]["rope_theta"] == config.compress_rope_theta
         assert theirs.mlp_layer_types.count("hash_moe") == config.num_hash_layers
-        assert (
-            "compress_ratios" not in written
-        )  # so that what is read back is transformers' own form
+        # So what is read back is transformers' own form.
+        assert "compress_ratios" not in written
     else:
         assert theirs.rope_parameters["rope_theta"] == config.rope_theta
     if config.model_type == "deepseek_v3":
@@ -136,7 +139,7 @@ def test_transformers_reads_the_same(config: ModelConfig) -> None:
 
 
 def test_the_defaults_are_the_published_models() -> None:
-    """DeepSeek-V3's config.json, as far as transformers' defaults repeat it."""
+    """DeepSeek-V3's config.json, in the fields where transformers' defaults are equal to it."""
     ours, theirs = ModelConfig(), DeepseekV3Config()
     for name in (
         "vocab_size",
@@ -191,9 +194,9 @@ def test_a_query_latent_of_zero_is_none() -> None:
         ({"n_group": 2} | V4, "n_group=1"),
         ({"index_topk": 8}, "deepseek_v3 has no index_topk"),
         ({"hc_mult": 2}, "no hc_mult"),
-        (V4 | {"compress_ratios": [0, 4, 64]}, "holds 64"),
+        (V4 | {"compress_ratios": [0, 4, 64]}, "contains 64"),
         (V4 | {"compress_ratios": [0, 4]}, "with 3 entries"),
-        (V4 | {"compress_rate_csa": 128}, "differ"),
+        (V4 | {"compress_rate_csa": 128}, "must differ, and both are 128"),
         (V4 | {"num_hash_layers": 3}, "num_hash_layers=3"),
         (V4 | {"o_groups": 7}, "o_groups=7"),
         (V4 | {"head_dim": 32}, "head_dim=32"),
@@ -207,12 +210,37 @@ def test_a_query_latent_of_zero_is_none() -> None:
         ({"norm_topk_prob": 1}, "norm_topk_prob"),
     ],
 )
-def test_what_cannot_be_is_refused(changes: dict, words: str) -> None:
+def test_inconsistent_values_are_refused(changes: dict, words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         ModelConfig(**changes)
 
 
-def test_what_is_not_this_architecture_names_its_key() -> None:
+def test_one_expert_is_a_dense_layer() -> None:
+    """A mixture with a single expert equals a dense layer."""
+    config = ModelConfig(
+        hidden_size=16,
+        moe_intermediate_size=24,
+        n_routed_experts=1,
+        num_experts_per_tok=1,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=0,
+        routed_scaling_factor=1.0,
+    )
+    generator = torch.Generator().manual_seed(0)
+    mixture, dense = MixtureOfExperts(config, hashed=False), MLP(16, 24)
+    with torch.no_grad():
+        for parameter in mixture.parameters():
+            parameter.normal_(generator=generator)
+        gate, up = mixture.experts.gate_up_proj[0].split(24)
+        dense.gate_proj.weight.copy_(gate)
+        dense.up_proj.weight.copy_(up)
+        dense.down_proj.weight.copy_(mixture.experts.down_proj[0])
+        x = torch.randn(50, 16, generator=generator)
+        torch.testing.assert_close(mixture(x, None)[0], dense(x), rtol=1e-5, atol=1e-4)
+
+
+def test_a_value_that_is_not_implemented_is_refused_by_key() -> None:
     for key, value in (("model_type", "llama"), ("scoring_func", "softmax"), ("moe_layer_freq", 2)):
         with pytest.raises(XushiError, match=key) as error:
             from_published(to_published(ModelConfig()) | {key: value}, "there/config.json")
@@ -220,12 +248,12 @@ def test_what_is_not_this_architecture_names_its_key() -> None:
 
 
 def test_a_v2_must_say_its_shapes() -> None:
-    """transformers' defaults for V2 are no released model's, so none are taken."""
+    """transformers' defaults for V2 are those of no released model, so no defaults are used."""
     table = to_published(ModelConfig(**V2, norm_topk_prob=False, num_nextn_predict_layers=0))
     for key in ("hidden_size", "n_routed_experts", "first_k_dense_replace", "q_lora_rank"):
         with pytest.raises(XushiError, match=key):
             from_published({name: value for name, value in table.items() if name != key}, "here")
-    # V2-Lite's file says "n_group": 1; others leave the group keys out or null.
+    # V2-Lite's file has "n_group": 1; other files omit the group keys or set them to null.
     unsaid = {
         name: value
         for name, value in table.items()
@@ -235,8 +263,8 @@ def test_a_v2_must_say_its_shapes() -> None:
 
 
 def test_a_v4_must_say_its_schedule() -> None:
-    """Where it is left out transformers takes one that is no released model's: 29 CSA and 32 HCA
-    layers for V4-Pro.
+    """transformers' default schedule is that of no released model: 29 CSA and 32 HCA layers for
+    V4-Pro.
     """
     table = to_published(preset("deepseek-v4-pro"))
     unsaid = {
@@ -250,8 +278,8 @@ def test_a_v4_must_say_its_schedule() -> None:
     assert theirs.layer_types.count("compressed_sparse_attention") == 29
 
 
-def test_a_v4s_schedule_may_go_on_behind_its_layers() -> None:
-    """Released files have entries for drafters, too."""
+def test_a_v4s_schedule_may_be_longer_than_its_layers() -> None:
+    """Released files also have entries for draft models."""
     table = to_published(preset("deepseek-v4-flash"))
     longer = table | {"compress_ratios": [*table["compress_ratios"], 0, 0]}
     shorter = table | {"compress_ratios": table["compress_ratios"][:43]}
@@ -260,7 +288,7 @@ def test_a_v4s_schedule_may_go_on_behind_its_layers() -> None:
 
 
 def test_v4_scales_frequencies_alone() -> None:
-    """YaRN's temperature would be 1.277 at factor 16; V4 has none, and a file that asks for one is
+    """YaRN's temperature would be 1.277 at factor 16. V4 has none, and a file with another is
     refused.
     """
     model = preset("deepseek-v4-flash")
@@ -274,8 +302,8 @@ def test_v4_scales_frequencies_alone() -> None:
         )
 
 
-def test_what_a_kind_has_not_is_not_written() -> None:
-    """So a recipe's hash does not change when another kind gets a field."""
+def test_fields_that_do_not_apply_are_not_written() -> None:
+    """So a recipe's hash does not change when another model_type gets a field."""
     assert not {"hc_mult", "index_topk"} & set(ModelConfig().model_dump())
     assert not {"kv_lora_rank", "n_group"} & set(preset("deepseek-v4-flash").model_dump())
 
@@ -296,7 +324,7 @@ def test_what_a_kind_has_not_is_not_written() -> None:
         {"rope_scaling": {"type": "yarn", "factor": "16"}},
     ],
 )
-def test_a_damaged_v4_config_is_said(changes: dict) -> None:
+def test_a_damaged_v4_config_is_reported(changes: dict) -> None:
     table = to_published(preset("deepseek-v4-flash")) | changes
     if "partial_rotary_factor" in changes:
         del table["qk_rope_head_dim"]

@@ -1,5 +1,5 @@
-"""Decoding against the cache, and packed documents, against the whole forward of one document: all
-four kinds.
+"""Decoding with the cache, and packed documents, against the whole forward of one document, for all
+four models.
 """
 
 import pytest
@@ -18,12 +18,12 @@ from .drawing import KINDS, TOLERANCE, configs, random_tokens
 def test_decoding_equals_the_full_forward(
     config: ModelConfig, seed: int, data: st.DataObject, random_model
 ) -> None:
-    """Chunks of any sizes, several sequences in one call, forks and truncation: the logits of the
-    whole forward.
+    """Chunks of any size, several sequences in one call, forks and truncation give the logits of
+    the whole forward.
     """
     model = random_model(config, seed)
     tokens = random_tokens(config, seed, 3, 19)
-    tokens[2, :8] = tokens[0, :8]  # the third goes another way after a common beginning
+    tokens[2, :8] = tokens[0, :8]  # the third sequence shares a prefix with the first
     with torch.no_grad():
         expected = model(tokens).logits
     cache = LatentCache(config, slots=200)
@@ -54,7 +54,7 @@ def test_decoding_equals_the_full_forward(
     step([(first, common)])
     branch = cache.fork(first)
     row[branch], done[branch] = 2, common
-    advance(first, second, branch)  # neither branch may write into what the other reads
+    advance(first, second, branch)  # neither branch may overwrite what the other reads
     kept = data.draw(st.integers(0, 18))
     fork = cache.fork(first)
     cache.truncate(fork, kept)

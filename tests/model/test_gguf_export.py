@@ -1,7 +1,7 @@
-"""GGUF files: every tensor, every key and the tokenizer read back with gguf; what the form cannot
-say is refused.
+"""GGUF files: every tensor, every key and the tokenizer, read back with gguf. Models that llama.cpp
+cannot express are refused.
 
-What llama.cpp makes of them is in test_gguf_llama_cpp.py.
+Running the files in llama.cpp is in test_gguf_llama_cpp.py.
 """
 
 import json
@@ -36,7 +36,7 @@ def published(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def in_pairs(matrix: Tensor, config: dict[str, Any], heads: int) -> Tensor:
-    """Row by row: where pairs were (i, i + R/2), they become (2i, 2i + 1)."""
+    """A loop over rows: pairs (i, i + R/2) become (2i, 2i + 1)."""
     if config.get("rope_interleave", True):
         return matrix
     rotated, head = config["qk_rope_head_dim"], matrix.shape[0] // heads
@@ -69,7 +69,7 @@ NAMES = {
 
 
 def expected_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """The GGUF tensors by their definition, from the published ones."""
+    """The expected GGUF tensors, computed from the published ones."""
     config, weights = published(directory)
     heads, nope, value = (
         config[key] for key in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim")
@@ -132,8 +132,8 @@ def test_every_tensor_is_there(name: str, kind: str, directory: Make, tmp_path: 
             assert stored == Type.BF16 and torch.equal(values, wanted.bfloat16().float()), name
             kept += kind == "q8_0"
         else:
-            # Half a step of 1/127 of the largest of 32, and what float16 takes off the step: 2^-11
-            # of 127 of them.
+            # Half a step, which is 1/127 of the largest of 32 values, plus float16's rounding of
+            # the step: 2^-11 of up to 127 steps.
             blocks = wanted.reshape(-1, 32)
             step = blocks.abs().amax(1, keepdim=True) / 127
             assert (
@@ -270,7 +270,7 @@ def test_other_kinds_are_refused(
 
 
 def refused(action: Callable[[], Any], said: str, folder: Path) -> None:
-    """A line that says `said`, a line that says what to do, and no file."""
+    """The error has one line with the text `said` and one line with a remedy; no file is left."""
     with pytest.raises(XushiError) as caught:
         action()
     assert said in caught.value.problem

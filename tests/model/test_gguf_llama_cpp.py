@@ -1,7 +1,7 @@
-"""GGUF files in llama.cpp, where llama-cpp-python is installed (`pip install -e '.[test-llama]'`, a
+"""GGUF files in llama.cpp; skipped without llama-cpp-python (`pip install -e '.[test-llama]'`, a
 long build).
 
-Figures for a model of your own, with `-s`:
+Figures for your own model, printed with `-s`:
 
     XUSHI_EXPORT=runs/demo/export/base pytest -m slow -s tests/model/test_gguf_llama_cpp.py -k trained
 """
@@ -30,7 +30,7 @@ from .gguf_models import MODELS, TEXT, Make
 
 
 def in_llama_cpp(test: Callable[..., None]) -> Callable[..., None]:
-    """Slow, and skipped before anything is trained where llama-cpp-python is missing."""
+    """Skips without llama-cpp-python, before anything is trained."""
     missing = find_spec("llama_cpp") is None
     return pytest.mark.slow(
         pytest.mark.skipif(missing, reason="needs pip install -e '.[test-llama]'")(test)
@@ -38,7 +38,7 @@ def in_llama_cpp(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def llama_logits(path: Path, ids: list[int], **options: Any) -> Tensor:
-    """llama.cpp's logits [T, V] of ids fed as they are."""
+    """llama.cpp's logits [T, V] for given token ids."""
     import llama_cpp
 
     model = llama_cpp.Llama(
@@ -68,7 +68,7 @@ def our_logits(model: Deepseek, ids: list[int]) -> Tensor:
 def test_llama_cpp_computes_the_same(
     name: str, directory: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With every tensor and the cache in float32 nothing is left that rounding could excuse."""
+    """With every tensor and the cache in float32, no difference can be excused by rounding."""
     source = directory(**MODELS[name])
     monkeypatch.setattr(gguf_export, "_type_of", lambda *_: Type.F32)
     export_gguf(source, tmp_path / "model.gguf")
@@ -112,10 +112,9 @@ def trained(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.optim.AdamW(model.parameters(), lr=3e-3),
         torch.Generator().manual_seed(0),
     )
+    # For products this small a second thread costs more than it gains.
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # products this small wait longer for a second thread than they gain from it
+    torch.set_num_threads(1)
     for _ in range(200):
         starts = torch.randint(len(ids) - 129, (8,), generator=stream)
         rows = torch.stack([ids[start : start + 129] for start in starts.tolist()])
@@ -131,7 +130,7 @@ def trained(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def with_matrices_in_bf16(directory: Path) -> Deepseek:
-    """xushi's own model of what a BF16 file holds, computing in float32."""
+    """xushi's model with the values of a BF16 file, computing in float32."""
     model = load_pretrained(directory)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and not name.endswith("gate.weight"):
@@ -143,9 +142,8 @@ def with_matrices_in_bf16(directory: Path) -> Deepseek:
 def test_a_trained_model_in_llama_cpp(trained: Path, tmp_path: Path) -> None:
     """256 positions of unseen Python source, teacher-forced, against xushi's float32 logits.
 
-    Where two experts nearly tie, bfloat16 may choose the other, and one such position has the
-    largest difference of all; so each position's margin is compared with that position's own
-    difference too.
+    If two experts nearly tie, bfloat16 may choose the other one. One such position has the largest
+    difference of all, so each margin is also compared with its own position's difference.
     """
     tokenizer = Tokenizer.load(trained)
     ids = [
@@ -180,9 +178,9 @@ def test_a_trained_model_in_llama_cpp(trained: Path, tmp_path: Path) -> None:
                 (margin_T > error).sum().item()
             )
             figures[f"{name}: of these agree ({what})"] = agrees_T[margin_T > error].sum().item()
-            wanted = (
-                1.0 if what == "largest difference" else 0.98
-            )  # one's own only bounds each of the two logits
+            # A position's own difference bounds each of the two logits of its margin, not their
+            # difference.
+            wanted = 1.0 if what == "largest difference" else 0.98
             assert name != "llama.cpp bf16" or agrees_T[margin_T > error].double().mean() >= wanted
     difference_T = (logits["llama.cpp bf16"] - rounded).abs().amax(-1)
     figures |= {
@@ -195,8 +193,8 @@ def test_a_trained_model_in_llama_cpp(trained: Path, tmp_path: Path) -> None:
         json.dumps(figures),
         sep="\n",
     )
-    # llama.cpp rounds the inputs of products to bfloat16, xushi's bfloat16 everything: so the
-    # latter is further off.
+    # llama.cpp rounds only the inputs of products to bfloat16, xushi in bfloat16 everything, so
+    # xushi's difference is larger.
     assert figures["llama.cpp bf16: mean KL"] <= figures["xushi, all in bf16: mean KL"]
     assert figures["llama.cpp bf16: argmax agrees"] > 0.97
     assert (

@@ -1,8 +1,8 @@
-"""The indexers' loss and their place among the rest: V3.2's over tokens, V4's over compressed
-entries.
+"""The indexers' loss, and its separation from the other losses: V3.2's over tokens, V4's over
+compressed entries.
 
-The expected values are computed here from the published tensors in float64 by plain loops; nothing
-of the package's arithmetic is used but what leads to a layer's input.
+The expected values are computed here in float64, from the published tensors, by plain loops. Of the
+package's arithmetic only the computation of a layer's input is used.
 """
 
 import math
@@ -39,7 +39,7 @@ def rms(x: Tensor, weight: Tensor | float, eps: float) -> Tensor:
 
 
 def pairs(x: Tensor, place: float, frequencies: list[float]) -> Tensor:
-    """(x0, x1), (x2, x3), ... each turned by place * frequency."""
+    """Pairs (x0, x1), (x2, x3), ... rotated by position * frequency."""
     out = []
     for j, frequency in enumerate(frequencies):
         a, b, angle = x[2 * j], x[2 * j + 1], place * frequency
@@ -51,7 +51,7 @@ def pairs(x: Tensor, place: float, frequencies: list[float]) -> Tensor:
 
 
 def halves(x: Tensor, place: float, frequencies: list[float]) -> Tensor:
-    """(x_i, x_(i + R/2)) each turned: V3.2's indexer alone rotates so."""
+    """Pairs (x_i, x_(i + R/2)) rotated, as only V3.2's indexer does."""
     half = len(x) // 2
     first = [
         x[j] * math.cos(place * f) - x[half + j] * math.sin(place * f)
@@ -87,7 +87,7 @@ def index_score(q: list[Tensor], key: Tensor, weights: Tensor) -> float:
 
 
 def expected_v32(w: dict[str, Tensor], c, xs: list[Tensor], count: int | None) -> list[float]:
-    """Each query's KL of the softmax of its index scores from the mean over heads of its attention."""
+    """KL(attention averaged over heads || softmax of the index scores) for each query."""
     frequencies = [
         c.rope_theta ** (-2 * j / c.qk_rope_head_dim) for j in range(c.qk_rope_head_dim // 2)
     ]
@@ -123,8 +123,8 @@ def expected_v32(w: dict[str, Tensor], c, xs: list[Tensor], count: int | None) -
 
 
 def expected_v4(w: dict[str, Tensor], c, xs: list[Tensor], count: int | None) -> list[float]:
-    """The same over compressed entries, of an attention whose softmax also has the window's tokens
-    and the sink.
+    """The same over compressed entries; the attention's softmax also covers the window's tokens and
+    the sink.
     """
     eps, rope, heads, rate = (
         c.rms_norm_eps,
@@ -223,7 +223,8 @@ def test_the_divergence_is_the_papers(kind: str, dense: bool, random_model, tiny
     want = (expected_v32 if kind == "deepseek_v32" else expected_v4)(
         weights, model.config, inputs, None if dense else model.config.index_topk
     )
-    # The model's rotation frequencies are float32, 6e-8 off, times up to eleven places.
+    # The model's rotation frequencies are float32: relative errors of 6e-8, times up to 11
+    # positions.
     torch.testing.assert_close(
         got[0][0].detach(), torch.tensor(want, dtype=torch.float64), rtol=1e-6, atol=1e-12
     )
@@ -233,7 +234,7 @@ def test_the_divergence_is_the_papers(kind: str, dense: bool, random_model, tiny
 @pytest.mark.parametrize("warmup", [True, False], ids=["dense warm-up", "sparse"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_by_differences(kind: str, warmup: bool, random_model, tiny_of) -> None:
-    """The loss differentiated through every parameter of the indexers, in float64."""
+    """The gradient of every parameter of the indexers against central differences, in float64."""
     model = one_layer(kind, random_model, tiny_of)
     batch = batch_of(model, 8)
     names = [name for name, _ in model.named_parameters() if ".indexer." in name]
@@ -255,8 +256,8 @@ def test_gradients_by_differences(kind: str, warmup: bool, random_model, tiny_of
                 values.append(float(loss()))
                 parameter.add_(direction, alpha=-sign * step)
         slope = float((parameter.grad * direction).sum())
-        # Central differences: the cube of the step times the third derivative, and rounding over
-        # the step.
+        # A central difference's error is the step's cube times the third derivative, over the step,
+        # plus rounding over the step.
         assert (values[0] - values[1]) / (2 * step) == pytest.approx(slope, rel=1e-4, abs=1e-8), (
             name
         )
@@ -264,8 +265,8 @@ def test_gradients_by_differences(kind: str, warmup: bool, random_model, tiny_of
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_do_not_cross(kind: str, random_model, tiny_of) -> None:
-    """The text's loss gives the indexers nothing, theirs gives nothing to the rest, and the sparse
-    stage has both.
+    """The text's loss gives the indexers no gradient, and their loss gives none to other
+    parameters. The sparse stage has both losses.
     """
     model = random_model(tiny_of(kind, num_nextn_predict_layers=1), 42)
     batch = batch_of(model, 9)

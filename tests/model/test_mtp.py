@@ -1,8 +1,8 @@
-"""V4's MTP layer against transformers' decoder layer, head and norm; only the joining of its inputs
+"""V4's MTP layer against transformers' decoder layer, head and norm. Only the joining of its inputs
 is written out here.
 
-(V3's form is compared with transformers' `MtpModel` in test_parity_transformers.py; the losses of
-both in test_objective.py.)
+V3's MTP layer is compared with transformers' `MtpModel` in test_parity_transformers.py; the losses
+of both are tested in test_objective.py.
 """
 
 import pytest
@@ -19,9 +19,7 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def reference_with(ours: Deepseek, depth: int) -> DeepseekV4ForCausalLM:
-    """transformers' model with our MTP layer of this depth (from 0) in the place after the trunk's
-    last.
-    """
+    """transformers' model with our MTP layer of this depth (from 0) as its last layer."""
     config, layers = ours.config, ours.config.num_hidden_layers
     published = to_published(
         config.model_copy(

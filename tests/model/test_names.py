@@ -1,5 +1,5 @@
-"""What tensors are called on disk, against transformers' own mappings and the names of the
-published files.
+"""The names of tensors on disk, against transformers' own mappings and the names in the published
+files.
 """
 
 import re
@@ -29,7 +29,7 @@ KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
 
 
 def shortened(name: str) -> ModelConfig:
-    """A preset with 8 layers of 16 experts, which is the least that its groups allow, and quick."""
+    """A preset with 8 layers of 16 experts, the fewest that its groups allow, for speed."""
     config = preset(name)
     changes: dict[str, object] = {"n_routed_experts": 16, "num_hidden_layers": 8}
     if config.compress_ratios is not None:
@@ -40,7 +40,7 @@ def shortened(name: str) -> ModelConfig:
 
 
 def transformers_model(config: ModelConfig) -> nn.Module:
-    """transformers' class for this config, without memory."""
+    """transformers' model for this config, on the meta device."""
     table = {
         key: value
         for key, value in to_published(config).items()
@@ -64,7 +64,7 @@ def shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def patterns(names) -> Counter[str]:
-    """How many names there are of each form, numbers aside."""
+    """The number of names of each form, with numbers replaced."""
     return Counter(re.sub(r"(?<=\.)\d+(?=\.)", "N", name) for name in names)
 
 
@@ -89,7 +89,7 @@ def check_with_transformers(config: ModelConfig) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_transformers_would_write(name: str) -> None:
-    """Names, their number and shapes are those of its reverse mapping; what it has no names for are
+    """Names, their number and their shapes equal transformers' reverse mapping, which lacks only
     the MTP layers.
     """
     check_with_transformers(shortened(name))
@@ -104,7 +104,7 @@ def test_what_transformers_would_write_of_the_whole(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("names", ["published", "transformers"])
 def test_every_name_leads_back(name: str, names: str) -> None:
-    """And so does the name of its scale, in both spellings."""
+    """The name of its scale does too, in both spellings."""
     config = shortened(name)
     with torch.device("meta"):
         state = Deepseek(config).state_dict()
@@ -122,7 +122,7 @@ def test_every_name_leads_back(name: str, names: str) -> None:
                 assert canonical_name(scale, config) == (canonical, True)
 
 
-# Names of a published V4, by kind of layer.
+# The names in a published V4, by kind of layer.
 EVERY_LAYER = (
     "attn_norm.weight",
     "ffn_norm.weight",
@@ -197,9 +197,7 @@ def test_v4_as_published(name: str, experts: int, sparse: int, heavy: int, layer
 
 
 def test_v4_flash_with_its_scales_has_the_published_number_of_mtp_tensors() -> None:
-    """The shard of the published file holds 1,575: every linear map but the router comes with a
-    scale there.
-    """
+    """The published shard holds 1,575 tensors: every linear map except the router has a scale."""
     names = [name for name in shapes("deepseek-v4-flash") if name.startswith("mtp.0.")]
     scaled = [name for name in names if re.search(r"\.(w[123kqo]\w*|[eh]_proj)\.weight$", name)]
     assert len(names) + len(scaled) == 1575
@@ -237,7 +235,9 @@ def test_v4_pro_has_the_shapes_of_the_published_headers() -> None:
 
 
 def test_v3_as_published() -> None:
-    """The MTP layer is the 62nd, with its own four tensors and copies of embedding and head."""
+    """The MTP layer is the 62nd layer, with four tensors of its own and copies of embedding and
+    head.
+    """
     got = shapes("deepseek-v3")
     attention = {
         "q_a_proj.weight": (1536, 7168),
@@ -313,8 +313,8 @@ def test_other_names_are_nobodys(kind: str, name: str, tiny_of) -> None:
 
 
 def test_what_transformers_writes_for_v4_is_read(random_model, tiny_of, tmp_path) -> None:
-    """Its own mixture of names, `attn.norm` for kv_norm among them, is what we write under that
-    choice.
+    """With names="transformers" we write transformers' mixture of names, with `attn.norm` for
+    kv_norm.
     """
     model = random_model(tiny_of("deepseek_v4", num_nextn_predict_layers=1), 1)
     save_pretrained(model, tmp_path / "ours")
@@ -360,8 +360,8 @@ def test_v4_in_module_names_is_read(random_model, tiny_of, tmp_path) -> None:
 def test_what_stays_float32_is_transformers_choice(
     kind: str, random_model, tiny_of, tmp_path
 ) -> None:
-    """Parameter by parameter under bfloat16; the MTP layers, which it does not know, go by the same
-    modules.
+    """Compared parameter by parameter in bfloat16. The MTP layers, which transformers does not
+    know, follow the same modules.
     """
     model = random_model(
         tiny_of(kind, num_nextn_predict_layers=0 if kind == "deepseek_v2" else 1), 1

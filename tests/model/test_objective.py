@@ -3,11 +3,11 @@ loops.
 
 `Paper` reads the published tensors and the published config of a saved model and runs one document,
 token by token (arXiv:2412.19437: MLA eqs. 1-11, DeepSeekMoE 12-16, balance loss 17-20, multi-token
-prediction 21-25). It shares no code with the package. Two things the equations leave to the
-published weights and code: the order inside eh_proj (embedding first), and that the hidden state
-handed on is the one after the final norm.
+prediction 21-25). It shares no code with the package. Two things are not in the equations and
+follow the published weights and code: the order inside eh_proj (embedding first), and that an MTP
+layer receives the hidden state after the final norm.
 
-Axes in names: as in the paper, t and i are places, k an MTP depth.
+Indices as in the paper: t and i are positions, k is an MTP depth.
 """
 
 import json
@@ -178,9 +178,9 @@ class Paper:
 
 
 def balance(routed: list[tuple[Tensor, list[int]]]) -> Tensor:
-    """Eqs. 17-20 without alpha, over the places of one document. Eq. 18 counts an expert where it
-    is among the top K by s alone; here and in the package it is counted where the router chose it,
-    bias and group limit included.
+    """Eqs. 17-20 without alpha, over the positions of one document. Eq. 18 counts an expert if it
+    is among the top K by s alone; here and in the package it counts if the router chose it, with
+    bias and group limit.
     """
     experts, per_token, length = len(routed[0][0]), len(routed[0][1]), len(routed)
     total = torch.zeros((), dtype=torch.float64)
@@ -277,7 +277,7 @@ def random_documents(
 
 
 def gradients(model: Deepseek) -> dict[str, Tensor]:
-    """What `backward` left, in the parameters' own names; zero where nothing came."""
+    """The gradients by parameter name; zero for a parameter without one."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in model.named_parameters()

@@ -1,4 +1,4 @@
-"""The model against transformers' classes for DeepSeek-V2, V3, V3.2 and V4: same weights, float32."""
+"""The model against transformers' classes for DeepSeek-V2, V3, V3.2 and V4, in float32."""
 
 import copy
 
@@ -25,13 +25,13 @@ from xushi.ops import best_keys
 from .drawing import KINDS, TOLERANCE, configs, random_tokens
 
 disable_progress_bar()
-# Without shared experts transformers makes one of width zero, and torch remarks on it.
+# Without shared experts transformers makes one of width zero, and torch warns about it.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 
 
 def load_reference(model: Deepseek, path) -> nn.Module:
-    """transformers' model from the files that ours wrote; nothing may be missing or left over but
-    MTP's layers.
+    """transformers' model from the files that ours wrote. No tensor may be missing or unused,
+    except those of MTP layers.
     """
     save_pretrained(model, path)
     reference, report = AutoModelForCausalLM.from_pretrained(
@@ -42,7 +42,7 @@ def load_reference(model: Deepseek, path) -> nn.Module:
         output_loading_info=True,
     )
     assert type(reference).__name__ == to_published(model.config)["architectures"][0]
-    if not model.config.n_shared_experts:  # transformers then has a shared expert of width zero
+    if not model.config.n_shared_experts:  # then transformers has a shared expert of width zero
         report["missing_keys"] = {
             key for key in report["missing_keys"] if ".shared_experts." not in key
         }
@@ -69,7 +69,7 @@ def scores_of(gate: nn.Module, logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def near_tie(gate: nn.Module, x: Tensor) -> bool:
-    """Whether the reference's own selection for token x changes under biases (V2: weights) moved by
+    """Whether the reference's own choice for token x changes if the biases (V2: weights) change by
     1e-4.
     """
     moved = getattr(gate, "e_score_correction_bias", gate.weight)
@@ -83,13 +83,12 @@ def near_tie(gate: nn.Module, x: Tensor) -> bool:
 
 
 def pin_reference(reference: nn.Module, choices: list[Tensor], scores: list[Tensor]) -> None:
-    """Give the reference's routers our selections: near ties flip on rounding, so selections are
-    compared apart.
+    """Give the reference's routers our choices, since rounding can change the choice at near ties.
 
-    They are compared here, layer by layer on hidden states that our selections led to, so that a
-    flip in one layer excuses nothing in the next: the scores must agree, the sets of experts must
-    be equal but for proven near ties, and where they are equal the gate values that this stand-in
-    computes must be the reference's own.
+    Choices are compared here, layer by layer, on hidden states that follow from our choices, so
+    that a difference in one layer excuses nothing in the next. Scores must agree, and the sets of
+    experts must be equal except at proven near ties. If they are equal, the gate values computed
+    here must be the reference's own.
     """
     for gate, chosen, ours in zip(gates_of(reference), choices, scores, strict=True):
 
@@ -121,11 +120,12 @@ def pin_reference(reference: nn.Module, choices: list[Tensor], scores: list[Tens
 
 
 class Selections:
-    """What our indexers chose, layer by layer: recorded in one forward, then given to the
+    """Records our indexers' choices in one forward, layer by layer, and gives them to the
     reference's indexers.
 
-    ReLU makes many scores exactly zero, and `topk` leaves ties to the kernel. So the reference's
-    own choice is compared with ours by the scores of what they differ in, and then replaced.
+    ReLU makes many scores exactly zero, and `topk` does not define the order of ties. So the
+    reference's own choice is compared with ours by the scores of the keys in which they differ, and
+    then replaced.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ class Selections:
 def float64_gradients(
     model: Deepseek, tokens: Tensor, pinned: list[Tensor], limit: float = 1.0
 ) -> dict[str, Tensor]:
-    """With V4's SwiGLU limit moved by a factor."""
+    """With V4's SwiGLU limit multiplied by a factor."""
     model = copy.deepcopy(model).double()
     for module in model.modules():
         if getattr(module, "limit", None) is not None:
@@ -196,8 +196,8 @@ def float64_gradients(
 
 
 def moved_by_rounding(reference: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
-    """How far each of the reference's gradients moves when every module's output is moved by a
-    rounding of float32.
+    """The change of each of the reference's gradients if every module's output changes by one
+    float32 rounding.
     """
 
     def gradients(stream: torch.Generator | None) -> dict[str, Tensor]:
@@ -335,7 +335,7 @@ def test_logits_and_gradients_at_length(
 def test_mtp_layers(interleave: bool, random_model, tiny, tmp_path) -> None:
     """The hidden states of two depths against transformers' `MtpModel`, fed with the true tokens.
 
-    Its loader knows V3's own 61 layers alone, so it is given the weights by their names.
+    Its loader supports only V3's own 61 layers, so its weights are set by name.
     """
     ours = random_model(
         tiny(num_nextn_predict_layers=2, rope_interleave=interleave, q_lora_rank=6), 21
@@ -362,10 +362,8 @@ def test_mtp_layers(interleave: bool, random_model, tiny, tmp_path) -> None:
         expected = reference.model(tokens).last_hidden_state
         got = ours.hidden(tokens).hidden_BTD
         for depth, layer in enumerate(ours.mtp_layers, start=1):
-            expected, got = (
-                expected[:, :-1],
-                got[:, :-1],
-            )  # the last place has no further token to be told
+            # The last position has no next token to be given.
+            expected, got = expected[:, :-1], got[:, :-1]
             positions = torch.arange(depth, length)[None].expand(2, -1)
             expected = theirs.forward_layer(
                 depth - 1, expected, positions, cache, input_ids=tokens[:, depth:]
@@ -393,12 +391,12 @@ def logits_and_gradients(
 
 
 def test_bfloat16_is_as_near_as_transformers_autocast(random_model, tiny, tmp_path_factory) -> None:
-    """Errors against float32 with the routing pinned, logits and gradients, summed over several
+    """Errors of logits and gradients against float32 with the routing pinned, summed over several
     models.
 
-    Both keep the residual stream and the norms in float32 and round products; over 30 models the
-    ratios are 1.01 and 0.91 (autocast rounds the router too, ours the rotation's cos and sin). 1.05
-    is for chance in fewer.
+    Both keep the residual and the norms in float32 and round products. Over 30 models the ratios
+    are 1.01 and 0.91 (autocast also rounds the router, ours also the rotation's cos and sin). The
+    bound 1.05 allows for chance with fewer models.
     """
     own_errors, their_errors = torch.zeros(2), torch.zeros(2)
     for seed in range(6):

@@ -1,6 +1,4 @@
-"""The presets against transformers: names and shapes of the model that it builds from the same
-config.
-"""
+"""The presets against the names and shapes of the model that transformers builds from the config."""
 
 import pytest
 import torch

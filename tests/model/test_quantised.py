@@ -1,4 +1,4 @@
-"""FP8 and FP4 weights against values computed from their bits here, alone and in whole checkpoints."""
+"""FP8 and FP4 weights against values computed here from their bits, alone and in checkpoints."""
 
 import json
 from collections.abc import Callable
@@ -22,12 +22,14 @@ E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 
 def tensors_in(file: Path) -> dict[str, Tensor]:
-    """A copy of what a file holds, which can be written over it."""
+    """A file's tensors, copied, so that the file can be overwritten."""
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
 def value_of_e4m3(byte: int) -> float:
-    """Sign, four bits of exponent with bias 7, three of mantissa; all ones is no number."""
+    """The value of an e4m3 byte: sign, four bits of exponent with bias 7, three of mantissa. All
+    ones is NaN.
+    """
     sign, exponent, mantissa = -1.0 if byte & 128 else 1.0, byte >> 3 & 15, byte & 7
     if byte & 127 == 127:
         return float("nan")
@@ -46,7 +48,7 @@ VALUES_OF_E2M1 = np.array([value_of_e2m1(four_bits) for four_bits in range(16)])
 
 
 def random_bytes(stream: np.random.Generator, *shape: int) -> np.ndarray:
-    """Bytes of FP8 numbers, none of them not a number."""
+    """Random bytes of FP8 numbers, without NaN."""
     raw = stream.integers(0, 256, shape, dtype=np.uint8)
     return np.where(raw & 127 == 127, 0, raw).astype(np.uint8)
 
@@ -54,7 +56,7 @@ def random_bytes(stream: np.random.Generator, *shape: int) -> np.ndarray:
 def random_scales(
     stream: np.random.Generator, exact: bool, *shape: int
 ) -> tuple[Tensor, np.ndarray]:
-    """Scales as stored, powers of two if `exact`, and what they are worth."""
+    """Scales as stored (powers of two if `exact`), and their values."""
     if exact:
         exponents = stream.integers(118, 134, shape, dtype=np.uint8)
         return torch.from_numpy(exponents).view(E8M0), 2.0 ** (exponents.astype(np.float64) - 127)
@@ -70,7 +72,7 @@ def spread(scales: np.ndarray, rows: int, columns: int, block: tuple[int, int]) 
 def make_fp8(
     stream: np.random.Generator, rows: int, columns: int, block: tuple[int, int], exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(weight, scale, what they mean in float32)."""
+    """(stored weight, stored scale, their values in float32)."""
     raw = random_bytes(stream, rows, columns)
     stored, scales = random_scales(stream, exact, -(-rows // block[0]), -(-columns // block[1]))
     values = VALUES_OF_E4M3[raw] * spread(scales, rows, columns, block)
@@ -144,7 +146,7 @@ def test_every_byte_means_what_its_bits_say() -> None:
 
 
 def test_transformers_reads_the_same_values() -> None:
-    """Its dequantiser, which wants whole blocks."""
+    """transformers' dequantiser, which needs whole blocks."""
     stream, theirs = np.random.default_rng(1), Fp8Dequantize(None)
     for exact in (True, False):
         weight, scale, expected = make_fp8(stream, 256, 384, (128, 128), exact)
@@ -153,7 +155,7 @@ def test_transformers_reads_the_same_values() -> None:
     assert torch.equal(theirs._dequantize_one(weight, scale, torch.float32), expected)
 
 
-# Whole checkpoints. What DeepSeek leaves in higher precision is left here too.
+# Whole checkpoints. Tensors that DeepSeek does not quantise are not quantised here either.
 KEPT = ("embed", "norm", "head", "gate.", "weights_proj", "compressor", "hc_", "sink", "eh_proj")
 
 
@@ -166,8 +168,8 @@ def quantise(
     fp4: bool = False,
     name_of: Callable[[str], str] = lambda name: name,
 ) -> dict[str, Tensor]:
-    """Replace a checkpoint's matrices by random FP8 (and FP4) ones; returns what each name of the
-    file then means.
+    """Replace a checkpoint's matrices by random FP8 (and FP4) ones. Returns the value of each
+    tensor by its name in the file.
     """
     stream = np.random.default_rng(7)
     meant = tensors_in(directory / "model.safetensors")
@@ -198,7 +200,7 @@ def quantise(
 
 
 def split(directory: Path) -> None:
-    """Two shards, such that hardly any scale is in its weight's."""
+    """Split into two shards in which hardly any scale is in the shard of its weight."""
     tensors = tensors_in(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
     shards = ({}, {})
@@ -214,7 +216,7 @@ def split(directory: Path) -> None:
 
 
 def same_as(directory: Path, meant: dict[str, Tensor], dtype: torch.dtype) -> Deepseek:
-    """Load and compare with `meant`: through a plain checkpoint of it."""
+    """Load, and compare with the model of a plain checkpoint that holds `meant`."""
     model = load_pretrained(directory, dtype=dtype)
     plain = directory / "plain"
     save_pretrained(model, plain)
@@ -233,8 +235,8 @@ def same_as(directory: Path, meant: dict[str, Tensor], dtype: torch.dtype) -> De
 def test_fp8_checkpoints_as_published(
     kind: str, block: tuple[int, int] | None, dtype: torch.dtype, random_model, tiny_of, tmp_path
 ) -> None:
-    """V3, V3.2: float32 scales called the inverse of what they are; MTP layers too; sizes no
-    multiple of a block.
+    """V3 and V3.2: float32 scales, named `weight_scale_inv` although they are not inverse; with MTP
+    layers, and sizes that are no multiples of a block.
     """
     large = {"hidden_size": 136, "intermediate_size": 260} if block != (8, 16) else {}
     save_pretrained(random_model(tiny_of(kind, num_nextn_predict_layers=1, **large), 1), tmp_path)
@@ -243,7 +245,7 @@ def test_fp8_checkpoints_as_published(
     assert stored["model.layers.3.self_attn.o_proj.weight"].dtype == E4M3
     split(tmp_path)
     model = same_as(tmp_path, meant, dtype)
-    # The scale multiplies: dividing would also look like weights.
+    # The scale multiplies. Dividing would also give plausible weights.
     weight, scale = (
         stored[f"model.layers.0.self_attn.o_proj.{part}"] for part in ("weight", "weight_scale_inv")
     )
@@ -252,8 +254,8 @@ def test_fp8_checkpoints_as_published(
     assert "quantization_config" not in (tmp_path / "plain" / "config.json").read_text()
 
 
-# How DeepSeek's own conversion (inference/convert.py of DeepSeek-V3 and V3.2) calls the last module
-# of a name.
+# The names that DeepSeek's own conversion (inference/convert.py of DeepSeek-V3 and V3.2) gives to
+# the last module of a name.
 CONVERTED = {
     "embed_tokens": "embed",
     "input_layernorm": "attn_norm",
@@ -274,7 +276,7 @@ CONVERTED = {
 
 
 def converted(name: str) -> str:
-    """A published name as that script changes it."""
+    """A published name after that script's conversion."""
     name = name.removeprefix("model.").replace("self_attn", "attn").replace("mlp", "ffn")
     *front, module_name, leaf = name.replace("e_score_correction_bias", "bias").split(".")
     return ".".join([*front, CONVERTED.get(module_name, module_name), leaf])
@@ -282,8 +284,8 @@ def converted(name: str) -> str:
 
 @pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "deepseek_v32"])
 def test_fp8_checkpoints_in_deepseeks_names(kind: str, random_model, tiny_of, tmp_path) -> None:
-    """As its own inference code has them: `scale` beside `weight`, one file of another name, MTP
-    left out.
+    """In the form of DeepSeek's inference code: `scale` beside `weight`, one file of another name,
+    no MTP layers.
     """
     changes = {"attention_bias": True} | ({"q_lora_rank": None} if kind == "deepseek_v2" else {})
     save_pretrained(random_model(tiny_of(kind, **changes), 1), tmp_path)
@@ -309,10 +311,10 @@ def test_fp8_checkpoints_in_deepseeks_names(kind: str, random_model, tiny_of, tm
 def test_v4_checkpoints_as_published(
     fp4: bool, exact: bool, random_model, tiny_of, tmp_path
 ) -> None:
-    """Instruct models with FP4 experts beside FP8, base models all FP8; `scale` beside `weight` in
-    DeepSeek's names.
+    """Instruct models have FP4 experts and FP8 elsewhere, base models only FP8; `scale` beside
+    `weight`, in DeepSeek's names.
 
-    The hyper-connections have a parameter called `scale` too.
+    The hyper-connections also have a parameter named `scale`.
     """
     config = tiny_of(
         "deepseek_v4", num_nextn_predict_layers=2, hidden_size=72, moe_intermediate_size=40
@@ -405,7 +407,7 @@ def fp4_checkpoint(random_model, tiny_of, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_faults_are_said(kind: str, fp4_checkpoint: Path, tmp_path) -> None:
+def test_faults_are_reported(kind: str, fp4_checkpoint: Path, tmp_path) -> None:
     for file in fp4_checkpoint.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     load_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Where compression windows lie, in packed rows and in decoding calls, against counting."""
+"""The compression windows of packed rows and of decoding calls, against counting."""
 
 import torch
 from hypothesis import given
@@ -63,15 +63,14 @@ def test_windows_of_packed_rows(rows: list[list[int]], rate: int, padding: int) 
             for t in range(length):
                 sees = int(segments[row, t]) == number and t >= place + rate - 1
                 assert bool(visible[row, t, e]) == sees
-        beyond = visible[row, :, len(expected) :]
-        assert not beyond[
-            segments[row] >= 0
-        ].any()  # padding may see what it likes, in its own segment
+        # Padding tokens do not matter: their segment is their own.
+        surplus = visible[row, :, len(expected) :]
+        assert not surplus[segments[row] >= 0].any()
 
 
 @given(sizes=st.lists(st.integers(1, 7), min_size=1, max_size=6), rate=st.integers(1, 5))
 def test_windows_that_a_call_completes(sizes: list[int], rate: int) -> None:
-    """Every window is completed once, by the call that brings its last token, whatever the chunks."""
+    """Every window is completed once, by the call with its last token, whatever the chunks are."""
     cache, held = LatentCache(V4, 100), 0
     first, second = cache.allocate(), cache.allocate()
     cache.extend([(second, [1] * 3)])
@@ -100,7 +99,7 @@ def test_windows_that_a_call_completes(sizes: list[int], rate: int) -> None:
 
 
 def test_the_sliding_window() -> None:
-    """A query sees itself and the window - 1 tokens before it, and no other document's."""
+    """A query attends to itself and the window - 1 tokens before it, within its document."""
     positions, segments = (
         torch.tensor([[0, 1, 2, 0, 1, 2, 3]]),
         torch.tensor([[0, 0, 0, 1, 1, 1, 1]]),

@@ -1,4 +1,4 @@
-"""Checkpoints on the way in: every kind of damage is a `XushiError` with a remedy; whatever layout,
+"""Loading checkpoints: every kind of damage is a `XushiError` with a remedy, and every layout gives
 the same model.
 """
 
@@ -30,7 +30,7 @@ YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def shard(directory: Path, parts: int) -> None:
-    """Divide a checkpoint's single file into several with an index, as published ones are."""
+    """Split a checkpoint's single file into several with an index, like published checkpoints."""
     tensors = tensors_in(directory / SINGLE_FILE)
     (directory / SINGLE_FILE).unlink()
     names = [f"model-{i + 1:05}-of-{parts:05}.safetensors" for i in range(parts)]
@@ -43,7 +43,7 @@ def shard(directory: Path, parts: int) -> None:
 
 
 def change(directory: Path, **replacements: Tensor | None) -> None:
-    """Rewrite the single file with some tensors replaced, or left out where None."""
+    """Rewrite the single file with some tensors replaced; None removes a tensor."""
     tensors = tensors_in(directory / SINGLE_FILE) | replacements
     save_file(
         {name: tensor for name, tensor in tensors.items() if tensor is not None},
@@ -66,7 +66,7 @@ def truncate(file: Path, keep: float) -> None:
 
 
 def write_raw(file: Path, header: object, data: bytes = b"") -> None:
-    """A safetensors file with this header, whatever it says."""
+    """Write a safetensors file with this header, valid or not."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
 
@@ -83,7 +83,7 @@ def edit_header(change: Callable[[dict], object]) -> Callable[[Path], None]:
 
 
 def says_twice(directory: Path) -> None:
-    """JSON allows a key twice, and most readers then see the last."""
+    """JSON allows a repeated key; most readers use the last one."""
     raw = (directory / SINGLE_FILE).read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
     norm = json.dumps({NORM: json.loads(raw[8 : 8 + length])[NORM]})[1:-1].encode()
@@ -95,12 +95,12 @@ def says_twice(directory: Path) -> None:
 
 
 def lying_header(directory: Path) -> None:
-    """A header that says more bytes follow than there are."""
+    """A header that describes more bytes than the file has."""
     raw = (directory / SINGLE_FILE).read_bytes()
     (directory / SINGLE_FILE).write_bytes(struct.pack("<Q", len(raw) * 2) + raw[8:])
 
 
-# what is done to a good checkpoint, and words that the one line must hold
+# A change to a good checkpoint, and words that the error must contain.
 
 
 DAMAGE = {
@@ -213,7 +213,7 @@ DAMAGE = {
     ),
     "slices of a model": (
         lambda d: (shard(d, 2), (d / INDEX_FILE).unlink()),
-        "2 safetensors files and no",
+        "2 safetensors files but no",
     ),
     "a tensor in two shards": (lambda d: (shard(d, 2), twice(d)), "and so does"),
     "a tensor by two names": (
@@ -226,7 +226,10 @@ DAMAGE = {
     "a header with too little": (edit_header(lambda h: h[NORM].pop("shape")), "is not described"),
     "a dtype unheard of": (edit_header(lambda h: h[NORM].update(dtype="F4")), "dtype F4"),
     "a dtype that is a list": (edit_header(lambda h: h[NORM].update(dtype=["F32"])), "F32"),
-    "half a dtype": (edit_header(lambda h: h[NORM].update(dtype="BF16")), "48 bytes, and 96"),
+    "half a dtype": (
+        edit_header(lambda h: h[NORM].update(dtype="BF16")),
+        "48 bytes, and 96 bytes of data",
+    ),
     "a shape below zero": (edit_header(lambda h: h[NORM].update(shape=[-24])), "-24"),
     "a shape that is true": (edit_header(lambda h: h[NORM].update(shape=[True, 24])), "True"),
     "a shape beyond all": (
@@ -368,7 +371,7 @@ def test_sharded_checkpoints(parts: int, saved: Path) -> None:
 
 
 def test_what_transformers_writes_is_read(random_model, tiny, tmp_path) -> None:
-    """Its own sharding, config and names: save with transformers, load here."""
+    """Save with transformers, with its sharding, config and names; load here."""
     model = random_model(tiny(q_lora_rank=6), 2)
     save_pretrained(model, tmp_path / "ours")
     reference = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
@@ -440,7 +443,7 @@ def test_bfloat16_keeps_the_router_biases_in_float32(saved: Path) -> None:
 
 
 def some_model(random_model, tiny_of, kind: str, mtp: int = 2, **changes: object) -> Deepseek:
-    """Nothing is left out by an indexer, as ties there are broken by the kernel."""
+    """The indexer chooses all keys, since transformers does not define how ties are broken."""
     topk = {"index_topk": 64} if kind in ("deepseek_v32", "deepseek_v4") else {}
     changes = topk | changes | ({} if kind == "deepseek_v2" else {"num_nextn_predict_layers": mtp})
     return random_model(tiny_of(kind, **changes), 5)
@@ -477,7 +480,7 @@ def test_files_without_mtp_say_what_to_do(kind: str, random_model, tiny_of, tmp_
 def test_v4s_mtp_tensors_stay_unread_where_the_config_asks_for_none(
     random_model, tiny_of, tmp_path
 ) -> None:
-    """Newer releases have a drafter of another kind there. transformers passes over the same names."""
+    """Newer releases have another kind of draft model there; transformers ignores the same names."""
     save_pretrained(some_model(random_model, tiny_of, "deepseek_v4", 1), tmp_path)
     change(tmp_path, **{"mtp.0.main_proj.weight": torch.zeros(3, 3)})
     with pytest.raises(XushiError, match="main_proj"):
@@ -500,7 +503,7 @@ def test_v4s_mtp_tensors_stay_unread_where_the_config_asks_for_none(
 def test_the_trunks_embedding_and_head_are_used(
     kind: str, copies: tuple, random_model, tiny_of, tmp_path
 ) -> None:
-    """A fine-tuned trunk and an MTP layer's stale copies: whichever comes later in the file."""
+    """A fine-tuned trunk and an MTP layer's stale copies, in either order in the file."""
     model = some_model(random_model, tiny_of, kind, 1)
     save_pretrained(model, tmp_path)
     change(tmp_path, **{name: torch.zeros(50, 24) for name in copies})
@@ -512,7 +515,7 @@ def test_the_trunks_embedding_and_head_are_used(
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_tables_of_experts(dtype: torch.dtype, random_model, tiny_of, tmp_path) -> None:
-    """V4's hashed layers: whole numbers in memory and on disk, and every one of them an expert."""
+    """V4's hash layers: integers in memory and on disk, each of which must be an expert."""
     model = some_model(random_model, tiny_of, "deepseek_v4", 0)
     save_pretrained(model, tmp_path)
     name, table = "layers.0.ffn.gate.tid2eid", model.routers()["0"].tid2eid
@@ -541,7 +544,7 @@ def test_links_within_the_directory_are_followed(saved: Path) -> None:
 
 
 def test_code_beside_the_weights_is_not_run(saved: Path) -> None:
-    """Published V2 and V3 configs name classes of a file beside them; ours are built in."""
+    """Published V2 and V3 configs name classes in a Python file beside them, which is not run."""
     before = load_pretrained(saved)
     edit_config(saved, auto_map={"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"})
     (saved / "modeling_deepseek.py").write_text("raise SystemExit('run')\n")
@@ -620,13 +623,12 @@ print(sum(tensor.nbytes for tensor in model.state_dict().values()), loaded - bef
 )
 @pytest.mark.slow
 def test_memory_is_the_model_and_little_more(saved: Path, tmp_path_factory) -> None:
-    """29 MiB of bfloat16 from 58 of float32 in shards of 4: neither all shards nor a float32 model
-    are ever held.
+    """Loads 29 MiB of bfloat16 from 58 MiB of float32 in shards of 4 MiB. Neither all shards nor a
+    float32 model is ever in memory.
     """
     large = tmp_path_factory.mktemp("large")
-    save_pretrained(
-        Deepseek(ModelConfig(**LARGE)), large, shard_bytes=4 * 2**20
-    )  # whatever was in the memory
+    # The weights are uninitialised memory.
+    save_pretrained(Deepseek(ModelConfig(**LARGE)), large, shard_bytes=4 * 2**20)
     assert len(list(large.glob("model-*.safetensors"))) > 10
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(saved), str(large)],

@@ -1,7 +1,7 @@
-"""Damaged and hostile checkpoints: a `XushiError` of two lines each time, never another exception,
-a hang, or memory.
+"""Damaged and hostile checkpoints: each gives a `XushiError` of two lines, and never another
+exception, a hang or a large allocation.
 
-What is damaged in a way that no reader could notice, a bit of a weight, may load.
+Damage that no reader could notice, such as a changed bit of a weight, may load.
 """
 
 import json
@@ -46,7 +46,7 @@ JSON = st.recursive(
 
 @pytest.fixture(scope="session")
 def checkpoints(random_model, tiny_of, tmp_path_factory) -> dict[str, dict[str, bytes]]:
-    """One small checkpoint of each kind, as the bytes of its files."""
+    """A small checkpoint of each model_type, as the bytes of its files."""
     made = {}
     for kind in KINDS:
         directory = tmp_path_factory.mktemp(kind)
@@ -57,23 +57,22 @@ def checkpoints(random_model, tiny_of, tmp_path_factory) -> dict[str, dict[str, 
             num_nextn_predict_layers=0 if kind == "deepseek_v2" else 1,
         )
         save_pretrained(random_model(config, 3), directory)
-        load_pretrained(
-            directory
-        )  # the first loads parts of PyTorch, which have a size of their own
+        # The first call loads parts of PyTorch, whose memory must not count later.
+        load_pretrained(directory)
         made[kind] = {path.name: path.read_bytes() for path in directory.iterdir()}
     return made
 
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Path:
-    """One directory for all examples: making one each is most of the time."""
+    """One directory for all examples, since making one each takes most of the time."""
     return tmp_path_factory.mktemp("place")
 
 
 def loads(place: Path, files: dict[str, bytes]) -> bool:
-    """Whether a checkpoint of these files loads; if not, the error must be one for people.
+    """Whether a checkpoint of these files loads. If not, the error must be a `XushiError`.
 
-    Whatever a file says, a model of 100 kB needs neither 50 MB nor seconds.
+    Whatever a file says, a model of 100 kB must not need 50 MB or seconds.
     """
     for path in place.iterdir():
         path.unlink()
@@ -122,7 +121,7 @@ def test_truncated_files(kind: str, keep: float, file: str, checkpoints, place) 
 @settings(max_examples=80)
 @given(kind=KIND, data=st.data())
 def test_flipped_bytes(kind: str, data: st.DataObject, checkpoints, place) -> None:
-    """In the header and its length, where most matter."""
+    """Mostly in the header and its length, where they matter most."""
     files = checkpoints[kind]
     weights = bytearray(files[WEIGHTS])
     length = struct.unpack("<Q", weights[:8])[0]
@@ -211,8 +210,8 @@ DTYPES = (
 @settings(max_examples=80)
 @given(kind=KIND, data=st.data())
 def test_another_tensor(kind: str, data: st.DataObject, checkpoints, place) -> None:
-    """One tensor too few, too many, of another name, shape or dtype: the file is sound and not this
-    model's.
+    """One tensor too few or too many, or one with another name, shape or dtype: the file is valid
+    but does not belong to this model.
     """
     files = checkpoints[kind]
     tensors = load(files[WEIGHTS])
@@ -260,7 +259,7 @@ def test_another_tensor(kind: str, data: st.DataObject, checkpoints, place) -> N
 @settings(max_examples=100)
 @given(kind=KIND, value=JSON, data=st.data())
 def test_another_config(kind: str, value: object, data: st.DataObject, checkpoints, place) -> None:
-    """Some keys change no weight, so that it may load."""
+    """Some keys change no weight, so the checkpoint may load."""
     files = checkpoints[kind]
     config = json.loads(files["config.json"])
     key = data.draw(
@@ -284,7 +283,7 @@ def test_another_config(kind: str, value: object, data: st.DataObject, checkpoin
 def test_sizes_that_the_files_do_not_have(
     kind: str, data: st.DataObject, checkpoints, place
 ) -> None:
-    """Larger than life: refused by what the headers say, before there is any memory."""
+    """Huge sizes are refused by comparison with the headers, before any memory is allocated."""
     files = checkpoints[kind]
     config = json.loads(files["config.json"])
     key = data.draw(

@@ -1,6 +1,4 @@
-"""Checkpoints on the way out: what transformers makes of them, bits that survive, and kills and
-full disks.
-"""
+"""Saving checkpoints: transformers loads them, bits survive, and kills and full disks do no harm."""
 
 import errno
 import json
@@ -24,7 +22,7 @@ from .drawing import KINDS
 
 
 def some_model(random_model, tiny_of, kind: str, mtp: int = 2, **changes: object) -> Deepseek:
-    """Nothing is left out by an indexer, as ties there are broken by the kernel."""
+    """The indexer chooses all keys, since transformers does not define how ties are broken."""
     topk = {"index_topk": 64} if kind in ("deepseek_v32", "deepseek_v4") else {}
     changes = topk | changes | ({} if kind == "deepseek_v2" else {"num_nextn_predict_layers": mtp})
     return random_model(tiny_of(kind, **changes), 5)
@@ -45,8 +43,8 @@ def test_bfloat16_round_trip(saved: Path, tmp_path) -> None:
 
 
 def test_published_names_and_shapes(saved: Path) -> None:
-    """One matrix per expert and name, the MTP layer after the decoder's with its four own tensors
-    and two copies.
+    """One matrix per expert and name; the MTP layer after the decoder layers, with four tensors of
+    its own and two copies.
     """
     tensors = tensors_in(saved / SINGLE_FILE)
     assert tensors["model.layers.1.mlp.experts.7.gate_proj.weight"].shape == (8, 24)
@@ -74,10 +72,9 @@ def test_published_names_and_shapes(saved: Path) -> None:
 def test_transformers_loads_it(
     kind: str, names: str, mtp: bool, random_model, tiny_of, tmp_path, monkeypatch
 ) -> None:
-    """Nothing missing, nothing left over but MTP's layers, and the same logits."""
-    monkeypatch.setattr(
-        DeepseekV4PreTrainedModel, "_keys_to_ignore_on_load_unexpected", None
-    )  # it passes over mtp.*
+    """No tensor is missing, none is unused except those of MTP layers, and logits are equal."""
+    # By default transformers ignores mtp.*.
+    monkeypatch.setattr(DeepseekV4PreTrainedModel, "_keys_to_ignore_on_load_unexpected", None)
     model = some_model(random_model, tiny_of, kind)
     save_pretrained(model, tmp_path, mtp=mtp, names=names)
     reference, report = AutoModelForCausalLM.from_pretrained(
@@ -149,7 +146,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_an_older_checkpoint_is_replaced_whole(random_model, tiny, tmp_path) -> None:
-    """Shards by one file and back; what else lies there, a tokenizer, stays."""
+    """Shards replaced by one file and back; other files in the directory, a tokenizer, stay."""
     old, new = (random_model(tiny(num_nextn_predict_layers=1), seed) for seed in (1, 2))
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "tokenizer.json").write_text("{}")
@@ -163,8 +160,8 @@ def test_an_older_checkpoint_is_replaced_whole(random_model, tiny, tmp_path) -> 
 
 
 def test_every_tensor_is_aligned_to_its_own_width(random_model, tiny_of, tmp_path) -> None:
-    """Readers that map the file want it: int64 tables and float32 norms among bfloat16 matrices of
-    odd sizes.
+    """Readers that map the file need alignment: int64 tables and float32 norms among bfloat16
+    matrices of odd sizes.
     """
     config = tiny_of("deepseek_v4", hidden_size=25, moe_intermediate_size=7, vocab_size=49)
     save_pretrained(random_model(config, 1), tmp_path / "exact")
@@ -179,15 +176,15 @@ def test_every_tensor_is_aligned_to_its_own_width(random_model, tiny_of, tmp_pat
 
 
 class Killed(BaseException):
-    """The process ends here."""
+    """Simulates a kill of the process."""
 
 
 @pytest.mark.parametrize("sizes", [(2**30, 30000), (30000, 2**30), (20000, 30000)])
 def test_a_kill_at_any_step_leaves_the_old_or_the_new_or_none(
     sizes: tuple, random_model, tiny, tmp_path, monkeypatch
 ) -> None:
-    """Never a mixture that loads: both have the same shapes, so that nothing but the files could
-    tell.
+    """A mixture of old and new must never load. Both have the same shapes, so shapes cannot reveal
+    it.
     """
     old, new = (random_model(tiny(num_nextn_predict_layers=1), seed) for seed in (1, 2))
     steps = {"unlink": Path.unlink, "replace": os.replace}

@@ -1,13 +1,14 @@
-"""What the tests of ops share: a bound on float32's rounding, and running on two threads.
+"""Shared by the tests of ops: a bound on rounding errors, and running on two threads.
 
-The bound is derived, not tuned. A sum of n products in float32, in any order, is off by at most n *
-2^-24 times the sum of the products' absolute values (Higham 2002, section 3.1, first order). So
-each test computes the op once more in float64 with every term made positive (`magnitude`) and
-counts, as `roundings`, the lengths of all sums on the longest path to a result plus the pointwise
-operations on it. It holds element by element: where an element's own terms are small, so is the
-error that it may have, which is what shows a leak from one row into another. In bfloat16 the values
-that were rounded to it on that path are counted beside, `halves`, at 2^-8 each; sums are float32's
-there too.
+The bound is derived, not tuned. A sum of n products in float32, in any order, has an error of at
+most n * 2^-24 times the sum of the products' absolute values (Higham 2002, section 3.1, first
+order). So each test computes the op once more in float64 with every term made positive
+(`magnitude`). `roundings` counts the lengths of all sums on the longest path to a result, plus the
+pointwise operations on that path. `halves` counts the values on it that are rounded to bfloat16, by
+2^-8 each; sums are float32 in bfloat16 too.
+
+The bound holds for each element. An element with small terms may only have a small error, so a leak
+from one row into another shows.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ BFLOAT16_ROUNDOFF = 2.0**-8
 
 @pytest.fixture(scope="session")
 def within() -> Callable[..., None]:
-    """Assert |got - exact| <= (roundings * 2^-24 + halves * 2^-8) * magnitude, element by element."""
+    """Assert |got - exact| <= (roundings * 2^-24 + halves * 2^-8) * magnitude for each element."""
 
     def check(
         name: str,
@@ -48,8 +49,8 @@ def within() -> Callable[..., None]:
 
 @pytest.fixture(scope="module", params=["compiled", "pytorch"])
 def form(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Both fast forms one after the other; modules ask for it with `pytestmark =
-    pytest.mark.usefixtures("form")`.
+    """Runs a test with each fast form, the PyTorch one and the compiled one. Modules use it with
+    `pytestmark = pytest.mark.usefixtures("form")`.
     """
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "pytorch":
@@ -61,20 +62,20 @@ def form(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def compiled_bfloat16(form: str) -> None:
-    """For tests of the compiled bfloat16 forms, once."""
+    """For tests of the compiled bfloat16 forms: skips the run with PyTorch's form."""
     if form != "compiled" or native.load("bf16") is None:
-        pytest.skip("the compiled forms for bfloat16 alone")
+        pytest.skip("only for the compiled bfloat16 forms")
 
 
 @pytest.fixture(autouse=True)
 def two_threads(one_thread: None) -> None:
-    """Kernels share their work between threads, and races are found only where there are two."""
+    """Run on two threads, since kernels divide their work and one thread shows no race."""
     torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
 def leaves() -> Callable[..., list[Tensor]]:
-    """Copies of tensors in another dtype that gradients can be asked of."""
+    """Copies of tensors in another dtype, as leaves that require gradients."""
     return lambda dtype, *tensors: [
         tensor.detach().to(dtype).clone().requires_grad_() for tensor in tensors
     ]

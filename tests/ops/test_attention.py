@@ -1,5 +1,5 @@
-"""Attention in blocks against the reference in float64: widths that differ, segments, lengths over
-a block.
+"""Attention in blocks against the reference in float64: different widths, segments, and sequences
+longer than a block.
 """
 
 import pytest
@@ -31,7 +31,7 @@ def random_segments(rows: int, length: int, documents: int, g: torch.Generator) 
 
 
 def brute_force(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, scale: float) -> Tensor:
-    """One query after another, only over the keys that it may see."""
+    """A loop over queries, each with only the keys that it may attend to."""
     batch, heads, length, _ = q.shape
     out = []
     for b in range(batch):
@@ -55,8 +55,7 @@ def check(
     got, want = form(*fast, mask, scale, starts), exact_form(*exact, mask, scale)
     got.backward(d_out)
     want.backward(d_out.double())
-    # Every term positive. p are the weights, dp what comes back to them, ds what goes on to the
-    # scores.
+    # Every term made positive. p are the weights, dp their gradient, ds the scores' gradient.
     visible = torch.ones(q.shape[2], q.shape[2]).tril().bool() if mask is None else mask
     q_, k_, v_, do = (t.detach().double() for t in (q, k, v, d_out))
     p = (q_ @ k_.mT * scale).masked_fill(~visible, float("-inf")).softmax(-1)
@@ -64,12 +63,13 @@ def check(
     dp = do.abs() @ v_.abs().mT
     ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * scale
     sizes = (p @ v_.abs(), ds @ k_.abs(), ds.mT @ q_.abs(), p.mT @ do.abs())
-    # A score is off by K roundings of its terms, and a weight by as much relative to itself, twice
-    # (its own score and the sum); sums over T (weights, outputs, both ways) and over V follow.
+    # A score's error is K roundings of its terms. A weight's relative error is twice that, from its
+    # own score and from the sum. Then come sums over T (weights and outputs, forward and backward)
+    # and over V.
     length, key, value = q.shape[2], q.shape[3], v.shape[3]
     roundings = 2 * key * float(scores.max()) + 4 * length + 2 * value + key + 16
-    # To bfloat16 are rounded: weights and output; on the way back the output (in the mean of dp),
-    # ds and the gradient, or the weights and the gradient.
+    # Rounded to bfloat16 in the forward pass: weights and output. In the backward pass for q and k:
+    # the output (in the mean of dp), ds and the gradient; for v: the weights and the gradient.
     for name, a, b, size, halves in zip(
         ("output", "q", "k", "v"),
         (got.detach(), *(t.grad for t in fast)),
@@ -111,13 +111,10 @@ def test_values_and_gradients(
 def check_rotated(
     seed, length, nope, rotated, value, documents, interleaved, within, leaves, dtype
 ) -> None:
-    """Against attention by the reference on heads that PyTorch puts together, in float64."""
+    """Against the reference attention on heads assembled by PyTorch, in float64."""
     g = torch.Generator().manual_seed(seed)
-    shapes = (
-        (2, nope + rotated),
-        (2, nope + value),
-        (rotated + 3,),
-    )  # the shared key is a view in a wider tensor
+    # The shared key is a view of a wider tensor.
+    shapes = ((2, nope + rotated), (2, nope + value), (rotated + 3,))
     inputs = [torch.randn(2, length, *shape, generator=g) for shape in shapes]
     d_out = torch.randn(2, length, 2, value, generator=g).to(dtype)
     inputs = [t.to(dtype) for t in inputs]
@@ -141,8 +138,7 @@ def check_rotated(
     do = d_out.double().transpose(1, 2)
     p = (q @ k.mT * scale).masked_fill(~visible, float("-inf")).softmax(-1)
 
-    # A pair that is turned has terms of both its values; sizes are taken as if each were as large
-    # as the pair.
+    # A rotated value has terms of both values of its pair, so its size is the pair's sum.
     def pair(x):
         turned = x[..., nope:].abs()
         both = turned + turned.roll(rotated // 2, -1)
@@ -160,8 +156,8 @@ def check_rotated(
         + rotated
         + 32
     )
-    # To bfloat16 also queries and keys, which moves a score by 2^-8 of its terms each and weights
-    # by that, twice; and the gradients of the turned values.
+    # Queries and keys are rounded to bfloat16 too. Each changes a score by 2^-8 of its terms, and
+    # the weights by twice that. The gradients of rotated values are also rounded.
     half = dtype == torch.bfloat16
     moved = 4 * float(scores.max())
     within(
@@ -315,9 +311,7 @@ def test_segment_mask(seed: int, length: int, documents: int) -> None:
 
 @given(rows=st.lists(st.lists(st.integers(-1, 2), min_size=6, max_size=6), min_size=1, max_size=3))
 def test_segment_starts(rows: list[list[int]]) -> None:
-    """The first position of each token's document; nothing where a document comes back after
-    another one.
-    """
+    """The first position of each token's document; None if a document is split by another one."""
     pieces = [[b for a, b in zip([None, *row], row, strict=False) if a != b] for row in rows]
     got = segment_starts(torch.tensor(rows))
     if any(len(set(piece)) != len(piece) for piece in pieces):
@@ -327,7 +321,7 @@ def test_segment_starts(rows: list[list[int]]) -> None:
 
 
 def test_bfloat16_is_no_further_than_the_plain_form(leaves) -> None:
-    """Both round the scores to bfloat16, so neither is nearer than by chance."""
+    """Both forms round the scores to bfloat16, so only chance decides which one is closer."""
     g = torch.Generator().manual_seed(4)
     q, k = (torch.randn(2, 4, 150, 24, generator=g).bfloat16() for _ in range(2))
     v, d_out = (torch.randn(2, 4, 150, 16, generator=g).bfloat16() for _ in range(2))
@@ -371,8 +365,8 @@ def test_ten_runs_on_two_threads_give_the_same_bits(two_threads, leaves) -> None
 
 
 def test_attention_on_latents_is_attention_on_what_they_expand_to() -> None:
-    """Keys W_k c and values W_v c of every cached latent, against the expansion absorbed into query
-    and output.
+    """Expanding every cached latent to keys W_k c and values W_v c must equal the expansion
+    absorbed into query and output.
     """
     g = torch.Generator().manual_seed(21)
     heads, nope, rope, latent, value, length = 2, 3, 4, 5, 6, 7

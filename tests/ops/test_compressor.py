@@ -1,4 +1,4 @@
-"""Pooling of a window by softmax over its slots, channel by channel, against loops."""
+"""Pooling of a window by a softmax over its slots for each channel, against loops."""
 
 import torch
 from hypothesis import given
@@ -41,7 +41,7 @@ def test_a_slot_that_does_not_exist_gives_and_gets_nothing() -> None:
 
 
 def test_bfloat16_gates_are_weighed_in_float32() -> None:
-    """Two gates that bfloat16 tells apart by one step: their softmax is computed wide, and only
+    """For two gates that are neighbours in bfloat16, the softmax is computed in float32 and only
     then rounded.
     """
     gates = torch.tensor([[8.0], [8.0625]]).bfloat16()

@@ -1,4 +1,4 @@
-"""XUSHI_OPS=reference: every op then runs its reference and nothing else."""
+"""XUSHI_OPS=reference makes every op run its reference and nothing else."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ EXPERTS = (
     torch.randn(3, 4, 4, generator=G),
 )
 
-# op, its reference's name in its module, its fast form's name, the arguments
+# op, the names of its reference and its fast form in its module, arguments
 OPS = [
     (experts, "routed_experts", "_RoutedExperts", EXPERTS),
     (loss, "token_log_probabilities", "_TokenLogProbabilities", (X, HEAD, TARGETS)),
@@ -38,7 +38,7 @@ class Used(Exception):
 
 
 class Refuse:
-    """Stands for the fast form's autograd function, or for the functions that it calls."""
+    """Replaces the fast form's autograd function, or the functions that it calls."""
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
         raise Used

@@ -1,5 +1,5 @@
-"""The sorted form of the routed experts against the reference in float64, and that padding rows
-leave no trace.
+"""The sorted form of the routed experts against the reference in float64; padding rows must have no
+effect.
 """
 
 import pytest
@@ -22,9 +22,8 @@ def cases(draw: st.DrawFn, tokens: int = 70) -> tuple[Tensor, ...]:
     k = draw(st.integers(1, min(4, experts_)))
     d, f = draw(st.integers(1, 41)), draw(st.integers(1, 33))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    used = draw(
-        st.integers(k, experts_)
-    )  # the other experts are chosen by nobody; with used == k all tokens agree
+    # No token chooses the other experts. With used == k all tokens choose the same experts.
+    used = draw(st.integers(k, experts_))
     names = torch.randperm(experts_, generator=g)[:used]
     choice = names[torch.rand(n, used, generator=g).argsort(1)[:, :k]]
     return (
@@ -38,8 +37,9 @@ def cases(draw: st.DrawFn, tokens: int = 70) -> tuple[Tensor, ...]:
 
 
 def magnitude(x: Tensor, choice: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The reference with every term positive, and a polynomial for silu whose value and slope bound
-    how silu and its own slope pass on an error: |silu(g)| <= |g|, |silu'| <= 1.1, |silu''| <= 1/2.
+    """The reference with every term made positive, and silu replaced by a polynomial whose value
+    and slope bound the errors that silu and its slope propagate: |silu(g)| <= |g|, |silu'| <= 1.1,
+    |silu''| <= 1/2.
     """
     out = torch.zeros_like(x)
     for expert in range(gate_up.shape[0]):
@@ -67,13 +67,13 @@ def check_against_float64(
         y = form(x_, choice, w_, gu_, dn_)
         y.backward(direction)
         results.append(y.detach())
-    # Sums over D into the gate and up products, over F into y (or over D again on the way back, and
-    # over the rows of an expert into its weights), over k into a token; silu and its slope are a
-    # dozen operations.
+    # Sums: over D for the gate and up products, over F for y, over k for a token; in the backward
+    # pass over D again, and over an expert's rows for its weights. silu and its slope are a dozen
+    # operations.
     roundings = 3 * x.shape[1] + down.shape[2] + x.shape[0] + choice.shape[1] + 16
-    # To bfloat16 are rounded, on the longest paths: gate_up, h, the activation, down and the
-    # output; on the way back gate_up and h once for each of silu, its slope and the other factor,
-    # then down, dh, gate_up and the gradient.
+    # Rounded to bfloat16 on the longest paths, forward: gate_up, h, the activation, down and the
+    # output. Backward: gate_up and h, once each for silu, its slope and the other factor; then
+    # down, dh, gate_up and the gradient.
     halves = (5, 10) if dtype == torch.bfloat16 else (0, 0)
     within("output", *results, roundings, halves[0])
     for name, got, want, size in zip(
@@ -95,9 +95,8 @@ def test_compiled_bfloat16(case, within, leaves) -> None:
 
 @given(case=cases(), large=st.sampled_from([1e3, 1e6]))
 def test_padding_rows_leave_no_trace(case, large: float, within, leaves) -> None:
-    """Padding repeats token 0. Where that one is huge, whatever it left in another token's output,
-    or in the gradient of an expert that it did not choose, would stand far above what those rows'
-    own terms allow.
+    """Padding rows repeat token 0. If token 0 is huge, any leak into another token's output, or
+    into the gradient of an expert that it did not choose, far exceeds the bound of those rows.
     """
     x, *rest, d_out = case
     x, d_out = x.clone(), d_out.clone()
@@ -158,7 +157,7 @@ def test_sorting_places_every_row_once(choice: list[int], multiple: int) -> None
 def errors(
     form, dtype: torch.dtype, case: tuple[Tensor, ...], exact: list[Tensor], leaves
 ) -> Tensor:
-    """|form in dtype - exact| in float64's norm, for the result and each gradient."""
+    """The float64 norm of (form in `dtype` - exact) for the result and each gradient."""
     x, choice, weights, gate_up, down, d_out = case
     parameters = leaves(torch.float32, weights, gate_up, down)
     (x_,) = leaves(dtype, x)
@@ -169,9 +168,9 @@ def errors(
 
 
 def test_bfloat16_is_as_near_as_the_plain_form(leaves) -> None:
-    """Both round the same products to bfloat16 and differ in where; over some thousand elements
-    their errors' norms agree within a few per cent, so 1.1 times leaves room for chance and none
-    for another rounding on the way.
+    """Both forms round the same products to bfloat16, at different places. Over some thousand
+    elements the norms of their errors agree within a few per cent, so a factor of 1.1 allows for
+    chance but not for one more rounding.
     """
     g = torch.Generator().manual_seed(2)
     choice = torch.rand(300, 8, generator=g).argsort(1)[:, :2]
@@ -195,8 +194,7 @@ def test_bfloat16_is_as_near_as_the_plain_form(leaves) -> None:
 
 def test_ten_runs_on_two_threads_give_the_same_bits(two_threads, leaves) -> None:
     g = torch.Generator().manual_seed(3)
-    # Two terms have one sum in either order: it takes three experts per token for the order to
-    # show.
+    # The sum of two terms does not depend on their order, so three experts per token are needed.
     choice = torch.rand(3000, 8, generator=g).argsort(1)[:, :6]
     inputs = (
         torch.randn(3000, 64, generator=g),

@@ -1,4 +1,4 @@
-"""mHC's weights and mixing against the equations by loops, its direction, and gradients."""
+"""mHC's weights and mixing against loops over the equations; the mix's direction; gradients."""
 
 import torch
 from hypothesis import given
@@ -48,18 +48,15 @@ def test_parts_scales_and_offsets() -> None:
     projected, base = (torch.randn(15, generator=g, dtype=torch.float64) for _ in range(2))
     scale = torch.tensor([0.5, 2.0, -1.0], dtype=torch.float64)
     read, write, mix = stream_weights(projected, scale, base, 3, 4, 1e-3)
-    torch.testing.assert_close(
-        read, (projected[:3] * 0.5 + base[:3]).sigmoid() + 1e-3
-    )  # eps in what is read,
-    torch.testing.assert_close(
-        write, 2 * (projected[3:6] * 2.0 + base[3:6]).sigmoid()
-    )  # none in what is written
+    # The weights for reading include eps, those for writing do not.
+    torch.testing.assert_close(read, (projected[:3] * 0.5 + base[:3]).sigmoid() + 1e-3)
+    torch.testing.assert_close(write, 2 * (projected[3:6] * 2.0 + base[3:6]).sigmoid())
     torch.testing.assert_close(mix, sinkhorn((base[6:] - projected[6:]).view(3, 3), 4, 1e-3))
 
 
 def test_the_mix_is_used_transposed() -> None:
-    """New stream k is the sum over j of mix[j, k] * stream j; in two well-known stacks it was the
-    other way round.
+    """New stream k is the sum over j of mix[j, k] * stream j. Two well-known implementations had it
+    the other way round.
     """
     streams = torch.tensor([[1.0, 2.0], [10.0, 20.0]], dtype=torch.float64)
     mix = torch.tensor([[0.0, 1.0], [0.25, 0.75]], dtype=torch.float64)

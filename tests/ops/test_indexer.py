@@ -63,7 +63,7 @@ def test_scores_are_equation_1() -> None:
 def test_the_choice_is_by_score_and_then_by_place(
     data: st.DataObject, keys: int, count: int
 ) -> None:
-    """Against a sort that is stable; few different scores, so that ties are the rule."""
+    """Against a stable sort. Few different scores, so that ties are common."""
     scores = data.draw(
         st.lists(st.sampled_from([-1.0, 0.0, 0.0, 0.5, 2.0]), min_size=keys, max_size=keys)
     )
@@ -73,10 +73,8 @@ def test_the_choice_is_by_score_and_then_by_place(
     assert [s for s in range(keys) if chosen[s]] == sorted(order[:count])
 
 
-def test_the_choice_does_not_depend_on_what_is_not_there_yet() -> None:
-    """More keys behind the query's limit change nothing: a whole sequence and a cache that grows
-    choose alike.
-    """
+def test_the_choice_does_not_depend_on_later_keys() -> None:
+    """Keys after the query change nothing, so a whole sequence and a growing cache choose alike."""
     scores = torch.zeros(1, 7)
     few = best_keys(scores[:, :5], torch.ones(1, 5, dtype=torch.bool), 3)
     more = best_keys(scores, torch.tensor([[True] * 5 + [False] * 2]), 3)
@@ -97,8 +95,8 @@ def test_shares_are_the_attentions_mean_over_heads(seed: int, queries: int, head
 
 
 def test_divergence_and_its_gradient() -> None:
-    """KL(p || softmax(scores)) over the allowed keys; a query that may look at nothing gives zero
-    and no NaN.
+    """KL(p || softmax(scores)) over the allowed keys. A query without allowed keys gives zero and
+    not NaN.
     """
     g = torch.Generator().manual_seed(5)
     scores = torch.randn(1, 4, 6, generator=g, dtype=torch.float64).requires_grad_()
@@ -112,15 +110,14 @@ def test_divergence_and_its_gradient() -> None:
         assert float(got[0, t].detach()) == pytest.approx(want, rel=1e-12)
     assert got[0, 2] == 0
     got.sum().backward()
-    expected = (
-        scores.detach().masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num() - shares
-    )  # q - p
+    # The gradient is q - p.
+    expected = scores.detach().masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num() - shares
     torch.testing.assert_close(scores.grad, expected, rtol=1e-12, atol=1e-14)
     assert torch.autograd.gradcheck(lambda x: index_divergence(x, shares, mask), scores)
 
 
 def test_ten_times_on_two_threads(two_threads) -> None:
-    """Scores, gradients and choice, bit by bit."""
+    """Scores, gradients and choice are bit-identical."""
     inputs = random_inputs(9, 2, 300, 300, 4, 16)
     allowed = torch.ones(300, 300, dtype=torch.bool).tril()
     seen = []

@@ -1,4 +1,4 @@
-"""The chunked head and its losses against the references in float64; no chunk border may show."""
+"""The chunked head and its losses against the references in float64, also across chunk borders."""
 
 import pytest
 import torch
@@ -36,10 +36,11 @@ def case(
 def magnitudes(
     x: Tensor, head: Tensor, targets: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Sizes of log p [N], of d x and of d head, and the roundings that they are off by.
+    """The sizes of log p [N], of d x and of d head, and their numbers of roundings.
 
-    A logit is off by D roundings of its terms, at most `logit`; log p by twice that, by the sum
-    over V, and by its own rounding. p, as exp of it, is off by as much relative to itself.
+    A logit's error is D roundings of its terms, which are at most `logit`. The error of log p is
+    twice that, plus the sum over V and its own rounding. The relative error of p = exp(log p) is
+    the same.
     """
     x, head, weights = x.double(), head.double(), weights.double().abs()
     logit = float((x.abs() @ head.abs().T).max())
@@ -91,8 +92,8 @@ def check(tensors: tuple[Tensor, Tensor, Tensor, Tensor], within, leaves) -> Non
     scale=st.sampled_from([0.1, 1.0]),
 )
 def test_compiled_bfloat16(seed, tokens, width, vocabulary, scale, within, leaves) -> None:
-    """The head is rounded: a logit moves by 2^-8 of its terms and p by as much, twice; then p, and
-    x's gradient.
+    """The head is rounded, which changes a logit by 2^-8 of its terms and p by twice that
+    relatively. p and x's gradient are rounded too.
     """
     x, head, targets, weights = case(seed, tokens, width, vocabulary, scale)
     x = x.bfloat16()
@@ -175,9 +176,9 @@ def test_without_gradients_the_loss_is_the_same(within) -> None:
 def test_bfloat16_is_no_further_than_the_plain_form(
     chunk: int, leaves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """x in bfloat16, the head kept in float32 as training keeps it. Chunks add their parts of the
-    head's gradient in float32 and round each to bfloat16 as the plain form rounds the whole; 1.1 is
-    for chance.
+    """x is bfloat16 and the head float32, as in training. Each chunk's part of the head's gradient
+    is rounded to bfloat16 and added in float32; the plain form rounds the whole gradient. The
+    factor 1.1 allows for chance.
     """
     monkeypatch.setattr(loss, "CHUNK", chunk)
     x, head, targets, weights = case(9, 300, 40, 90, 0.5)

@@ -343,8 +343,8 @@ extern "C" int xushi_granted() { return 1; }
 
 @pytest.fixture
 def quick(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled is a stub that can say what it is: the compiler, its flags, the cache and the
-    loader are the real ones, and the kernels themselves are compiled for the other tests.
+    """What is compiled is a stub that can say what it is: the compiler, its flags, the cache and
+    the loader are the real ones, and the kernels themselves are compiled for the other tests.
     """
     sources = tmp_path_factory.mktemp("sources")
     (sources / "kernels.cpp").write_text(STUB)

@@ -1,5 +1,5 @@
-"""Layers of any shape with the compiled forms against the same with PyTorch's: widths up to 2,048
-that are multiples of nothing, up to 256 experts and 32 heads, sequences of up to 8,192 tokens.
+"""Layers of random shapes, compiled forms against PyTorch forms: arbitrary widths up to 2,048, up
+to 256 experts and 32 heads, sequences of up to 8,192 tokens.
 """
 
 import pytest
@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(native.load() is None, reason
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[ModelConfig, int, int]:
-    """A model of a dense and a routed layer, a sequence's length, and the seed. Products are kept
-    to some seconds.
+    """A model with a dense and a routed layer, a sequence length, and a seed; of a size that takes
+    only seconds.
     """
     hidden, heads = draw(st.integers(128, 2048)), draw(st.integers(2, 32))
     experts = draw(st.integers(4, 256))
@@ -54,7 +54,9 @@ def loss_and_gradients(
     dtype: torch.dtype | None,
     pinned: list[torch.Tensor],
 ) -> list[torch.Tensor]:
-    """In one form and one dtype; the first call chooses the experts for the others."""
+    """Loss and gradients in one form and dtype. The first call's choice of experts is pinned for
+    the others.
+    """
     model = Deepseek(config).initialise(seed)
     model.compute_dtype = dtype
     tokens = torch.randint(
@@ -83,8 +85,8 @@ def loss_and_gradients(
 @settings(max_examples=20)
 @given(case=cases())
 def test_any_shape(case: tuple[ModelConfig, int, int]) -> None:
-    """Norm by norm: 2^13 roundings to float32, as many as a sum has terms; a dozen to bfloat16 on
-    the way.
+    """Compares norms. Allowed are 2^13 float32 roundings, as many as the longest sum has terms, and
+    a dozen roundings to bfloat16.
     """
     config, length, seed = case
     pinned: list[torch.Tensor] = []

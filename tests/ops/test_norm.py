@@ -1,4 +1,4 @@
-"""RMS norm against transformers' module and, with its gradients, against the formula in float64."""
+"""RMS norm against transformers' module; values and gradients against the formula in float64."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_it_is_transformers_own_bit_by_bit(seed: int, dtype: torch.dtype) -> Non
 
 
 def test_v4_multiplies_the_weight_before_it_rounds(form: str) -> None:
-    """And V3 after: in bfloat16 the two differ by a rounding, and each is its reference's own; the
+    """V4 multiplies before it rounds to bfloat16 and V3 after; each matches transformers. The
     compiled form rounds once for both.
     """
     x, weight = torch.randn(40, 16).bfloat16(), torch.randn(16)

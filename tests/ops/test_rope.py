@@ -1,4 +1,4 @@
-"""Frequencies against transformers' own, rotations against multiplication of complex numbers."""
+"""Frequencies against transformers', rotations against products of complex numbers."""
 
 import math
 
@@ -120,17 +120,15 @@ def test_rotation_is_a_complex_product(seed: int, pairs: int, length: int, heads
 def test_rotation_is_transformers_own(interleaved: bool) -> None:
     config = their_config(8, {"rope_type": "default", "rope_theta": 1e4})
     g = torch.Generator().manual_seed(13)
-    q, k = (
-        torch.randn(2, 3, 7, 8, generator=g),
-        torch.randn(2, 1, 7, 8, generator=g),
-    )  # [B, H, T, R]
+    q_BHTR = torch.randn(2, 3, 7, 8, generator=g)
+    k_BHTR = torch.randn(2, 1, 7, 8, generator=g)
     positions = torch.randint(0, 5000, (2, 7), generator=g)
-    cos, sin = DeepseekV3RotaryEmbedding(config)(q, positions)
+    cos, sin = DeepseekV3RotaryEmbedding(config)(q_BHTR, positions)
     theirs = (apply_rotary_pos_emb_interleave if interleaved else apply_rotary_pos_emb)(
-        q, k, cos, sin
+        q_BHTR, k_BHTR, cos, sin
     )
     our_cos, our_sin = RotaryAngles(8, 1e4, None)(positions)
-    for x, expected in zip((q, k), theirs, strict=True):
+    for x, expected in zip((q_BHTR, k_BHTR), theirs, strict=True):
         got = apply_rope(x, our_cos[:, None], our_sin[:, None], interleaved)
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
@@ -153,16 +151,16 @@ def test_products_depend_on_distance_alone(shift: int, apart: int) -> None:
 
 
 def test_their_width_is_the_rotated_one() -> None:
-    """The comparisons above hand transformers a width by `head_dim`; the model's own config must
-    come to the same.
+    """The comparisons above give transformers the width as `head_dim`; the model's own config must
+    give the same width.
     """
     assert DeepseekV3Config(qk_rope_head_dim=16).head_dim == 16
 
 
 @given(seed=st.integers(0, 2**31), pairs=st.integers(1, 4), rest=st.integers(0, 5))
 def test_the_tail_turns_in_place_and_back(seed: int, pairs: int, rest: int) -> None:
-    """V4's: the last values, in adjacent pairs that stay where they are; what was turned can be
-    turned back.
+    """V4 rotates the last values in adjacent pairs and keeps their order. Rotating back restores
+    them.
     """
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(3, rest + 2 * pairs, generator=g, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The router against a loop over tokens, groups and experts, with biases that are negative."""
+"""The router against a loop over tokens, groups and experts, with negative biases too."""
 
 from functools import partial
 
@@ -34,7 +34,7 @@ def brute_force(
     normalise: bool,
     scale: float,
 ) -> tuple[list[list[int]], Tensor]:
-    """(choice, gate values [N, k]) in x's dtype, eqs. 12-16 read out token by token."""
+    """(choice, gate values [N, k]) in x's dtype: eqs. 12-16, token by token."""
     choices, rows = [], []
     for token in x:
         scores = [torch.sigmoid(token @ row) for row in weight]
@@ -88,8 +88,8 @@ def test_choice_values_and_gradients(options: dict, seed: int, within, leaves) -
     assert [set(row) for row in free.indices_Nk.tolist()] == [set(row) for row in choices]
     got = sigmoid_router(*fast, bias, **options, pinned_Nk=torch.tensor(choices))
     got.weights_Nk.backward(d_weights)
-    # A score's slope is at most 1/4 of it or of 1 - itself; D roundings of a logit's terms, k of
-    # the sum, a dozen else.
+    # A sigmoid's slope s (1 - s) is at most 1/4. Counted are D roundings of a logit's terms, k of
+    # the sum, and a dozen others.
     reach = 1 + float((x.double().abs() @ weight.double().abs().T).max())
     roundings = (2 * width + options["top_k"] + experts + tokens + 16) * reach
     within(
@@ -140,7 +140,7 @@ def test_choice_values_and_gradients(options: dict, seed: int, within, leaves) -
 def test_softmax_choice_and_values(
     seed: int, groups: int, size: int, tokens: int, data: st.DataObject, within
 ) -> None:
-    """V2's: groups by their single best expert, gate values the softmax of all experts, never
+    """V2: a group counts by its best expert; gate values are the softmax over all experts, not
     normalised again.
     """
     top_groups = data.draw(st.integers(1, groups))
@@ -155,18 +155,19 @@ def test_softmax_choice_and_values(
         chosen.append(sorted((e for group in best for e in group), key=lambda e: -row[e])[:top_k])
     got = softmax_router(x, weight, top_k=top_k, groups=groups, top_groups=top_groups, scale=16.0)
     assert [set(row) for row in got.indices_Nk.tolist()] == [set(row) for row in chosen]
-    # A logit is off by 7 roundings of its terms, a score by twice that and by the sum's.
+    # A logit's error is 7 roundings of its terms; a score's is twice that, plus the sum's.
     roundings = 14 * float((x.double().abs() @ weight.double().abs().T).max()) + groups * size + 8
     want = 16 * scores.gather(1, got.indices_Nk)
     within("gate values", got.weights_Nk, want, want, roundings)
 
 
 def test_masking_excluded_groups_with_zero_would_show() -> None:
-    """The case that tells -inf from 0: in the best group all biased scores are negative."""
+    """A case where masking with 0 instead of -inf fails: all biased scores of the best group are
+    negative.
+    """
     x, weight = torch.ones(1, 1), torch.tensor([[0.1], [0.2], [0.3], [0.4]])
-    bias = torch.tensor(
-        [-5.0, -5.0, -1.0, -9.9]
-    )  # groups score about -8.9 and -9.7: the first is best
+    # The groups' scores are about -8.9 and -9.7, so the first is best.
+    bias = torch.tensor([-5.0, -5.0, -1.0, -9.9])
     choice = sigmoid_router(
         x, weight, bias, top_k=2, groups=2, top_groups=1, normalise=True, scale=1.0
     )
@@ -206,7 +207,7 @@ def test_every_token_to_the_same_experts_and_one_token() -> None:
 
 @given(seed=st.integers(0, 2**31))
 def test_scores_are_float32_whatever_comes_in(seed: int) -> None:
-    """bfloat16 activations meet a float32 weight: the product must not be taken in bfloat16."""
+    """With bfloat16 activations and a float32 weight, the product is not computed in bfloat16."""
     g = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(12, 64, generator=g).bfloat16(), torch.randn(8, 64, generator=g) / 8
     choice = sigmoid_router(
@@ -251,7 +252,7 @@ def test_pinned_choices_are_taken_as_they_are() -> None:
     )
     assert torch.equal(choice.indices_Nk, pinned)
     torch.testing.assert_close(choice.weights_Nk, (x @ weight.T).sigmoid()[:, [5, 0]])
-    with pytest.raises(RuntimeError):  # an expert that is not there
+    with pytest.raises(RuntimeError):  # an expert that does not exist
         sigmoid_router(
             x,
             weight,
@@ -310,8 +311,8 @@ def test_v4s_router_against_loops(seed: int, experts: int, tokens: int, biased: 
 
 
 def test_v4s_router_far_below_zero_has_finite_gradients() -> None:
-    """softplus is exactly zero there, and the square root's slope infinite: 0 * inf, also for
-    experts not chosen.
+    """There softplus is exactly 0 and the square root's slope infinite. The gradient must not be 0
+    * inf, also for experts that were not chosen.
     """
     x, weight = torch.tensor([[1.0]]), torch.tensor([[2.0], [-500.0], [1.0]], requires_grad=True)
     choice = sqrt_softplus_router(x, weight, None, top_k=2, scale=1.0)

@@ -1,4 +1,4 @@
-"""Small models of every kind, every part of them active."""
+"""Small configs of every model_type, with every part active."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from xushi.model import ModelConfig
 
 @pytest.fixture(scope="session")
 def small_of() -> Callable[..., ModelConfig]:
-    """A small config of a kind; keywords replace fields."""
+    """A small config of a model_type; keywords replace fields."""
 
     def make(kind: str, **changes: object) -> ModelConfig:
         fields: dict[str, object] = {

@@ -1,4 +1,4 @@
-"""What is counted from a config alone: the published totals, and the model that PyTorch would
+"""Counts from a config alone, against published totals and against the model that PyTorch would
 build.
 """
 
@@ -27,8 +27,8 @@ def inspect(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-# Totals as the papers, NVIDIA's two stacks and transformers' classes give them, to the digits that
-# are printed there.
+# Totals from the papers, NVIDIA's two implementations and transformers' classes, to their printed
+# digits.
 @pytest.mark.parametrize(
     ("name", "billions"),
     [

@@ -1,6 +1,4 @@
-"""The estimate of training memory against what autograd really keeps and what the optimizers really
-hold.
-"""
+"""The estimate of training memory against what autograd keeps and what the optimizers hold."""
 
 import pytest
 import torch
@@ -36,7 +34,7 @@ PLAIN_V4 = {"compress_ratios": [0, 0, 0, 0], "hc_mult": 1, "hc_sinkhorn_iters": 
 
 @pytest.fixture(autouse=True)
 def pytorch_forms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is estimated; the compiled forms keep less."""
+    """Use the PyTorch forms, which the estimate describes; the compiled forms keep less."""
     monkeypatch.setenv("XUSHI_OPS", "pytorch")
 
 
@@ -50,8 +48,8 @@ def kept_by_autograd(
     documents: int = 1,
     recompute: bool = False,
 ) -> int:
-    """Bytes beside the parameters that one forward pass keeps, rows of `documents` packed documents
-    each.
+    """Bytes that one forward pass keeps in addition to the parameters, with rows of `documents`
+    packed documents.
     """
     model = Deepseek(config).initialise(0)
     model.recompute = recompute
@@ -130,9 +128,8 @@ def test_activations_of_packed_rows_and_in_bf16(kind, compute, documents, length
     mtp = bool(config.num_nextn_predict_layers)
     estimate = training_memory_bytes(config, rows * length, length, compute=compute)
     head_gradients = (2 if mtp else 1) * 4 * config.vocab_size * config.hidden_size
-    copies = (
-        estimate.weights // 3 if compute == "bf16" else 0
-    )  # 2 of the 6 bytes, which autograd keeps too
+    # 2 of the weights' 6 bytes per parameter are copies, which autograd also keeps.
+    copies = estimate.weights // 3 if compute == "bf16" else 0
     kept = kept_by_autograd(config, rows, length, mtp, compute=compute, documents=documents)
     assert estimate.activations + head_gradients + copies == pytest.approx(kept, rel=0.08)
 
@@ -140,7 +137,7 @@ def test_activations_of_packed_rows_and_in_bf16(kind, compute, documents, length
 @pytest.mark.parametrize("kind", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4"])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_a_layer_more_costs_its_input_alone_where_layers_are_recomputed(kind, compute, small_of):
-    """And the scores of its router, for the balance loss."""
+    """It also keeps its router's scores, for the balance loss."""
     length = 300
     few, many = (
         small_of(
@@ -215,15 +212,15 @@ def test_memory_grows_with_the_batch_only_where_it_should():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_an_estimate(name):
-    """Weights, gradients and Muon's one state are 12 bytes per parameter; 4,096 tokens add less
-    than as much again.
+    """Weights, gradients and Muon's state are 12 bytes per parameter; the activations of 4,096
+    tokens are less than that.
     """
     total = training_memory_bytes(preset(name), 4096, 4096).total
     assert 12 < total / count_parameters(preset(name)).total < 24
 
 
 def test_the_ops_numbers_are_the_ops():
-    """Written twice, since planning may not wait for torch to load."""
+    """The constants are copied, so that planning does not import torch."""
     assert (memory.LOGIT_ROWS, activations.QUERY_BLOCK, activations.KEEP_WEIGHTS) == (
         loss.CHUNK,
         attention.QUERY_BLOCK,

@@ -1,5 +1,5 @@
-"""Counting against transformers' classes and our own model on the meta device, and against
-DeepSeek's totals.
+"""Counts against transformers' classes and our own model on the meta device, and against DeepSeek's
+published totals.
 """
 
 import pytest
@@ -146,8 +146,8 @@ def test_active_parameters(config):
     assert 0 < count.active_without_embedding <= count.active <= count.total <= count.total_with_mtp
     everything = config.model_copy(update={"num_experts_per_tok": config.n_routed_experts})
     assert count_parameters(everything).active == count.total
-    # A token of a model with k experts in each layer passes through as much as there is where k is
-    # all there are.
+    # The active parameters of a model that chooses k experts equal the total of a model that has
+    # only k experts.
     k = config.num_experts_per_tok
     if k > 1:
         lone = config.model_copy(update={"n_routed_experts": k, "n_group": 1, "topk_group": 1})

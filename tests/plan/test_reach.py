@@ -1,6 +1,4 @@
-"""What the cache holds, against the cache itself, an account kept token by token, and published
-figures.
-"""
+"""The cache's size against the cache itself, an account token by token, and published figures."""
 
 import pytest
 import torch
@@ -42,8 +40,9 @@ def test_a_further_token_of_v4_adds_its_share_of_entries(small_of):
 
 
 def test_published_figures():
-    """V3's 70.272 KB (arXiv:2505.09343, table 1); V4-Flash by hand: 21 sparse layers of a key of
-    512 and an index key of 128 for four tokens, 20 heavily compressed ones of a key for 128.
+    """V3's 70.272 KB (arXiv:2505.09343, table 1). V4-Flash computed by hand: 21 sparse layers with
+    a key of 512 and an index key of 128 per four tokens; 20 heavily compressed layers with a key of
+    512 per 128 tokens.
     """
     assert kv_cache_bytes_per_token(preset("deepseek-v3")) == 70_272
     assert kv_cache_bytes_per_token(preset("deepseek-v3.2")) == 70_272 + 61 * 128 * 2

@@ -1,5 +1,5 @@
-"""FLOPs three ways: the formulas, a count by hand from a model's own parameters and a loop over
-positions, and PyTorch's counter on what the reference forms multiply; and the published figures.
+"""The formulas for FLOPs against a count from a model's own parameters with a loop over positions,
+against PyTorch's FLOP counter on the reference forms, and against published figures.
 """
 
 import sys
@@ -25,7 +25,7 @@ from xushi.plan import decode_flops_per_token, inspect_model, train_flops_per_to
 from xushi.plan.reach import Reach
 
 KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
-# (kind, what is different from the small one)
+# (model_type, changes to the small config)
 VARIANTS = [
     ("deepseek_v2", {}), ("deepseek_v3", {}), ("deepseek_v3", {"q_lora_rank": None}),
     ("deepseek_v3", {"n_shared_experts": 2}), ("deepseek_v3", {"tie_word_embeddings": True}), ("deepseek_v32", {}),
@@ -41,9 +41,8 @@ def index_layers(config: ModelConfig, layers: range) -> list[int]:
 
 
 def weights(model: Deepseek, mtp: bool = False) -> float:
-    """Multiply-adds of one token with weights: every matrix once, but experts by the share that a
-    token uses, the embedding and the compressors' position biases not at all, and V4's h_proj for
-    every stream.
+    """Multiply-adds of one token with weights: every matrix once; experts by the share that a token
+    uses; V4's h_proj once per stream; embedding and the compressors' position biases not at all.
     """
     config, total = model.config, 0.0
     trunk = tuple(f"model.layers.{layer}." for layer in range(config.num_hidden_layers))
@@ -90,8 +89,8 @@ def met(config: ModelConfig, layer: int, tokens: int) -> tuple[int, int]:
 
 
 def by_position(config: ModelConfig, layers: range, context: int) -> float:
-    """Multiply-adds of attention and indexers for the average token: a loop, a query's own token
-    counted half.
+    """Multiply-adds of attention and indexers for the average token, by a loop; a query's own token
+    counts half.
     """
     keys, scored = per_key(config)
     total = 0.0
@@ -112,9 +111,9 @@ def by_position(config: ModelConfig, layers: range, context: int) -> float:
 
 
 def all_pairs(config: ModelConfig, layers: range, length: int, target: bool = False) -> float:
-    """The same of the reference forms, which multiply what masks then hide too, and what the
+    """The same for the reference forms, which also multiply what masks then hide. Includes what the
     formulas leave out: the sums over index heads and V4's mixing of streams. `target`: only the
-    attention weights that indexers learn from.
+    attention weights from which indexers learn.
     """
     keys, scored = per_key(config)
     indexed, total = index_layers(config, layers), 0.0
@@ -159,8 +158,8 @@ def test_a_forward_pass_is_what_pytorch_counts(kind, changes, small_of, monkeypa
 
 @pytest.mark.parametrize(("kind", "changes"), VARIANTS)
 def test_a_training_step_is_what_pytorch_counts(kind, changes, small_of, monkeypatch):
-    """Backward is twice the forward, but for the indexers: their inputs need no gradient, and what
-    they learn from is made a second time here, without a gradient.
+    """Backward is twice the forward, except for indexers: their inputs need no gradient, and their
+    target is computed a second time, without a gradient.
     """
     monkeypatch.setenv("XUSHI_OPS", "reference")
     config, length = small_of(kind, **changes), 50
@@ -191,8 +190,8 @@ def test_a_training_step_is_what_pytorch_counts(kind, changes, small_of, monkeyp
 @pytest.mark.parametrize(("kind", "changes"), VARIANTS)
 @pytest.mark.parametrize("context", [2, 9, 12, 16, 41, 64])
 def test_decoding_is_every_weight_and_every_key_once(kind, changes, context, small_of, monkeypatch):
-    """The decoding form too multiplies what it then hides: the keys not chosen, and a window not
-    yet full.
+    """The decoding form also multiplies what masks then hide: keys that were not chosen, and a
+    window that is not full yet.
     """
     monkeypatch.setenv("XUSHI_OPS", "reference")
     config = small_of(kind, **changes)
@@ -261,9 +260,9 @@ def test_sparse_attention_costs_what_dense_does_while_everything_is_chosen():
 
 
 def test_v4_decodes_a_million_tokens_at_the_share_of_v32_that_is_published():
-    """27 % of V3.2's FLOPs for a token after a million and 10 % of its cache, as
-    deepseek-ai/DeepSeek-V4-Pro's page is quoted. Formats may be weighed there; products and values
-    of equal size come near.
+    """The page of deepseek-ai/DeepSeek-V4-Pro states 27 % of V3.2's FLOPs per token at a million
+    tokens and 10 % of its cache. It may weigh number formats; counted in products and in values of
+    equal size, the shares are close to that.
     """
     ours, before = (
         inspect_model(preset(name), 2**20, mtp=False)

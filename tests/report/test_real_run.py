@@ -631,10 +631,11 @@ def test_the_samples_stand_side_by_side_before_on_the_left(shown: Shown) -> None
         assert asked.one("p").text == entries[0]["prompt"] == entries[1]["prompt"]
         assert asked.one("span").text == f"right answer: {entries[0]['answer']}"
         for answer, entry, when in zip(
-            row.all("div", "answer"), entries, ("before", "after"), strict=True
+            row.one("div", "pair").all("div", "answer"), entries, ("before", "after"), strict=True
         ):
             sign = "✓ right" if entry["right"] else "✗ wrong"
             assert answer.one("h4").text == f"{when} RL {sign}"
+            assert answer.one("span", "sign").classes[1] == sign[2:]
             paragraphs = [node.text for node in answer.all("p")]
             assert paragraphs == [entry["reasoning"] or "does not think", entry["content"]]
     for name, entries in (("before", before), ("after", after)):

@@ -43,6 +43,14 @@ def test_thinning_keeps_extremes_order_and_bounds(values: list[float]) -> None:
         assert (min(finite), max(finite)) == (min(shown), max(shown))
 
 
+def test_thinning_keeps_a_lone_spike_and_a_lone_dip() -> None:
+    values = dict.fromkeys(range(10_000), 1.0) | {4_321: -5.0, 7_654: 9.0}
+    points = [(float(i), y) for i, y in values.items()]
+    kept = thin(points)
+    assert (4_321.0, -5.0) in kept and (7_654.0, 9.0) in kept
+    assert kept[0] == points[0] and kept[-1] == points[-1] and len(kept) <= 1_200
+
+
 def test_a_long_gap_stays_a_gap() -> None:
     points = [(float(i), math.nan if 4000 <= i < 6000 else 1.0) for i in range(10_000)]
     assert len(runs(thin(points))) == 2

@@ -1,5 +1,5 @@
-"""What the processes of test_processes run: `python -m tests.rl.processes PLACE`, started as torchrun
-starts them.
+"""What the processes of test_processes run: `python -m tests.rl.processes PLACE`, started as
+torchrun starts them.
 
 Each process writes what it holds at the end to PLACE; the test puts the parts together. Not a test
 by itself.

@@ -1,5 +1,5 @@
-"""The policy's loss on a rollout, against episodes scored one by one; its figures, and through which
-experts it goes.
+"""The policy's loss on a rollout, against episodes scored one by one; its figures, and through
+which experts it goes.
 """
 
 from dataclasses import replace

@@ -213,7 +213,7 @@ def test_a_reward_that_collapses_is_a_spike_and_rolled_back(
 def test_one_mistake_after_a_long_time_without_is_no_spike(
     training, environment, tracking, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("xushi.train.guards.STEPS_BEFORE_JUDGING", 3)
+    monkeypatch.setattr("xushi.train.guards.STEPS_BEFORE_JUDGING", 2)
 
     def score(self, task, transcript) -> Score:
         return Score("wrong" if task.index == 24 else "right", "by number")

@@ -61,7 +61,7 @@ SECOND = [
             "sft would train the experts of a deepseek_v2 unbalanced",
         ),
         ("pretrain.indexer_warmup_steps=3", "needs a model with indexers"),
-        ("stages=['data']", "must hold data, tokenizer and pretrain"),
+        ("stages=['data']", "must name data, tokenizer, pretrain"),
         ("without='sleep'", "not one of this run's stages"),
         ("environment.min_digits=1", "environment.min_digits: must be at least 2 (got 1)"),
         ("data.heldout=0.5", "data.heldout: must be at most 0.08 (got 0.5)"),
@@ -129,7 +129,7 @@ def test_text_that_cannot_be_used(tmp_path: Path) -> None:
 def test_directories_that_are_not_this_runs(chain: Chain, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").write_text("do not touch")
-    refused("is not empty and is no run directory", MINIATURE, "--out", tmp_path / "full")
+    refused("is not empty and is not a run directory", MINIATURE, "--out", tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir() if path.name != ".lock"] == [
         "thesis.doc"
     ]

@@ -16,7 +16,7 @@ from xushi.base.tracking import Tracking
 from xushi.run.launch import Launch, check_launch, write_slurm_job
 from xushi.run.recipe import load_recipe
 
-from .conftest import MINIATURE, ROOT, read_results, xushi, xushi_here
+from .conftest import MINIATURE, ROOT, Chain, read_results, xushi, xushi_here
 from .test_torchrun import hashes
 
 # What Slurm would do, for two nodes: the names of its nodes, and the command once on each.
@@ -61,7 +61,8 @@ def test_the_job_file_says_what_was_asked(tmp_path: Path) -> None:
         (
             ["layout.expert=2", "layout.fewest=1"],
             Launch(2, 1, 3, ()),
-            "1 nodes of 1 processes, which layout.fewest allows when nodes are lost: layout.expert=2",
+            "1 nodes of 1 processes, which layout.fewest allows when nodes are lost: "
+            "layout.expert=2",
         ),
         (["layout.data=3"], Launch(2, 1, 3, ()), "2 nodes of 1 processes: layout.data=3"),
         (["layout.fewest=3"], Launch(2, 1, 3, ()), "layout.fewest=3 and 2 processes"),
@@ -81,7 +82,7 @@ def test_a_launch_is_one_of_two() -> None:
 
 
 @pytest.mark.slow
-def test_a_lost_node_and_the_job_goes_on_with_the_other(tmp_path: Path, chain) -> None:
+def test_a_lost_node_and_the_job_goes_on_with_the_other(tmp_path: Path, chain: Chain) -> None:
     """The job file itself runs, by another srun; the node that goes is the one that does not hold
     the rendezvous.
     """
@@ -128,8 +129,8 @@ def test_a_lost_node_and_the_job_goes_on_with_the_other(tmp_path: Path, chain) -
     _, said = job.communicate(timeout=400)
     assert job.returncode == 0, said[-3000:]
     assert (
-        "began with the layout {'data': 2, 'pipeline': 1, 'expert': 1} and goes on with {'data': 1"
-        in said
+        "began with the layout {'data': 2, 'pipeline': 1, 'expert': 1} and continues with "
+        "{'data': 1" in said
     )
     assert read_results(run)["pretrain.steps"] == 200
     assert hashes(run, "pretrain", 200) == hashes(chain.directory, "pretrain", 200)
@@ -151,7 +152,7 @@ def children(parent: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_lost_machine_of_a_ray_cluster(tmp_path: Path, chain) -> None:
+def test_a_lost_machine_of_a_ray_cluster(tmp_path: Path, chain: Chain) -> None:
     script = f"""
 import threading, time
 from pathlib import Path

@@ -65,7 +65,8 @@ def test_the_command(chain: Chain) -> None:
     [
         (201, "pretrain", "has no step 201 of stage pretrain", "give one from 1 to 200"),
         (0, "pretrain", "has no step 0", "from 1 to 200"),
-        (1, "rl", "stage 'rl' has no steps to replay", "pretrain, sft"),
+        (25, "rl", "has no step 25 of stage rl", "from 1 to 24"),
+        (1, "evaluate", "stage 'evaluate' has no steps to replay", "pretrain, sft, rl, control"),
     ],
 )
 def test_what_is_not_there_is_said(
@@ -78,9 +79,19 @@ def test_what_is_not_there_is_said(
         and remedy in error.value.remedy
         and error.value.exit_code == 2
     )
-    with pytest.raises(XushiError, match="is no run directory" if stage == "pretrain" else "rl"):
+    with pytest.raises(XushiError, match="is not a run directory"):
         replay(tmp_path, step, stage)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_step_of_rl_samples_the_same_answers_again(chain: Chain) -> None:
+    """Steps 23 and 24 come after the checkpoint of step 20: what they saw follows from its weights."""
+    result = replay(chain.directory, 22, "rl")
+    assert result["loss"] == result["loss_logged"] and result["trained_from_step"] == 20
+    assert result["batch_hash"] == result["batch_hash_logged"]
+    assert [span["meta"]["task"] for span in result["spans"]] == list(range(21 * 16, 22 * 16))
+    shown = replay_sentences(replay(chain.directory, 22, "rl", compute_loss=False))
+    assert "it was sampled" in shown and "NOT" not in shown
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def test_killed_on_two_and_gone_on_with_by_one_it_sees_the_same_batches(
     done = xushi("run", MINIATURE, "--out", directory)
     assert done.returncode == 0, done.stderr
     assert (
-        "began with the layout {'data': 2, 'pipeline': 1, 'expert': 2} and goes on with {'data': "
+        "began with the layout {'data': 2, 'pipeline': 1, 'expert': 2} and continues with {'data': "
         "1, 'pipeline': 1, "
         "'expert': 1}"
     ) in done.stderr
@@ -166,5 +166,5 @@ def test_a_layout_that_cannot_be_is_refused_by_all(tmp_path: Path) -> None:
     (tmp_path / "run" / "thesis.doc").write_text("do not touch")
     process = start("run", MINIATURE, "--out", tmp_path / "run")
     _, said = process.communicate(timeout=120)
-    assert process.returncode != 0 and "is no run directory" in said
-    assert "process 1: the first process has ended" in said
+    assert process.returncode != 0 and "is not a run directory" in said
+    assert "process 1: process 0 exited" in said

@@ -1,5 +1,5 @@
-"""A conversation's ids: transformers' template as oracle, the masks of examples, prompts that extend
-what was sampled, and no way for content to form special tokens.
+"""A conversation's ids: transformers' template as oracle, the masks of examples, and prompts that
+extend what was sampled. Content never forms special tokens.
 """
 
 import json
@@ -245,6 +245,17 @@ def test_a_prompt_after_tool_outputs_extends_what_was_sampled(
     observed = [Message("tool", output) for output in outputs]
     extended = encode_chat(with_tools, [*beginning, reply, *observed])
     assert extended == sampled + encode_outputs(with_tools, observed)
+
+
+def test_the_template_reads_a_call_without_content(
+    with_tools: Tokenizer, theirs_with_tools: Any
+) -> None:
+    """OpenAI's form has null for content beside tool calls, and perhaps for reasoning."""
+    mapping = Message("assistant", "", None, (CALL,)).to_dict()
+    mapping |= {"content": None, "reasoning_content": None}
+    ids = theirs_with_tools.apply_chat_template([mapping], return_dict=False)
+    messages = [Message.from_dict(mapping)]
+    assert ids == encode_chat(with_tools, messages, generation_prompt=False)
 
 
 def test_only_tool_outputs_extend_a_sequence(with_tools: Tokenizer) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from xushi.base.messages import ToolCall
 from xushi.tokenizer import Tokenizer, parse_assistant
+from xushi.tokenizer.config import TOOL_TOKENS
 
 
 def test_unfinished_replies(tokenizer: Tokenizer) -> None:
@@ -32,7 +33,7 @@ def test_unfinished_replies(tokenizer: Tokenizer) -> None:
 
 
 def spelled_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text in which `[name]` stands for a tool token, and `[user]` for a user's mark."""
+    """The ids of a text in which `[name]` is a tool token, and `[user]` a user's mark."""
     marks = tokenizer.tool_ids
     assert marks is not None
     special = {"user": tokenizer.user_id, **marks._asdict()}
@@ -112,6 +113,6 @@ def test_whatever_is_sampled_is_a_message(with_tools: Tokenizer, parts: list[str
 
 
 def test_a_vocabulary_without_tool_tokens_knows_no_calls(tokenizer: Tokenizer) -> None:
-    text = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+    text = "".join(TOOL_TOKENS)
     message, _ = parse_assistant(tokenizer, [tokenizer.end_think_id, *tokenizer.encode(text)])
     assert (message.content, message.tool_calls) == (text, ())

@@ -60,17 +60,17 @@ def test_lossless_and_never_special(
 
 @settings(max_examples=150, deadline=None)
 @given(text=MIXED, limit=st.integers(1, 20))
-def test_long_texts_encode_the_same_in_pieces(tokenizer: Tokenizer, text: str, limit: int) -> None:
-    pieces = list(module._pieces(text, limit))
-    assert "".join(pieces) == text
-    assert [token for piece in pieces for token in tokenizer.encode(piece)] == tokenizer.encode(
+def test_long_texts_encode_the_same_in_chunks(tokenizer: Tokenizer, text: str, limit: int) -> None:
+    chunks = list(module._chunks(text, limit))
+    assert "".join(chunks) == text
+    assert [token for chunk in chunks for token in tokenizer.encode(chunk)] == tokenizer.encode(
         text
     )
 
 
-def test_long_texts_do_come_in_pieces() -> None:
-    assert list(module._pieces("ab\n  cd\nef\n\ngh", 1)) == ["ab\n  cd\n", "ef\n\n", "gh"]
-    assert list(module._pieces("", 1)) == [""]
+def test_long_texts_are_cut_into_chunks() -> None:
+    assert list(module._chunks("ab\n  cd\nef\n\ngh", 1)) == ["ab\n  cd\n", "ef\n\n", "gh"]
+    assert list(module._chunks("", 1)) == [""]
 
 
 @given(texts=st.lists(MIXED, max_size=5))

@@ -280,3 +280,55 @@ def test_rollback_without_a_checkpoint_goes_to_the_beginning_and_not_for_ever(
     model, many = tiny_model(), tuple(range(6, 200, 7))
     with pytest.raises(XushiError, match=f"after {LIMIT_OF_ROLLBACKS} returns to step 0"):
         train("test", model, config, spiking(batches, many), tmp_path / "b", tracking)
+
+
+def scale_of(losses: list[float]) -> LossScale:
+    scale = LossScale()
+    for loss in losses:
+        scale.add(loss)
+    return scale
+
+
+def test_the_limit_is_six_deviations() -> None:
+    """Losses 3 and 5 in turn: mean 4, deviation 1."""
+    scale = scale_of([3.0, 5.0] * 25)
+    deviation = scale.deviation()
+    assert scale.mean == pytest.approx(4.0) and deviation == pytest.approx(1.0)
+    assert scale.is_spike(4.0 + 6.01 * deviation) and not scale.is_spike(4.0 + 5.99 * deviation)
+
+
+def test_the_first_loss_that_is_judged_is_the_fifty_first() -> None:
+    assert not scale_of([4.0] * 49).is_spike(100.0)
+    assert scale_of([4.0] * 50).is_spike(100.0)
+
+
+def test_the_mean_forgets_with_a_memory_of_fifty_steps() -> None:
+    """After 50 steps at 1 a mean of 3 has come down to 1 + 2 * 0.98**50."""
+    scale = scale_of([3.0] * 200 + [1.0] * 50)
+    assert scale.mean == pytest.approx(1 + 2 * 0.98**50, rel=1e-9)
+
+
+def test_the_smallest_deviation_is_a_part_of_the_mean_or_what_the_step_says() -> None:
+    still = scale_of([1.0] * 60)
+    assert still.is_spike(1.13) and not still.is_spike(1.11)  # 6 * 0.02
+    assert still.is_spike(1.19, 0.03) and not still.is_spike(1.17, 0.03)
+
+
+@pytest.mark.parametrize("spikes, fails", [(3, False), (4, True)])
+def test_three_returns_to_one_checkpoint_are_allowed(
+    spikes: int, fails: bool, sensitive, tiny_model, batches, tracking, tmp_path
+) -> None:
+    """Each attempt from step 0 meets the next spike at its seventh step."""
+    many = tuple(6 + 7 * n for n in range(spikes))
+    config = ObjectiveConfig(**(SETTINGS | {"on_spike": "rollback", "checkpoint_every": 12}))
+
+    def go() -> None:
+        train("test", tiny_model(), config, spiking(batches, many), tmp_path / "a", tracking)
+
+    if fails:
+        with pytest.raises(XushiError, match="the loss jumps after 3 returns to step 0"):
+            go()
+    else:
+        go()
+    backs = [event["details"]["to_step"] for event in tracking.events("test", "rollback")]
+    assert backs == [0, 0, 0]

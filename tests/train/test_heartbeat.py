@@ -86,3 +86,12 @@ def test_the_limit_is_a_minute_or_five_median_steps() -> None:
     assert heart._limit() == 200.0
     heart._seconds.extend([1.0] * 10)
     assert heart._limit() == 60.0
+
+
+def test_a_step_that_enters_its_batch_phase_twice_is_timed_once() -> None:
+    """As reinforcement learning does, before and after its weights are gathered."""
+    heart = Heartbeat(Team(), print)
+    for step in range(5):
+        for phase in ("batch", "step", "batch", "step", "save"):
+            heart.at(step, phase)
+    assert len(heart._seconds) == 3  # steps 1 to 3, once the next one begins; not the first

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xushi.base.errors import XushiError
-from xushi.train import Layout, LayoutConfig, TrainingState, check_layout, join, latest_checkpoint
+from xushi.train import Layout, TrainingState, latest_checkpoint
 from xushi.train.boxes import Box
 from xushi.train.checkpoint import SavedCheckpoint
 
@@ -301,82 +301,6 @@ def test_what_is_not_finite_in_one_process_is_left_out_in_all(
     saved = latest_checkpoint(tmp_path / "poisoned")
     assert saved is not None and saved.state["optimizer_steps"] == 5
     assert all(tensor.isfinite().all() for tensor in saved.tensors["model"].values())
-
-
-@pytest.mark.parametrize(
-    "layout, processes, problem, remedy",
-    [
-        (
-            {"data": 4},
-            2,
-            "layout.data=4 times layout.pipeline=1 is 4, and 2 processes",
-            "layout.data=2",
-        ),
-        (
-            {"data": 4, "pipeline": 2},
-            4,
-            "layout.data=4 times layout.pipeline=2 is 8, and 4 processes",
-            "layout.data=2",
-        ),
-        (
-            {"pipeline": 3},
-            3,
-            "layout.pipeline=3 has more stages than the model's 2 layers",
-            "layout.pipeline=2 or less",
-        ),
-        (
-            {"pipeline": 2},
-            3,
-            "layout.pipeline=2 does not divide the 3 processes",
-            "set layout.pipeline=1, or start",
-        ),
-        (
-            {"expert": 3},
-            4,
-            "layout.expert=3 does not work with layout.data=4 and 4 experts",
-            "set layout.expert=2",
-        ),
-        ({"expert": 8}, 4, "layout.expert=8 does not work", "set layout.expert=4"),
-        (
-            {"expert": 1},
-            5,
-            "layout.expert=1 does not work with layout.data=5",
-            "number of processes that divides",
-        ),
-    ],
-)
-def test_a_layout_that_cannot_be_is_refused_with_one_that_can(
-    layout: dict, processes: int, problem: str, remedy: str
-) -> None:
-    with pytest.raises(XushiError) as error:
-        check_layout(LayoutConfig(**layout), THIRD, processes)
-    assert (
-        problem in error.value.problem
-        and remedy in error.value.remedy
-        and error.value.exit_code == 2
-    )
-
-
-def test_a_batch_that_does_not_divide_is_refused_unless_shares_may_be_unequal() -> None:
-    with pytest.raises(XushiError) as error:
-        check_layout(LayoutConfig(pipeline=2), THIRD, 6, rows=8)
-    assert error.value.problem == "a batch of 8 rows does not divide among layout.data=3 processes"
-    assert error.value.remedy.startswith(
-        "start 4 processes, take 9 rows (pretrain.batch_tokens), or set layout.fewest"
-    )
-    check_layout(LayoutConfig(pipeline=2), THIRD, 4, rows=8)
-    check_layout(LayoutConfig(fewest=2), THIRD, 4, rows=6)
-    with pytest.raises(XushiError, match="a batch of 2 rows"):  # more processes than rows
-        check_layout(LayoutConfig(), THIRD, 4, rows=2)
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(XushiError, match="which has 1 GPUs"):
-        join(LayoutConfig(), THIRD, "cuda")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path) -> None:

@@ -15,21 +15,6 @@ from xushi.train.pipeline import microbatches
 from .layouts import MODELS, ROWS, batch, model_of
 
 
-@given(st.integers(1, 64), st.integers(0, 3), st.data())
-def test_every_layer_is_in_one_stage_and_every_stage_has_one(
-    depth: int, extra: int, data: st.DataObject
-) -> None:
-    stages = data.draw(st.integers(1, depth))
-    model = MODELS["v3"].model_copy(
-        update={"num_hidden_layers": depth, "num_nextn_predict_layers": extra}
-    )
-    parts = stage_layers(model, stages)
-    assert [layer for first, end in parts for layer in range(first, end)] == list(range(depth))
-    sizes = [end - first for first, end in parts]
-    assert len(parts) == stages and min(sizes) >= 1
-    assert max(sizes[:-1], default=0) - min(sizes[:-1], default=0) <= 1 or min(sizes) == 1
-
-
 @given(st.integers(1, 40), st.integers(2, 8))
 def test_pieces_are_the_batch_in_order(rows: int, stages: int) -> None:
     whole = batch(0, rows)

@@ -6,24 +6,35 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from xushi.base.errors import XushiError
 from xushi.model import Batch, Deepseek, LossWeights, ModelConfig, pretraining_loss
 from xushi.train import (
     Data,
+    LanguageModelStep,
     ObjectiveConfig,
     PretrainConfig,
     StepLoss,
+    Training,
     TrainingState,
     chosen_dtype,
     training_step,
 )
-from xushi.train.checkpoint import latest_checkpoint, save_checkpoint
+from xushi.train.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    latest_checkpoint,
+    save_checkpoint,
+)
 from xushi.train.gradients import Norms
+from xushi.train.optimizer import is_matrix
 from xushi.train.state import set_compute
 from xushi.train.step import optimizer_step
 
@@ -421,3 +432,141 @@ def test_the_warm_up_trains_the_indexers_alone(
     assert moved == {name for name in before if ".indexer." in name}  # no router's bias either
     losses = [value for _, value in tracking.series("test", "indexer_loss")]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_ctrl_c_while_the_last_step_is_saved_is_not_forgotten(
+    run, tmp_path, monkeypatch, tracking
+) -> None:
+    """Everything is saved, and still the run ends there instead of beginning the next stage."""
+    real = CheckpointWriter.save
+
+    def save(self: CheckpointWriter, checkpoint: Checkpoint) -> None:
+        real(self, checkpoint)
+        if checkpoint.step == STEPS:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(CheckpointWriter, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a")
+    checkpoint = latest_checkpoint(tmp_path / "a")
+    assert checkpoint is not None and checkpoint.step == STEPS
+
+
+def test_the_adamw_rate_is_that_of_what_muon_leaves(
+    tiny_model, batches, tracking, tmp_path
+) -> None:
+    """With another one the embedding moves otherwise in the first step, and matrices do not."""
+
+    def after_a_step(rate: float | None) -> dict[str, Tensor]:
+        model = tiny_model()
+        config = ObjectiveConfig(**(SETTINGS | {"steps": 1, "adamw_learning_rate": rate}))
+        train("test", model, config, numbered(batches), tmp_path / str(rate), tracking)
+        return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    same, own, other = after_a_step(None), after_a_step(0.02), after_a_step(0.05)
+    differ = {name for name in same if not torch.equal(same[name], other[name])}
+    assert all(torch.equal(same[name], own[name]) for name in same)
+    assert differ and differ == {name for name in same if not is_matrix(name, same[name])}
+
+
+@pytest.mark.parametrize("config", [SPARSE, STREAMS], ids=["v3.2", "v4"])
+def test_the_optimizer_restarts_after_the_warm_up(config: ModelConfig, batches) -> None:
+    """Its step count and its moments begin again with the first step that trains everything."""
+    settings = PretrainConfig(**(WARMED | {"optimizer": "adamw"}))
+    state = TrainingState.begin(Deepseek(config).initialise(5), settings)
+    for step in range(4):
+        training_step(state, settings, step, batches(step))
+    assert state.optimizer.steps == 4
+    indexer = next(
+        name for name in state.optimizer.state if name.startswith("mean.") and ".indexer." in name
+    )
+    old = state.optimizer.state[indexer].clone()
+    seen = []
+    real = state.optimizer.step
+
+    def step_watched(*arguments: float) -> None:
+        seen.append((state.optimizer.steps, state.optimizer.state[indexer].clone()))
+        real(*arguments)
+
+    state.optimizer.step = step_watched
+    training_step(state, settings, 4, batches(4))
+    training_step(state, settings, 5, batches(5))
+    assert [steps for steps, _ in seen] == [0, 1] and state.optimizer.steps == 2
+    assert old.any() and not seen[0][1].any() and seen[1][1].any()
+
+
+def test_a_step_that_says_stop_ends_training_for_good(
+    tiny_model, batches, tracking, tmp_path, capsys
+) -> None:
+    """Saved at once, said once, and after a new start not one step more."""
+
+    class Ending(LanguageModelStep):
+        def take(self, state, number, phase):
+            result = super().take(state, number, phase)
+            return replace(result, stop="nothing is left" if number == 1 else "")
+
+    for figures in (True, False):
+        step = Ending(ObjectiveConfig(**SETTINGS), numbered(batches))
+        found = Training("test", tiny_model(), step, tmp_path, tracking).run()
+        assert bool(found) == figures
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 2
+    assert [event["details"] for event in tracking.events("test", "stopped_early")] == [
+        {"step": 2, "reason": "nothing is left"}
+    ]
+    assert capsys.readouterr().err.count("nothing is left; stopped after 2 steps") == 1
+
+
+class Counted(LanguageModelStep):
+    """Trains on the batch that a number of its own names, not the cursor."""
+
+    calls = 0
+
+    def take(self, state, number, phase):
+        self.calls += 1
+        state.cursor = 10 + self.calls
+        return super().take(state, number, phase)
+
+    def saved(self):
+        return {"calls": self.calls}
+
+    def load(self, saved):
+        self.calls = saved.get("calls", 0)
+
+
+def test_what_a_step_saves_decides_after_a_kill(tiny_model, batches, tracking, tmp_path) -> None:
+    def go(directory: Path, end: int | None = None) -> dict[str, bytes]:
+        def watched(cursor: int, count: int) -> Batch:
+            if cursor == end:
+                raise Killed
+            return batches(cursor)
+
+        step = Counted(ObjectiveConfig(**SETTINGS), Data(watched))
+        Training("test", tiny_model(), step, directory, tracking).run()
+        return files(directory)
+
+    whole = go(tmp_path / "whole")
+    with pytest.raises(Killed):
+        go(tmp_path / "killed", 15)
+    assert go(tmp_path / "killed") == whole
+
+
+def test_a_step_is_replayed_from_the_checkpoint_before(
+    tiny_model, batches, tracking, tmp_path
+) -> None:
+    def made() -> Training:
+        config = ObjectiveConfig(**(SETTINGS | {"keep_checkpoints": 9}))
+        step = LanguageModelStep(config, numbered(batches))
+        return Training("test", tiny_model(), step, tmp_path, tracking)
+
+    made().run()
+    losses = dict(tracking.series("test", "loss"))
+    for number, start in ((2, 0), (3, 0), (6, 3), (7, 6)):
+        replayed = made().replay(tracking.batches("test", number))
+        assert replayed.trained_from == start
+        assert replayed.result.figures["loss"] == losses[number]
+    records = tracking.batches("test", 6)
+    with pytest.raises(XushiError, match="not the one that was trained on"):
+        made().replay([*records[:-1], records[-1]._replace(hash="another")])
+    with pytest.raises(XushiError, match="has nothing before step 5"):
+        made().replay(records[4:])

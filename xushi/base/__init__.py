@@ -1,3 +1,1 @@
-"""Floor 0: errors, strict configs, atomic files, seeds, the machine, and the tracking store of a
-run.
-"""
+"""Errors, strict configs, atomic files, seeds, facts about the machine, a run's tracking store."""

@@ -1,4 +1,4 @@
-"""Artifacts by content: what a stage makes is kept under the hash of what it read, and runs share it.
+"""Artifacts by content: what a stage makes is kept under the hash of its inputs, for all runs.
 
     XUSHI_CACHE/artifacts/KIND-HASH/manifest.json  size and SHA-256 of every file
     XUSHI_CACHE/artifacts/KIND-HASH/files/         what was made, read-only
@@ -84,17 +84,15 @@ class Artifacts:
 
         `key` is KIND-HASH, with the hash of everything that `make` reads. `make` fills an empty
         directory. It runs once, even if several processes need the artifact at the same time: the
-        others wait. What a maker that fails or is killed leaves does not count. A damaged artifact
-        is told and made anew. Where the cache cannot be used, one line says so and `target` is made
-        without it.
+        others wait. If `make` fails or is killed, what it has written is not used. A damaged
+        artifact is reported and made again. If the cache cannot be used, a message says so and
+        `target` is made without it.
         """
         assert _KEY.fullmatch(key), f"{key!r} is not KIND-HASH"
         try:
             return self._obtain(key, make, target)
         except CacheUnusable as error:
-            say(
-                f"the cache is not used ({error.problem}): the {_kind(key)} is made for this run alone"
-            )
+            say(f"the cache is not used ({error.problem}): {_kind(key)} is made for this run alone")
         with directory_in_place(target) as aside:
             make(aside)
         return True
@@ -115,7 +113,7 @@ class Artifacts:
                 fault = stack.enter_context(_using(place / key))
                 if fault:
                     if fault != _MISSING:
-                        say(f"{place / key} is damaged ({fault}): it is made anew")
+                        say(f"{place / key} is damaged ({fault}): it is made again")
                     _make(place, key, make)
                     if unread := stack.enter_context(_using(place / key)):
                         raise CacheUnusable(f"{place / key} cannot be read back: {unread}")
@@ -162,17 +160,16 @@ class Artifacts:
 
 def cache_table(entries: Sequence[Entry]) -> str:
     """Lines of kind, bytes, day of the last use and key, and the total."""
-    lines = [
-        f"{entry.kind:<12}{entry.bytes:>16,}  {time.strftime('%Y-%m-%d', time.localtime(entry.used))}"
-        f"  {entry.key}"
-        for entry in entries
-    ]
+    lines = []
+    for entry in entries:
+        day = time.strftime("%Y-%m-%d", time.localtime(entry.used))
+        lines.append(f"{entry.kind:<12}{entry.bytes:>16,}  {day}  {entry.key}")
     return "\n".join([*lines, f"{'total':<12}{sum(entry.bytes for entry in entries):>16,}"])
 
 
 def link_tree(source: Path, target: Path) -> None:
     """Make `target` a directory with the files of `source`: hard links, or copies where the file
-    system has none. `target` appears whole (replacing an older one) or not at all.
+    system has none. `target` is replaced by one rename.
     """
     with directory_in_place(target) as aside:
         for directory, _, names in os.walk(source):
@@ -315,7 +312,6 @@ def _remove(place: Path, key: str) -> bool:
         with locks.exclusive(place / key / "in-use") as unused:
             if unused:
                 _discard(place / key)
-                (place / f"{key}.lock").unlink()
         return unused
 
 

@@ -15,11 +15,11 @@ from xushi.base.errors import BadInput, XushiError
 
 
 class StrictConfig(BaseModel):
-    """Base of every config: unknown keys are errors, numbers are finite, values are fixed once read.
+    """Base of every config: unknown keys are errors, numbers are finite, values cannot be changed.
 
-    A bound that concerns one field stands beside it (`Field(ge=1, le=...)`), upper bounds included:
-    a number that would hang or crash a later stage is refused when the recipe is read. A rule
-    between fields is a validator.
+    A bound of one field is declared with it (`Field(ge=1, le=...)`), upper bounds included: a
+    number that would hang or crash a later stage is refused when the recipe is read. A rule between
+    fields is a validator.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -27,7 +27,7 @@ class StrictConfig(BaseModel):
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
-# pydantic's messages speak of Python; these speak of TOML. Braces take what the error's context has.
+# Messages in TOML's terms instead of pydantic's. Braces are filled from the error's context.
 _PLAIN = {
     "greater_than_equal": "must be at least {ge}",
     "greater_than": "must be above {gt}",
@@ -68,13 +68,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise BadInput(
             f"recipe {path} is not valid TOML: {error}",
-            "mend that line; strings need quotes, lists need brackets",
+            "correct that line; strings need quotes, lists need brackets",
         ) from None
 
 
 def override(table: dict[str, Any], assignment: str) -> None:
-    """Apply `dotted.key=value` to a nested table in place; the value is read as TOML, else taken as
-    a string.
+    """Apply `dotted.key=value` to a nested table in place. The value is read as TOML; what is not
+    TOML is a string.
     """
     key, sign, text = assignment.partition("=")
     if not sign or not key.strip():
@@ -118,8 +118,8 @@ def _shown(part: int | str) -> str:
 
 
 def parse(model: type[ConfigT], table: dict[str, Any], where: str) -> ConfigT:
-    """Validate `table` as `model`; the first fault becomes a `XushiError` that names its dotted key
-    in `where`.
+    """Validate `table` as `model`. The first fault is a `BadInput` that names `where` and the
+    dotted key.
     """
     try:
         return model.model_validate(table)

@@ -82,8 +82,8 @@ def flush_tree(directory: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Write `path` so that a reader, or a kill, sees the old content or the new and nothing
-    between. What a killed writer of the same path left beside it is removed.
+    """Write `path` whole: after a kill, and for a reader at any time, it has its old content or the
+    new. What a killed writer of the same path left beside it is removed.
     """
     data = content.encode() if isinstance(content, str) else content
     with disk_errors(path):
@@ -156,8 +156,8 @@ def directory_in_place(path: Path) -> Iterator[Path]:
 
     Everything in it is flushed before the rename, nested directories too. A kill between moving the
     old directory away and renaming the new one leaves no `path`: callers rely on a marker (a
-    manifest inside the directory), so a missing directory is made again. One process fills a path at
-    a time; what a killed one left is removed by the next.
+    manifest inside the directory), so a missing directory is made again. Only one process at a time
+    may fill a path. What a killed one left is removed by the next.
     """
     with disk_errors(path):
         make_directory(path.parent)

@@ -1,7 +1,7 @@
 """Messages, tool calls and tools: the one form of a conversation that all packages share.
 
-Not here: how a conversation is written in tokens (tokenizer.chat), and which messages an API accepts
-(serve).
+Not here: how a conversation is written in tokens (tokenizer.chat), and which messages an API
+accepts (serve).
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,5 @@
-"""The tracking store of a run: events, metrics, batches and decisions in one append-only SQLite file.
+"""The tracking store of a run: events, metrics, batches and decisions in one append-only SQLite
+file.
 
 A stage that is started over, because its inputs changed, begins a new attempt (`begin`). Metrics,
 batches and decisions belong to the attempt in which they were written, and readers see those of the
@@ -41,7 +42,8 @@ CREATE INDEX IF NOT EXISTS metrics_by_name ON metrics (stage, attempt, name, ste
 
 
 class BatchRecord(NamedTuple):
-    """What a step was trained on: `items` items of data from `cursor` on, and the hash of the batch.
+    """What a step was trained on: `items` items of data from `cursor` on, and the hash of the
+    batch.
 
     `id` grows with every record written. `problem` says what the guards found, "" if nothing.
     """
@@ -90,7 +92,9 @@ class Tracking:
         )
 
     def metrics(self, stage: str, step: int, values: Mapping[str, float]) -> None:
-        """Numbers of one step, under dotted names; also a line of metrics.jsonl beside the store."""
+        """Numbers of one step, under dotted names; also a line of metrics.jsonl beside the
+        store.
+        """
         line = {
             name: float(value) if math.isfinite(value) else None for name, value in values.items()
         }
@@ -181,7 +185,9 @@ class Tracking:
         return [name for (name,) in rows]
 
     def events(self, stage: str | None = None, name: str | None = None) -> list[dict[str, Any]]:
-        """Events of all attempts in the order in which they happened: {time, stage, name, details}."""
+        """Events of all attempts in the order in which they happened: {time, stage, name,
+        details}.
+        """
         rows = self._rows(
             "SELECT time, stage, name, details FROM events WHERE (? IS NULL OR stage=?) AND "
             "(? IS NULL OR name=?) ORDER BY id",

@@ -100,7 +100,10 @@ def bench_train(
 @env_app.command("check")
 def env_check(
     kind: Annotated[
-        str, typer.Argument(metavar="FILE_OR_NAME", help="such as game.py:Counting or digit_sum")
+        str,
+        typer.Argument(
+            metavar="FILE_OR_NAME", help="a built-in one, or a class of a file: game.py:Counting"
+        ),
     ],
     as_json: JsonOption = False,
 ) -> None:

@@ -42,7 +42,7 @@ RayOption = Annotated[
 NodesOption = Annotated[int, typer.Option(help="machines")]
 ProcessesOption = Annotated[int, typer.Option(help="processes on each; with GPUs one for each GPU")]
 RestartsOption = Annotated[
-    int, typer.Option(help="how often to start anew when a process or a machine is lost")
+    int, typer.Option(help="how often to restart when a process or a machine is lost")
 ]
 GpusOption = Annotated[bool, typer.Option("--gpus", help="one GPU for each process")]
 SharedOutOption = Annotated[

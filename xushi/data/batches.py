@@ -1,7 +1,6 @@
-"""Batches: a pure function of (seed, cursor, number of sequences), and the way back from a batch to
-its bytes.
+"""Batches as a pure function of (seed, cursor, number of sequences), and the bytes they came from.
 
-Not here: anything that remembers where training is; the cursor is the caller's.
+Not here: the position of training. The caller keeps the cursor.
 
 Legend: B sequence, T token.
 """
@@ -36,7 +35,7 @@ def _batch(rows: Sequence[packing.PackedRow]) -> "Batch":
 
 
 def row_hashes(batch: "Batch") -> list[bytes]:
-    """SHA-256 of each row of a batch's tensors [B, T]: over their names, shapes and values."""
+    """SHA-256 of each row of a batch: of the names, shapes, types and values of its tensors."""
     arrays = {name: tensor.cpu().numpy() for name, tensor in sorted(batch._asdict().items())}
     digests = []
     for row in range(batch.rows):
@@ -50,8 +49,9 @@ def row_hashes(batch: "Batch") -> list[bytes]:
 
 
 def batch_hash(batch: "Batch") -> str:
-    """Hex SHA-256 over the hashes of the rows in order, so that it does not matter who holds which
-    row.
+    """Hex SHA-256 of the row hashes in order.
+
+    So ranks can hash their own rows, and the hash does not depend on how rows are distributed.
     """
     return joined_hash(row_hashes(batch))
 
@@ -62,8 +62,9 @@ def joined_hash(rows: Sequence[bytes]) -> str:
 
 
 class TokenDataset:
-    """The training sequences in the order that `seed` gives them, numbered by a cursor from 0
-    without end.
+    """The training sequences in the order that `seed` decides.
+
+    A cursor numbers them from 0; epochs follow each other without end.
     """
 
     def __init__(
@@ -81,9 +82,11 @@ class TokenDataset:
 
     @classmethod
     def open(cls, directory: Path, seed: int, only: Sequence[str] | None = None) -> "TokenDataset":
-        """Open what `tokenize_corpus` wrote; missing or damaged files are a `XushiError`.
+        """Open a directory that `tokenize_corpus` wrote.
 
-        `only` names the sources to draw from, all if None; there must be one.
+        Missing or damaged files are a `XushiError`.
+
+        `only` names the sources to draw from; None means all. At least one of them must exist.
         """
         manifest = load_manifest(directory)
         if only is not None:
@@ -93,15 +96,16 @@ class TokenDataset:
             if not manifest.train:
                 raise BadInput(
                     f"{directory} has no training tokens of {', '.join(only)}",
-                    "give the recipe such a source, or train on the others",
+                    "add such a source to the recipe, or train on other sources",
                 )
         sources = [open_source(directory / "train", manifest, source) for source in manifest.train]
         return cls(manifest, sources, directory, seed)
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Target tokens after which a source of weight 1 has been seen once: each source's, times
-        its weight. At least 1.
+        """Target tokens until a source of weight 1 has been seen once, at least 1.
+
+        It is the sum of each source's target tokens times its weight.
         """
         weighted = sum(
             packed.targets * source.weight
@@ -110,8 +114,9 @@ class TokenDataset:
         return max(1, round(weighted))
 
     def batch(self, cursor: int, sequences: int) -> "Batch":
-        """The sequences `cursor` to `cursor` + `sequences` - 1. How they are grouped into batches
-        changes nothing.
+        """The sequences `cursor` to `cursor + sequences - 1`.
+
+        A sequence does not depend on how sequences are grouped into batches.
         """
         draws = [self._mixture.draw(cursor + row) for row in range(sequences)]
         return _batch([self._sources[source].sequence(index) for source, _, index in draws])
@@ -121,14 +126,15 @@ class TokenDataset:
         return self.manifest.train[self._mixture.draw(cursor)[0]].name
 
     def spans(self, cursor: int) -> list[Span]:
-        """(uid, start, end) behind each segment of the sequence at `cursor`, in order; see
-        `packing.Span`.
+        """(uid, start, end) of each segment of the sequence at `cursor`, in order.
+
+        See `packing.Span`.
         """
         source, _, index = self._mixture.draw(cursor)
         return self._sources[source].spans(index)
 
     def byte_spans(self, cursor: int) -> list[tuple[bytes, int, int]]:
-        """The same in bytes of the document's text: (uid, first byte, past the last)."""
+        """Like `spans`, in bytes of the document's text: (uid, first byte, byte after the last)."""
         source, _, index = self._mixture.draw(cursor)
         packed = self._sources[source]
         return [
@@ -151,9 +157,9 @@ def heldout_batches(directory: Path, batch_size: int) -> Iterator["Batch"]:
 
 @dataclass(frozen=True)
 class HeldoutText:
-    """The held-out documents as batches that say to which document each target belongs.
+    """The held-out documents as batches, with the document that each target belongs to.
 
-    Per document, in path order: `uids`, and `bytes_D`, how many bytes its text has.
+    `uids` and `bytes_D` (bytes of text) have one entry for each document, in path order.
     """
 
     uids: list[bytes]
@@ -162,7 +168,7 @@ class HeldoutText:
 
     @classmethod
     def open(cls, directory: Path) -> "HeldoutText":
-        """Open what `tokenize_corpus` wrote; missing or damaged files are a `XushiError`."""
+        """Like `TokenDataset.open`."""
         manifest = load_manifest(directory)
         packed = open_source(directory / "heldout", manifest, manifest.heldout)
         lengths = load_byte_lengths(directory, manifest)
@@ -171,7 +177,7 @@ class HeldoutText:
         return cls(packed.uids, np.array(sizes, dtype=np.int64), packed)
 
     def batches(self, batch_size: int) -> Iterator[tuple["Batch", Ints]]:
-        """Each batch with the index of each target's document: [B, T], -1 for padding."""
+        """Each batch with the index of every target's document, [B, T]; -1 for padding."""
         for first in range(0, self.packed.sequences, batch_size):
             rows = range(first, min(first + batch_size, self.packed.sequences))
             yield (

@@ -1,6 +1,4 @@
-"""The data part of a recipe: which texts, how much of each, how long a sequence, how much is held
-out.
-"""
+"""The recipe's `data` table: sources of text, their weights, sequence length, held-out share."""
 
 import re
 from typing import Literal
@@ -11,15 +9,15 @@ from xushi.base.config import StrictConfig
 
 
 def canonical_package(name: str) -> str:
-    """A distribution's name in its one normal form (PyPA's name normalization)."""
+    """A distribution's normalized name, as the Python Packaging Authority defines it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 class SourceConfig(StrictConfig):
     """One source of documents.
 
-    `glob` (text, jsonl, parquet): a pattern with `~` and `**`, a file, or a directory, whose text
-    files are then all taken; relative to the current directory. `packages`: names of installed
+    `glob` (text, jsonl, parquet): a pattern with `~` and `**`, a file, or a directory, which means
+    all text files under it; relative to the current directory. `packages`: names of installed
     Python distributions. `field`: the text's key (jsonl) or column (parquet). `weight`: how often
     its tokens are seen, relative to a source of weight 1. `exclude`: `fnmatch` patterns on the
     posix path inside the source (`*` also matches `/`).
@@ -30,7 +28,7 @@ class SourceConfig(StrictConfig):
     glob: str | None = Field(None, max_length=4096)
     packages: list[str] = Field(default_factory=list, max_length=10_000)
     field: str = Field("text", max_length=1000)
-    weight: float = Field(1.0, ge=1e-6, le=1e6)  # to give a source no weight, leave it out
+    weight: float = Field(1.0, ge=1e-6, le=1e6)  # a source that should have no weight is left out
     exclude: list[str] = Field(default_factory=list, max_length=10_000)
 
     @field_validator("name")
@@ -38,8 +36,8 @@ class SourceConfig(StrictConfig):
     def _file_name(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise ValueError(
-                "a source's name is made of letters, digits, '_', '.' and '-': files are called "
-                "after it"
+                "a source's name may have only letters, digits, '_', '.' and '-', since files are "
+                "named after it"
             )
         return name
 
@@ -49,15 +47,15 @@ class SourceConfig(StrictConfig):
             if not self.packages or self.glob is not None:
                 raise ValueError('kind "packages" needs packages = [...] and no glob')
             if len({canonical_package(name) for name in self.packages}) < len(self.packages):
-                raise ValueError("packages names a distribution twice")
+                raise ValueError("packages names one distribution twice")
         elif not self.glob or self.packages:
             raise ValueError(f'kind "{self.kind}" needs glob = "..." and no packages')
         return self
 
 
 class DataConfig(StrictConfig):
-    """`sequence_length` in tokens; `heldout` the fraction of bytes held out for evaluation; `salt`
-    keys which.
+    """`sequence_length`: in tokens. `heldout`: the share of bytes held out for evaluation. `salt`
+    decides which ones.
     """
 
     sources: list[SourceConfig] = Field(min_length=1, max_length=1000)
@@ -70,5 +68,5 @@ class DataConfig(StrictConfig):
         names = [source.name for source in self.sources]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two sources are called {name!r}")
+                raise ValueError(f"two sources have the name {name!r}")
         return self

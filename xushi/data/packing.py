@@ -90,9 +90,7 @@ class PackedSource:
         )
 
     def documents(self, index: int) -> Ints:
-        """[T]: the index in this source of each target's document in sequence `index`, -1 for
-        padding.
-        """
+        """The index of the document of each target of sequence `index`, [T]; -1 for padding."""
         low = index * self.length
         stream = np.arange(low, min(low + self.length, self.targets))
         document = np.searchsorted(self._inputs, stream, side="right") - 1

@@ -1,7 +1,8 @@
-"""The corpus, tokenizer and tokens of a run, taken from the cache where another run made the same.
+"""The corpus, tokenizer and tokens of a run, from the cache if another run has made the same.
 
-A key is the hash of everything that the files depend on: the bytes that are read (wherever they
-lie), the settings, and the code that reads them. Not here: the cache itself (base.artifacts).
+A key is the hash of everything that the files depend on: the bytes that are read (not where they
+are stored), the settings, and the code that reads them. Not here: the cache itself
+(base.artifacts).
 """
 
 import functools
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 
 
 def obtain_corpus(config: DataConfig, extra: Mapping[str, ExtraSource], directory: Path) -> bool:
-    """Make `directory` the corpus that `build_corpus` writes; whether it had to be built."""
+    """Put the corpus that `build_corpus` writes at `directory`.
+
+    Returns whether it was built now.
+    """
     key = corpus_key(config, extra)
 
     def build(aside: Path) -> None:
@@ -37,8 +41,9 @@ def obtain_corpus(config: DataConfig, extra: Mapping[str, ExtraSource], director
 
 
 def obtain_tokenizer(corpus: Path, vocab_size: int, directory: Path, tools: bool = False) -> bool:
-    """Make `directory` the tokenizer trained on the training text of `corpus`; whether it had to be
-    trained.
+    """Put a tokenizer trained on the training text of `corpus` at `directory`.
+
+    Returns whether it was trained now.
     """
 
     def train(aside: Path) -> None:
@@ -52,7 +57,10 @@ def obtain_tokenizer(corpus: Path, vocab_size: int, directory: Path, tools: bool
 def obtain_tokens(
     corpus: Path, tokenizer: "Tokenizer", sequence_length: int, directory: Path
 ) -> bool:
-    """Make `directory` the tokens that `tokenize_corpus` writes; whether they had to be encoded."""
+    """Put the tokens that `tokenize_corpus` writes at `directory`.
+
+    Returns whether they were encoded now.
+    """
 
     def encode(aside: Path) -> None:
         tokenize_corpus(corpus, tokenizer, aside, sequence_length)
@@ -62,8 +70,10 @@ def obtain_tokens(
 
 
 def corpus_key(config: DataConfig, extra: Mapping[str, ExtraSource]) -> str:
-    """What a corpus depends on: the sources' files with their paths inside the source, what is left
-    out of them, the config without the places of the files, and the extra documents.
+    """The key of a corpus.
+
+    It depends on the sources' files with their paths inside the source, on what is left out of
+    them, on the config without the location of the files, and on the extra documents.
     """
     return "corpus-" + sha256_json(
         {
@@ -82,7 +92,7 @@ def corpus_key(config: DataConfig, extra: Mapping[str, ExtraSource]) -> str:
 
 
 def tokenizer_key(corpus: Path, vocab_size: int, tools: bool = False) -> str:
-    """What a tokenizer depends on: the training documents, its size and its special tokens."""
+    """The key of a tokenizer: of the training documents, its size and its special tokens."""
     return "tokenizer-" + sha256_json(
         {
             "code": _code("data", "tokenizer"),
@@ -95,7 +105,7 @@ def tokenizer_key(corpus: Path, vocab_size: int, tools: bool = False) -> str:
 
 
 def tokens_key(corpus: Path, tokenizer: "Tokenizer", sequence_length: int) -> str:
-    """What tokens depend on: the corpus, the tokenizer and the length that the manifest names."""
+    """The key of tokens: of the corpus, the tokenizer and the manifest's sequence length."""
     return "tokens-" + sha256_json(
         {
             "code": _code("data", "tokenizer"),
@@ -134,8 +144,9 @@ def _hashes(directory: Path, pattern: str) -> dict[str, str]:
 
 @functools.cache
 def _code(*packages: str) -> dict[str, str]:
-    """The version, and the hash of every module in some packages of xushi: with other code the same
-    text may give another corpus.
+    """The version of xushi and the hash of every module in these packages.
+
+    Other code may make another corpus of the same text.
     """
     return {"xushi": __version__} | {
         f"{package}/{module.name}": sha256_json(module.read_text(encoding="utf-8"))

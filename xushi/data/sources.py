@@ -55,7 +55,7 @@ _TABLE_SUFFIXES = {"jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
 
 
 class SourceFile(NamedTuple):
-    """A file of a source. `meta`: `path`, its posix path inside the source, and perhaps `package`."""
+    """A file of a source. `meta` has its posix `path` inside the source and perhaps `package`."""
 
     path: Path
     meta: Mapping[str, Any]
@@ -79,9 +79,7 @@ class SourceDocuments:
 
 
 def find_files(source: SourceConfig) -> SourceFiles:
-    """The files that `source` reads, in path order. None of them is read but for what tells whether
-    it is a text.
-    """
+    """The files of `source` in path order. Only the beginnings of files are read, to find text."""
     return _find_packages(source) if source.kind == "packages" else _find_by_glob(source)
 
 

@@ -1,7 +1,7 @@
-"""Floor 3: generation. Sampling, continuous batching over the latent cache, and `LLM`, the short
-way in.
+"""Generation: sampling, continuous batching over the latent cache, and `LLM`, which loads an
+export.
 
-Not here: HTTP (serve), rewards (rl), what a model is (model).
+Not here: HTTP (serve), rewards (rl), the model itself (model).
 """
 
 from xushi.engine.batch import generate_ids

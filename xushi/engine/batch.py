@@ -1,4 +1,7 @@
-"""Many prompts to completion, for learning from rewards and for evaluation. Not here: text."""
+"""Many prompts, each continued to its end, for reinforcement learning and evaluation.
+
+Not here: text (llm).
+"""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -20,10 +23,10 @@ def generate_ids(
     weights_version: int = 0,
     routing: bool = False,
 ) -> list[Request]:
-    """Continue every prompt; finished requests in the order of `prompts`.
+    """Continue every prompt; returns finished requests in the order of `prompts`.
 
-    `params` is one for all, or one per prompt: with one for all, equal prompts get equal tokens,
-    since the seed is the same. Equal prompts that stand together are computed once. The cache has
+    `params` is one for all prompts, or one per prompt. With one for all, equal prompts get equal
+    tokens, because they share a seed. Equal neighbouring prompts are computed once. The cache has
     room for `concurrency` requests of the largest size. Errors as in `Engine.add`.
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xushi.base.errors import BadInput, XushiError
+from xushi.base.errors import BadInput
 from xushi.engine.kept import KeptSequences
 from xushi.engine.params import SamplingParams
 from xushi.engine.request import FinishReason, Prompt, Request
@@ -24,13 +24,13 @@ SCORES_PER_CALL = 1 << 22
 SMALLEST_CHUNK = 16
 
 
-class ContextLengthError(XushiError):
-    """A prompt that leaves no place for an answer."""
+class ContextLengthError(BadInput):
+    """A prompt that leaves no room for an answer in the context."""
 
     def __init__(self, prompt_tokens: int, context: int) -> None:
         super().__init__(
             f"the prompt has {prompt_tokens} tokens and the model's context holds {context}, "
-            "one of them at least for the answer",
+            "at least one of them for the answer",
             "shorten the prompt",
         )
         self.prompt_tokens = prompt_tokens
@@ -44,11 +44,11 @@ class Engine:
     adding; so a request that has entered always runs to its end. The model is used as it is, its
     training flag included.
 
-    A request added with `keep` leaves its sequence in the cache when it finishes, for `extend`. Such
-    a sequence never blocks the queue: where the next request needs its slots, its entries are copied
-    out of the cache, and copied back when it is extended. So whatever is waiting, and in whatever
-    order a caller extends and releases, the first of the queue enters once the running requests have
-    finished.
+    A request added with `keep` leaves its sequence in the cache when it finishes, for `extend`.
+    Such a sequence never blocks the queue: where the next request needs its slots, its entries are
+    copied out of the cache, and copied back when it is extended. So whatever is waiting, and in
+    whatever order a caller extends and releases, the first of the queue enters once the running
+    requests have finished.
     """
 
     def __init__(self, model: Deepseek, eos_id: int, slots: int, weights_version: int = 0) -> None:
@@ -88,7 +88,7 @@ class Engine:
         return self._cache.available
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raise the `XushiError` that `add` would raise; touches no state, so any thread may call
+        """Raise the `XushiError` that `add` would raise. Changes nothing, so any thread may call
         it.
         """
         if not prompt_ids:
@@ -185,7 +185,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """One call of the model for everything that runs; the requests that got a token."""
+        """One call of the model for all that runs; returns the requests that got a token."""
         self._admit()
         decoding = [request for request in self._running if request._sequence is not None]
         logits_MV, routed = self._decode(decoding)
@@ -276,10 +276,11 @@ class Engine:
         return prompts + sum(r._limit - max(len(r.token_ids), 1) for r in self._running)
 
     def _decode(self, decoding: list[Request]) -> tuple[Tensor, list[Tensor]]:
-        """Feed each decoding request's last token and each unfed prompt's next chunk.
+        """Feed the last token of each decoding request and the next chunk of each unfed prompt.
 
-        Returns logits [decoding, V] and, where a request wants them, each one's experts [MoE
-        layers, k]; what is a prompt's is kept with it.
+        Returns the decoding requests' logits [decoding, V] and, if a running request asks for them,
+        the experts [MoE layers, k] of all tokens of the call, the decoding requests' first. A
+        prompt's logits and experts are stored in it.
         """
         prefilling = self._prefilling
         additions: list[tuple[int, list[int]]] = []
@@ -325,8 +326,8 @@ class Engine:
         return max(SMALLEST_CHUNK, SCORES_PER_CALL // (sequences * longest))
 
     def _join(self, request: Request, prompt: Prompt) -> None:
-        """Give the request its own sequence: a fork of the prompt's, or that itself for the last
-        one.
+        """Give the request its own sequence: a fork of the prompt's, or for the last request the
+        prompt's itself.
         """
         assert prompt.sequence is not None
         prompt.unjoined -= 1

@@ -20,15 +20,17 @@ from xushi.tokenizer import Tokenizer, encode_chat
 # Messages, or mappings in the OpenAI form.
 Conversation = Sequence[Message | Mapping[str, Any]]
 
-# Room for this many conversations of full length, unless that is more than so many tokens.
+# The default cache has room for this many conversations of full length, but has no more slots than
+# the limit.
 DEFAULT_CONVERSATIONS = 8
 DEFAULT_SLOTS_LIMIT = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A continued text. `token_ids`, `logprobs` and `sampling_logprobs` are as in `Request`; `text`
-    ends before a stop string while `token_ids` reaches through it.
+    """A continued text. `token_ids`, `logprobs` and `sampling_logprobs` are as in `Request`.
+
+    `text` ends before a stop string; `token_ids` include the tokens of that stop string.
     """
 
     text: str
@@ -41,7 +43,9 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class ChatCompletion:
-    """An answer: its reasoning or None, its content and its tool calls; the rest as in `Completion`."""
+    """An answer: its reasoning or None, its content and its tool calls; the rest as in
+    `Completion`.
+    """
 
     reasoning_content: str | None
     content: str
@@ -54,14 +58,15 @@ class ChatCompletion:
 
 
 def default_slots(config: ModelConfig) -> int:
-    """Cache slots for a model when nobody says how many: always enough for one full context."""
+    """The default number of cache slots for a model: at least one full context."""
     context = config.max_position_embeddings
     return max(context, min(DEFAULT_CONVERSATIONS * context, DEFAULT_SLOTS_LIMIT))
 
 
 class LLM:
-    """Loads export directory `path` (config.json, safetensors, tokenizer.json); one thread at a
-    time.
+    """Loads the export directory `path` (config.json, safetensors, tokenizer.json).
+
+    Only one thread may use it at a time.
     """
 
     def __init__(self, path: str | Path, slots: int | None = None) -> None:
@@ -77,7 +82,7 @@ class LLM:
 
     @property
     def context(self) -> int:
-        """How many tokens prompt and answer may have together."""
+        """The largest number of tokens of prompt and answer together."""
         return self.engine.context
 
     def generate(
@@ -85,9 +90,7 @@ class LLM:
         prompts: str | Sequence[str] | Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
     ) -> list[Completion]:
-        """Continue texts (each gets the beginning-of-text token in front) or lists of ids (taken as
-        they are).
-        """
+        """Continue texts or lists of ids, which become prompts as in `prompt_ids`."""
         listed: Sequence[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else prompts
         each = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(listed):
@@ -129,7 +132,9 @@ class LLM:
         )
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams) -> Iterator[Delta]:
-        """The text of `generate` for one prompt as it arrives; closing the iterator ends the request."""
+        """The text of `generate` for one prompt as it arrives; closing the iterator ends the
+        request.
+        """
         request = self.engine.add(self.prompt_ids(prompt), params)
         for _, delta in self._run([request], [TextStream(self.tokenizer, params.stop)]):
             yield delta
@@ -143,8 +148,8 @@ class LLM:
             yield delta
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """What the model is given for a text (the beginning-of-text token first) or a list of ids
-        (as it is).
+        """The prompt for a text, which gets the beginning-of-text token in front, or for ids as
+        they are.
         """
         if isinstance(prompt, str):
             return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
@@ -162,7 +167,7 @@ class LLM:
     def _run(
         self, requests: list[Request], streams: list[TextStream]
     ) -> Iterator[tuple[int, Delta]]:
-        """Step the engine until all are finished; the text of request i as (i, delta)."""
+        """Step the engine until all are finished; yields the text of request i as (i, delta)."""
         read = [0] * len(requests)
         open_ = list(range(len(requests)))
         try:
@@ -190,7 +195,7 @@ def _figures(
 ) -> tuple[list[int], list[float], list[float], int, FinishReason]:
     reason = (
         "stop" if stream.stopped else request.finish_reason
-    )  # also where the limit came with the same token
+    )  # "stop" also if the same token reached the limit
     assert reason is not None
     return (
         request.token_ids,

@@ -1,4 +1,4 @@
-"""What a caller may ask of one generation. Not here: how a token is drawn (sampling)."""
+"""The sampling parameters of one request. Not here: how a token is drawn (sampling)."""
 
 import math
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from xushi.base.errors import BadInput
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request is continued; a value out of range is a `XushiError` that names the
+    """How one request is continued. A value out of range is a `XushiError` that names the
     parameter.
 
-    max_tokens: how many tokens to generate at most. temperature: 0 takes the most probable token.
-    top_p: keep the smallest set of tokens that holds this probability. top_k: keep so many, 0 keeps
-    all. seed: the same prompt, weights and seed give the same tokens. stop: generation ends before
-    any of these strings; they act where there is text (`LLM`, serve) and not on bare ids.
-    ignore_eos: go on to max_tokens, for measurements.
+    max_tokens: the largest number of generated tokens. temperature: 0 takes the most probable
+    token. top_p: keep the smallest set of tokens that holds this probability. top_k: keep this many
+    tokens; 0 keeps all. seed: the same prompt, weights and seed give the same tokens. stop:
+    generation ends before any of these strings; only callers that make text (`LLM`, serve) look for
+    them. ignore_eos: generate max_tokens tokens, for measurements.
     """
 
     max_tokens: int

@@ -1,8 +1,8 @@
-"""From logits to tokens: every row with its own parameters, one uniform number per token.
+"""From logits to tokens: each row has its own parameters and one uniform number per token.
 
 A token is the inverse of the cumulative distribution, in the order of token ids, at a uniform
-number that depends on the request's seed and on how many tokens it has so far, and on nothing else
-in the batch.
+number. That number depends on the request's seed and on how many tokens it has so far, and on
+nothing else in the batch.
 
 Axes: M rows, V vocabulary.
 """
@@ -54,8 +54,7 @@ def sample(
     size = logits_MV.shape[1]
     tokens = np.zeros(len(params), dtype=np.int64)
     own = np.zeros(len(params), dtype=np.float64)  # the sampling log-probabilities
-    # Three ways, chosen row by row, so that what stands beside a row cannot change how it is
-    # rounded.
+    # Three computations, chosen row by row: other rows must not change how one is rounded.
     greedy = [row for row, p in enumerate(params) if p.temperature == 0]
     shaped = [row for row, p in enumerate(params) if p.temperature and _is_shaped(p, size)]
     plain = [row for row, p in enumerate(params) if p.temperature and not _is_shaped(p, size)]
@@ -79,7 +78,7 @@ def sample(
 
 
 def request_uniforms(keys: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.float64]:
-    """The uniform numbers of requests with these keys that have generated so many tokens."""
+    """The next uniform numbers of requests, from their keys and how many tokens they have."""
     return uniforms(np.array(keys, dtype=np.uint64), np.array(counters, dtype=np.uint64))
 
 
@@ -96,7 +95,7 @@ def _is_shaped(params: SamplingParams, size: int) -> bool:
 def _draw(scores_MV: Tensor, uniforms_M: npt.NDArray[np.float64]) -> tuple[Tensor, Tensor]:
     """Tokens [M] drawn from log-probabilities [M, V], and their log-probabilities [M].
 
-    First the block of tokens is found and then the place in it: running sums over a whole
+    The block of tokens is found first, then the place in it, because running sums over a whole
     vocabulary take a tenth of the time of a small model's step. Axes: X blocks, Z tokens of a
     block.
     """
@@ -113,13 +112,15 @@ def _draw(scores_MV: Tensor, uniforms_M: npt.NDArray[np.float64]) -> tuple[Tenso
         weights_MXZ.gather(1, block_M1[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)
     )
     tokens_M1 = block_M1 * BLOCK + _place(inside_MZ, target_M1 - before_M1)
-    tokens_M1.clamp_(max=size - 1)  # not a number in the logits finds no place; `sample` reports it
+    tokens_M1.clamp_(max=size - 1)  # NaN in the logits finds no place; `sample` reports it
     return tokens_M1[:, 0], scores_MV.gather(1, tokens_M1)[:, 0]
 
 
 def _place(cumulative: Tensor, target_M1: Tensor) -> Tensor:
-    """Where the target falls in rising sums [M, n]: always a place that adds something, for the
-    target is kept below the total even where rounding took it there.
+    """The first place in rising sums [M, n] whose sum is above the target.
+
+    The target is kept below the total, which rounding may have reached, so the place always has a
+    weight above 0.
     """
     total_M1 = cumulative[:, -1:]
     below_M1 = torch.minimum(target_M1, torch.nextafter(total_M1, torch.zeros_like(total_M1)))
@@ -131,7 +132,7 @@ def _shape(logprobs_MV: Tensor, params: list[SamplingParams]) -> Tensor:
     temperature_M = torch.tensor(
         [p.temperature for p in params], dtype=torch.float64, device=logprobs_MV.device
     )
-    # The best token becomes 0 first, so that no temperature, however small, overflows.
+    # Subtracting the maximum first keeps the smallest temperatures from overflowing.
     relative_MV = logprobs_MV.double() - logprobs_MV.double().amax(-1, keepdim=True)
     scores_MV = (relative_MV / temperature_M[:, None]).log_softmax(-1)
     filtered = [
@@ -144,7 +145,7 @@ def _shape(logprobs_MV: Tensor, params: list[SamplingParams]) -> Tensor:
 
 
 def _filter(scores_MV: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Log-probabilities [M, V] with what top-k and top-p drop at -inf and the rest renormalised."""
+    """Log-probabilities [M, V]: -inf for tokens that top-k or top-p drop, the rest renormalised."""
     size = scores_MV.shape[1]
     top_k_M = torch.tensor([min(p.top_k, size) or size for p in params], device=scores_MV.device)
     top_p_M = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=scores_MV.device)
@@ -152,8 +153,7 @@ def _filter(scores_MV: Tensor, params: list[SamplingParams]) -> Tensor:
     drop_MV = torch.arange(size, device=scores_MV.device) >= top_k_M[:, None]
     probabilities_MV = sorted_MV.exp().masked_fill(drop_MV, 0.0)
     before_MV = probabilities_MV.cumsum(-1) - probabilities_MV
-    # A token goes if those before it already hold p; with p = 1 rounding must not drop the last
-    # ones.
+    # A token is dropped if those before it already hold p. With p = 1 rounding must not drop any.
     reached_MV = before_MV >= (top_p_M * probabilities_MV.sum(-1))[:, None]
     drop_MV |= reached_MV & (top_p_M < 1)[:, None]
     kept_MV = torch.full_like(scores_MV, float("-inf")).scatter(

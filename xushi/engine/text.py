@@ -1,5 +1,5 @@
-"""From sampled ids to text as it arrives: whole characters, reasoning apart from content, tool calls,
-and stop strings.
+"""From sampled ids to text as it arrives: whole characters, reasoning apart from content, tool
+calls, and stop strings.
 
 Not here: the form of a conversation (tokenizer).
 """
@@ -89,7 +89,7 @@ class TextStream:
         return self._finder.found
 
     def push(self, token: int) -> list[Delta]:
-        """The text that this token completes: often none, and with `</think>` the last reasoning."""
+        """The text that this token completes: often none; with `</think>` the last reasoning."""
         if self.channel == "content":
             if self._call_ids or token == self._calls_begin:
                 self._call_ids.append(token)

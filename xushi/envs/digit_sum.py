@@ -108,11 +108,13 @@ class DigitSum(Environment):
             "⁰¹²³⁴⁵⁶⁷⁸⁹"[int(answer)],
         )
         contents = [
-            "", " ", _DIGITS, sums, task.prompt, f"{task.prompt}{answer}", answer * 2, f"{answer}{other}",
-            f"{other}{answer}", f"{answer} {other}", f" {answer}", f"{answer} ", f"{answer}\n", f"\n{answer}",
-            f"{answer}.", f"{answer}, or so", f"={answer}", f"-{answer}", f"+{answer}", f"1{answer}", f"0{answer}",
-            f"{answer}.0", f"</think>{answer}", f"<think>{sums}</think>{answer}", f"{answer}<think>", f"{answer}\0",
-            f"\u200b{answer}", f"\\boxed{{{answer}}}", fullwidth, arabic, superscript, other, "right", "None",
+            "", " ", _DIGITS, sums, task.prompt, f"{task.prompt}{answer}", answer * 2,
+            f"{answer}{other}", f"{other}{answer}", f"{answer} {other}", f" {answer}",
+            f"{answer} ", f"{answer}\n", f"\n{answer}", f"{answer}.", f"{answer}, or so",
+            f"={answer}", f"-{answer}", f"+{answer}", f"1{answer}", f"0{answer}", f"{answer}.0",
+            f"</think>{answer}", f"<think>{sums}</think>{answer}", f"{answer}<think>",
+            f"{answer}\0", f"\u200b{answer}", f"\\boxed{{{answer}}}", fullwidth, arabic,
+            superscript, other, "right", "None",
         ]  # fmt: skip
         question = Message("user", task.prompt)
         return [

@@ -109,7 +109,7 @@ def bits_by_document(model: Deepseek, tokens: Path, batch_size: int) -> Document
         is_target_N = documents_BT.flatten() >= 0
         nats_D += np.bincount(
             documents_BT.flatten()[is_target_N],
-            weights=-log_p_N.double().cpu().numpy()[is_target_N],
+            weights=-log_p_N.cpu().numpy()[is_target_N],
             minlength=len(nats_D),
         )
     return DocumentBits(heldout.uids, heldout.bytes_D, nats_D / math.log(2), nats / math.log(2))

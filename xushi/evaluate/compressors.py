@@ -1,8 +1,8 @@
-"""What everyday compressors need for the same bytes: the yardsticks beside a model's bits per byte.
+"""Bits per byte of general compressors on the held-out text, to compare a model with.
 
-gzip -9, xz -9 and zstd -19 see the held-out text alone, whole file sizes with headers included.
-`xz_primed` is the honest one: xz -9 that was given the training text first, as the model was. Not
-for: measuring a model (`bits.py`) or for compressing files that anybody keeps.
+gzip -9, xz -9 and zstd -19 see the held-out text alone; sizes are those of whole files, headers
+included. `xz_primed` is the fair comparison: xz -9 that was given the training text first, as the
+model was. Not here: bits per byte of a model (`bits`).
 """
 
 import lzma
@@ -19,7 +19,7 @@ Method = Literal["gzip", "xz", "zstd"]
 
 PRIMED_MEMORY_BYTES = 1 << 30
 _GZIP_CONTAINER = 31  # zlib's window bits: 15, plus 16 for gzip's header and trailer
-_PIECE = 1 << 20
+_CHUNK = 1 << 20
 _SMALLEST_DICTIONARY = 4096  # the format's own limit, LZMA_DICT_SIZE_MIN
 
 
@@ -27,9 +27,9 @@ _SMALLEST_DICTIONARY = 4096  # the format's own limit, LZMA_DICT_SIZE_MIN
 class Primed:
     """The result of `xz_primed`.
 
-    `bits_per_byte` counts held-out bytes; `training_bytes_used` of `training_bytes` were given (the
-    last ones), with a dictionary of `dictionary_bytes`, for which the encoders together held at
-    most `encoder_bytes` of memory.
+    `bits_per_byte` is per held-out byte. The last `training_bytes_used` of `training_bytes` were
+    given first, with a dictionary of `dictionary_bytes`. `encoder_bytes` bounds the memory of all
+    encoders together.
     """
 
     bits_per_byte: float
@@ -40,10 +40,10 @@ class Primed:
 
 
 def bits_per_byte(data: bytes, method: Method) -> float:
-    """Bits of the whole compressed file per byte of `data`, as the command line would write it.
+    """Bits of the whole compressed file per byte of `data`, as the command would write it.
 
     "gzip" is gzip -9 without a file name, "xz" is xz -9 (one stream, CRC64), "zstd" is zstd -19
-    with checksum. The library's version decides the last few bytes. Raises `XushiError` for empty
+    with checksum. Versions of the libraries differ by a few bytes. Raises `BadInput` for empty
     data.
     """
     _refuse_empty(data)
@@ -52,14 +52,14 @@ def bits_per_byte(data: bytes, method: Method) -> float:
 
 def xz_primed(training: bytes, heldout: bytes, memory_bytes: int = PRIMED_MEMORY_BYTES) -> Primed:
     """Bits per held-out byte of xz -9 given the training text first: (size(xz(training + heldout))
-    - size(xz(training))) * 8 / len(heldout), with preset 9's filter and a dictionary that holds
-    both texts whole.
+    - size(xz(training))) * 8 / len(heldout), with preset 9's filter and a dictionary as large as
+    both texts.
 
-    The encoders stay under `memory_bytes` together (measured: 581 MiB for 60 MB of text, 903 MiB
-    for 90 MB); where that is too little for both texts, the last part of `training` that fits is
-    used and the result says so. Takes about a second per MB, twice over; the two sizes are computed
-    side by side where memory allows, which changes no size. Raises `XushiError` for empty held-out
-    text.
+    All encoders together use less than `memory_bytes` (measured: 581 MiB for 60 MB of text, 903 MiB
+    for 90 MB). If that is too little for both texts, only the last part of `training` that fits is
+    used, and the result tells how much. Each of the two sizes takes about a second per MB. They are
+    computed in parallel if memory allows; this changes no size. Raises `BadInput` for empty
+    held-out text.
     """
     _refuse_empty(heldout)
     largest = _largest_dictionary(memory_bytes)
@@ -94,13 +94,13 @@ def _compressed_size(data: bytes, method: Method) -> int:
 
 
 def _xz_size(texts: tuple[memoryview, ...], dictionary: int) -> int:
-    # Fed in pieces, so that neither the joined text nor the compressed one is ever held.
+    # In chunks, so that neither the joined text nor the compressed one is held in memory.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": dictionary}]
     encoder = lzma.LZMACompressor(format=lzma.FORMAT_XZ, filters=filters)
     size = 0
     for text in texts:
-        for start in range(0, len(text), _PIECE):
-            size += len(encoder.compress(text[start : start + _PIECE]))
+        for start in range(0, len(text), _CHUNK):
+            size += len(encoder.compress(text[start : start + _CHUNK]))
     return size + len(encoder.flush())
 
 

@@ -1,8 +1,8 @@
 """Episodes: a model answers an environment's tasks. Reinforcement learning and evaluation both
 sample here.
 
-What an episode gives depends on the weights, its task and its seed alone, but for rounding that
-differs with the batch. Not here: what is learned from an episode (rl) and rates over many (measure).
+An episode depends on the weights, its task and its seed alone, but for rounding that differs with
+the batch. Not here: what is learned from an episode (rl), and rates over many (measure).
 """
 
 from collections.abc import Sequence
@@ -116,7 +116,7 @@ def examples_of(episode: Episode) -> list[tuple[list[int], list[bool]]]:
 
 
 class _Player:
-    """One episode in progress. It is given a request per turn and has the prompt of the next one."""
+    """One episode in progress: it takes each turn's request and has the prompt of the next one."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Rates with their uncertainty: Wilson intervals, means over tasks, unbiased pass@k.
 
 The independent unit is the task: k answers to one task are correlated, so an interval counts tasks,
-never answers. Not for: comparing two runs (overlapping intervals are no test) and not for
+not answers. Not here: the comparison of two runs (overlapping intervals are no test), and
 quantities outside [0, 1].
 """
 
@@ -12,7 +12,7 @@ Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval (low, high) of a proportion (Wilson 1927); no trials leave (0, 1)."""
+    """The 95 % score interval (low, high) of a proportion (Wilson 1927); (0, 1) without trials."""
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} trials")
     return _score_interval(successes / n, n) if n else (0.0, 1.0)
@@ -26,8 +26,8 @@ def mean_interval(values_per_task: Sequence[float]) -> tuple[float, float, float
     between tasks (Korn and Graubard 1998 use it for clustered surveys). It needs no seed, stays
     inside [0, 1], equals `wilson` when every value is 0 or 1, and near 0 and 1 covers better than a
     t interval or a percentile bootstrap over tasks: 95 % against 85 % of the time with 16 tasks, 8
-    answers each, rates drawn from Beta(9, 0.3). Where all tasks agree exactly, nothing is known of
-    s² and n itself stands in.
+    answers each, rates drawn from Beta(9, 0.3). If all tasks agree exactly, s² is unknown and n is
+    used.
     """
     if not values_per_task:
         raise ValueError("no tasks")
@@ -65,5 +65,5 @@ def _score_interval(mean: float, n: float) -> tuple[float, float]:
     width = 1 + Z95**2 / n
     centre = (mean + Z95**2 / (2 * n)) / width
     half = Z95 / width * math.sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n * n))
-    # Rounding may carry the ends past the mean or the borders, where they meet them exactly.
+    # Rounding may carry an end past the mean or past 0 or 1 where it equals them exactly.
     return max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))

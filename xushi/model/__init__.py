@@ -1,8 +1,8 @@
-"""Floor 2: what a DeepSeek is: config, blocks, weights in and out. The mathematics is defined here
-and only here.
+"""The DeepSeek models: config, blocks, weights in and out. This is the only definition of their
+mathematics: training, sampling, serving and export all use it.
 
-Names are imported when they are first asked for: counting needs the config and must not wait for
-torch to load.
+Names are imported when they are first used, so that code which needs only the config does not wait
+for torch to load.
 """
 
 from importlib import import_module

@@ -192,7 +192,7 @@ class MultiHeadLatentAttention(nn.Module):
         cache.index_copy_(0, decoding.flat.slots_N, torch.cat(written, dim=-1).to(cache.dtype))
 
     def _expansions(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The matrices that expand a latent into each head's key [H, K - R, C] and value [H, V, C]."""
+        """The matrices that expand a latent to keys [H, K - R, C] and to values [H, V, C]."""
         config = self.config
         weight = self.kv_b_proj.weight.to(dtype)
         expand = weight.view(config.num_attention_heads, -1, config.kv_lora_rank)

@@ -37,7 +37,9 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device) for tensor in self))
 
     def split(self, parts: int) -> "list[Batch]":
-        """The rows in `parts` consecutive batches, nearly equal: the first ones have one row more."""
+        """The rows in `parts` consecutive batches, nearly equal: the first ones have one row
+        more.
+        """
         columns = [tensor.tensor_split(parts) for tensor in self]
         return [Batch(*column) for column in zip(*columns, strict=True)]
 

@@ -1,13 +1,13 @@
-"""V4's attention (DeepSeek-V4, section 2.3): one key per token that is its value too, for all
-heads; a sliding window of tokens and, before it, compressed entries.
+"""V4's attention (DeepSeek-V4, section 2.3). All heads share one key per token, which is also its
+value. A query attends to a sliding window of tokens and to compressed entries.
 
-Three kinds by the layer's `compress_ratio`: the window alone; heavily compressed (HCA), where every
-entry is seen; and compressed sparse (CSA), where an indexer chooses entries. As transformers'
-`DeepseekV4Attention`.
+The layer's `compress_ratio` selects one of three kinds: the sliding window alone; heavily
+compressed attention (HCA), which uses all entries; and compressed sparse attention (CSA), in which
+an indexer chooses entries. Matches transformers' `DeepseekV4Attention`.
 
-Axes: B batch, T tokens, D hidden, H heads, K head width, R rotated width, W windows or entries, N
-flat tokens, S sequences of a decoding call, Q new tokens of a sequence in it, L keys of a window in
-it, P what a token gives to its windows' entries.
+Axes: B batch, T tokens, D hidden, H heads, K head width, R rotated width, W windows or entries, C
+width of an entry, I of an index key, N flat tokens, S sequences of a decoding call, Q new tokens of
+a sequence, L keys in its windows, P width of a token's projections for the compressors.
 """
 
 from typing import cast
@@ -35,8 +35,8 @@ from xushi.ops import (
 
 
 class EntryCompressor(Compressor):
-    """The layer's own compressor; in a sparse layer it holds the indexer, as in the published
-    names.
+    """The layer's compressor. In a sparse layer it contains the indexer, as the parameter names
+    require.
     """
 
     def __init__(self, config: ModelConfig, rate: int) -> None:
@@ -45,12 +45,15 @@ class EntryCompressor(Compressor):
 
 
 class CompressedAttention(nn.Module):
-    """Parameter names are transformers'."""
+    """V4's attention of one layer. Parameter names are transformers'."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.config, self.rate = config, config.compress_ratio(layer)
-        heads, width, eps = config.num_attention_heads, config.head_dim, config.rms_norm_eps
+        self.config = config
+        self.rate = config.compress_ratio(layer)
+        heads = config.num_attention_heads
+        width = config.head_dim
+        eps = config.rms_norm_eps
         assert config.q_lora_rank is not None
         self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
         self.q_a_norm = RMSNorm(config.q_lora_rank, eps, wide_weight=True)
@@ -67,12 +70,12 @@ class CompressedAttention(nn.Module):
 
     @property
     def indexer(self) -> CompressedIndexer | None:
-        """The indexer of a sparse layer."""
+        """The indexer, if this is a sparse layer."""
         return None if self.compressor is None else self.compressor.indexer
 
     def _queries(self, x: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
-        """The normed query latent, and the queries [..., H, K]: each head normed without a weight,
-        then rotated.
+        """The normed query latent, and the queries [..., H, K]. Each head is normed without a
+        weight and then rotated.
         """
         cos, sin = angles
         latent = self.q_a_norm(self.q_a_proj(x))
@@ -84,9 +87,11 @@ class CompressedAttention(nn.Module):
         )
 
     def _output(self, out_HK: Tensor, angles: Angles) -> Tensor:
-        """[..., H, K] to [..., D]: values carry their position's rotation, so the output is rotated
-        back by its own; then each group of heads goes through its part of `o_a_proj`, and all
-        through `o_b_proj`.
+        """[..., H, K] to [..., D].
+
+        Values are keys and so are rotated by their position. The output is rotated back by the
+        query's position, which leaves the relative rotation. Then each group of heads is multiplied
+        by its part of `o_a_proj`, and all groups together by `o_b_proj`.
         """
         cos, sin = angles
         out = rotate_tail(out_HK, cos[..., None, :], -sin[..., None, :])
@@ -99,7 +104,7 @@ class CompressedAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor | None]:
         """Whole sequences: [B, T, D] to [B, T, D], and the indexer's divergence [B, T] if
-        `sequences` asks for it.
+        `sequences.index_loss`.
         """
         angles = cast(Angles, sequences.compress_angles) if self.rate else sequences.angles
         q_latent, q_BTHK = self._queries(x_BTD, angles)
@@ -125,16 +130,18 @@ class CompressedAttention(nn.Module):
     def _select(
         self, indexer: CompressedIndexer, x_BTD: Tensor, q_latent: Tensor, sequences: Sequences
     ) -> tuple[Tensor, Tensor | None]:
-        """Which entries each query attends to [B, T, W], and the indexer's scores where they were
-        needed.
+        """The entries that each query attends to [B, T, W], and the indexer's scores [B, T, W] if
+        they were computed.
 
-        As in V3.2, losses do not cross between the indexer and the rest: its inputs are detached.
+        As in V3.2, the indexer's inputs are detached, so that its loss trains nothing else and no
+        other loss trains it.
         """
         visible_BTW = sequences.windows[self.rate].visible_BTW
         sparse = not sequences.dense and visible_BTW.shape[-1] > self.config.index_topk
         if not sparse and not sequences.index_loss:
             return visible_BTW, None
-        x_BTD, q_latent = x_BTD.detach(), q_latent.detach()
+        x_BTD = x_BTD.detach()
+        q_latent = q_latent.detach()
         with torch.set_grad_enabled(sequences.index_loss and torch.is_grad_enabled()):
             q_BTJI, weights_BTJ = indexer.queries(
                 x_BTD, q_latent, *cast(Angles, sequences.compress_angles)
@@ -147,13 +154,11 @@ class CompressedAttention(nn.Module):
         return best_keys(scores_BTW, visible_BTW, self.config.index_topk), scores_BTW
 
     def decode(self, x_ND: Tensor, decoding: Decoding, cache: Tensor) -> Tensor:
-        """Flat tokens against the cache: [N, D] to [N, D]; `cache` [slots, width] is written first,
-        then read.
+        """Flat tokens against the cache: [N, D] to [N, D]. Writes the new tokens and the entries of
+        completed windows into `cache` [slots, width] before it reads it.
         """
-        flat, angles = (
-            decoding.flat,
-            cast(Angles, decoding.compress_angles) if self.rate else decoding.angles,
-        )
+        flat = decoding.flat
+        angles = cast(Angles, decoding.compress_angles) if self.rate else decoding.angles
         q_latent, q_NHK = self._queries(x_ND, angles)
         kv_NK = rotate_tail(self.kv_norm(self.kv_proj(x_ND)), *angles)
         projections = [
@@ -161,7 +166,8 @@ class CompressedAttention(nn.Module):
         ]
         written = torch.cat((kv_NK, *projections), dim=-1)
         cache[:, : written.shape[-1]].index_copy_(0, flat.slots_N, written.to(cache.dtype))
-        width, dtype = self.config.head_dim, x_ND.dtype
+        width = self.config.head_dim
+        dtype = x_ND.dtype
         keys_SLK, allowed_SQL = _window_of(
             flat, cache[:, :width], self.config.sliding_window, dtype
         )
@@ -193,9 +199,7 @@ class CompressedAttention(nn.Module):
         entries: Tensor,
         dtype: torch.dtype,
     ) -> None:
-        """Make the entries of the windows that this call's tokens complete, from the slots'
-        `projections`.
-        """
+        """Write the entries of the windows that the call completes. `projections` is [slots, P]."""
         parts: list[Compressor] = (
             [compressor] if compressor.indexer is None else [compressor, compressor.indexer]
         )
@@ -217,7 +221,7 @@ class CompressedAttention(nn.Module):
         flat: FlatTokens,
         index_keys_SWI: Tensor,
     ) -> Tensor:
-        """Which entries each new token attends to: [S, Q, W]."""
+        """The entries that each new token attends to: [S, Q, W]."""
         entries = index_keys_SWI.shape[1]
         positions_SQ = by_sequence(flat.positions_N, flat)
         visible_SQW = (
@@ -234,13 +238,13 @@ class CompressedAttention(nn.Module):
 
 
 def _window_entries(compressor: Compressor, x_BTD: Tensor, sequences: Sequences) -> Tensor:
-    """A batch's entries [B, W, C], in the order of its windows; rows with fewer windows end in
-    entries nobody sees.
+    """A batch's entries [B, W, C] in the order of its windows. Rows with fewer windows are padded
+    with entries that no query may attend to.
     """
     windows = sequences.windows[compressor.rate]
     batch, length = x_BTD.shape[:2]
     row_B11 = torch.arange(batch, device=x_BTD.device)[:, None, None] * length
-    # index_select: its gradient adds up in one order, whatever the number of threads.
+    # index_select, because its gradient is summed in the same order for any number of threads.
     projected = compressor.project(x_BTD)
     members = projected.flatten(0, 1).index_select(0, (row_B11 + windows.members_BWM).flatten())
     return compressor.entries(
@@ -253,11 +257,11 @@ def _window_entries(compressor: Compressor, x_BTD: Tensor, sequences: Sequences)
 def _window_of(
     flat: FlatTokens, cache: Tensor, window: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The keys within the new tokens' windows [S, L, K], and which of them each new token may see
-    [S, Q, L].
+    """The keys in the new tokens' sliding windows [S, L, K], and which of them each new token may
+    attend to [S, Q, L].
 
-    Only these are read from the cache: the `window` - 1 tokens before a sequence's first new one,
-    and the new ones.
+    Reads only these from the cache: the `window` - 1 tokens before a sequence's first new one, and
+    the new ones.
     """
     positions_SQ = by_sequence(flat.positions_N, flat)
     longest = flat.slot_table_SL.shape[1]

@@ -1,12 +1,12 @@
-"""V4's compressor: every `rate` tokens become one entry of keys and values (DeepSeek-V4, sections
-2.3.1 and 2.3.2).
+"""V4's compressor: turns every window of `rate` tokens into one entry, which is key and value
+(DeepSeek-V4, sections 2.3.1 and 2.3.2).
 
-Heavily compressed attention (HCA) pools a window's own tokens. Compressed sparse attention (CSA)
-pools two windows: each token projects to two series, and the entry of window w takes the first
-series of window w - 1 and the second of w.
+In heavily compressed attention (HCA) an entry pools the tokens of its window. In compressed sparse
+attention (CSA) it pools two windows: each token projects to two series, and the entry of window w
+pools the first series of window w - 1 and the second series of window w.
 
-Axes: ... any leading axes, M tokens of a window and of the one before it (2 * rate), C width of an
-entry.
+Axes: ... any leading axes, M tokens of a window and of the one before it (2 * rate), P width of a
+token's projections, C width of an entry.
 """
 
 import torch
@@ -18,11 +18,14 @@ from xushi.ops import compress_windows, rotate_tail
 
 
 class Compressor(nn.Module):
-    """Parameter names are transformers' (`DeepseekV4HCACompressor`, `DeepseekV4CSACompressor`)."""
+    """Parameter names are those of transformers' `DeepseekV4HCACompressor` and
+    `DeepseekV4CSACompressor`.
+    """
 
     def __init__(self, config: ModelConfig, rate: int, width: int) -> None:
         super().__init__()
-        self.rate, self.width = rate, width
+        self.rate = rate
+        self.width = width
         self.overlaps = rate == config.compress_rate_csa
         series = 2 if self.overlaps else 1
         self.kv_proj = Linear(config.hidden_size, series * width)
@@ -31,8 +34,8 @@ class Compressor(nn.Module):
         self.kv_norm = RMSNorm(width, config.rms_norm_eps, wide_weight=True)
 
     def project(self, x: Tensor) -> Tensor:
-        """[..., D] to what a token gives to its windows' entries, values before gates: [..., 2 *
-        series * C].
+        """[..., D] to a token's projections for its windows' entries, values and then gates: [...,
+        2 * series * C].
         """
         return torch.cat((self.kv_proj(x), self.gate_proj(x)), dim=-1)
 
@@ -41,23 +44,22 @@ class Compressor(nn.Module):
     ) -> Tensor:
         """The entries of windows [..., C] from their tokens' projections [..., 2 * rate, P].
 
-        `has_previous` [...] says whether the window before exists; cos and sin [..., R/2] are of
-        the window's first position.
+        `has_previous` [...] is True if the window before exists. cos and sin [..., R/2] are those
+        of the window's first position.
         """
         values, gates = projected_MP.chunk(2, dim=-1)
         bias = self.position_bias
-        if not self.overlaps:
-            entry = compress_windows(values[..., self.rate :, :], gates[..., self.rate :, :] + bias)
-        else:
-
-            def joined(
-                x: Tensor,
-            ) -> Tensor:  # the first series of the window before, the second of the window itself
-                return torch.cat(
-                    (x[..., : self.rate, : self.width], x[..., -self.rate :, self.width :]), dim=-2
-                )
-
+        if self.overlaps:
             exists = has_previous[..., None].expand(*has_previous.shape, self.rate)
             exists = torch.cat((exists, torch.ones_like(exists)), dim=-1)
-            entry = compress_windows(joined(values), joined(gates) + joined(bias), exists)
+            gates = self._joined(gates) + self._joined(bias)
+            entry = compress_windows(self._joined(values), gates, exists)
+        else:
+            entry = compress_windows(values[..., self.rate :, :], gates[..., self.rate :, :] + bias)
         return rotate_tail(self.kv_norm(entry), cos, sin)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """The first series of the window before, followed by the second series of the window."""
+        first = x[..., : self.rate, : self.width]
+        second = x[..., -self.rate :, self.width :]
+        return torch.cat((first, second), dim=-2)

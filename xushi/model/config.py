@@ -1,7 +1,7 @@
-"""What a DeepSeek-V2, V3, V3.2 or V4 is, in the field names of its published `config.json`.
+"""The config of a DeepSeek-V2, V3, V3.2 or V4 model, with the field names of its published
+`config.json`.
 
-Not here: anything about training or serving, nor the reading and writing of that file
-(published.py).
+Not here: settings of training or serving; reading and writing that file (published.py).
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ from xushi.base.config import StrictConfig
 
 
 class RopeScaling(StrictConfig):
-    """YaRN (Peng et al. 2023, arXiv:2309.00071) with DeepSeek's two mscale factors (V4 ignores
-    both).
+    """YaRN (Peng et al. 2023, arXiv:2309.00071) with DeepSeek's two mscale factors, which V4
+    ignores.
     """
 
-    # Published configs say "type"; transformers 5 also writes "rope_type". Both mean the same.
+    # Published configs call this "type"; transformers 5 also writes "rope_type".
     type: Literal["yarn"] = "yarn"
     factor: float = Field(gt=0, le=1e9)
     original_max_position_embeddings: int = Field(ge=1, le=1_000_000_000)
@@ -50,7 +50,7 @@ _COMPRESSED = (
     "num_hash_layers",
     "swiglu_limit",
 )
-# Fields that a kind has not, with the value that they then have.
+# Fields that do not apply to a model_type, and their fixed values (None: the field's default).
 ABSENT: dict[str, dict[str, Any]] = {
     "deepseek_v2": {
         "rope_interleave": True,
@@ -77,18 +77,19 @@ class ModelConfig(StrictConfig):
     """DeepSeek-V2's architecture (arXiv:2405.04434), V3's (arXiv:2412.19437), V3.2's
     (arXiv:2512.02556) or V4's, by `model_type`.
 
-    Matches transformers' config classes; the defaults are those of the released V3, and of V4-Flash
-    for what only V4 has. V2 has another router (`topk_method`: softmax instead of sigmoid with a
-    bias) and no MTP layers; V3.2 has the indexer; V4 has another attention, residual and router.
-    Layer i is a mixture of experts iff i >= `first_k_dense_replace`. `q_lora_rank=None` means no
-    query latent; a recipe writes 0 for it, as TOML has no null.
+    Matches transformers' config classes. The defaults are those of the released V3; fields that
+    only V4 has default to V4-Flash. V2 has another router (`topk_method`: softmax instead of
+    sigmoid with a bias) and no MTP layers. V3.2 has an indexer. V4 has another attention, residual
+    and router. Layer i is a mixture of experts iff i >= `first_k_dense_replace`.
+    `q_lora_rank=None` means no query latent; a recipe writes 0 for it, since TOML has no null.
 
-    `compress_ratios` gives each layer's attention, MTP layers last: 0 is the sliding window alone,
-    `compress_rate_csa` compressed sparse attention, `compress_rate_hca` heavily compressed
-    attention. A field that a kind has not keeps the value it cannot do without, and is not written.
+    `compress_ratios` selects each layer's attention, MTP layers last: 0 is the sliding window
+    alone, `compress_rate_csa` compressed sparse attention, `compress_rate_hca` heavily compressed
+    attention. Fields that do not apply to a model_type are fixed (see `ABSENT`) and not written to
+    config.json.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     model_type: Literal["deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4"] = "deepseek_v3"
     topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
@@ -111,11 +112,11 @@ class ModelConfig(StrictConfig):
     qk_nope_head_dim: int = Field(128, ge=1, le=100_000)
     qk_rope_head_dim: int = Field(64, ge=1, le=100_000)
     v_head_dim: int = Field(128, ge=1, le=100_000)
-    # Keys, or compressed entries, that a query attends to.
+    # The number of keys, or of compressed entries, that the indexer chooses for a query.
     index_topk: int = Field(2048, ge=1, le=1_000_000_000)
     index_n_heads: int = Field(64, ge=1, le=10_000)
     index_head_dim: int = Field(128, ge=1, le=100_000)
-    # Of query, key and value alike; the last qk_rope_head_dim of them are rotated.
+    # Width of V4's queries, keys and values; the last qk_rope_head_dim values are rotated.
     head_dim: int = Field(512, ge=1, le=100_000)
     o_groups: int = Field(8, ge=1, le=10_000)
     o_lora_rank: int = Field(1024, ge=1, le=1_000_000)
@@ -150,13 +151,11 @@ class ModelConfig(StrictConfig):
     @model_validator(mode="before")
     @classmethod
     def _by_kind(cls, table: Any) -> Any:
-        """What a kind has not may not be asked of it, and takes the value that it cannot do
-        without.
-        """
-        if (
-            not isinstance(table, dict)
-            or (kind := table.get("model_type", "deepseek_v3")) not in ABSENT
-        ):
+        """Give fields that do not apply to the model_type their fixed values; refuse others."""
+        if not isinstance(table, dict):
+            return table
+        kind = table.get("model_type", "deepseek_v3")
+        if kind not in ABSENT:
             return table
         for key, value in ABSENT[kind].items():
             fixed = cls.model_fields[key].default if value is None else value
@@ -164,7 +163,7 @@ class ModelConfig(StrictConfig):
                 raise ValueError(
                     f"a {kind} has no {key}"
                     if value is None
-                    else f"a {kind} has {key}={value}: its published code does not know another"
+                    else f"a {kind} must have {key}={value}: its published code supports no other"
                 )
             table = {**table, key: fixed}
         return table
@@ -176,38 +175,38 @@ class ModelConfig(StrictConfig):
 
     @property
     def qk_head_dim(self) -> int:
-        """MLA's width of a query or key head: the part without position plus the rotated part."""
+        """Width of MLA's query and key heads: the unrotated part plus the rotated part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def has_router_bias(self) -> bool:
-        """Whether experts are balanced by a selection bias; if not, the balance loss alone does it."""
+        """Whether a selection bias balances the experts. If not, only the balance loss does."""
         return self.topk_method == "noaux_tc"
 
     @property
     def is_v4(self) -> bool:
-        """Whether attention is V4's, on compressed entries, and the residual is several streams."""
+        """Whether this is a V4: attention on compressed entries, several residual streams."""
         return self.model_type == "deepseek_v4"
 
     @property
     def has_indexer(self) -> bool:
-        """Whether attention is sparse somewhere: a query sees the `index_topk` that its layer's
-        indexer chose.
-        """
+        """Whether any layer has an indexer, which chooses the `index_topk` keys of each query."""
         return self.model_type == "deepseek_v32" or (
             self.is_v4 and self.compress_rate_csa in (self.compress_ratios or [])
         )
 
     def is_moe(self, layer: int) -> bool:
-        """Whether decoder layer `layer` (MTP layers count on from the last) holds experts."""
+        """Whether layer `layer` is a mixture of experts. MTP layers are numbered after the
+        trunk.
+        """
         return layer >= self.first_k_dense_replace
 
     def is_hash_routed(self, layer: int) -> bool:
-        """Whether layer `layer`'s experts follow from the token's id alone."""
+        """Whether the token's id alone decides which experts layer `layer` uses."""
         return self.is_v4 and layer < self.num_hash_layers
 
     def compress_ratio(self, layer: int) -> int:
-        """Tokens to a compressed entry in V4's layer `layer`; 0 where there are none."""
+        """Tokens per compressed entry in V4's layer `layer`; 0 if the layer has no entries."""
         assert self.compress_ratios is not None
         return self.compress_ratios[layer]
 
@@ -225,23 +224,25 @@ class ModelConfig(StrictConfig):
             checks[self.model_type]()
         if self.model_type != "deepseek_v2" and not self.has_router_bias:
             raise ValueError(
-                f"topk_method={self.topk_method!r} is V2's; a {self.model_type} has 'noaux_tc'"
+                f"topk_method={self.topk_method!r} is V2's; a {self.model_type} needs 'noaux_tc'"
             )
         return self
 
     def _consistent_groups(self) -> None:
         if self.n_routed_experts % self.n_group:
             raise ValueError(
-                f"n_routed_experts={self.n_routed_experts} does not divide into "
+                f"n_routed_experts={self.n_routed_experts} is not divisible by "
                 f"n_group={self.n_group}"
             )
-        if self.has_router_bias and not self.is_v4 and self.n_routed_experts // self.n_group < 2:
+        size = self.n_routed_experts // self.n_group
+        # A single group is not scored, so it may have a single expert: then the layer is dense.
+        if self.has_router_bias and self.n_group > 1 and size < 2:
             raise ValueError(
                 "a group needs at least 2 experts: its score is the sum of its two best"
             )
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group={self.topk_group} exceeds n_group={self.n_group}")
-        if self.num_experts_per_tok > self.topk_group * (self.n_routed_experts // self.n_group):
+        if self.num_experts_per_tok > self.topk_group * size:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} exceeds the experts of "
                 "topk_group groups"
@@ -250,12 +251,12 @@ class ModelConfig(StrictConfig):
     def _consistent_v2(self) -> None:
         if self.has_router_bias:
             raise ValueError(
-                'topk_method="noaux_tc" is V3\'s; a deepseek_v2 has "greedy" or '
+                'topk_method="noaux_tc" is V3\'s; a deepseek_v2 needs "greedy" or '
                 '"group_limited_greedy"'
             )
         if self.norm_topk_prob:
             raise ValueError(
-                "a deepseek_v2 has norm_topk_prob=False: its published code does not know another"
+                "a deepseek_v2 must have norm_topk_prob=False: its published code supports no other"
             )
 
     def _consistent_v32(self) -> None:
@@ -264,52 +265,57 @@ class ModelConfig(StrictConfig):
         if self.index_head_dim < self.qk_rope_head_dim:
             raise ValueError(
                 f"index_head_dim={self.index_head_dim} is less than its rotated part, "
-                "qk_rope_head_dim="
-                f"{self.qk_rope_head_dim}"
+                f"qk_rope_head_dim={self.qk_rope_head_dim}"
             )
 
     def _consistent_v4(self) -> None:
         if self.q_lora_rank is None:
-            raise ValueError("a deepseek_v4 needs q_lora_rank: it has no other queries")
+            raise ValueError("a deepseek_v4 needs q_lora_rank: its queries come from that latent")
         if not self.norm_topk_prob:
             raise ValueError(
-                "a deepseek_v4 has norm_topk_prob=True: its published code does not know another"
+                "a deepseek_v4 must have norm_topk_prob=True: its published code supports no other"
             )
         if self.n_shared_experts != 1:
             raise ValueError(
-                "a deepseek_v4 has n_shared_experts=1: its published code does not know another"
+                "a deepseek_v4 must have n_shared_experts=1: its published code supports no other"
             )
         for name in ("head_dim", "index_head_dim"):
             if getattr(self, name) < self.qk_rope_head_dim:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} is less than its rotated part, qk_rope_head_dim="
-                    f"{self.qk_rope_head_dim}"
+                    f"{name}={getattr(self, name)} is less than its rotated part, "
+                    f"qk_rope_head_dim={self.qk_rope_head_dim}"
                 )
         if self.num_attention_heads % self.o_groups:
             raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} does not divide into o_groups="
+                f"num_attention_heads={self.num_attention_heads} is not divisible by o_groups="
                 f"{self.o_groups}"
             )
+        self._consistent_v4_layers()
+
+    def _consistent_v4_layers(self) -> None:
         if self.num_hash_layers > self.num_hidden_layers:
             raise ValueError(
                 f"num_hash_layers={self.num_hash_layers} exceeds num_hidden_layers="
                 f"{self.num_hidden_layers}"
             )
+        self._consistent_ratios()
+
+    def _consistent_ratios(self) -> None:
         if self.compress_rate_csa == self.compress_rate_hca:
             raise ValueError(
-                f"compress_rate_csa and compress_rate_hca must differ (both {self.compress_rate_csa})"
+                "compress_rate_csa and compress_rate_hca must differ (both "
+                f"{self.compress_rate_csa})"
             )
         layers = self.num_hidden_layers + self.num_nextn_predict_layers
         if self.compress_ratios is None or len(self.compress_ratios) != layers:
             raise ValueError(
                 f"a deepseek_v4 needs compress_ratios with {layers} entries, one for every layer, "
-                "MTP's "
-                "last"
+                "MTP layers last"
             )
         known = (0, self.compress_rate_csa, self.compress_rate_hca)
         if wrong := set(self.compress_ratios).difference(known):
             raise ValueError(
-                f"compress_ratios holds {min(wrong)}; it may hold 0, compress_rate_csa={known[1]} "
-                "and "
-                f"compress_rate_hca={known[2]}"
+                f"compress_ratios contains {min(wrong)}; allowed are 0, "
+                f"compress_rate_csa={known[1]} "
+                f"and compress_rate_hca={known[2]}"
             )

@@ -1,4 +1,4 @@
-"""A decoder layer: attention and feed-forward, each read from and written to the residual.
+"""A decoder layer: attention and feed-forward, each reading from and writing to the residual.
 
 Axes: B batch, T tokens, D hidden, N flat tokens, S streams of V4's residual.
 """
@@ -17,8 +17,8 @@ from xushi.ops import RouterChoice
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); with V4's streams, both through
-    hyper-connections.
+    """x + attention(norm(x)), then x + mlp(norm(x)). In V4 both read and write several streams
+    through hyper-connections.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -41,8 +41,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, sequences: Sequences, pinned_Nk: Tensor | None = None
     ) -> tuple[Tensor, RouterChoice | None, Tensor | None]:
-        """Whole sequences, [B, T, D] or [B, T, S, D]; with what the router decided and the
-        indexer's divergence [B, T], where there are any.
+        """Whole sequences: the residual [B, T, D] or [B, T, S, D] after the layer, the router's
+        choice (None without a router) and the indexer's divergence [B, T] (None if not asked for).
         """
         h_BTD, weights = self.attn_hc.read(x)
         y_BTD, divergence_BT = self.self_attn(
@@ -55,7 +55,9 @@ class DecoderLayer(nn.Module):
     def decode(
         self, x: Tensor, decoding: Decoding, cache: Tensor
     ) -> tuple[Tensor, RouterChoice | None]:
-        """Flat tokens, [N, D] or [N, S, D], against this layer's cache [slots, width]."""
+        """Flat tokens [N, D] or [N, S, D] against this layer's cache [slots, width]: the residual
+        after the layer, and the router's choice.
+        """
         h_ND, weights = self.attn_hc.read(x)
         y_ND = self.self_attn.decode(self.input_layernorm(h_ND).to(decoding.dtype), decoding, cache)
         x = self.attn_hc.write(x, y_ND, weights)  # type: ignore[arg-type]
@@ -65,7 +67,8 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, tokens: Tensor, dtype: torch.dtype, pinned_Nk: Tensor | None = None
     ) -> tuple[Tensor, RouterChoice | None]:
         h, weights = self.ffn_hc.read(x)
-        h, choice = self.post_attention_layernorm(h).to(dtype), None
+        h = self.post_attention_layernorm(h).to(dtype)
+        choice = None
         if isinstance(self.mlp, MixtureOfExperts):
             y, choice = self.mlp(h, tokens, pinned_Nk)
         else:

@@ -1,9 +1,10 @@
 """DeepSeek-V2, V3, V3.2 and V4 as published: embedding, decoder layers, final norm, head, and MTP
 layers.
 
-The residual stream is kept in the weights' dtype and every block computes in `compute_dtype` (equal
-unless training asks for bfloat16). Not here: losses (objective.py), files (weights.py), sampling
-(engine).
+The residual is kept in the weights' dtype. Blocks compute in `compute_dtype`, which is the same
+unless training asks for bfloat16.
+
+Not here: losses (objective.py), files (weights.py), sampling (engine).
 
 Axes: B batch, T tokens, D hidden, V vocabulary, S streams of V4's residual, N flat tokens, M tokens
 whose logits are wanted.
@@ -34,33 +35,30 @@ from xushi.ops.attention import segment_mask, segment_starts
 
 @dataclass(frozen=True)
 class Logits:
-    """`logits` [B, T, V] in the weights' dtype."""
+    """`logits` [B, T, V] in the compute dtype."""
 
     logits: Tensor
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """The trunk's output after the final norm [B, T, D] and each MoE layer's routing, first layer
-    first.
+    """The trunk's output.
 
-    `carried` is what an MTP layer takes: the same, or V4's streams [B, T, S, D] before they become
-    one. Of a pipeline's stage that is not the last, `hidden_BTD` is the residual as its layers left
-    it. `index_divergence` holds each indexer's [B, T], where its loss was asked for. `sequences`
-    serves MTP layers too.
+    `hidden_BTD` is the input of the head, after the final norm. In a pipeline stage that is not the
+    last it is the residual after the stage's layers, of whatever shape.
     """
 
-    sequences: Sequences
+    sequences: Sequences  # MTP layers use it too
     hidden_BTD: Tensor
-    carried: Tensor
-    routing: list[RouterChoice]
-    index_divergence: list[Tensor]
+    carried: Tensor  # the MTP layers' input: `hidden_BTD`, or V4's streams [B, T, S, D]
+    routing: list[RouterChoice]  # of each MoE layer, first layer first
+    index_divergence: list[Tensor]  # [B, T] of each indexer, if its loss was asked for
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Logits [M, V] of the wanted tokens, float32, and on request the experts [MoE layers, N, k] of
-    all tokens.
+    """Float32 logits [M, V] of the wanted tokens, and on request the experts of all tokens [MoE
+    layers, N, k].
     """
 
     logits_MV: Tensor
@@ -68,8 +66,8 @@ class Decoded:
 
 
 class Trunk(nn.Module):
-    """Embedding, decoder layers and final norm; MTP layers follow the decoder layers, as in the
-    published files.
+    """Embedding, decoder layers and final norm. MTP layers are numbered after the decoder layers,
+    as in the published files.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -80,7 +78,7 @@ class Trunk(nn.Module):
             _weight=torch.empty(config.vocab_size, config.hidden_size),
         )
         depth, extra = config.num_hidden_layers, config.num_nextn_predict_layers
-        # By number, since a stage of a pipeline has some of them only.
+        # Keyed by number, since a pipeline stage has only some of them.
         self.layers = nn.ModuleDict(
             {str(i): DecoderLayer(config, i) for i in range(depth)}
             | {str(depth + i): mtp_layer(config, depth + i) for i in range(extra)}
@@ -90,7 +88,7 @@ class Trunk(nn.Module):
 
 
 class Deepseek(nn.Module):
-    """The whole model. Parameters are uninitialised until `initialise` or `load_pretrained`."""
+    """The whole model. Its parameters are uninitialised until `initialise` or `load_pretrained`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,13 +98,14 @@ class Deepseek(nn.Module):
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         )
         self.compute_dtype: torch.dtype | None = None
-        self.recompute = False  # layers keep their inputs alone and run again in the backward pass
-        self.begins = self.ends = True  # whether embedding, and final norm and head, are here
+        self.recompute = False  # True: layers keep only their inputs and run again in backward
+        self.begins = True  # whether this pipeline stage has the first layer
+        self.ends = True  # whether it has the last layer, final norm and head
         self.make_angles()
 
     def make_angles(self, device: torch.device | str | None = None) -> None:
-        """Compute the rotations, which are no weights, so that no file fills them; V4's compressed
-        layers have their own.
+        """Compute the rotations' frequencies, which no checkpoint contains. V4's compressed layers
+        have their own.
         """
         config = self.config
         scaling = None if config.is_v4 else config.rope_scaling
@@ -123,12 +122,14 @@ class Deepseek(nn.Module):
         )
 
     def keep_layers(self, first: int, end: int) -> None:
-        """Leave the trunk's layers `first` to `end` - 1 alone, as a stage of a pipeline has them:
-        with the embedding in front of the first, and behind the last all that follows. MTP layers
-        and a tied head need the embedding too.
+        """Keep only the trunk's layers `first` to `end` - 1, for one stage of a pipeline.
+
+        The first stage also keeps the embedding. The last keeps the final norm, the head and the
+        MTP layers, and the embedding if MTP layers or a tied head need it.
         """
         depth = self.config.num_hidden_layers
-        self.begins, self.ends = first == 0, end == depth
+        self.begins = first == 0
+        self.ends = end == depth
         for name in list(self.model.layers):
             if not (first <= int(name) < end or (self.ends and int(name) >= depth)):
                 del self.model.layers[name]
@@ -140,22 +141,22 @@ class Deepseek(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What blocks compute in."""
+        """The dtype that blocks compute in."""
         return self.compute_dtype or next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
     def head_VD(self) -> Tensor:
-        """The output matrix, the embedding itself where the two are tied."""
+        """The output matrix [V, D]; the embedding itself if they are tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     @property
     def decoder_layers(self) -> list[DecoderLayer]:
-        """The layers of the trunk that are here, without MTP's."""
+        """The trunk's layers that this stage holds, without MTP layers."""
         return [
             cast(DecoderLayer, layer)
             for name, layer in self.model.layers.items()
@@ -172,7 +173,7 @@ class Deepseek(nn.Module):
         ]
 
     def routers(self) -> dict[str, Router]:
-        """Every router by its layer's number as text, MTP layers included."""
+        """All routers by their layer's number as text, those of MTP layers included."""
         return {
             name: layer.mlp.gate
             for name, layer in self.model.layers.items()
@@ -180,8 +181,9 @@ class Deepseek(nn.Module):
         }
 
     def initialise(self, seed: int) -> "Deepseek":
-        """Normal weights of std `initializer_range`, unit norms, zero biases; each tensor from its
-        own named stream.
+        """Initialise all weights: normal with standard deviation `initializer_range`; norms to 1;
+        biases and sinks to 0. Each tensor has its own random stream, derived from `seed` and its
+        name.
         """
         for name, parameter in self.named_parameters():
             with torch.no_grad():
@@ -213,10 +215,11 @@ class Deepseek(nn.Module):
         dense: bool = False,
         index_loss: bool = False,
     ) -> Sequences:
-        """What the layers of a forward over whole sequences share; `dense` and `index_loss` as in
-        `Sequences`.
+        """The data that the layers share in a forward over whole sequences; `dense` and
+        `index_loss` as in `Sequences`.
         """
-        config, dtype = self.config, self.dtype
+        config = self.config
+        dtype = self.dtype
         angles = self.angles(positions_BT)
         if self.compress_angles is None:
             mask = None if segments_BT is None else segment_mask(segments_BT)
@@ -238,7 +241,7 @@ class Deepseek(nn.Module):
         )
 
     def decoding(self, flat: FlatTokens, dtype: torch.dtype) -> Decoding:
-        """What the layers of a decoding call share."""
+        """The data that the layers share in a decoding call."""
         angles = self.angles(flat.positions_N)
         if self.compress_angles is None:
             return Decoding(flat, angles, dtype)
@@ -248,16 +251,14 @@ class Deepseek(nn.Module):
         return Decoding(flat, angles, dtype, self.compress_angles(flat.positions_N), windows)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [...] to the residual [..., D], or [..., S, D] with every stream the same."""
+        """Token ids [...] to the residual [..., D], or to V4's [..., S, D] with equal streams."""
         x = F.embedding(tokens, self.model.embed_tokens.weight)
-        return (
-            x
-            if not self.config.is_v4
-            else x[..., None, :].expand(*x.shape[:-1], self.config.hc_mult, -1)
-        )
+        if not self.config.is_v4:
+            return x
+        return x[..., None, :].expand(*x.shape[:-1], self.config.hc_mult, -1)
 
     def finish(self, x: Tensor) -> Tensor:
-        """The residual after the last layer to what the head takes [..., D]."""
+        """The residual after the last layer to the head's input [..., D]."""
         normed: Tensor = self.model.norm(x if self.model.hc_head is None else self.model.hc_head(x))
         return normed
 
@@ -274,9 +275,9 @@ class Deepseek(nn.Module):
     ) -> Hidden:
         """Run the trunk. Without positions and segments each row is one document from position 0.
 
-        `pinned` holds one [B*T, k] choice per MoE layer and replaces the routers' own but in rows
-        of -1; `dense` and `index_loss` as in `Sequences`. `residual` is what the layers before
-        left, where these are another stage's.
+        `pinned` replaces the routers' choices, except in rows of -1: one [B*T, k] tensor per MoE
+        layer. `dense` and `index_loss` as in `Sequences`. `residual` is the output of the previous
+        pipeline stage, if there is one.
         """
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(
@@ -303,7 +304,7 @@ class Deepseek(nn.Module):
         )
 
     def block(self, run: Callable[..., Any], *arguments: Any) -> Any:
-        """What `run` returns, kept for the backward pass or made again in it."""
+        """Call `run`; with `recompute`, its activations are recomputed in the backward pass."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False)
         return run(*arguments)
@@ -322,11 +323,12 @@ class Deepseek(nn.Module):
 
     @torch.no_grad()
     def decode(self, flat: FlatTokens, cache: LatentCache, routing: bool = False) -> Decoded:
-        """The inference forward: flat tokens of many sequences against the cache, prefill and
-        decode mixed.
+        """The inference forward: new tokens of many sequences against the cache, prefill and
+        decoding mixed. Writes the tokens into the cache. `routing`: return the chosen experts too.
         """
         dtype = self.dtype
-        decoding, x = self.decoding(flat, dtype), self.embed(flat.tokens_N)
+        decoding = self.decoding(flat, dtype)
+        x = self.embed(flat.tokens_N)
         experts: list[Tensor] = []
         for layer, entries in zip(self.decoder_layers, cache.layers, strict=True):
             x, choice = layer.decode(x, decoding, entries)

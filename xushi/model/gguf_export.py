@@ -55,18 +55,13 @@ def export_gguf(directory: str | Path, path: str | Path, kind: str = "bf16") -> 
         raise BadInput(f"{kind!r} is not a supported GGUF type", f"use one of {', '.join(KINDS)}")
     if path.exists():
         raise BadInput(f"{path} exists already", "give another name, or remove it first")
-    config = read_config(directory)
-    _refuse_inexpressible(config, directory)
+    config = _expressible_config(directory)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DEEPSEEK2])
     _add_description(writer, config, directory.resolve().name, kind)
     add_tokenizer(writer, config, directory)
     model = load_pretrained(directory)
     types = {name: _type_of(name, tensor, kind) for name, tensor in gguf_tensors(model)}
-    total = 0
-    for name, tensor in gguf_tensors(model):
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, types[name])
-        writer.add_tensor_info(name, shape, np.dtype(np.uint8), prod(shape), raw_dtype=types[name])
-        total += prod(shape)
+    total = _add_tensor_infos(writer, model, types)
     _write_file(writer, path, model, types, total)
     in_bf16 = sum(each == gguf.GGMLQuantizationType.BF16 for each in types.values())
     return {
@@ -93,8 +88,11 @@ def _library() -> Any:
     return gguf
 
 
-def _refuse_inexpressible(config: ModelConfig, directory: Path) -> None:
-    """Raise a `XushiError` that names what llama.cpp's `deepseek2` lacks or computes differently."""
+def _expressible_config(directory: Path) -> ModelConfig:
+    """The config of `directory`. Raise a `XushiError` for whatever llama.cpp's `deepseek2` lacks or
+    computes differently.
+    """
+    config = read_config(directory)
     grouped = config.topk_method == "group_limited_greedy" and _limits_groups(config)
     # The loader takes these for V2-Lite and its relatives and does not look for a query latent.
     lite = config.num_hidden_layers in (26, 27) or (
@@ -128,6 +126,7 @@ def _refuse_inexpressible(config: ModelConfig, directory: Path) -> None:
                 f"{reason}",
                 "serve the directory itself, with xushi, transformers or vLLM",
             )
+    return config
 
 
 def _limits_groups(config: ModelConfig) -> bool:
@@ -210,6 +209,20 @@ def _type_of(name: str, tensor: Tensor, kind: str) -> "gguf.GGMLQuantizationType
     block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0]
     fits = kind == "q8_0" and tensor.shape[-1] % block == 0
     return gguf.GGMLQuantizationType.Q8_0 if fits else gguf.GGMLQuantizationType.BF16
+
+
+def _add_tensor_infos(
+    writer: "gguf.GGUFWriter", model: Deepseek, types: "dict[str, gguf.GGMLQuantizationType]"
+) -> int:
+    """Announce all tensors to `writer`; returns their total size in bytes."""
+    import gguf
+
+    total = 0
+    for name, tensor in gguf_tensors(model):
+        shape = gguf.quant_shape_to_byte_shape(tensor.shape, types[name])
+        writer.add_tensor_info(name, shape, np.dtype(np.uint8), prod(shape), raw_dtype=types[name])
+        total += prod(shape)
+    return total
 
 
 def _write_file(

@@ -1,6 +1,7 @@
-"""The residual: one stream to which blocks add, or V4's several streams (mHC, arXiv:2512.24880).
+"""The residual: a single stream to which blocks add, or V4's several streams (mHC,
+arXiv:2512.24880).
 
-Both kinds give a block its input by `read` and take its output by `write`.
+In both kinds `read` gives a block its input and `write` adds its output.
 
 Axes: ... any leading axes, S streams, D hidden.
 """
@@ -25,16 +26,15 @@ class PlainResidual(nn.Module):
 
 
 def _projected(streams_SD: Tensor, fn: Tensor, eps: float) -> Tensor:
-    """fn . (all streams of a token, normalised as one vector), in float32 at least."""
+    """fn times all streams of a token, normalised as one vector; in float32 or wider."""
     wide = torch.promote_types(streams_SD.dtype, torch.float32)
     return rms_norm(streams_SD.flatten(-2).to(wide), None, eps) @ fn.to(wide).T
 
 
 class HyperConnection(nn.Module):
-    """How one block reads, mixes and writes the streams; all three follow from the streams
-    themselves.
+    """One block's weights for reading, mixing and writing the streams, computed from the streams.
 
-    As transformers' `DeepseekV4HyperConnection`, whose parameter names these are.
+    Matches transformers' `DeepseekV4HyperConnection`; parameter names are its own.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -46,7 +46,7 @@ class HyperConnection(nn.Module):
         self.scale = nn.Parameter(torch.empty(3))
 
     def read(self, streams_SD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """A block's input [..., D], and what `write` needs: [..., S] and [..., S, S]."""
+        """A block's input [..., D], and the weights for `write`: [..., S] and [..., S, S]."""
         config = self.config
         projected = _projected(streams_SD, self.fn, config.rms_norm_eps)
         read_S, write_S, mix_SS = stream_weights(
@@ -60,12 +60,14 @@ class HyperConnection(nn.Module):
         return collapse_streams(streams_SD, read_S), (write_S, mix_SS)
 
     def write(self, streams_SD: Tensor, y_D: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-        """The streams after the block."""
+        """The streams with the block's output y_D added: [..., S, D]."""
         return expand_streams(streams_SD, y_D, *weights)
 
 
 class HyperHead(nn.Module):
-    """The streams become one before the last norm; no Sinkhorn here."""
+    """Collapses the streams into one before the final norm; it does not mix them, so it needs no
+    Sinkhorn iterations.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

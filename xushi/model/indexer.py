@@ -1,9 +1,9 @@
-"""The lightning indexer, which chooses what a query attends to (DeepSeek-V3.2, arXiv:2512.02556,
-section 2.1): tokens in V3.2, compressed entries in V4's sparse layers.
+"""The lightning indexer, which chooses the keys that a query attends to (DeepSeek-V3.2,
+arXiv:2512.02556, section 2.1): tokens in V3.2, compressed entries in V4's sparse layers.
 
-As transformers' `DeepseekV32Indexer` and `DeepseekV4Indexer`. DeepSeek's own code also multiplies
-queries and keys by a Hadamard matrix and rounds them to FP8; the first changes no score and the
-second is for speed, so both are left out.
+Matches transformers' `DeepseekV32Indexer` and `DeepseekV4Indexer`. DeepSeek's own code also
+multiplies queries and keys by a Hadamard matrix, which changes no score, and rounds them to FP8 for
+speed. Both are left out.
 
 Axes: D hidden, C query latent, J index heads, I index width, R rotated width.
 """
@@ -21,7 +21,7 @@ KEY_NORM_EPS = 1e-6
 
 
 class LayerNorm(nn.Module):
-    """Mean and deviation removed over the last axis, in float32 at least; weight and bias [width]."""
+    """Layer norm over the last axis, in float32 or wider; weight and bias [width]."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -39,20 +39,18 @@ class LayerNorm(nn.Module):
 
 
 class LightningIndexer(nn.Module):
-    """V3.2's: small queries of many heads, one small key per token, a weight per head; scores by
-    `ops.index_scores`.
+    """V3.2's indexer: narrow queries with many heads, one narrow key per token, and a weight per
+    head. `ops.index_scores` computes the scores.
 
-    Its queries come from the normed query latent that the attention's come from. The rotated part
-    stands first and is rotated in halves; in the attention it stands last and is rotated in pairs.
+    Queries come from the attention's normed query latent. The rotated part comes first and is
+    rotated in halves; in the attention it comes last and is rotated in pairs.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.width, self.rotated = (
-            config.index_n_heads,
-            config.index_head_dim,
-            config.qk_rope_head_dim,
-        )
+        self.heads = config.index_n_heads
+        self.width = config.index_head_dim
+        self.rotated = config.qk_rope_head_dim
         assert config.q_lora_rank is not None
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.width)
         self.wk = Linear(config.hidden_size, self.width)
@@ -73,7 +71,7 @@ class LightningIndexer(nn.Module):
         return q, _head_weights(self.weights_proj, x, self.heads)
 
     def keys(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [..., D] to keys [..., I]: what the cache holds beside the latent."""
+        """x [..., D] to keys [..., I], which the cache stores with the latent."""
         return self._rotate(self.k_norm(self.wk(x)), cos, sin)
 
     def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -82,7 +80,7 @@ class LightningIndexer(nn.Module):
 
 
 class Scorer(nn.Module):
-    """Holds V4's weights of the index heads under their published name."""
+    """Holds the projection to V4's head weights under its published name."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -90,8 +88,8 @@ class Scorer(nn.Module):
 
 
 class CompressedIndexer(Compressor):
-    """V4's: its keys are entries of a compressor of its own, over the same windows; rotated in
-    pairs, as everything.
+    """V4's indexer. Its keys are the entries of its own compressor over the same windows. Queries
+    and keys are rotated in pairs, as everywhere in V4.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -113,5 +111,6 @@ class CompressedIndexer(Compressor):
 
 
 def _head_weights(projection: Linear, x: Tensor, heads: int) -> Tensor:
+    """The heads' weights [..., J], scaled by 1 / sqrt(J), in float32 or wider."""
     weights: Tensor = projection(x).to(torch.promote_types(x.dtype, torch.float32)) * heads**-0.5
     return weights

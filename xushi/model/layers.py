@@ -1,8 +1,8 @@
-"""The small parts every block is made of: linear maps and norms that compute in the dtype of what
-comes in.
+"""The small modules of every block: linear map, norm and SwiGLU, which compute in their input's
+dtype.
 
-Weights stay in their own dtype (float32 while training) and are cast where they are used, so one
-model computes in bfloat16 or float32 by what its activations are.
+Weights keep their own dtype (float32 in training) and are cast when they are used. So the dtype of
+the activations decides whether a model computes in bfloat16 or float32.
 """
 
 import torch
@@ -25,14 +25,15 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned weight [width], multiplied in float32 if `wide_weight`
-    (V4's).
+    """Root-mean-square norm with a learned weight [width]. With `wide_weight` (V4) the product with
+    the weight is in float32.
     """
 
     def __init__(self, width: int, eps: float, wide_weight: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.eps, self.wide_weight = eps, wide_weight
+        self.eps = eps
+        self.wide_weight = wide_weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last axis."""
@@ -42,7 +43,7 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)).
 
-    With a `limit` (V4), the gate is clamped from above and `up` from both sides before they meet.
+    `limit` (V4) clamps the gate from above and `up` from both sides.
     """
 
     def __init__(self, hidden: int, width: int, limit: float | None = None) -> None:

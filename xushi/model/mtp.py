@@ -1,8 +1,8 @@
-"""Multi-token prediction: further layers behind the trunk, each of which predicts one token further
+"""Multi-token prediction (MTP): layers after the trunk, each of which predicts one token further
 ahead.
 
-V3's form (arXiv:2412.19437, section 2.2) joins hidden state and next token's embedding by one
-matrix; V4's by two, and works on all residual streams. Embedding and head are the trunk's.
+V3 (arXiv:2412.19437, section 2.2) joins the hidden state and the next token's embedding with one
+matrix. V4 uses two matrices and works on all residual streams. Embedding and head are the trunk's.
 
 Axes: B batch, T tokens, D hidden, S streams.
 """
@@ -22,18 +22,16 @@ from xushi.ops import RouterChoice
 
 @dataclass(frozen=True)
 class Prediction:
-    """A depth's hidden state [B, T, D], to which the head is applied; what the next depth takes;
-    and as a layer's forward, the router's choice and the indexer's divergence.
-    """
+    """The result of one MTP depth."""
 
-    hidden_BTD: Tensor
-    carried: Tensor
-    choice: RouterChoice | None
-    divergence_BT: Tensor | None
+    hidden_BTD: Tensor  # input of the head
+    carried: Tensor  # input of the next depth: the same, or V4's streams [B, T, S, D]
+    choice: RouterChoice | None  # of the layer's router
+    divergence_BT: Tensor | None  # of the layer's indexer, if asked for
 
 
 class SharedHead(nn.Module):
-    """V3's name for an MTP layer's own final norm."""
+    """Holds an MTP layer's own final norm under its published name in V3."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -41,9 +39,11 @@ class SharedHead(nn.Module):
 
 
 class JoinedPrediction(DecoderLayer):
-    """V3's (eqs. 21-23). Input is eh_proj([enorm(embedding of the next token); hnorm(hidden state
-    of the depth before)]), in the order of the published weights; the hidden state is the one after
-    that depth's final norm, as in transformers and vLLM.
+    """V3's MTP layer (eqs. 21-23).
+
+    Its input is eh_proj([enorm(embedding of the next token); hnorm(hidden state of the previous
+    depth)]), in the order of the published weights. That hidden state is taken after the previous
+    depth's final norm, as in transformers and vLLM.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -56,8 +56,8 @@ class JoinedPrediction(DecoderLayer):
     def predict(
         self, carried_BTD: Tensor, embedded_BTD: Tensor, sequences: Sequences
     ) -> Prediction:
-        """From the hidden state of the depth before and the embedding of the token that it
-        predicted.
+        """From the previous depth's hidden state and the embedding of the token which that depth
+        predicts.
         """
         joined = torch.cat((self.enorm(embedded_BTD), self.hnorm(carried_BTD)), dim=-1).to(
             sequences.dtype
@@ -70,9 +70,11 @@ class JoinedPrediction(DecoderLayer):
 
 
 class StreamsPrediction(DecoderLayer):
-    """V4's: every stream of the depth before, normed, through h_proj, plus the normed embedding
-    through e_proj; then a decoder layer, a head that collapses the streams, and a norm of its own
-    (`mtp.N` of the published weights).
+    """V4's MTP layer (`mtp.N` of the published weights).
+
+    Its input streams are h_proj(hnorm(stream of the previous depth)) + e_proj(enorm(embedding of
+    the next token)). After the decoder layer come a hyper-head of its own, which collapses the
+    streams, and a norm of its own.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -87,7 +89,9 @@ class StreamsPrediction(DecoderLayer):
     def predict(
         self, carried_BTSD: Tensor, embedded_BTD: Tensor, sequences: Sequences
     ) -> Prediction:
-        """From the streams of the depth before and the embedding of the token that it predicted."""
+        """From the previous depth's streams and the embedding of the token which that depth
+        predicts.
+        """
         embedded = self.e_proj(self.enorm(embedded_BTD).to(sequences.dtype))
         joined = embedded[..., None, :] + self.h_proj(self.hnorm(carried_BTSD).to(sequences.dtype))
         streams, choice, divergence_BT = self.forward(joined.to(carried_BTSD.dtype), sequences)
@@ -98,5 +102,5 @@ MultiTokenPredictionLayer = JoinedPrediction | StreamsPrediction
 
 
 def mtp_layer(config: ModelConfig, index: int) -> MultiTokenPredictionLayer:
-    """The MTP layer of this kind of model; `index` counts on from the trunk's layers."""
+    """The MTP layer for this model_type. `index` counts on from the trunk's last layer."""
     return StreamsPrediction(config, index) if config.is_v4 else JoinedPrediction(config, index)

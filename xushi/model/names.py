@@ -1,13 +1,13 @@
-"""What tensors are called on disk: transformers' module names, which the model in memory has too,
+"""The names of tensors on disk: transformers' module names, which this model also uses in memory,
 and DeepSeek's own.
 
-Experts are stacked in memory and stand alone on disk. Published V2, V3 and V3.2 files have
-transformers' names, and DeepSeek's conversion script for its own inference code writes DeepSeek's;
-published V4 files have DeepSeek's, and transformers writes a mixture of both. A tensor's canonical
-name is transformers' module name with the expert's number in it; MTP layers follow the trunk's
-(`model.layers.<num_hidden_layers + depth>`).
+Published V2, V3 and V3.2 files use transformers' names; DeepSeek's script that converts them for
+its inference code writes DeepSeek's names. Published V4 files use DeepSeek's names; transformers
+writes a mixture of both. Experts are stacked in memory and single tensors on disk. A tensor's
+canonical name is transformers' module name with the expert's number; MTP layers are numbered after
+the trunk's (`model.layers.<num_hidden_layers + depth>`).
 
-Not here: the scales of quantised weights but for their names (quantised.py).
+Not here: the scales of quantised weights, except their names (quantised.py).
 """
 
 import re
@@ -20,8 +20,8 @@ from xushi.model.config import ModelConfig
 
 Naming = Literal["published", "transformers"]
 
-# DeepSeek's names within a layer, and transformers'. `.weight` and `.bias` are left out where they
-# are the same.
+# DeepSeek's names within a layer, mapped to transformers'. An equal ending `.weight` or `.bias` is
+# left out.
 _COMMON = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -73,11 +73,12 @@ _V4 = _COMMON | {
         for block in ("attn", "ffn")
         for part in ("fn", "base", "scale")
     },
+    # only in MTP layers
     **{f"hc_head_{part}": f"hc_head.hc_{part}" for part in ("fn", "base", "scale")},
-}  # an MTP layer's own
+}
 _V4_WRITTEN = {other: one for one, other in _V4.items()}
-# Read, never written: transformers' name for kv_norm, and copies of embedding and head in an MTP
-# layer.
+# Names that are read but never written: transformers' name of kv_norm, and an MTP layer's copies of
+# embedding and head.
 _V4_READ = _V4 | {
     "attn.norm": "self_attn.kv_norm",
     "embed": "embed_tokens",
@@ -94,7 +95,7 @@ _TOP_WRITTEN = {other: one for one, other in _TOP.items()}
 
 _LAYER = re.compile(r"(?:model\.)?(layers|mtp)\.(0|[1-9][0-9]{0,5})\.(.+)")
 _EXPERT = re.compile(r"(.*\.experts)\.(0|[1-9][0-9]{0,8})\.(.+)")
-# transformers' `_keep_in_fp32_modules_strict` of V4, with the norms that only MTP layers have.
+# V4's `_keep_in_fp32_modules_strict` in transformers, and the norms that only MTP layers have.
 _FLOAT32_PARTS = frozenset(
     (
         "attn_hc",
@@ -115,17 +116,17 @@ _FLOAT32_PARTS = frozenset(
 
 
 class Place(NamedTuple):
-    """Where a tensor of a file belongs in memory: a parameter or buffer, whole or one expert's part
+    """Where a tensor of a file belongs in memory: a whole parameter or buffer, or one expert's part
     of it.
     """
 
     parameter: str
     shape: tuple[int, ...]
     expert: int | None = None
-    half: int | None = None  # of gate_up_proj's rows: 0 the gate's, 1 up's
+    half: int | None = None  # half of gate_up_proj's rows: 0 is the gate, 1 is up
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part of the parameter `tensor`, as a view."""
+        """This place's part of the parameter `tensor`, as a view."""
         if self.expert is None:
             return tensor
         matrix = tensor[self.expert]
@@ -133,7 +134,9 @@ class Place(NamedTuple):
 
 
 def places(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Place]]:
-    """(canonical name, place) of every tensor in a model's state dict, experts one by one."""
+    """(canonical name, place) of every tensor of a state dict, each expert's matrices by
+    themselves.
+    """
     for name, tensor in state.items():
         prefix, _, part = name.rpartition(".experts.")
         if part not in ("gate_up_proj", "down_proj"):
@@ -155,8 +158,8 @@ def places(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Place]]:
 
 
 def shared_copies(config: ModelConfig) -> dict[str, str]:
-    """The canonical names under which MTP layers may hold embedding and head again, and what they
-    are copies of.
+    """The canonical names of the copies of embedding and head that MTP layers may have, mapped to
+    the originals.
     """
     head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     layers = (
@@ -174,15 +177,13 @@ def shared_copies(config: ModelConfig) -> dict[str, str]:
 
 
 def layer_of(canonical: str) -> int | None:
-    """The layer that a canonical name belongs to."""
+    """The number of the layer that a canonical name belongs to; None outside of layers."""
     found = _LAYER.fullmatch(canonical)
     return int(found[2]) if found else None
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:
-    """Whether a name is that of an MTP layer of V4 while the config asks for none, so that it stays
-    unread.
-    """
+    """Whether a tensor is not read: one of V4's MTP layers while the config has no MTP layers."""
     found = _LAYER.fullmatch(name)
     return (
         found is not None
@@ -193,16 +194,16 @@ def is_ignored(name: str, config: ModelConfig) -> bool:
 
 
 def canonical_name(name: str, config: ModelConfig) -> tuple[str, bool]:
-    """(canonical name, whether it is a scale) of a tensor's name in a file, in whichever naming.
+    """(canonical name, whether it is a scale) of a tensor's name in a file, in any naming.
 
-    A scale has the canonical name of its weight. A name that nobody gives comes back as it is.
+    A scale gets the canonical name of its weight. An unknown name is returned unchanged.
     """
     scale = False
     for suffix in (".weight_scale_inv", ".scale"):
-        if name.endswith(suffix) and not name.endswith(
-            "_hc.scale"
-        ):  # that one is a parameter of V4
-            name, scale = name.removesuffix(suffix) + ".weight", True
+        # V4's parameters attn_hc.scale and ffn_hc.scale are no scales of quantised weights.
+        if name.endswith(suffix) and not name.endswith("_hc.scale"):
+            name = name.removesuffix(suffix) + ".weight"
+            scale = True
             break
     found = _LAYER.fullmatch(name)
     if found is None:
@@ -215,11 +216,11 @@ def canonical_name(name: str, config: ModelConfig) -> tuple[str, bool]:
 
 
 def written_name(canonical: str, config: ModelConfig, naming: Naming) -> str:
-    """A canonical name as a checkpoint has it: as DeepSeek publishes this kind of model, or as
-    transformers writes it.
+    """A canonical name as it is written to a checkpoint: as DeepSeek publishes this model_type, or
+    as transformers writes it.
 
-    They differ for V4 alone. Its MTP layers are `mtp.<depth>` in both, as transformers knows no
-    other.
+    The two differ only for V4. V4's MTP layers are `mtp.<depth>` in both, since transformers has no
+    names for them.
     """
     if not config.is_v4:
         return canonical
@@ -228,7 +229,8 @@ def written_name(canonical: str, config: ModelConfig, naming: Naming) -> str:
         if naming == "transformers" and canonical != "lm_head.weight":
             return canonical
         return _translate(canonical, _TOP_WRITTEN)
-    layer, part = int(found[2]), _translate(found[3], _V4_WRITTEN)
+    layer = int(found[2])
+    part = _translate(found[3], _V4_WRITTEN)
     if layer >= config.num_hidden_layers:
         return f"mtp.{layer - config.num_hidden_layers}.{part}"
     if naming == "published":
@@ -237,8 +239,10 @@ def written_name(canonical: str, config: ModelConfig, naming: Naming) -> str:
 
 
 def _translate(name: str, table: Mapping[str, str], fallback: str | None = None) -> str:
-    """`name` by a table of names without `.weight` and `.bias`, in which * stands for an expert's
+    """Look up `name` in a table whose names have no `.weight` or `.bias` and * for an expert's
     number.
+
+    Returns `fallback` if it is not found (None: `name` itself).
     """
     found = _EXPERT.fullmatch(name)
     pattern, number = (f"{found[1]}.*.{found[3]}", found[2]) if found else (name, "")
@@ -250,5 +254,5 @@ def _translate(name: str, table: Mapping[str, str], fallback: str | None = None)
 
 
 def stays_float32(parameter: str, config: ModelConfig) -> bool:
-    """Whether a parameter keeps float32 whatever the rest of the model is in."""
+    """Whether a parameter stays float32 when the rest of the model has another dtype."""
     return config.is_v4 and not _FLOAT32_PARTS.isdisjoint(parameter.split("."))

@@ -1,7 +1,7 @@
-"""The published sizes by name, as their config.json files have them.
+"""The configs of the published models by name.
 
-Values are those of the released models (V2: arXiv:2405.04434; V3: arXiv:2412.19437); a preset is a
-config, not weights.
+The values are those of the released config.json files (V2: arXiv:2405.04434; V3: arXiv:2412.19437).
+A preset has no weights.
 """
 
 from xushi.base.errors import BadInput
@@ -9,7 +9,7 @@ from xushi.model.config import ModelConfig, RopeScaling
 
 
 def _yarn(mscale: float) -> RopeScaling:
-    """The extension to 163,840 positions that all of them ship with."""
+    """The extension to 163,840 positions of the released V2, V3 and V3.2 models."""
     return RopeScaling(
         factor=40.0, original_max_position_embeddings=4096, mscale=mscale, mscale_all_dim=mscale
     )
@@ -101,7 +101,7 @@ PRESETS = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The config of a published model; an unknown name is a `XushiError` that lists the known ones."""
+    """The config of a published model. An unknown name is a `XushiError` that lists the presets."""
     if name not in PRESETS:
         raise BadInput(
             f"there is no preset {name!r}, and no directory of that name",

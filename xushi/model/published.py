@@ -73,7 +73,7 @@ _SHAPES_OF = {
 
 
 def to_published(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` table that transformers' class for this model_type and other engines read."""
+    """The `config.json` table, for transformers' class of this model_type and for other engines."""
     table = {
         "architectures": [_CLASSES[config.model_type]],
         **config.model_dump(mode="json"),
@@ -311,7 +311,7 @@ def _rope(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dense_layers(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """first_k_dense_replace from mlp_layer_types, the list that transformers 5 goes by, if given."""
+    """first_k_dense_replace from transformers 5's list mlp_layer_types, if given."""
     types = table.get("mlp_layer_types")
     if not isinstance(types, list):
         return {}

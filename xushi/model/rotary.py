@@ -1,4 +1,4 @@
-"""The angles by which queries and keys are rotated, by position.
+"""The angles by which queries and keys are rotated at each position.
 
 Axes: R rotated width.
 """
@@ -10,15 +10,15 @@ from xushi.ops.rope import rope_frequencies, yarn_frequencies, yarn_mscale
 
 
 class RotaryAngles(nn.Module):
-    """cos and sin of every position's angles, YaRN included."""
+    """cos and sin of each position's angles, with YaRN's scaling if configured."""
 
     frequencies: Tensor
 
     def __init__(
         self, width: int, theta: float, scaling: RopeScaling | None, rescale: bool = True
     ) -> None:
-        """`width` values are rotated; `rescale`: YaRN's temperature counts too, as everywhere but
-        in V4.
+        """`width`: number of rotated values. `rescale`: apply YaRN's temperature too, as all models
+        do except V4.
         """
         super().__init__()
         self.magnitude = 1.0
@@ -34,8 +34,9 @@ class RotaryAngles(nn.Module):
                 scaling.beta_slow,
             )
         if scaling is not None and rescale:
-            # Without both factors YaRN's own temperature applies to cos and sin; DeepSeek's two
-            # cancel here (where equal) and act through the softmax scale instead.
+            # If mscale or mscale_all_dim is 0, YaRN's own temperature scales cos and sin. Otherwise
+            # DeepSeek's quotient does, which is 1 if the two are equal; the attention's softmax
+            # scale then contains the temperature.
             self.magnitude = yarn_mscale(scaling.factor, 1.0)
             if scaling.mscale and scaling.mscale_all_dim:
                 self.magnitude = yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(

@@ -1,11 +1,10 @@
-"""What all layers of one forward share: over whole sequences, and over flat tokens against a cache.
+"""The data that all layers of a forward share, for whole sequences and for decoding.
 
-V4's compressed entries lie where a window of `rate` tokens of one document is complete; windows
-restart with every document of a packed row, and a window that its document does not fill has no
-entry.
+In V4 every complete window of `rate` tokens of a document has one compressed entry. Windows restart
+with every document of a packed row, and an incomplete window at a document's end has no entry.
 
-Axes: B batch, T tokens, R/2 rotated pairs, W windows, M tokens of a window, N flat tokens, S
-sequences of a call.
+Axes: B batch, T tokens, R/2 rotated pairs, W windows, M tokens of a window and of the one before it
+(2 * rate), N flat tokens, S sequences of a call, L cached positions.
 """
 
 from collections.abc import Callable
@@ -22,13 +21,12 @@ Angles = tuple[Tensor, Tensor]  # cos and sin, [..., R/2]
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of `rate` tokens in a batch, each row's in order and then padding."""
+    """The windows of `rate` tokens in a batch. Each row's windows are in order, then padded."""
 
-    # places in the row: the window's tokens, before them the window before's (2 * rate in all)
-    members_BWM: Tensor
-    has_previous_BW: Tensor  # whether that window before exists
-    visible_BTW: Tensor  # whether a token may look at the window's entry
-    angles: Angles  # of the windows' first positions
+    members_BWM: Tensor  # columns of the previous window's tokens and then of the window's own
+    has_previous_BW: Tensor  # whether the previous window exists
+    visible_BTW: Tensor  # whether a token may attend to the window's entry
+    angles: Angles  # of each window's first position
 
 
 def windows_of(
@@ -37,10 +35,10 @@ def windows_of(
     rate: int,
     angles_of: Callable[[Tensor], Angles],
 ) -> Windows:
-    """A batch's windows; `angles_of` gives positions their angles.
+    """A batch's windows of `rate` tokens. `angles_of` maps positions to angles.
 
-    Positions count from 0 in every document of a row. A window closes at a token whose position is
-    rate - 1 modulo `rate`, and is visible from there on to its own document.
+    Positions start at 0 in every document of a row. A window ends at a token whose position is rate
+    - 1 modulo `rate`; from that token on its document may attend to the window's entry.
     """
     length = positions_BT.shape[1]
     closes_BT = positions_BT % rate == rate - 1
@@ -61,12 +59,13 @@ def windows_of(
 
 @dataclass(frozen=True)
 class Sequences:
-    """Whole sequences. `angles` are the tokens' own; V4's compressed layers use `compress_angles`.
+    """The shared data of a forward over whole sequences.
 
-    `mask` and `starts_BT` are as `ops.causal_attention` takes them; blocks compute in `dtype`. With
-    an indexer, `dense` attention looks at everything and not at its choice, and `index_loss` asks
-    for its divergence from the attention. V4's layers further share the sliding window [B, T, T]
-    and the windows by rate.
+    `mask` and `starts_BT` are arguments of `ops.causal_attention`. Blocks compute in `dtype`.
+    `angles` are for all layers but V4's compressed ones, which use `compress_angles`. `dense`:
+    attention ignores the indexer's choice and uses all keys. `index_loss`: indexers return their
+    divergence from the attention. For V4 only: the mask of the sliding window and the compression
+    windows by rate.
     """
 
     tokens_BT: Tensor
@@ -82,8 +81,8 @@ class Sequences:
 
 
 def sliding_window(positions_BT: Tensor, segments_BT: Tensor | None, window: int) -> Tensor:
-    """[B, T, T], True where a query may look: itself and the `window` - 1 tokens before it, in its
-    own document.
+    """[B, T, T], True for the keys in a query's sliding window: itself and the `window` - 1 tokens
+    before it, within its document.
     """
     length = positions_BT.shape[1]
     mask = None if segments_BT is None else segment_mask(segments_BT)
@@ -98,18 +97,16 @@ def sliding_window(positions_BT: Tensor, segments_BT: Tensor | None, window: int
 class CompletedWindows:
     """The windows of `rate` tokens that a decoding call completes."""
 
-    members_WM: (
-        Tensor  # slots of the window's tokens, before them the window before's (2 * rate in all)
-    )
-    has_previous_W: Tensor  # whether that window before exists
-    slots_W: Tensor  # of the tokens that close them, which keep the entries
-    angles: Angles  # of the windows' first positions
+    members_WM: Tensor  # slots of the previous window's tokens and then of the window's own
+    has_previous_W: Tensor  # whether the previous window exists
+    slots_W: Tensor  # slots of the windows' last tokens, which store the entries
+    angles: Angles  # of each window's first position
 
 
 def completed_windows(
     flat: FlatTokens, rate: int, angles_of: Callable[[Tensor], Angles]
 ) -> CompletedWindows:
-    """What the call completes; `angles_of` gives positions their angles."""
+    """The windows of `rate` tokens that a call completes. `angles_of` maps positions to angles."""
     closes_N = flat.positions_N % rate == rate - 1
     positions_W = flat.positions_N[closes_N]
     places_WM = (
@@ -123,7 +120,7 @@ def completed_windows(
 
 @dataclass(frozen=True)
 class Decoding:
-    """Flat tokens against a cache, in the blocks' dtype; V4's compressed layers use
+    """The shared data of a decoding call. Blocks compute in `dtype`; V4's compressed layers use
     `compress_angles`.
     """
 

@@ -1,12 +1,12 @@
-"""safetensors files in and out: headers checked before a byte of data is believed, tensors moved
-one at a time.
+"""safetensors files in and out: headers are checked before any data is read, and tensors are read
+and written one at a time.
 
 The format (github.com/huggingface/safetensors): 8 bytes with the header's length, a JSON header
-that gives each tensor's dtype, shape and place, then the data without gaps. Files are read here and
-not by the library because the checks must come before any allocation, and because a mapped file
-counts as memory once it is read.
+with each tensor's dtype, shape and offsets, then the data without gaps. The safetensors library is
+not used for reading, because the checks must come before any allocation, and because a
+memory-mapped file counts as memory once it is read.
 
-Not here: what tensors a model has (names.py), what quantised ones mean (quantised.py).
+Not here: which tensors a model has (names.py), what quantised tensors mean (quantised.py).
 """
 
 import contextlib
@@ -46,17 +46,17 @@ _UNTRUSTED = "do not trust this checkpoint; get it from its publisher"
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A tensor in a file: what it is, and where its bytes lie."""
+    """A tensor in a file."""
 
     name: str
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    begin: int
-    size: int
+    begin: int  # of its bytes in the file
+    size: int  # in bytes
 
     def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """Read the tensor into newly allocated memory."""
         raw = torch.empty(self.size, dtype=torch.uint8)
         left = raw.numpy().data
         with _reading(self.file), open(self.file, "rb", buffering=0) as stream:
@@ -72,7 +72,9 @@ class Stored:
 
 
 def shown(name: object) -> str:
-    """A name from a file as it may stand in a message: one line, and not longer than that."""
+    """A name from a file in a form that is safe in a message: printable, one line, at most 200
+    characters and an ellipsis.
+    """
     text = name if isinstance(name, str) and name.isprintable() and name else repr(name)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -90,25 +92,26 @@ def _reading(file: Path) -> Iterator[None]:
 
 
 def checked_file(directory: Path, name: object, limit: int | None = None) -> tuple[Path, int]:
-    """The path and size of a regular file of `directory`; links may not lead out of it."""
-    usual = (
+    """The path and size in bytes of a regular file of `directory`, at most `limit` bytes large. A
+    link must not lead out of the directory.
+    """
+    is_plain_name = (
         isinstance(name, str)
         and 0 < len(name) <= 255
         and not set(name) & set("/\\\0")
         and name not in (".", "..")
     )
-    if not usual:
+    if not is_plain_name:
         raise BadInput(
-            f"{directory} has an index that names {shown(repr(name))}, which is not a file of its "
-            "own "
-            "directory",
+            f"the index of {directory} names {shown(repr(name))}, which is not a file name of "
+            "that directory",
             _UNTRUSTED,
         )
     file = directory / str(name)
     if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(directory)):
         raise BadInput(
             f"{shown(str(file))} is a link that leads out of its directory",
-            "copy the files themselves into the directory (a download with --local-dir does)",
+            "copy the files themselves into the directory (or download with --local-dir)",
         )
     with _reading(file):
         status = os.stat(file)
@@ -116,31 +119,29 @@ def checked_file(directory: Path, name: object, limit: int | None = None) -> tup
         raise BadInput(f"{file} cannot be read: it is not a file", _DAMAGED)
     if limit is not None and status.st_size > limit:
         raise BadInput(
-            f"{file} cannot be read: it has {status.st_size} bytes, and {limit} are the limit",
+            f"{file} cannot be read: it has {status.st_size} bytes, the limit is {limit}",
             _DAMAGED,
         )
     return file, status.st_size
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"{shown(twice)} stands there twice")
+    """A JSON object's table. A repeated key is a ValueError."""
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"the key {shown(key)} occurs twice")
+        table[key] = value
     return table
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `raw`; whatever else it holds, or a key twice, is a `XushiError` that says
+    """The JSON object in `raw`. Anything else, or a repeated key, is a `XushiError` that names
     `where`.
     """
     try:
         table = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # decoding errors are ValueErrors
         raise BadInput(f"{where} cannot be read: {shown(str(error))}", _DAMAGED) from None
     if not isinstance(table, dict):
         raise BadInput(f"{where} cannot be read: it is not a JSON object", _DAMAGED)
@@ -156,8 +157,8 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
 
 
 def read_header(file: Path, size: int, limit: int) -> list[Stored]:
-    """The tensors of a safetensors file of `size` bytes, in the order of their data; `limit` bounds
-    the header.
+    """The tensors of a safetensors file of `size` bytes, in the order of their data. The header may
+    have at most `limit` bytes.
     """
     with _reading(file), open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -169,9 +170,8 @@ def read_header(file: Path, size: int, limit: int) -> list[Stored]:
             )
         if length > limit:
             raise BadInput(
-                f"{file} cannot be read: a header of {length} bytes, and {limit} are the limit "
-                "for this "
-                "config.json",
+                f"{file} cannot be read: its header has {length} bytes, the limit for this "
+                f"config.json is {limit}",
                 _UNTRUSTED,
             )
         raw = stream.read(length)
@@ -179,12 +179,18 @@ def read_header(file: Path, size: int, limit: int) -> list[Stored]:
     table.pop("__metadata__", None)
     entries = [_entry(file, name, entry, 8 + length) for name, entry in table.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.size))
-    end = 8 + length
+    _check_gapless(file, entries, 8 + length, size)
+    return entries
+
+
+def _check_gapless(file: Path, entries: list[Stored], begin: int, size: int) -> None:
+    """Raise unless `entries` fill bytes `begin` to `size` of the file without gap or overlap."""
+    end = begin
     for entry in entries:
         if entry.begin != end:
             fault = "overlaps" if entry.begin < end else "leaves a gap after"
             raise BadInput(
-                f"{file} cannot be read: {shown(entry.name)} {fault} what stands before it",
+                f"{file} cannot be read: {shown(entry.name)} {fault} the tensor before it",
                 _DAMAGED,
             )
         end += entry.size
@@ -193,10 +199,11 @@ def read_header(file: Path, size: int, limit: int) -> list[Stored]:
             f"{file} cannot be read: its header describes {end} bytes, the file has {size}",
             _DAMAGED,
         )
-    return entries
 
 
 def _entry(file: Path, name: str, entry: Any, data: int) -> Stored:
+    """A tensor's entry in a header, checked. `data` is where the file's data begins."""
+
     def whole(value: Any) -> bool:
         return (
             isinstance(value, list)
@@ -211,7 +218,7 @@ def _entry(file: Path, name: str, entry: Any, data: int) -> Stored:
     kind, shape, offsets = (entry[key] for key in keys)
     if not isinstance(kind, str) or kind not in DTYPES:
         raise BadInput(
-            f"{where} has dtype {shown(kind)}, which no DeepSeek weights come in",
+            f"{where} has dtype {shown(kind)}, which is not supported",
             f"use a checkpoint in {', '.join(DTYPES)}",
         )
     if not whole(shape) or not whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -221,15 +228,19 @@ def _entry(file: Path, name: str, entry: Any, data: int) -> Stored:
     size = math.prod(shape) * DTYPES[kind].itemsize
     if size != offsets[1] - offsets[0]:
         raise BadInput(
-            f"{where} has shape {shape} in {kind}, {size} bytes, and {offsets[1] - offsets[0]} "
-            "are there",
+            f"{where} has shape {shape} in {kind}, which is {size} bytes, and "
+            f"{offsets[1] - offsets[0]} bytes of data",
             _DAMAGED,
         )
     return Stored(name, file, DTYPES[kind], tuple(shape), data + offsets[0], size)
 
 
 def read_headers(directory: Path, limit: int) -> dict[str, Stored]:
-    """Every tensor of a checkpoint directory by its name: one file, or those that the index names."""
+    """All tensors of a checkpoint directory by name, from its single file or from the index's
+    files.
+
+    A file's header may have at most `limit` bytes.
+    """
     weight_map, files = _shard_names(directory)
     found: dict[str, Stored] = {}
     for name in files:
@@ -243,50 +254,42 @@ def read_headers(directory: Path, limit: int) -> dict[str, Stored]:
                 )
             found[stored.name] = stored
     if weight_map is not None:
-        _agree(directory / INDEX_FILE, weight_map, found)
+        _check_index(directory / INDEX_FILE, weight_map, found)
     return found
 
 
-def _agree(index: Path, weight_map: dict[str, Any], found: dict[str, Stored]) -> None:
+def _check_index(index: Path, weight_map: dict[str, Any], found: dict[str, Stored]) -> None:
+    """Raise unless the index and the files agree on where every tensor is."""
     for tensor in sorted(weight_map.keys() | found.keys()):
-        said, place = weight_map.get(tensor), found[tensor].file.name if tensor in found else None
-        if said != place:
+        claimed = weight_map.get(tensor)
+        actual = found[tensor].file.name if tensor in found else None
+        if claimed != actual:
             raise BadInput(
-                f"{index} says that {shown(tensor)} is in {shown(said)}, and it is in {place}",
-                "get the checkpoint again, its files do not belong together",
+                f"{index} says that {shown(tensor)} is in {shown(claimed)}, but it is in {actual}",
+                "get the checkpoint again, its files are of different checkpoints",
             )
 
 
 def _shard_names(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """What the index says, if there is one, and the files to read."""
+    """The index's map from tensors to files (None without an index), and the files to read."""
     if os.path.lexists(directory / INDEX_FILE):
-        weight_map = read_json(directory, INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise BadInput(
-                f"{directory / INDEX_FILE} cannot be read: it has no weight_map", _DAMAGED
-            )
-        for tensor, name in weight_map.items():
-            if not isinstance(name, str) or not name.endswith(".safetensors"):
-                raise BadInput(
-                    f"{directory / INDEX_FILE} puts {shown(tensor)} into {shown(repr(name))}, and "
-                    "only "
-                    "safetensors are ever read",
-                    "get the checkpoint in safetensors from its publisher",
-                )
+        weight_map = _read_index(directory)
         return weight_map, sorted(set(weight_map.values()))
     with _reading(directory):
         names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
     files = [name for name in names if name.endswith(".safetensors")]
-    if "model.safetensors" in files or len(files) == 1:
-        return None, ["model.safetensors" if "model.safetensors" in files else files[0]]
+    if "model.safetensors" in files:
+        return None, ["model.safetensors"]
+    if len(files) == 1:
+        return None, files
     if files:
         raise BadInput(
-            f"{directory} holds {len(files)} safetensors files and no {INDEX_FILE}",
-            "get the index too; slices for model-parallel inference must be put together first",
+            f"{directory} holds {len(files)} safetensors files but no {INDEX_FILE}",
+            "get the index too; slices for model-parallel inference must be merged first",
         )
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         raise BadInput(
-            f"{directory / pickles[0]} is a pickle, which can run anything and is never read",
+            f"{directory / pickles[0]} is a pickle, which can run any code and is never read",
             "get the checkpoint in safetensors",
         )
     raise BadInput(
@@ -295,15 +298,32 @@ def _shard_names(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
     )
 
 
+def _read_index(directory: Path) -> dict[str, str]:
+    weight_map = read_json(directory, INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise BadInput(f"{directory / INDEX_FILE} cannot be read: it has no weight_map", _DAMAGED)
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors"):
+            raise BadInput(
+                f"{directory / INDEX_FILE} puts {shown(tensor)} into {shown(repr(name))}, but only "
+                "safetensors files are read",
+                "get the checkpoint in safetensors from its publisher",
+            )
+    return weight_map
+
+
 def write_shard(file: Path, tensors: list[tuple[str, Tensor]]) -> None:
-    """Write a safetensors file, one tensor after the other; each may lie anywhere and share memory."""
-    # Wider dtypes first: every tensor is then aligned to its own width, as the format's readers
-    # like it.
+    """Write a safetensors file, one tensor at a time. Tensors may be on any device and share
+    memory.
+    """
+    # Wider dtypes come first, so that every tensor is aligned to its own width, as the format's
+    # readers prefer.
     tensors = sorted(tensors, key=lambda each: -each[1].element_size())
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors:
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        begin = end
+        end += tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),

@@ -18,7 +18,8 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 def rope_frequencies(width: int, theta: float) -> Tensor:
-    """The frequency theta^(-2i/R) of each pair i, in radians per position: [R/2] float32, on the CPU.
+    """The frequency theta^(-2i/R) of each pair i, in radians per position: [R/2] float32, on the
+    CPU.
 
     On the meta device, where models are built before their files are read, `arange` would import
     torch's compiler, for more than a second.

@@ -1,5 +1,6 @@
-"""Floor 3: what a model costs before it exists: parameters, cache, arithmetic and memory, counted
-without tensors.
+"""What a model costs, counted from its config alone: parameters, cache, FLOPs and memory.
+
+Not here: predictions of time.
 """
 
 from xushi.plan.inspection import group_layers, inspect_model

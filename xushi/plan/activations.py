@@ -1,20 +1,20 @@
-"""What autograd keeps of a forward pass for the backward pass, in bytes per token, part by part of
-the model.
+"""Activation memory: what autograd keeps of a forward pass for the backward pass, in bytes per
+token, for each part of the model.
 
-An estimate that follows the model as it is written, with `xushi.ops`' forms in PyTorch (the
-compiled ones keep less); tests/plan/test_memory.py measures both and fails where they part. `width`
-is the bytes of a value in the products' dtype; the residual and what norms and softmax compute take
-4.
+An estimate that follows the code of `xushi.model` with the PyTorch forms of `xushi.ops`; the
+compiled forms keep less. tests/plan/test_memory.py compares it with measurements. `width` is the
+size in bytes of a value in the compute dtype; the residual, norms and softmax use 4 bytes.
 """
 
 from xushi.model.config import ModelConfig
 
-# What xushi.ops.attention does, which this floor may know by number only: queries in a block, and
-# the longest sequence whose attention weights are kept for the backward pass.
-QUERY_BLOCK, KEEP_WEIGHTS = 128, 256
-# A score of an indexer that learns: its log-softmax and its target in float32, and the mask of each
-# of two steps.
-KEPT_OF_A_SCORE = 4 + 4 + 1 + 1
+# Copies of the constants in xushi.ops.attention, so that counting does not import torch: queries in
+# a block, and the longest sequence whose attention weights are kept for the backward pass.
+QUERY_BLOCK = 128
+KEEP_WEIGHTS = 256
+# For each score of an indexer in training: its log-softmax and its target in float32, and two
+# masks.
+KEPT_PER_SCORE = 4 + 4 + 1 + 1
 
 
 def activation_bytes(
@@ -25,10 +25,10 @@ def activation_bytes(
     indexer_loss: bool,
     recompute: bool = False,
 ) -> int:
-    """Bytes per token of rows of `length` tokens, with `depths` MTP layers.
+    """Bytes per token in rows of `length` tokens, with `depths` MTP layers.
 
-    With `recompute` a layer keeps its input and what it returns; in the backward pass there is all
-    of one at a time.
+    With `recompute`, every layer keeps only its input and its results for the losses, and the
+    backward pass holds all activations of one layer at a time.
     """
     hidden = config.hidden_size
     each = [
@@ -38,18 +38,18 @@ def activation_bytes(
     kept = sum(each)
     if recompute:
         kept = len(each) * 4 * hidden * (config.hc_mult if config.is_v4 else 1) + max(each)
-        # The balance loss has the routers' scores, their shares, and what they are a share of.
-        kept += (
-            sum(config.is_moe(layer) for layer in range(len(each))) * 10 * config.n_routed_experts
-        )
+        # The balance loss keeps the routers' scores and the tensors of their normalisation.
+        moe_layers = sum(config.is_moe(layer) for layer in range(len(each)))
+        kept += moe_layers * 10 * config.n_routed_experts
     if config.is_v4:
-        kept += (
-            (1 + depths) * 2 * 4 * config.hc_mult * hidden
-        )  # what each hyper-head reads, and its normalised value
+        # each hyper-head's streams, normed too
+        kept += (1 + depths) * 2 * 4 * config.hc_mult * hidden
         kept += depths * hidden * (4 + 4 + width + config.hc_mult * (4 + width))
     else:
-        kept += depths * 4 * hidden * (4 + width)  # the two joined inputs, normed
-    # Each prediction has its masks, and keeps its final norm's input and output.
+        # the two inputs that an MTP layer joins, normed too
+        kept += depths * 4 * hidden * (4 + width)
+    # Trunk and each MTP depth have masks of their own and a final norm, which keeps input and
+    # output.
     return kept + (1 + depths) * (_masks(config, length) + hidden * (2 * 4 + 2 * width))
 
 
@@ -65,9 +65,7 @@ def _layer(config: ModelConfig, layer: int, length: int, width: int, indexer_los
 
 
 def _norms(config: ModelConfig, width: int) -> int:
-    """Around a layer's two norms: input and normalised value, then what goes to the products that
-    follow.
-    """
+    """A layer's two norms: input, normalised value, and the output that the next products read."""
     return 2 * config.hidden_size * (2 * 4 + width)
 
 
@@ -76,13 +74,11 @@ def _feed_forward(config: ModelConfig, layer: int, width: int) -> int:
         return width * 4 * config.intermediate_size
     expert = config.moe_intermediate_size
     routed = config.num_experts_per_tok * (config.hidden_size + 2 * expert)
-    shared = (
-        (6 if config.is_v4 else 4) * expert * config.n_shared_experts
-    )  # V4 clamps gate and up, and keeps both
+    # V4 clamps gate and up, and keeps the clamped values too.
+    shared = (6 if config.is_v4 else 4) * expert * config.n_shared_experts
     router = 4 * (2 * config.n_routed_experts + 6 * config.num_experts_per_tok)
-    router += (
-        4 * config.hidden_size if width < 4 else 0
-    )  # routers read float32, which is a copy of its own then
+    # Routers read float32, so another compute dtype needs a copy.
+    router += 4 * config.hidden_size if width < 4 else 0
     return router + width * (routed + shared)
 
 
@@ -94,16 +90,16 @@ def _latent_attention(config: ModelConfig, length: int, width: int, indexer_loss
     )
     if not config.has_indexer:
         return kept
-    kept += length if length > config.index_topk else 0  # the mask of what was chosen
+    kept += length if length > config.index_topk else 0  # the mask of chosen tokens
     if not indexer_loss:
         return kept
     query = config.index_n_heads * (width * config.index_head_dim + 4)
-    return kept + query + config.index_head_dim * (4 + width) + KEPT_OF_A_SCORE * length
+    return kept + query + config.index_head_dim * (4 + width) + KEPT_PER_SCORE * length
 
 
 def _kept_weights(length: int) -> int:
-    """Attention weights that a query keeps for the backward pass, per head, on average: its block's
-    keys.
+    """Attention weights per query and head that are kept for the backward pass, on average: one for
+    each key of the query's block.
     """
     if length > KEEP_WEIGHTS:
         return 0
@@ -114,10 +110,11 @@ def _kept_weights(length: int) -> int:
 def _shared_key_attention(
     config: ModelConfig, layer: int, length: int, width: int, indexer_loss: bool
 ) -> int:
-    """V4's: no score is kept. The query latent and the key pass a norm each, every head's query
-    another.
+    """V4's attention, which keeps no scores. The query latent, the key and every head's query are
+    each normed.
     """
-    key, rate = config.head_dim, config.compress_ratio(layer)
+    key = config.head_dim
+    rate = config.compress_ratio(layer)
     latents = (2 * 4 + width) * ((config.q_lora_rank or 0) + key)
     values = (
         config.num_attention_heads * key * (4 + 2 * width)
@@ -137,24 +134,23 @@ def _shared_key_attention(
         kept
         + query
         + _compressor(config, rate, config.index_head_dim, width)
-        + KEPT_OF_A_SCORE * entries
+        + KEPT_PER_SCORE * entries
     )
 
 
 def _compressor(config: ModelConfig, rate: int, entry: int, width: int) -> int:
-    """A window's values and the softmax of its gates, and the entry that they become around its
-    norm.
+    """The values of a window, the softmax of its gates, and its entry before and after the norm.
 
-    In CSA a token counts in two windows; in HCA once, but values are kept as they were gathered:
-    gates and the window before beside them.
+    In CSA a token belongs to two windows. In HCA it belongs to one, but the gathered tensor is kept
+    whole, with gates and the window before.
     """
     values, gates = (2, 2) if rate == config.compress_rate_csa else (4, 1)
     return entry * (width * values + 4 * gates) + entry * (2 * 4 + width) // rate
 
 
 def _hyper_connection(config: ModelConfig, width: int) -> int:
-    """The streams and their normalised value, what the block gave, the weights, and each half-step
-    of Sinkhorn's.
+    """The streams, their normalised value, the block's output, the weights, and the result of every
+    half-iteration of Sinkhorn's algorithm.
     """
     streams, steps = config.hc_mult, 2 * config.hc_sinkhorn_iters
     weights = streams * streams + 6 * streams
@@ -163,10 +159,8 @@ def _hyper_connection(config: ModelConfig, width: int) -> int:
 
 
 def _masks(config: ModelConfig, length: int) -> int:
-    """What all layers share: which tokens of a packed row a query may see, and in V4 which entries
-    of each rate.
-
-    Where an indexer chooses tokens, every layer has its own instead.
+    """The masks that all layers share: the tokens that a query may attend to and, in V4, the
+    entries of each rate. None if an indexer chooses tokens: every layer then has its own mask.
     """
     if config.is_v4:
         return length + sum(length // rate for rate in set(config.compress_ratios or []) - {0})

@@ -1,6 +1,4 @@
-"""Everything that can be counted about a model from its config alone, as flat keys and a table of
-layers.
-"""
+"""What `xushi inspect` shows: all counts of a model as flat keys, and a table of its layers."""
 
 from collections import Counter
 from itertools import pairwise
@@ -12,7 +10,7 @@ from xushi.plan.parameters import PARTS, count_parameters
 from xushi.plan.reach import kv_cache_bytes, kv_cache_bytes_per_token
 from xushi.plan.work import decode_flops_per_token, train_flops_per_token
 
-# What of a layer the table puts into one column.
+# The parts of a layer that the table adds up into one column.
 COLUMNS = {
     "attention": ("attention", "indexers", "compressors"),
     "feed_forward": ("dense_mlp", "routers", "routed_experts", "shared_experts"),
@@ -21,13 +19,13 @@ COLUMNS = {
 
 
 def inspect_model(config: ModelConfig, context: int, mtp: bool) -> dict[str, Any]:
-    """Architecture, parameters, cache in bf16 and FLOPs at `context` tokens; `mtp` counts its
-    layers in training.
+    """Architecture, parameters, cache in bf16 and FLOPs at `context` tokens, under flat dotted
+    keys.
 
-    Flat dotted keys; "layers" is a list with one table per decoder layer, MTP layers after them,
-    whose columns and the norms add up to the layer. "kv_cache.bytes_per_token" is what one further
-    token of a long context adds: in V4 its share of compressed entries, without the sliding window,
-    which "kv_cache.bytes_at_context" has too.
+    `mtp`: training includes the MTP layers. "layers" is a list with one table per decoder layer and
+    then per MTP layer; its columns and the norms add up to the layer's parameters.
+    "kv_cache.bytes_per_token" is what one more token of a long context adds; in V4 that is its
+    share of compressed entries. "kv_cache.bytes_at_context" also includes V4's sliding window.
     """
     count = count_parameters(config)
     return {
@@ -51,8 +49,8 @@ def inspect_model(config: ModelConfig, context: int, mtp: bool) -> dict[str, Any
 
 
 def group_layers(layers: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """The table of layers with equal ones as one: which they are ("0 to 2", "3 to 41 by 2"), and
-    what they hold.
+    """Group equal layers: (their numbers, such as "0 to 2" or "3 to 41 by 2"; the first one's
+    table) for each group.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for table in layers:
@@ -63,7 +61,7 @@ def group_layers(layers: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]
 
 
 def _span(numbers: list[int]) -> str:
-    """Rising numbers in words, runs of neighbours and even steps as "first to last"."""
+    """Ascending numbers as text; consecutive numbers and even steps as "first to last"."""
     steps = {after - before for before, after in pairwise(numbers)}
     if len(numbers) > 2 and len(steps) == 1 and steps != {1}:
         return f"{numbers[0]} to {numbers[-1]} by {steps.pop()}"
@@ -104,8 +102,8 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 
 
 def _attention_kind(config: ModelConfig, layer: int) -> str:
-    """The papers' names: latent; the same on chosen tokens; sliding window, compressed sparse,
-    heavily compressed.
+    """The papers' names. MLA: latent attention; DSA: MLA on chosen tokens; SWA: sliding window;
+    CSA: compressed sparse; HCA: heavily compressed.
     """
     if not config.is_v4:
         return "DSA" if config.has_indexer else "MLA"

@@ -1,7 +1,7 @@
-"""What one decoder layer holds, part by part, by what is done with it.
+"""The parameters of one decoder layer, by part and by use.
 
-Not here: buffers that no gradient moves (the routers' correction biases, the hashed layers' tables
-of experts).
+Not here: buffers, which no gradient updates (the routers' correction biases, the hash layers'
+tables of experts).
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,10 @@ from xushi.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters of one part. `products` multiply every token once (routed experts: every token of
-    theirs), `tables` are matrices too but only added, `vectors` are norms, biases, sinks and
-    scales.
+    """Parameters of one part, by use.
+
+    `products` are matrices that multiply every token once (routed experts: every token that chose
+    them). `tables` are matrices that are only added. `vectors` are norms, biases, sinks and scales.
     """
 
     products: int = 0
@@ -22,7 +23,7 @@ class Weights:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all three."""
         return self.products + self.tables + self.vectors
 
     def __add__(self, other: "Weights") -> "Weights":
@@ -31,7 +32,7 @@ class Weights:
         )
 
 
-# The parts of a decoder layer, in the order in which they are shown.
+# The parts of a decoder layer, in display order.
 LAYER_PARTS = (
     "attention",
     "indexers",
@@ -46,10 +47,12 @@ LAYER_PARTS = (
 
 
 def layer_parts(config: ModelConfig, layer: int) -> dict[str, Weights]:
-    """Every part of decoder layer `layer`; MTP layers count on from the trunk's last, without what
-    joins them to it.
+    """The parameters of decoder layer `layer` by part. MTP layers are numbered after the trunk's;
+    their joining parts are in `mtp_joint`.
     """
-    moe, expert, hidden = config.is_moe(layer), expert_parameters(config), config.hidden_size
+    moe = config.is_moe(layer)
+    expert = expert_parameters(config)
+    hidden = config.hidden_size
     return {
         "attention": _shared_key_attention(config) if config.is_v4 else _latent_attention(config),
         "indexers": _indexer(config, layer),
@@ -70,13 +73,13 @@ def layer_parts(config: ModelConfig, layer: int) -> dict[str, Weights]:
 
 
 def expert_parameters(config: ModelConfig) -> int:
-    """Gate, up and down of one expert."""
+    """Parameters of one expert: gate, up and down."""
     return 3 * config.hidden_size * config.moe_intermediate_size
 
 
 def index_query_weights(config: ModelConfig) -> int:
-    """An indexer's weights for queries and for their heads, which are idle where there is nothing
-    to choose.
+    """An indexer's weights for queries and head weights. They are unused while the context has no
+    more keys than the indexer may choose.
     """
     return config.index_n_heads * (
         (config.q_lora_rank or 0) * config.index_head_dim + config.hidden_size
@@ -84,55 +87,52 @@ def index_query_weights(config: ModelConfig) -> int:
 
 
 def hyper_head(config: ModelConfig) -> Weights:
-    """What makes V4's streams one again, at the end of the trunk and of each MTP layer; nothing in
-    other kinds.
+    """V4's module that collapses the streams into one, at the end of the trunk and of each MTP
+    layer; empty for other models.
     """
+    if not config.is_v4:
+        return Weights()
     streams = config.hc_mult
-    return (
-        Weights(streams * streams * config.hidden_size, vectors=streams + 1)
-        if config.is_v4
-        else Weights()
-    )
+    return Weights(streams * streams * config.hidden_size, vectors=streams + 1)
 
 
 def mtp_joint(config: ModelConfig) -> Weights:
-    """What an MTP layer has beside its decoder layer: the joining products, three norms and in V4
-    its own hyper-head.
+    """What an MTP layer has in addition to its decoder layer: the matrices that join its inputs,
+    three norms and, in V4, its own hyper-head.
     """
     hidden = config.hidden_size
     return Weights(2 * hidden * hidden, vectors=3 * hidden) + hyper_head(config)
 
 
 def _latent_attention(config: ModelConfig) -> Weights:
-    """MLA (V2, arXiv:2405.04434, section 2.1) with its latents' norms and, where asked for, biases."""
-    heads, hidden, latent = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
+    """MLA (V2, arXiv:2405.04434, section 2.1) with its latents' norms and, with `attention_bias`,
+    biases.
+    """
+    heads = config.num_attention_heads
+    hidden = config.hidden_size
+    latent = config.kv_lora_rank
     query = config.q_lora_rank or 0
-    products = (
-        query * (hidden + heads * config.qk_head_dim)
-        if query
-        else hidden * heads * config.qk_head_dim
-    )
+    queries = heads * config.qk_head_dim
+    products = query * (hidden + queries) if query else hidden * queries
     products += (
         hidden * (latent + config.qk_rope_head_dim)
         + latent * heads * (config.qk_nope_head_dim + config.v_head_dim)
         + heads * config.v_head_dim * hidden
     )
-    # The published code gives a bias to both down projections and the output; a full query
-    # projection has none.
+    # In the published code both down projections and the output have a bias; a query projection
+    # without latent has none.
     biases = query + latent + config.qk_rope_head_dim + hidden if config.attention_bias else 0
     return Weights(products, vectors=query + latent + biases)
 
 
 def _shared_key_attention(config: ModelConfig) -> Weights:
-    """V4's (DeepSeek-V4, section 2.3): query latent, one key per token, grouped output, a sink for
-    every head.
+    """V4's attention (DeepSeek-V4, section 2.3): query latent, one key per token, grouped output, a
+    sink for every head.
     """
-    heads, hidden, width, query = (
-        config.num_attention_heads,
-        config.hidden_size,
-        config.head_dim,
-        config.q_lora_rank or 0,
-    )
+    heads = config.num_attention_heads
+    hidden = config.hidden_size
+    width = config.head_dim
+    query = config.q_lora_rank or 0
     output = config.o_lora_rank * (heads * width + config.o_groups * hidden)
     return Weights(
         query * (hidden + heads * width) + hidden * width + output, vectors=query + width + heads
@@ -141,7 +141,7 @@ def _shared_key_attention(config: ModelConfig) -> Weights:
 
 def _indexer(config: ModelConfig, layer: int) -> Weights:
     """V3.2's lightning indexer (arXiv:2512.02556, section 2.1), or that of V4's sparse layers,
-    whose keys a compressor of its own makes.
+    which has a compressor of its own for its keys.
     """
     if config.is_v4:
         if config.compress_ratio(layer) != config.compress_rate_csa:
@@ -156,16 +156,16 @@ def _indexer(config: ModelConfig, layer: int) -> Weights:
 
 
 def _compressor(config: ModelConfig, rate: int, width: int) -> Weights:
-    """V4's compressor (sections 2.3.1 and 2.3.2): values and gates, in CSA two of each, a bias by
-    place, a norm.
+    """V4's compressor (sections 2.3.1 and 2.3.2): values and gates (two series of each in CSA), a
+    bias for each position in the window, and a norm.
     """
     if rate == 0:
         return Weights()
-    given = (2 if rate == config.compress_rate_csa else 1) * width
-    return Weights(2 * config.hidden_size * given, tables=rate * given, vectors=width)
+    values = (2 if rate == config.compress_rate_csa else 1) * width
+    return Weights(2 * config.hidden_size * values, tables=rate * values, vectors=width)
 
 
 def _hyper_connection(config: ModelConfig) -> Weights:
-    """What one block reads, writes and mixes (mHC, arXiv:2512.24880)."""
+    """One block's weights for reading, writing and mixing the streams (mHC, arXiv:2512.24880)."""
     parts = (2 + config.hc_mult) * config.hc_mult
     return Weights(parts * config.hc_mult * config.hidden_size, vectors=parts + 3)

@@ -1,8 +1,8 @@
-"""How much memory training takes: an estimate for one process and the plain model, exact only in
-weights and states.
+"""An estimate of the memory that training takes in one process without a distributed layout.
+Weights and optimizer states are exact.
 
-Not in it: the interpreter and its libraries (some hundred MiB), the data pipeline, what the
-allocator keeps unused.
+Not included: the interpreter and its libraries (some hundred MiB), the data pipeline, and memory
+that the allocator holds unused.
 """
 
 from dataclasses import dataclass
@@ -13,22 +13,22 @@ from xushi.plan.activations import activation_bytes
 from xushi.plan.layers import LAYER_PARTS, hyper_head, layer_parts, mtp_joint
 from xushi.plan.parameters import count_parameters
 
-# What xushi.ops does, which this floor may know by number only: rows of logits that the chunked
+# A copy of CHUNK in xushi.ops.loss, so that counting does not import torch: rows of logits that the
 # loss holds at a time.
 LOGIT_ROWS = 512
 
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes at the top of a training step, just before the backward pass frees its first
+    """Bytes at the peak of a training step: at the start of the backward pass, before it frees any
     activation.
     """
 
-    weights: int  # float32, and the copies in the compute dtype
+    weights: int  # float32, and copies in the compute dtype
     gradients: int
     optimizer: int
-    activations: int  # what autograd keeps; an estimate
-    logits: int  # one chunk of logits and the head's gradients that the loss has ready; an estimate
+    activations: int  # kept by autograd; an estimate
+    logits: int  # one chunk of logits, and the head's gradients from the loss; an estimate
 
     @property
     def total(self) -> int:
@@ -46,14 +46,14 @@ def training_memory_bytes(
     indexer_loss: bool = True,
     recompute: bool = False,
 ) -> TrainingMemory:
-    """Estimate for `batch_tokens` tokens in rows of `sequence_length`, one forward and backward
-    pass.
+    """Estimate for one forward and backward pass of `batch_tokens` tokens in rows of
+    `sequence_length`.
 
-    Weights, gradients and states are float32 (4 bytes): AdamW keeps two values per parameter, Muon
-    one for every matrix but embedding and head, and AdamW's two for the rest. In bf16 the products'
-    inputs and the weights' copies take 2 bytes; the residual stays float32. `indexer_loss`:
-    indexers, where there are any, are trained. `recompute`: layers keep their inputs and are run
-    again in the backward pass.
+    Weights, gradients and optimizer states are float32 (4 bytes). AdamW keeps two values per
+    parameter. Muon keeps one for every matrix but embedding and head, and AdamW's two for the other
+    parameters. With `compute` bf16, the inputs of products and copies of the weights take 2 bytes
+    per value; the residual stays float32. `indexer_loss`: indexers, if any, are trained.
+    `recompute`: layers keep only their inputs and run again in the backward pass.
     """
     count = count_parameters(config)
     parameters = count.total_with_mtp if mtp else count.total
@@ -74,7 +74,7 @@ def training_memory_bytes(
 
 
 def _matrices(config: ModelConfig, mtp: bool) -> int:
-    """Parameters that multiply something, without embedding and head."""
+    """Parameters in matrices that multiply, without embedding and head: those that Muon updates."""
     depths = config.num_nextn_predict_layers if mtp else 0
     held = hyper_head(config).products + depths * mtp_joint(config).products
     for layer in range(config.num_hidden_layers + depths):

@@ -1,8 +1,7 @@
-"""How many parameters a model has and how many of them each token uses, exactly and without
-building it.
+"""Exact numbers of parameters, in total and used by each token, without building the model.
 
-Not here: the routers' correction biases and the hashed layers' tables, which are buffers that no
-gradient moves, and the time that anything takes.
+Not here: the routers' correction biases and the hash layers' tables, which are buffers that no
+gradient updates.
 """
 
 from dataclasses import dataclass
@@ -15,54 +14,52 @@ PARTS = ("embedding", "head", *LAYER_PARTS)
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters by part. Every part but `mtp` counts the trunk, without the multi-token prediction
+    """Parameters by part. All parts but `mtp` are of the trunk, without the multi-token prediction
     layers.
 
-    `head` is 0 where the output matrix is the embedding itself. `active` is what one token passes
-    through: everything but the experts that its routers did not choose. `active_without_embedding`
-    leaves out the input embedding, of which a token reads one row; a tied matrix stays counted, as
-    the head.
+    `head` is 0 if the output matrix is the embedding itself. `active` are the parameters that one
+    token uses: all but the experts that its routers did not choose. `active_without_embedding`
+    leaves out the input embedding, of which a token reads one row; a tied matrix is counted, as it
+    is the head.
     """
 
     embedding: int
     head: int
     attention: int
-    indexers: int  # V3.2's and V4's, with the compressors that make the latter's keys
-    compressors: int  # V4's, of the attention's own entries
-    hyper_connections: int  # V4's, with what makes the streams one before the head
+    indexers: int  # V3.2's and V4's; V4's with the compressors for their keys
+    compressors: int  # V4's, for the attention's entries
+    hyper_connections: int  # V4's, with the hyper-head
     dense_mlp: int
     routers: int
     routed_experts: int
     shared_experts: int
-    norms: int  # of the layers and the final one; those inside other parts are counted there
-    active_experts: int  # of routed_experts, those that one token passes through
-    mtp: int  # embedding and head are the trunk's and not counted again
+    norms: int  # two per layer and the final one; norms inside other parts are counted there
+    active_experts: int  # the part of routed_experts that one token uses
+    mtp: int  # without embedding and head, which are the trunk's
 
     @property
     def total(self) -> int:
-        """All of the trunk."""
+        """All parameters of the trunk."""
         return sum(getattr(self, part) for part in PARTS)
 
     @property
     def total_with_mtp(self) -> int:
-        """Everything that training updates."""
+        """All parameters that training updates."""
         return self.total + self.mtp
 
     @property
     def active(self) -> int:
-        """What one token passes through, the input embedding counted whole."""
+        """Parameters that one token uses, with the whole input embedding."""
         return self.total - self.routed_experts + self.active_experts
 
     @property
     def active_without_embedding(self) -> int:
-        """What one token passes through, the input embedding not counted."""
+        """Parameters that one token uses, without the input embedding."""
         return self.active - (self.embedding if self.head else 0)
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Count as transformers' classes have them, and the MTP layers as the published files have
-    them.
-    """
+    """Count the parameters of transformers' classes, and the MTP layers of the published files."""
     layers = [layer_parts(config, layer) for layer in range(config.num_hidden_layers)]
     counts = {part: sum(parts[part].total for parts in layers) for part in LAYER_PARTS}
     counts["hyper_connections"] += hyper_head(config).total
@@ -82,7 +79,5 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def mtp_layer_parameters(config: ModelConfig, layer: int) -> int:
-    """One MTP layer: a decoder layer, what joins it to the depth before, and its own norm and in V4
-    hyper-head.
-    """
+    """Parameters of one MTP layer: its decoder layer and its `mtp_joint`."""
     return sum(part.total for part in layer_parts(config, layer).values()) + mtp_joint(config).total

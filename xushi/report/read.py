@@ -107,11 +107,11 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise Failed(
             f"{path} cannot be read: {error}",
-            "run the same command again: it writes the file anew",
+            "run the same command again: it writes the file again",
         ) from None
     if not isinstance(value, dict):
         raise Failed(
-            f"{path} is not a JSON object", "run the same command again: it writes the file anew"
+            f"{path} is not a JSON object", "run the same command again: it writes the file again"
         )
     return value
 
@@ -122,6 +122,6 @@ def _read_samples(path: Path) -> dict[str, list[dict[str, Any]]]:
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise Failed(
                 f"{path}: {name} is not a list of objects",
-                "run the same command again: it writes the file anew",
+                "run the same command again: it writes the file again",
             )
     return samples

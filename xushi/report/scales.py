@@ -25,6 +25,10 @@ class Scale:
         return (value - self.low) / (self.high - self.low)
 
 
+# Of a scale's width: below it floating point has no digits left for a step.
+_SMALLEST = 1e-300
+
+
 def linear(values: Iterable[float], ticks: int = 5, rounded: bool = False) -> Scale | None:
     """A scale over the finite values with about `ticks` ticks; None without finite values. With
     `rounded` both ends are moved outwards to a tick.
@@ -34,9 +38,9 @@ def linear(values: Iterable[float], ticks: int = 5, rounded: bool = False) -> Sc
         return None
     low = min(finite)
     high = max(finite)
-    if high - low <= 1e-12 * max(abs(low), abs(high)):
+    if high - low <= max(1e-12 * max(abs(low), abs(high)), _SMALLEST):
         margin = abs(low) * 0.05
-        low, high = (low - margin, high + margin) if margin else (0.0, 1.0)
+        low, high = (low - margin, high + margin) if margin > _SMALLEST else (min(low, 0.0), 1.0)
     step = _round_step(high / ticks - low / ticks)
     if rounded:
         low = math.floor(low / step + 1e-9) * step

@@ -109,7 +109,7 @@ def reinforcement(run: Run) -> str:
     could = f"right on {percent(forced)} of them"
     if verdict(run, "greedy") != "better":
         return f"{change}; made to think, the model before it was {could}."
-    # At least half of the gain was to be had by making the earlier model think.
+    # Making the earlier model think would have brought at least half of the gain.
     if forced - before >= 0.5 * (after - before):
         return (
             f"{change}; made to think, the model before it was already {could}, so it learnt "

@@ -111,7 +111,9 @@ class ReinforcementStep(Step):
 
 
 def _step_loss(policy: PolicyLoss) -> StepLoss:
-    """A policy's own loss lies about zero whatever was learnt: 1 - mean reward is judged instead."""
+    """The guard judges 1 - mean reward: a policy's own loss is about zero, well or badly
+    trained.
+    """
     figures = policy.figures
     return StepLoss(
         policy.total,

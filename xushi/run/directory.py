@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from xushi import __version__
 from xushi.base.errors import BadInput, Failed
-from xushi.base.files import disk_errors, write_atomic, write_json
+from xushi.base.files import disk_errors, read_json, write_atomic, write_json
 from xushi.run.place import RUN_FORMAT, RunPlace
 from xushi.run.recipe import Recipe
 
@@ -47,7 +46,9 @@ def claim(recipe: Recipe, directory: Path, update: bool) -> None:
     if file.exists():
         _check_owner(file, recipe, update)
     elif any(not _is_leftover(path) for path in directory.iterdir()):
-        raise BadInput(f"{directory} is not empty and is no run directory", "choose another --out")
+        raise BadInput(
+            f"{directory} is not empty and is not a run directory", "choose another --out"
+        )
     owner = {"format": RUN_FORMAT, "recipe_hash": recipe.hash, "version": __version__}
     write_json(file, owner)
     for name, source in recipe.files.items():
@@ -71,14 +72,8 @@ def _is_leftover(path: Path) -> bool:
 
 def _check_owner(file: Path, recipe: Recipe, update: bool) -> None:
     directory = file.parent
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-        found = table["format"]
-        owner = table["recipe_hash"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"{file} cannot be read: {error!r}", "choose another --out, or remove the directory"
-        ) from None
+    table = read_json(file, "choose another --out, or remove the directory")
+    found, owner = table.get("format"), table.get("recipe_hash")
     if found != RUN_FORMAT:
         raise BadInput(
             f"{directory} was made by xushi {table.get('version', '?')} (run format {found}; this "

@@ -19,6 +19,7 @@ from xushi.plan import (
 from xushi.plan.memory import TrainingMemory
 from xushi.run.benchmark import Shape, training_step
 from xushi.run.recipe import Recipe
+from xushi.run.stages.pretrain import Pretrain
 from xushi.train import MICROBATCHES_PER_STAGE, Layout, PretrainConfig, chosen_dtype
 
 KEPT_OR_RECOMPUTED: tuple[Literal["keep", "recompute"], ...] = ("keep", "recompute")
@@ -89,7 +90,7 @@ def check_memory(
     An estimate (`training_memory_bytes`) against all the memory there is: what is refused would not
     run, what is not refused may still be too much beside other programs.
     """
-    if memory_total is None or not recipe.runs("pretrain"):
+    if memory_total is None or not Pretrain.wanted(recipe):
         return
     room = memory_total // processes_here
     if (needed := _bytes_per_process(recipe, layout, recipe.pretrain)) <= room:

@@ -19,7 +19,7 @@ from xushi.base.errors import BadInput
 from xushi.base.files import sha256_json
 from xushi.base.plugins import code_of, is_file_spec, load_class
 from xushi.data.config import DataConfig
-from xushi.envs import Environment, environment_class
+from xushi.envs import ENVIRONMENTS, Environment, environment_class
 from xushi.evaluate.config import EvaluateConfig
 from xushi.model.config import ModelConfig
 from xushi.rl.config import RLConfig
@@ -34,7 +34,9 @@ _OF_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id
 
 
 class EnvironmentTable(StrictConfig):
-    """The environment of a run: these keys and, beside them, those of the environment's `Config`."""
+    """The environment of a run: these keys and, beside them, those of the environment's
+    `Config`.
+    """
 
     # The class that `kind` names. Each class has a subclass of this one, made by `_table_of`.
     environment: ClassVar[type[Environment]]
@@ -195,7 +197,7 @@ class Recipe(StrictConfig):
         return self._files
 
     def but(self, **changes: Any) -> "Recipe":
-        """This recipe with other values, checked anew: `recipe.but(**{"pretrain.steps": 10})`."""
+        """This recipe with other values, checked again: `recipe.but(**{"pretrain.steps": 10})`."""
         table = tomllib.loads(self.to_toml())
         for key, value in changes.items():
             *path, last = key.split(".")
@@ -279,7 +281,7 @@ def _environment_of(
     if not isinstance(kind, str):
         raise BadInput(
             f"{where}: key environment.kind is missing",
-            'name an environment, such as kind = "digit_sum", or a class of a file',
+            f"set it to {' or '.join(ENVIRONMENTS)}, or to a class of a file: game.py:Counting",
         )
     if not is_file_spec(kind):
         found = environment_class(kind, Path())

@@ -36,7 +36,7 @@ def replay(
     The result is JSON-able. Raises `BadInput` if there is no such run, stage or step.
     """
     if not (directory / "tracking.sqlite").is_file():
-        raise BadInput(f"{directory} is no run directory", "give one, such as runs/demo")
+        raise BadInput(f"{directory} is not a run directory", "give one, such as runs/demo")
     recipe = load_recipe(directory / "recipe.toml", [])
     training = _training_stage(recipe, stage)
     tracking = Tracking(directory / "tracking.sqlite")

@@ -2,7 +2,6 @@
 last checkpoint.
 """
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from xushi.run.facts import op_forms, run_facts
 from xushi.run.place import RunPlace, StageRecord, read_record, stage_key, write_record
 from xushi.run.recipe import Recipe
 from xushi.run.stages import Stage
-from xushi.train import join
+from xushi.train import join, processes_on_this_machine
 
 END = "end"  # broadcast in place of a stage's name when the run is over
 
@@ -35,7 +34,7 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
     """
     layout = join(recipe.layout, recipe.model, chosen_device(recipe.device), recipe.rows)
     machine = inspect()
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes_here = processes_on_this_machine()
     if layout.device == "cuda":  # each process has a GPU of its own
         check_memory(recipe, layout, torch.cuda.get_device_properties(0).total_memory, 1)
     else:

@@ -10,9 +10,10 @@ calls. The tools' outputs follow its <eos>, and the assistant goes on without an
     answer <｜tool▁calls▁begin｜> call ... <｜tool▁calls▁end｜> <eos>
     <｜tool▁output▁begin｜> output <｜tool▁output▁end｜> <think> reasoning </think> answer <eos>
 
-where a call is `<｜tool▁call▁begin｜> name <｜tool▁sep｜> arguments <｜tool▁call▁end｜>`. Reasoning
-stays in the conversation through tool outputs. The next user message drops it (DeepSeek-V3.2,
-arXiv:2512.02556, section 3.2.1), so a prompt after tool outputs extends what was sampled before them.
+where a call is `<｜tool▁call▁begin｜> name <｜tool▁sep｜> arguments <｜tool▁call▁end｜>`.
+Reasoning stays in the conversation through tool outputs. The next user message drops it
+(DeepSeek-V3.2, arXiv:2512.02556, section 3.2.1), so a prompt after tool outputs extends what was
+sampled before them.
 
 Texts are encoded apart from special tokens, so no text can form one. Not here: the same form for
 other programs (template), reading a reply (reply), which messages an API accepts (serve).

@@ -1,5 +1,6 @@
-"""The tokenizer's part of a recipe. Not here: special tokens and the chat form, which are the same
-in every run.
+"""The tokenizer's table of a recipe, and the special tokens, which are the same in every run.
+
+Not here: the form of a conversation (chat).
 """
 
 from pydantic import Field
@@ -15,7 +16,7 @@ SPECIAL_TOKENS = (
     "<think>",
     "</think>",
 )
-"""In the order of their ids, which begin at 0. Spelled as in DeepSeek-V3.1's published tokenizer."""
+"""In the order of their ids, from 0. Spelled as in DeepSeek-V3.1's published tokenizer."""
 
 TOOL_TOKENS = (
     "<｜tool▁calls▁begin｜>",

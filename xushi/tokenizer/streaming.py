@@ -1,6 +1,4 @@
-"""Text from ids as they arrive. Not here: the decoding of a whole list, which is
-`Tokenizer.decode`.
-"""
+"""Text from ids as they arrive. Not here: decoding a whole list (`Tokenizer.decode`)."""
 
 import codecs
 
@@ -8,8 +6,9 @@ from xushi.tokenizer.tokenizer import Tokenizer
 
 
 class StreamDecoder:
-    """Holds back the bytes of an unfinished UTF-8 character; all pieces joined are what
-    `Tokenizer.decode` gives.
+    """Decodes ids one by one; holds back the bytes of an unfinished UTF-8 character.
+
+    All returned texts together equal `Tokenizer.decode` of all ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
@@ -22,5 +21,5 @@ class StreamDecoder:
         return self._decoder.decode(self._tokenizer.spelling(token, self._skip_special))
 
     def flush(self) -> str:
-        """The end: an unfinished character becomes U+FFFD."""
+        """The end of the text: an unfinished character becomes U+FFFD."""
         return self._decoder.decode(b"", final=True)

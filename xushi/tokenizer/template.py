@@ -12,7 +12,8 @@ TOOLS_RULES = (
     "\nIMPORTANT: ALWAYS adhere to this exact format for tool use:\n",
     "\n\nWhere:\n"
     "- `tool_call_name` must be an exact match to one of the available tools\n"
-    "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema\n"
+    "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters "
+    "Schema\n"
     "- For multiple tool calls, chain them directly without separators or spaces",
 )
 

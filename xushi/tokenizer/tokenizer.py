@@ -1,9 +1,8 @@
-"""Byte-level BPE over the `tokenizers` library: train, encode, decode, save in the form that
-transformers loads.
+"""Byte-level BPE over the `tokenizers` library: train, encode, decode, and save for transformers.
 
 Lossless: decode(encode(text)) == text for every text without lone surrogates. No text can produce a
-special token. Not here: which text it is trained on (the caller's), and how a conversation is laid
-out (`chat`).
+special token. Not here: the choice of the training text (the caller's), and the form of a
+conversation (chat).
 """
 
 import hashlib
@@ -24,10 +23,10 @@ from xushi.tokenizer.template import chat_template
 if TYPE_CHECKING:
     import tokenizers
 
-# Each digit stands alone, so that numbers of any length have one reading; runs of Chinese and
-# Japanese script are kept from gluing to Latin text; then, as in DeepSeek-V3's tokenizer.json: a
-# punctuation mark with the letters after it (`.append`, `_name`), a word with the space before it,
-# punctuation with its line ends, line ends, indentation.
+# Each digit is a token, so that a number of any length is written in one way only. Runs of Chinese
+# and Japanese script are separated from Latin text. The rest is as in DeepSeek-V3's tokenizer.json:
+# a punctuation mark with the letters after it (`.append`, `_name`), a word with the space before
+# it, punctuation with its line ends, line ends, indentation.
 _DIGIT = r"\p{N}"
 _CJK = r"[\p{Han}\p{Hiragana}\p{Katakana}]+"
 _WORD = (
@@ -35,9 +34,9 @@ _WORD = (
     r""" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
 
-# The library keeps dozens of bytes per byte of a text in work, so a long text goes through it in
-# pieces.
-_PIECE_CHARACTERS = 1 << 20
+# The library needs dozens of bytes of memory per byte of a text, so a long text is encoded in
+# chunks.
+_CHUNK_CHARACTERS = 1 << 20
 _BORDER = re.compile(r"\n(?=\S)")
 
 
@@ -54,7 +53,7 @@ class ToolIds(NamedTuple):
 
 
 class Tokenizer:
-    """Made by `train` or `load`. Ids run from 0 to `vocab_size` - 1: special tokens, the 256 bytes,
+    """Made by `train` or `load`. Ids from 0 to `vocab_size` - 1: special tokens, the 256 bytes, and
     merges.
 
     Attributes: `bos_id`, `eos_id`, `pad_id`, `user_id`, `assistant_id`, `think_id`, `end_think_id`,
@@ -107,7 +106,7 @@ class Tokenizer:
                 f"set it to {smallest} or more",
             )
         backend = _train(
-            (piece for text in texts for piece in _pieces(_encodable(text))), vocab_size, special
+            (chunk for text in texts for chunk in _chunks(_encodable(text))), vocab_size, special
         )
         reached = backend.get_vocab_size()
         if reached < vocab_size:
@@ -119,20 +118,21 @@ class Tokenizer:
         return cls(backend.to_str(pretty=True))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone, without bos or eos; never a special one. A lone surrogate is a
-        `XushiError`.
+        """Ids of `text` alone, without bos or eos and without special tokens.
+
+        A lone surrogate is a `XushiError`.
         """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on as many threads as the library takes."""
-        pieces = [list(_pieces(_encodable(text))) for text in texts]
+        """`encode` of each text, on the threads of the library."""
+        chunks = [list(_chunks(_encodable(text))) for text in texts]
         encodings = iter(
             self._backend.encode_batch_fast(
-                [p for parts in pieces for p in parts], add_special_tokens=False
+                [chunk for parts in chunks for chunk in parts], add_special_tokens=False
             )
         )
-        return [[token for _ in parts for token in next(encodings).ids] for parts in pieces]
+        return [[token for _ in parts for token in next(encodings).ids] for parts in chunks]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -141,7 +141,7 @@ class Tokenizer:
         )
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of text that a token stands for; b"" for a special token."""
+        """The bytes of text of a token; b"" for a special token."""
         return self._bytes[token]
 
     def is_special(self, token: int) -> bool:
@@ -149,10 +149,10 @@ class Tokenizer:
         return token < len(self._special)
 
     def spelling(self, token: int, skip_special: bool = False) -> bytes:
-        """What a reader sees of a token: `token_bytes`, or the name of a special token.
+        """The text of a token for a reader: `token_bytes`, or the name of a special token.
 
-        `skip_special` hides the first seven and not the tool tokens: outside of a well-formed call
-        those are something that a reader should see.
+        `skip_special` hides the first seven special tokens and never a tool token: a reader should
+        see a tool token that is no part of a well-formed call.
         """
         if self.is_special(token) and not (skip_special and token < len(SPECIAL_TOKENS)):
             return self._special[token].encode()
@@ -202,7 +202,7 @@ class Tokenizer:
             return cls(serialized)
         except XushiError as error:
             raise BadInput(f"{path}: {error.problem}", error.remedy) from None
-        except Exception as error:  # the library raises plain Exception for whatever it cannot read
+        except Exception as error:  # the library raises plain Exception for a file it cannot read
             message = " ".join(str(error).split())
             raise BadInput(
                 f"{path} is damaged: {message}", "run the tokenizer stage again"
@@ -267,15 +267,15 @@ def _encodable(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadInput(
-            f"text has a lone surrogate at character {error.start}, which is no Unicode text",
+            f"text has a lone surrogate at character {error.start}, which is not valid Unicode",
             "remove it, or write the character that was meant",
         ) from None
     return text
 
 
-def _pieces(text: str, limit: int = _PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut a long text where the pre-tokenizer always cuts: between a line feed and what is not
-    white space.
+def _chunks(text: str, limit: int = _CHUNK_CHARACTERS) -> Iterator[str]:
+    """Cut a long text where the pre-tokenizer always cuts: after a line feed that no white space
+    follows.
     """
     start = 0
     while border := _BORDER.search(text, start + limit):

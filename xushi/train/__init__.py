@@ -10,7 +10,7 @@ from xushi.train.config import (
 )
 from xushi.train.examples import PackedExamples, pack_examples
 from xushi.train.fitting import check_layout
-from xushi.train.joining import join
+from xushi.train.joining import join, processes_on_this_machine
 from xushi.train.language import Data, LanguageModelStep, training_step
 from xushi.train.layout import Layout
 from xushi.train.pipeline import MICROBATCHES_PER_STAGE, run_stage
@@ -44,6 +44,7 @@ __all__ = [
     "join",
     "latest_checkpoint",
     "pack_examples",
+    "processes_on_this_machine",
     "run_stage",
     "training_step",
 ]

@@ -1,4 +1,4 @@
-"""Keeping experts equally busy without an auxiliary loss, and knowing whether it works.
+"""Router biases that keep experts equally busy, and figures that tell whether they do.
 
 Axes: E experts.
 """
@@ -27,8 +27,8 @@ def update_router_biases(model: Deepseek, loads: dict[str, Tensor], speed: float
 
 
 def router_health(model: Deepseek, loads: dict[str, Tensor]) -> dict[str, float]:
-    """Per MoE layer: share of each expert, maximal violation, experts nobody chose, and how far the
-    biases moved.
+    """Per MoE layer: the share of each expert, the maximal violation, the number of experts that no
+    token chose, and the largest bias.
 
     Maximal violation is (largest load - mean) / mean (Wang et al. 2024, arXiv:2408.15664, eq. 4).
     """

@@ -1,10 +1,10 @@
 """Checkpoints: tensors in safetensors, everything else in a JSON manifest with the files' hashes,
 renamed into place.
 
-A checkpoint counts if its manifest is there, with its own hash, and every file has the hash that
-stands in it; the newest that counts is the one training goes on from. Each process writes the parts
-of tensors that it holds into files of its own, and the manifest says where in the whole they
-belong, so that any number of processes can read them. While training goes on, a thread writes.
+A checkpoint is intact if its manifest has its own hash and every file has the hash given there.
+Training continues from the newest intact one. Each process writes its shards into files of its own,
+and the manifest says where in the whole tensor each belongs, so that any number of processes can
+read them. A thread writes while training continues.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One moment to be saved: `tensors` by group ("model", "optimizer") and name, `state`
-    JSON-able.
+    """A checkpoint to be written: `tensors` by group ("model", "optimizer") and name, and `state`,
+    which is JSON-able.
 
-    `boxes` says of which whole a tensor is a part, by its name; one that is not there is whole.
-    Each of several processes gives what it is to save: no part is another's too.
+    `boxes[name]` places a shard in its whole tensor; a name without a box is a full tensor. Each
+    process passes only the shards that it saves; shards must not overlap.
     """
 
     step: int
@@ -50,10 +50,12 @@ class Checkpoint:
 
 
 class SavedCheckpoint:
-    """One moment on disk, whose files have been checked: `step`, `state`, and tensors to read."""
+    """A checkpoint on disk whose files have been checked: `step`, `state`, and tensors to read."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path, self.step, self.state = path, int(manifest["step"]), dict(manifest["state"])
+        self.path = path
+        self.step = int(manifest["step"])
+        self.state = dict(manifest["state"])
         self._places: dict[str, dict[str, list[tuple[str, Box]]]] = {}
         for file, entry in manifest["files"].items():
             group = self._places.setdefault(entry["group"], {})
@@ -66,7 +68,9 @@ class SavedCheckpoint:
         return sorted(self._places.get(group, {}))
 
     def read(self, group: str, name: str, box: Box | None = None) -> Tensor:
-        """A tensor, or the part of it that `box` says. Raises KeyError if it is not there."""
+        """A tensor, or the block of it that `box` names. Raises KeyError if there is no such
+        tensor.
+        """
         places = self._places[group][name]
         wanted = box or Box.whole(places[0][1].shape)
         if wanted.shape != places[0][1].shape:
@@ -81,23 +85,23 @@ class SavedCheckpoint:
             if common is None:
                 continue
             with safe_open(self.path / file, framework="pt") as opened:
-                piece: Tensor = (
+                part: Tensor = (
                     opened.get_slice(name)[common.within(held)]
                     if common.size
                     else opened.get_tensor(name)
                 )
             if common.size == wanted.size:
-                return piece
-            result = piece.new_empty(wanted.size) if result is None else result
-            result[common.within(wanted)] = piece
-        if result is None:  # nothing is wanted of it but its dtype
+                return part
+            result = part.new_empty(wanted.size) if result is None else result
+            result[common.within(wanted)] = part
+        if result is None:  # an empty block: only the dtype is read
             with safe_open(self.path / places[0][0], framework="pt") as opened:
                 result = opened.get_tensor(name).new_empty(wanted.size)
         return result
 
     @property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors, whole."""
+        """All tensors, each put together from its shards."""
         return {
             group: {name: self.read(group, name) for name in self.names(group)}
             for group in sorted(self._places)
@@ -111,12 +115,12 @@ def save_checkpoint(
     keep_every: int = 0,
     team: Team | None = None,
 ) -> None:
-    """Write `directory`/step-<step> and remove all but the newest `keep` up to it and every
-    `keep_every` steps'.
+    """Write `directory`/step-<step>, then remove older checkpoints.
 
-    What claims to be newer was passed over as damaged; it counts for nothing here and is replaced
-    in its turn. With a `team` all its processes call this, each with its parts; an error of one is
-    an error of all.
+    The newest `keep` up to this step stay, and those of every `keep_every` steps. Directories of
+    later steps were skipped as damaged: they are not counted here and are replaced when training
+    gets there. With a `team` all its processes call this, each with its shards; an error of one is
+    raised in all.
     """
     team = team or Team()
     path = directory / f"step-{checkpoint.step:09d}"
@@ -151,8 +155,9 @@ def _aside(path: Path) -> Path:
 
 
 def _together(team: Team, action: Callable[[], Result]) -> list[Result]:
-    """What each process's `action` returned; if one of them failed, all do."""
-    result, error = None, None
+    """The results of all processes' `action`; if one of them fails, all do."""
+    result: Result | None = None
+    error: Exception | None = None
     try:
         result = action()
     except Exception as caught:
@@ -167,13 +172,13 @@ def _together(team: Team, action: Callable[[], Result]) -> list[Result]:
             problem, _, remedy = text.partition("\n")
             raise Failed(
                 f"process {rank}: {problem}",
-                remedy or "mend it there and run the same command again",
+                remedy or "correct it there and run the same command again",
             )
     return [found for found, _ in outcomes] if team.size > 1 else [result]  # type: ignore[list-item]
 
 
 def _write_parts(aside: Path, checkpoint: Checkpoint, team: Team) -> dict[str, Any]:
-    """Write this process's tensors; the manifest's entries of the files."""
+    """Write this process's tensors; returns the manifest's entries of the files."""
     entries = {}
     with disk_errors(aside):
         for group, tensors in checkpoint.tensors.items():
@@ -199,21 +204,24 @@ def _write_parts(aside: Path, checkpoint: Checkpoint, team: Team) -> dict[str, A
 class CheckpointWriter:
     """Writes checkpoints in a thread of its own, one at a time; use as a context manager.
 
-    What is saved is copied first, so that training may go on at once. A checkpoint that cannot be
-    written (a full disk) leaves those before it as they are, and training goes on; only if the last
-    one of all could not be written is that a `XushiError`, on leaving. With a `team`, all its
+    Tensors are copied first, so that training can continue at once. A checkpoint that cannot be
+    written (a full disk) leaves the earlier ones as they are, and training continues; if the last
+    checkpoint could not be written, leaving the context raises its error. With a `team`, all its
     processes save the same steps.
     """
 
     def __init__(
         self, directory: Path, keep: int = KEEP, keep_every: int = 0, team: Team | None = None
     ) -> None:
-        self.directory, self.keep, self.keep_every, self.team = directory, keep, keep_every, team
+        self.directory = directory
+        self.keep = keep
+        self.keep_every = keep_every
+        self.team = team
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Begin to write a checkpoint, after the one before it has been written."""
+        """Start writing a checkpoint once the one before it has been written."""
         self._wait()
         if self._error is not None:
             say(
@@ -235,7 +243,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait until the last one is written; if it could not be, that is its error."""
+        """Wait until the last one is written; raises its error if it could not be."""
         self._wait()
         if self._error is not None:
             error, self._error = self._error, None
@@ -253,7 +261,7 @@ class CheckpointWriter:
         if kind is None or kind is KeyboardInterrupt:
             self.finish()
         else:
-            self._wait()  # the error on its way says more than one of saving
+            self._wait()  # the error being raised says more than one of saving
 
     def _wait(self) -> None:
         if self._thread is not None:
@@ -263,16 +271,14 @@ class CheckpointWriter:
     def _write(self, checkpoint: Checkpoint) -> None:
         try:
             save_checkpoint(self.directory, checkpoint, self.keep, self.keep_every, self.team)
-        except BaseException as error:  # it is raised or told where the training is
+        except BaseException as error:  # raised or reported in the training's own thread
             self._error = error
 
 
 def latest_checkpoint(directory: Path, up_to: int | None = None) -> SavedCheckpoint | None:
-    """The newest checkpoint that is whole, of step `up_to` at most, or None where there is none at
-    all.
+    """The newest intact checkpoint, of step `up_to` at most; None if there are no checkpoints.
 
-    A damaged one is passed over with a word to the person; if there are only damaged ones, that is
-    a `XushiError`.
+    Damaged ones are reported and skipped. Raises `Failed` if all are damaged.
     """
     candidates = [
         path for path in _newest_first(directory) if up_to is None or _step(path) <= up_to
@@ -284,7 +290,7 @@ def latest_checkpoint(directory: Path, up_to: int | None = None) -> SavedCheckpo
         say(f"checkpoint {path} is damaged ({problem}); trying the one before it")
     if candidates:
         raise Failed(
-            f"no checkpoint in {directory} is whole: {candidates[0].name} {problem}",
+            f"no checkpoint in {directory} is intact: {candidates[0].name} {problem}",
             f"remove {directory} and run the same command again: this stage starts over",
         )
     return None
@@ -299,7 +305,7 @@ def _step(path: Path) -> int:
 
 
 def _inspect(path: Path) -> tuple[str, dict[str, Any]]:
-    """What is wrong with a checkpoint ("" if nothing), and its manifest."""
+    """What is damaged in a checkpoint ("" if nothing), and its manifest."""
     try:
         manifest: Mapping[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if (

@@ -42,9 +42,9 @@ class OptimizationConfig(StrictConfig):
     # again, which takes less memory and more time and gives the same bits. A dry run tells both.
     activations: Literal["keep", "recompute"] = "keep"
     checkpoint_every: int = Field(100, ge=1, le=MOST_STEPS)
-    # The newest so many are kept; with 1, a damaged newest checkpoint starts the stage over.
+    # How many of the newest are kept; with 1, a damaged newest checkpoint starts the stage over.
     keep_checkpoints: int = Field(2, ge=1, le=MOST_STEPS)
-    keep_every: int = Field(0, ge=0, le=MOST_STEPS)  # also those of every so many steps; 0: none
+    keep_every: int = Field(0, ge=0, le=MOST_STEPS)  # steps between others that stay; 0: none
 
     @model_validator(mode="after")
     def _consistent_steps(self) -> "OptimizationConfig":
@@ -76,14 +76,16 @@ class OptimizationConfig(StrictConfig):
 
 
 class LayoutConfig(StrictConfig):
-    """`data` processes share each batch (None: as many as were started allow); groups of `expert`
-    of them the experts. Each of them is `pipeline` processes, which share the layers.
+    """How a run is spread over processes, a grid of `pipeline` x `data`.
+
+    `data` processes share each batch (None: as many as were started allow). `pipeline` stages share
+    the layers. Groups of `expert` of the `data` processes share the experts.
     """
 
     data: int | None = Field(None, ge=1, le=1_000_000)
     pipeline: int = Field(1, ge=1, le=10_000)
     expert: int = Field(1, ge=1, le=1_000_000)
-    # Training may go on with so many processes after others were lost; None: only with all.
+    # Training may continue with this many processes after others were lost; None: only with all.
     fewest: int | None = Field(None, ge=1, le=1_000_000)
 
 
@@ -111,7 +113,7 @@ class ObjectiveConfig(OptimizationConfig):
         return self
 
     def trains_indexers_alone(self, step: int) -> bool:
-        """Whether `step` (from 0) belongs to the indexers' warm-up; there is one in pretraining only."""
+        """Whether `step` (from 0) trains the indexers alone, as pretraining's first steps may."""
         return False
 
     def mtp_weight_at(self, step: int) -> float:

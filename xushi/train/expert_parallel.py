@@ -1,5 +1,5 @@
-"""Expert parallelism: each process of a group holds some of the experts, and rows travel to theirs
-and back.
+"""Expert parallelism: each process of a group holds some of the experts; each token's rows are sent
+to the processes of its experts and come back.
 
 Axes: N tokens, k experts per token, D hidden, P rows sent or received.
 """
@@ -14,7 +14,7 @@ from xushi.model.moe import RunExperts
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to other processes, so many to each; their gradients come back the same way."""
+    """Sends rows to other processes; their gradients are sent back in the backward pass."""
 
     @staticmethod
     def forward(
@@ -31,8 +31,10 @@ class _AllToAll(torch.autograd.Function):
 def exchange_rows(
     rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
 ) -> Tensor:
-    """Send the first `sent[0]` rows to process 0 of the group and so on; what came in, in the order
-    of processes.
+    """Send the first `sent[0]` rows to rank 0 of the group, the next `sent[1]` to rank 1, and so
+    on.
+
+    Returns the rows received, in the order of ranks.
     """
     result = rows.new_empty((sum(received), *rows.shape[1:]))
     dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
@@ -40,7 +42,7 @@ def exchange_rows(
 
 
 class ExpertDispatch:
-    """The `dispatch` of `Experts` whose weights are experts_here of all; see there."""
+    """The `dispatch` of an `Experts` module that holds `experts_here` of all experts."""
 
     def __init__(self, group: dist.ProcessGroup, experts_here: int) -> None:
         self.group, self.experts_here = group, experts_here
@@ -48,19 +50,19 @@ class ExpertDispatch:
     def __call__(
         self, x_ND: Tensor, indices_Nk: Tensor, weights_Nk: Tensor, run: RunExperts
     ) -> Tensor:
-        """[N, D] to [N, D]: each token's rows go where its experts are, and come back to be
+        """[N, D] to [N, D]: each token's rows go to its experts' processes, come back, and are
         weighted and added.
         """
-        group, per_token = self.group, indices_Nk.shape[1]
+        group = self.group
+        per_token = indices_Nk.shape[1]
         expert_P = indices_Nk.flatten()
-        order = expert_P.argsort(
-            stable=True
-        )  # processes hold neighbouring experts: theirs are together
+        # Each process holds consecutive experts, so sorting puts the rows for one process together.
+        order = expert_P.argsort(stable=True)
         expert_P = expert_P.index_select(0, order)
         counts = torch.bincount(expert_P // self.experts_here, minlength=group.size())
-        there = torch.empty_like(counts)
-        dist.all_to_all_single(there, counts, group=group)
-        sent, received = counts.tolist(), there.tolist()
+        incoming = torch.empty_like(counts)
+        dist.all_to_all_single(incoming, counts, group=group)
+        sent, received = counts.tolist(), incoming.tolist()
         rows_PD: Tensor = _AllToAll.apply(  # type: ignore[no-untyped-call]
             x_ND.index_select(0, order // per_token), sent, received, group
         )

@@ -1,6 +1,6 @@
 """Which layouts fit a model and a number of processes, and how layers and experts are cut.
 
-Not here: the processes themselves (layout, joining). Nothing here needs torch.
+Not here: the processes themselves (layout, joining).
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,9 @@ def stage_layers(model: ModelConfig, stages: int) -> list[tuple[int, int]]:
 
 
 def needs_embedding_twice(model: ModelConfig) -> bool:
-    """Whether the last stage of a pipeline needs the embedding too, for MTP layers or as the head."""
+    """Whether the last stage of a pipeline needs the embedding too, for MTP layers or as the
+    head.
+    """
     return model.num_nextn_predict_layers > 0 or model.tie_word_embeddings
 
 

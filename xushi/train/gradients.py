@@ -1,4 +1,4 @@
-"""The gradient's norm: clipped, and told by part of the model."""
+"""Clips the gradient's norm, and measures it for each part of the model."""
 
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -1,7 +1,6 @@
-"""What keeps one bad batch from spoiling a run: losses and gradients that are not finite, and
-losses that jump.
+"""Guards against bad batches: losses and gradients that are not finite, and losses that jump.
 
-Not here: what is done about a jump that is answered by going back (loop).
+Not here: going back to a checkpoint after a jump (training).
 """
 
 import math
@@ -10,21 +9,21 @@ from typing import Any, Literal
 
 OnSpike = Literal["warn", "skip", "rollback"]
 
-LIMIT_IN_A_ROW = 3  # steps withheld one after another: then it is not one batch that is at fault
+LIMIT_IN_A_ROW = 3  # steps without an update one after another: no single batch is at fault
 LIMIT_OF_ROLLBACKS = 3  # to the same checkpoint
 
-# A loss is a spike if it lies so many deviations above its running mean. A step's loss is an
-# average over thousands of tokens, so that six are chance less than once in a million steps; the
-# floor keeps a loss that hardly varies quiet.
+# A loss is a spike if it lies this many deviations above its running mean. A step's loss is an
+# average over thousands of tokens, so six deviations come by chance less than once in a million
+# steps. The smallest deviation, a part of the mean, keeps a loss that hardly varies from jumping.
 DEVIATIONS = 6.0
-SMALLEST_DEVIATION = 0.02  # of the mean
-MEMORY = 0.98  # of the running mean from step to step: about fifty steps
+SMALLEST_DEVIATION = 0.02
+MEMORY = 0.98  # what the running mean keeps from step to step: it spans about fifty steps
 STEPS_BEFORE_JUDGING = 50
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a step was not like the others."""
+    """What is wrong with a step."""
 
     kind: Literal["not finite", "spike"]
     text: str
@@ -32,7 +31,7 @@ class Problem:
 
 @dataclass
 class LossScale:
-    """Running mean and variance of the loss, exponentially forgotten."""
+    """Exponential running mean and variance of the loss."""
 
     seen: int = 0
     mean: float = 0.0
@@ -40,7 +39,7 @@ class LossScale:
 
     def add(self, loss: float) -> None:
         """Take one more loss into account."""
-        # While few were seen, all of them weigh the same.
+        # The first fifty weigh the same.
         weight = max(1 - MEMORY, 1 / (self.seen + 1))
         difference = loss - self.mean
         self.mean += weight * difference
@@ -52,19 +51,19 @@ class LossScale:
         return max(math.sqrt(self.variance), SMALLEST_DEVIATION * abs(self.mean), smallest)
 
     def is_spike(self, loss: float, smallest: float = 0.0) -> bool:
-        """Whether `loss` lies far above those seen; never before enough were."""
+        """Whether `loss` lies far above those seen; False until enough were seen."""
         limit = self.mean + DEVIATIONS * self.deviation(smallest)
         return self.seen >= STEPS_BEFORE_JUDGING and loss > limit
 
 
 class Guard:
-    """Judges each step's loss and gradient; its state belongs into the checkpoint."""
+    """Judges each step's loss and gradient; its state is saved in the checkpoint."""
 
     def __init__(self, on_spike: OnSpike = "warn") -> None:
         self.on_spike = on_spike
         self.scale = LossScale()
         self.withheld = 0  # steps without an update so far
-        self.in_a_row = 0  # of these, the last ones without one that was applied between
+        self.in_a_row = 0  # how many of the latest steps had none
 
     def judge(self, loss: float, total: float, smallest: float = 0.0) -> Problem | None:
         """What is wrong with a step's loss, if anything.
@@ -83,7 +82,7 @@ class Guard:
         return None
 
     def judge_gradient(self, norm: float) -> Problem | None:
-        """What is wrong with its gradient."""
+        """What is wrong with a step's gradient of this norm, if anything."""
         return (
             None
             if math.isfinite(norm)
@@ -91,13 +90,13 @@ class Guard:
         )
 
     def withholds(self, problem: Problem | None) -> bool:
-        """Whether the update is left out: for what is not finite always, for a spike if the recipe
-        says so.
+        """Whether the update is left out: always if not finite, for a spike if the recipe says
+        so.
         """
         return problem is not None and (problem.kind == "not finite" or self.on_spike != "warn")
 
     def count(self, loss: float, problem: Problem | None) -> None:
-        """Take a step into account; the loss of one that was withheld does not move the scale."""
+        """Take a step into account; the loss of a withheld step does not move the scale."""
         if self.withholds(problem):
             self.withheld += 1
             self.in_a_row += 1
@@ -107,10 +106,10 @@ class Guard:
 
     @property
     def state(self) -> dict[str, Any]:
-        """JSON-able, and exact: floats are written so that they are read back to the bit."""
+        """The state, JSON-able and exact: JSON reads floats back to the bit."""
         return {"scale": asdict(self.scale), "withheld": self.withheld, "in_a_row": self.in_a_row}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`."""
+        """Continue from a `state`."""
         self.scale = LossScale(**state["scale"])
         self.withheld, self.in_a_row = state["withheld"], state["in_a_row"]

@@ -1,11 +1,10 @@
-"""Knowing which process of several died, stopped or stands still, instead of waiting for it for
-ever.
+"""Detects which of several processes died, was stopped or hangs, instead of waiting for it forever.
 
-A thread of each process puts its place (step and phase) into a small store at the first one, every
-second, and looks at the others'; a second one judges, since the first waits for ever if the store's
+Every second a thread of each process writes its place (step and phase) into a small store at rank 0
+and reads the others'. A second thread judges, since the first would wait forever if the store's
 process is stopped. A process whose thread is silent is dead or stopped; one whose place stays
-behind the others', while they wait, stands still. It is named, and the run ended, so that it can be
-started again. Not here: starting it.
+behind the others', while they wait, hangs. It is named, and all processes end, so that the run can
+be started again. Not here: starting it.
 """
 
 import contextlib
@@ -24,25 +23,23 @@ from typing import Any
 from xushi.train.team import Team
 
 SECONDS_BETWEEN = 1.0
-SHORTEST_LIMIT = 60.0  # seconds without a sign of life, or in one place
+SHORTEST_LIMIT = 60.0  # seconds without a sign of life, or without progress
 MEDIAN_STEPS = 5  # or this many median steps, whichever is longer
-SECONDS_TO_TELL = (
-    6 * SECONDS_BETWEEN
-)  # how long to look who is gone once talking to somebody has failed
+# How long to watch for signs of life once an exchange with another process has failed.
+SECONDS_TO_TELL = 6 * SECONDS_BETWEEN
 
-# In the order in which a step goes through them. While saving and evaluating, and until a step has
-# been measured, the first of a start left out since things are compiled in it, nobody is judged by
-# the place. What a process waits for others in is "step".
+# In the order of a step. A process is judged by its place only in "batch" and "step", and only once
+# a step after the first (in which kernels are compiled) has been timed. Waiting for other processes
+# happens in "step".
 PHASES = ("batch", "step", "save", "evaluate")
 JUDGED = ("batch", "step")
 
 
 class Heartbeat:
-    """Use as a context manager around a loop of all processes; says nothing and does nothing for a
-    team of one.
+    """Use as a context manager around a loop of all processes; does nothing for a team of one.
 
-    `report` is called by one of the processes that are well, with a sentence, before all of them
-    leave with exit status 1.
+    One of the processes that are well calls `report` with a sentence, then all of them exit with
+    status 1.
     """
 
     def __init__(self, team: Team, report: Callable[[str], None]) -> None:
@@ -57,8 +54,8 @@ class Heartbeat:
         self._beats = 0
         self._others: dict[int, dict[str, Any]] = {}
         self._heard: dict[int, float] = {}  # when each last gave a sign of life
-        self._moved: dict[int, float] = {}  # when it last changed its place
-        self._answered = 0.0  # when the store last did
+        self._moved: dict[int, float] = {}  # when each last changed its place
+        self._answered = 0.0  # when the store last answered
 
     def at(self, step: int, phase: str) -> None:
         """This process is now in a phase of step number `step` (from 0)."""
@@ -72,8 +69,9 @@ class Heartbeat:
         self._place = (step, phase)
 
     def who_is_gone(self) -> str:
-        """Sentence parts that name the processes without a sign of life; call after talking to
-        somebody failed.
+        """The names of the processes without a sign of life; call after an exchange failed.
+
+        "" if all are alive, or if this process is alone.
         """
         if not self._threads:
             return ""
@@ -81,7 +79,7 @@ class Heartbeat:
         now = time.monotonic()
         gone = [rank for rank in self._heard if now - self._heard[rank] > SECONDS_TO_TELL / 2]
         if now - self._answered > SECONDS_TO_TELL / 2:
-            gone = [0]  # the store is there, so nothing is known of the others
+            gone = [0]  # it holds the store, so nothing is known of the others
         return ", ".join(self._name(rank) for rank in gone)
 
     def __enter__(self) -> "Heartbeat":
@@ -116,12 +114,10 @@ class Heartbeat:
         if self._threads:
             self._place = (self._place[0], "save")
             if kind is None:
-                with contextlib.suppress(
-                    RuntimeError
-                ):  # somebody died after the last step: nothing is lost
-                    self.team.gather(
-                        None
-                    )  # the store at the first process must outlive the others' last look
+                # The store at rank 0 must outlive the others' last look. If somebody died after the
+                # last step, nothing is lost.
+                with contextlib.suppress(RuntimeError):
+                    self.team.gather(None)
             self._ended.set()
             for thread in self._threads:
                 thread.join(timeout=5 * SECONDS_BETWEEN)  # one may wait for a store that is gone
@@ -141,9 +137,8 @@ class Heartbeat:
                 "process": os.getpid(),
                 "host": socket.gethostname(),
             }
-            with contextlib.suppress(
-                RuntimeError, OSError
-            ):  # torch's errors of a connection are RuntimeErrors
+            # torch's errors of a connection are RuntimeErrors.
+            with contextlib.suppress(RuntimeError, OSError):
                 store.set(str(self.team.rank), json.dumps(mine))
                 for rank in range(self.team.size):
                     if store.check([str(rank)]):
@@ -157,34 +152,37 @@ class Heartbeat:
             else SHORTEST_LIMIT
         )
 
-    def _see(self, rank: int, said: dict[str, Any]) -> None:
-        before, now = self._others.get(rank), time.monotonic()
-        if before is None or said["beat"] != before["beat"]:
+    def _see(self, rank: int, message: dict[str, Any]) -> None:
+        before = self._others.get(rank)
+        now = time.monotonic()
+        if before is None or message["beat"] != before["beat"]:
             self._heard[rank] = now
-        if before is None or (said["step"], said["phase"]) != (before["step"], before["phase"]):
+        place = (message["step"], message["phase"])
+        if before is None or place != (before["step"], before["phase"]):
             self._moved[rank] = now
-        self._others[rank] = said
+        self._others[rank] = message
 
     def _judge(self) -> None:
-        """End this process if some other is not well."""
-        now, limit = time.monotonic(), self._limit()
+        """End this process if another one is not well."""
+        now = time.monotonic()
+        limit = self._limit()
         silent = [rank for rank, heard in self._heard.items() if now - heard > limit]
         if now - self._answered > limit:
-            silent = [0]  # the store is there, so nothing is known of the others
+            silent = [0]  # it holds the store, so nothing is known of the others
         if silent:
             self._end(silent, f"gave no sign of life for {limit:.0f} s")
-        # Where all are alive and wait, those are at fault whose place is behind the others'.
+        # If all are alive and nobody moves, those hang whose place is behind the others'.
         alive = all(now - heard < 3 * SECONDS_BETWEEN for heard in self._heard.values())
         if (
             not alive
             or len(self._others) < self.team.size
-            or not all(said["judged"] for said in self._others.values())
+            or not all(message["judged"] for message in self._others.values())
         ):
             return
         if all(now - moved > limit for moved in self._moved.values()):
             places = {
-                rank: (said["step"], PHASES.index(said["phase"]))
-                for rank, said in self._others.items()
+                rank: (message["step"], PHASES.index(message["phase"]))
+                for rank, message in self._others.items()
             }
             self._end(
                 [rank for rank, place in places.items() if place == min(places.values())],
@@ -194,23 +192,20 @@ class Heartbeat:
     def _end(self, ranks: list[int], what: str) -> None:
         well = [rank for rank in range(self.team.size) if rank not in ranks]
         if self.team.rank == min(well, default=self.team.rank):
-            said = self._others.get(ranks[0], {})
-            with contextlib.suppress(
-                Exception
-            ):  # whatever becomes of the report, the process must end
-                self._report(
-                    f"{', '.join(self._name(rank) for rank in ranks)} {what} "
-                    f"(in step {said.get('step', 0) + 1})"
-                )
+            step = self._others.get(ranks[0], {}).get("step", 0) + 1
+            names = ", ".join(self._name(rank) for rank in ranks)
+            # The process must end even if the report fails.
+            with contextlib.suppress(Exception):
+                self._report(f"{names} {what} (in step {step})")
         os._exit(1)
 
     def _name(self, rank: int) -> str:
-        said = self._others.get(rank)
-        return f"process {rank}" + (
-            f" (number {said['process']} on {said['host']})" if said else ""
-        )
+        message = self._others.get(rank)
+        if message is None:
+            return f"process {rank}"
+        return f"process {rank} (number {message['process']} on {message['host']})"
 
 
 def _host() -> str:
-    """Where the first process of torchrun's can be reached: itself."""
+    """The address of rank 0, as torchrun gives it."""
     return os.environ.get("MASTER_ADDR", "127.0.0.1")

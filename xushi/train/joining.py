@@ -15,11 +15,44 @@ from xushi.train.team import Team
 
 # How long to wait for another process, which may be reading a corpus.
 SECONDS_TO_WAIT = 24 * 3600
+_OF_TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def started_processes() -> tuple[int, int]:
-    """(rank, how many) from the environment that torchrun sets; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """(rank, how many) from the environment that torchrun sets; (0, 1) without it. An incomplete or
+    impossible one is a `BadInput`.
+    """
+    rank = _number("RANK", 0)
+    processes = _number("WORLD_SIZE", 1)
+    missing = [name for name in _OF_TORCHRUN if name not in os.environ]
+    if processes > 1 and missing:
+        raise BadInput(
+            f"WORLD_SIZE={processes} is set without {', '.join(missing)}",
+            "start several processes with torchrun; for a single one, unset WORLD_SIZE",
+        )
+    if not 0 <= rank < processes:
+        raise BadInput(
+            f"RANK={rank} is not one of WORLD_SIZE={processes} processes",
+            "start several processes with torchrun; for a single one, unset RANK and WORLD_SIZE",
+        )
+    return rank, processes
+
+
+def processes_on_this_machine() -> int:
+    """How many processes torchrun started on this machine; 1 without it."""
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
+def _number(name: str, default: int) -> int:
+    """A whole number from the environment."""
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise BadInput(
+            f"the environment variable {name}={text!r} is not a whole number",
+            f"unset {name}, or start with torchrun, which sets it",
+        ) from None
 
 
 def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu", rows: int = 0) -> Layout:
@@ -47,7 +80,7 @@ def _take_gpu(rank: int) -> None:
     # cuBLAS gives the same bits each time only with a workspace of fixed size.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    number = int(os.environ.get("LOCAL_RANK", "0"))
+    number = _number("LOCAL_RANK", 0)
     available = torch.cuda.device_count()
     if number >= available:
         raise BadInput(

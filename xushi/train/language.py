@@ -79,7 +79,9 @@ class LanguageModelStep(Step):
 def training_step(
     state: TrainingState, config: ObjectiveConfig, number: int, batch: Batch
 ) -> tuple[dict[str, float], Problem | None]:
-    """Step `number` (from 0) on this process's rows: figures of the whole batch, and the problem."""
+    """Step `number` (from 0) on this process's rows: figures of the whole batch, and the
+    problem.
+    """
     layout, model = state.layout, state.model
     batch = batch.to(model.device)
     warming = config.trains_indexers_alone(number)
@@ -107,7 +109,9 @@ def training_step(
 def _objective(
     model: Deepseek, config: ObjectiveConfig, number: int, counts: LossCounts
 ) -> Callable[..., LossParts]:
-    """The loss of some rows at this step, with the residual of the stage before where there is one."""
+    """The loss of some rows at this step, with the residual of the stage before where there is
+    one.
+    """
 
     weights = LossWeights(
         config.mtp_weight_at(number), config.balance_weight, config.indexer_weight

@@ -1,5 +1,5 @@
-"""Whole matrices out of parts that are spread over processes: each is put together by one process,
-worked on there, and its parts go back. So Newton-Schulz is computed once per matrix, and the work
+"""Whole matrices from shards that are spread over processes: each is put together in one process,
+worked on, and its shards are sent back. So Newton-Schulz is computed once per matrix, and the work
 is shared.
 """
 
@@ -15,7 +15,7 @@ from xushi.train.layout import Layout
 
 
 class MatrixExchange:
-    """For parameters by name; every process must hold parts of the same ones."""
+    """For parameters by name; every process must hold shards of the same ones."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -23,26 +23,27 @@ class MatrixExchange:
     def on_whole_matrices(
         self, parts: dict[str, Tensor], work: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """`work` on whole matrices, on this process's share of them; its results in the parts that
-        came in.
+        """Apply `work` to whole matrices, to this process's share of them.
+
+        `parts` are this process's shards; returned are the same shards of the results.
         """
-        here = {name: part for name, part in parts.items() if self._has_whole_matrices(name)}
-        spread = {
+        own = {name: part for name, part in parts.items() if self._has_whole_matrices(name)}
+        shared = {
             axis: [
                 name
                 for name in parts
-                if name not in here and (".experts." in name) == (axis == "replica")
+                if name not in own and (".experts." in name) == (axis == "replica")
             ]
             for axis in ("data", "replica")
         }
-        owners = {axis: self._owners(names, axis) for axis, names in spread.items()}
-        whole = dict(here)
-        for axis, names in spread.items():
+        owners = {axis: self._owners(names, axis) for axis, names in shared.items()}
+        whole = dict(own)
+        for axis, names in shared.items():
             if names:
                 whole |= self._gather(axis, {name: parts[name] for name in names}, owners[axis])
         results = work({name: whole[name] for name in parts if name in whole}) if whole else {}
-        found = {name: results[name] for name in here}
-        for axis, names in spread.items():
+        found = {name: results[name] for name in own}
+        for axis, names in shared.items():
             if names:
                 found |= self._scatter(
                     axis,
@@ -53,9 +54,7 @@ class MatrixExchange:
         return found
 
     def _has_whole_matrices(self, name: str) -> bool:
-        """Whether every process holds whole matrices of a parameter; the same answer in all of
-        them.
-        """
+        """Whether every process holds whole matrices of a parameter; all give the same answer."""
         layout = self.layout
         if layout.data == 1:
             return True
@@ -72,8 +71,9 @@ class MatrixExchange:
         return list(range(layout.rank % layout.expert, layout.data, layout.expert))
 
     def _owners(self, names: list[str], axis: str) -> dict[str, int]:
-        """Who puts which matrix together, as places in the group: the largest first, to who has
-        least so far.
+        """Which member of the group puts each matrix together.
+
+        The largest matrix comes first; each goes to the member with the least work so far.
         """
         load = [0] * len(self._members(axis))
         owners = {}
@@ -101,8 +101,8 @@ class MatrixExchange:
         whole = {}
         for place, name in enumerate(mine):
             whole[name] = next(iter(parts.values())).new_empty(self._group_shape(name))
-            for boxes, pieces in zip(incoming, received, strict=True):
-                whole[name][boxes[place].slices] = pieces[place]
+            for boxes, shards in zip(incoming, received, strict=True):
+                whole[name][boxes[place].slices] = shards[place]
         return whole
 
     def _scatter(
@@ -124,9 +124,9 @@ class MatrixExchange:
             parts,
         )
         return {
-            name: piece
-            for names, pieces in zip(wanted, received, strict=True)
-            for name, piece in zip(names, pieces, strict=True)
+            name: shard
+            for names, shards in zip(wanted, received, strict=True)
+            for name, shard in zip(names, shards, strict=True)
         }
 
     def _swap(
@@ -136,7 +136,7 @@ class MatrixExchange:
         shapes: list[list[tuple[int, ...]]],
         like: dict[str, Tensor],
     ) -> list[list[Tensor]]:
-        """Send each member its tensors; what the members sent, cut into these shapes."""
+        """Send each member its tensors; returns what the members sent, cut into these shapes."""
         example = next(iter(like.values()))
         sizes = [[torch.Size(shape).numel() for shape in group] for group in shapes]
         flat = torch.cat(
@@ -150,16 +150,16 @@ class MatrixExchange:
             [sum(tensor.numel() for tensor in group) for group in outgoing],
             group=self.layout.group(axis),
         )
-        pieces = iter(torch.split(result, [size for group in sizes for size in group]))
-        return [[next(pieces).view(shape) for shape in group] for group in shapes]
+        chunks = iter(torch.split(result, [size for group in sizes for size in group]))
+        return [[next(chunks).view(shape) for shape in group] for group in shapes]
 
     def _group_shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole that a group holds: of stacked experts, those that the group has."""
+        """The shape of the parameter that a group holds: of stacked experts, only the group's."""
         shape = self.layout.shapes[name]
         return (shape[0] // self.layout.expert, *shape[1:]) if ".experts." in name else shape
 
     def _group_box(self, name: str, rank: int) -> Box:
-        """A member's part of that."""
+        """A member's shard of that parameter."""
         box, shape = self.layout.box(name, rank), self._group_shape(name)
         return Box(
             shape,

@@ -77,7 +77,9 @@ def orthogonalise(matrices_NRC: Tensor, form: NewtonSchulz = "quintic") -> Tenso
 
 
 def stacked_matrices(name: str, config: ModelConfig | None = None, per_head: bool = False) -> int:
-    """How many matrices are stacked in a parameter along its rows, each orthogonalised by itself."""
+    """How many matrices are stacked in a parameter along its rows, each orthogonalised by
+    itself.
+    """
     if name.endswith("gate_up_proj"):
         return 2
     if config is None:

@@ -88,7 +88,9 @@ def _incoming(model: Deepseek, tokens_BT: Tensor, layout: Layout) -> Tensor | No
 
 
 def _backward(parts: LossParts, layout: Layout, gradients_travel: bool) -> None:
-    """Differentiate a microbatch's own losses, and its output by the gradient from the next stage."""
+    """Differentiate a microbatch's own losses, and its output by the gradient from the next
+    stage.
+    """
     roots, gradients = [parts.total], [torch.ones_like(parts.total)]
     if parts.residual is not None and gradients_travel:
         roots.append(parts.residual)

@@ -30,7 +30,7 @@ def cosine(step: int, steps: int, warmup: int, final: float = 0.0) -> float:
 
 
 def ramp(step: int, steps: int, first: int, last: int) -> int:
-    """A whole number that goes from `first` to `last` in equal steps over so many, and stays there."""
+    """A whole number that goes from `first` to `last` over `steps` equal steps, and stays there."""
     return last if step >= steps else first + round((last - first) * step / steps)
 
 

@@ -31,8 +31,8 @@ def shard(model: Deepseek, layout: Layout) -> Deepseek:
         _shard_over_data(model, layout)
         for name, parameter in model.named_parameters():
             assert tuple(local(parameter).shape) == layout.box(name).size, name
-    twice = layout.pipeline > 1 and needs_embedding_twice(model.config)
-    if twice and (model.begins or model.ends):
+    shares = layout.pipeline > 1 and needs_embedding_twice(model.config)
+    if shares and (model.begins or model.ends):
         layout.shared_embedding = model.get_parameter("model.embed_tokens.weight")
     return model
 
@@ -41,8 +41,8 @@ def _shard_over_data(model: Deepseek, layout: Layout) -> None:
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     data = layout.meshes["data"]
-    # Microbatches of a pipeline follow each other: to gather parameters anew for each would cost
-    # more than the memory it saves.
+    # Microbatches of a pipeline follow each other: to gather parameters again for each would
+    # cost more than the memory it saves.
     reshard = layout.pipeline == 1
     for layer in model.model.layers.values():
         if isinstance(layer.mlp, MixtureOfExperts):

@@ -1,4 +1,6 @@
-"""How fast a training goes: seconds and tokens, memory, and the share of the machine's arithmetic."""
+"""How fast a training goes: seconds and tokens, memory, and the share of the machine's
+arithmetic.
+"""
 
 import time
 from collections.abc import Mapping

@@ -33,7 +33,9 @@ def chosen_dtype(dtype: str, device: str = "cpu") -> str:
 
 
 def set_compute(model: Deepseek, config: OptimizationConfig) -> None:
-    """Make the model compute in the dtype that `config` asks for, and keep or recompute activations."""
+    """Make the model compute in the dtype that `config` asks for, and keep or recompute
+    activations.
+    """
     bf16 = chosen_dtype(config.dtype, model.device.type) == "bf16"
     model.compute_dtype = torch.bfloat16 if bf16 else None
     model.recompute = config.activations == "recompute"
@@ -78,7 +80,9 @@ class TrainingState:
     def begin(
         cls, model: Deepseek, config: OptimizationConfig, layout: Layout | None = None
     ) -> "TrainingState":
-        """The state before the first step. Shards the model and makes it compute as `config` says."""
+        """The state before the first step. Shards the model and makes it compute as `config`
+        says.
+        """
         layout = layout or Layout()
         set_compute(model, config)
         optimizer = new_optimizer(shard(model, layout), config, layout)
@@ -113,7 +117,7 @@ class TrainingState:
 
     @property
     def boxes(self) -> dict[str, Box]:
-        """Where each shard lies in its whole tensor; a tensor without a box is whole."""
+        """Where each shard lies in its whole tensor; a name without a box is a full tensor."""
         if self.layout.data == 1:
             return {}
         boxes = {name: self.layout.box(name) for name in self.optimizer.parameters}
@@ -168,7 +172,8 @@ class TrainingState:
 def agreed_checkpoint(
     directory: Path, layout: Layout, up_to: int | None = None
 ) -> SavedCheckpoint | None:
-    """The newest intact checkpoint that rank 0 sees, of step `up_to` at most; None if there is none.
+    """The newest intact checkpoint that rank 0 sees, of step `up_to` at most; None if there is
+    none.
 
     Raises `Failed` on a rank that cannot open it.
     """

@@ -103,7 +103,9 @@ def optimizer_step(
 def guarded_update(
     state: TrainingState, config: OptimizationConfig, number: int, loss: StepLoss
 ) -> tuple[dict[str, float], Problem | None]:
-    """Backpropagate and update, unless the guard withholds the update; returns figures and problem."""
+    """Backpropagate and update, unless the guard withholds the update; returns figures and
+    problem.
+    """
     guard = state.guard
     figures: dict[str, float] = {}
     problem = guard.judge(loss.judged, loss.value, loss.smallest_deviation)

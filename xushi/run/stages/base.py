@@ -21,7 +21,9 @@ Unit = Literal["count", "size", "percent", "digits", "duration", "text"]
 
 
 class Fact(NamedTuple):
-    """One number of results.json as part of a sentence: "{} documents" for the key data.documents."""
+    """One number of results.json as part of a sentence: "{} documents" for the key
+    data.documents.
+    """
 
     key: str
     pattern: str
@@ -101,7 +103,9 @@ class Stage(ABC):
         return False
 
     def seconds(self, per_token: float) -> float:
-        """The estimated time, from the seconds that one token takes in training; 0: not estimated."""
+        """The estimated time, from the seconds that one token takes in training; 0: not
+        estimated.
+        """
         return 0.0
 
 

@@ -1,4 +1,6 @@
-"""Evaluation: bits per byte of the base model beside compressors, and answers before and after RL."""
+"""Evaluation: bits per byte of the base model beside compressors, and answers before and after
+RL.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

@@ -1,14 +1,17 @@
-"""How long an environment's episodes are in tokens, before there is a tokenizer: lower bounds.
+"""How long an environment's episodes are in tokens.
 
-A recipe is only refused for a length that no tokenizer could bring below the limit.
+Before there is a tokenizer these are lower bounds: a recipe is only refused for a length that no
+tokenizer could bring below the limit. `check_tokens` measures with the run's tokenizer.
 """
 
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from xushi.base.errors import BadInput
 from xushi.base.messages import Message
 from xushi.envs import Environment
+from xushi.tokenizer import Tokenizer, chat_examples
 
 if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
@@ -42,7 +45,9 @@ def mean_demonstration_tokens(environment: Environment, thinking_share: float) -
 
 
 def check_episode_length(recipe: "Recipe") -> None:
-    """Raise ValueError if an episode that is trained on or evaluated exceeds the model's context."""
+    """Raise ValueError if an episode that is trained on or evaluated exceeds the model's
+    context.
+    """
     for environment in recipe.environments():
         tokens = fewest_tokens(environment.longest_transcript())
         limit = recipe.model.max_position_embeddings
@@ -51,3 +56,18 @@ def check_episode_length(recipe: "Recipe") -> None:
                 f"the longest episode of {environment.card().tasks} takes {tokens} tokens, more "
                 f"than model.max_position_embeddings={limit}"
             )
+
+
+def check_tokens(environment: Environment, tokenizer: Tokenizer, context: int) -> None:
+    """Raise `BadInput` if the longest episode, with the description of the tools, exceeds the
+    model's context.
+    """
+    transcript = environment.longest_transcript()
+    examples = chat_examples(tokenizer, transcript, environment.tools)
+    tokens = max(len(ids) for ids, _ in examples)
+    if tokens > context:
+        raise BadInput(
+            f"the longest episode of {environment.card().tasks} takes {tokens} tokens, more than "
+            f"model.max_position_embeddings={context}",
+            f"set model.max_position_embeddings to {tokens} or more, or shorten the tasks",
+        )

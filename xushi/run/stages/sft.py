@@ -8,7 +8,11 @@ from xushi.model import Batch
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results
 from xushi.run.stages.checks import check_length, check_model_training
-from xushi.run.stages.lengths import check_episode_length, mean_demonstration_tokens
+from xushi.run.stages.lengths import (
+    check_episode_length,
+    check_tokens,
+    mean_demonstration_tokens,
+)
 from xushi.run.stages.training import TrainingStage, end_mean
 from xushi.tokenizer import Tokenizer, chat_examples
 from xushi.train import Data, LanguageModelStep, SFTConfig, Step, pack_examples
@@ -67,7 +71,10 @@ class SFT(TrainingStage):
 
     def data(self, place: RunPlace) -> Data:
         """Demonstrations, fresh ones at every step; the cursor counts them."""
-        return demonstrations(self.environment.make(), place.tokenizer(), self.config)
+        environment = self.environment.make()
+        tokenizer = place.tokenizer()
+        check_tokens(environment, tokenizer, self.model.max_position_embeddings)
+        return demonstrations(environment, tokenizer, self.config)
 
     def step(self, place: RunPlace) -> Step:
         """Next-token prediction on what an assistant must produce."""

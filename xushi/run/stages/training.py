@@ -113,7 +113,9 @@ class TrainingStage(ModelStage):
 
 
 def last_main_stage(recipe: "Recipe", before: type[Stage] | None = None) -> str | None:
-    """The last stage of this run that trains the main model; only those before `before`, if given."""
+    """The last stage of this run that trains the main model; only those before `before`, if
+    given.
+    """
     found = None
     for stage in recipe.stage_classes:
         if stage is before:
