@@ -16,7 +16,7 @@ from xushi.base.tracking import Tracking
 from xushi.run.launch import Launch, check_launch, write_slurm_job
 from xushi.run.recipe import load_recipe
 
-from .conftest import MINIATURE, ROOT, read_results, xushi, xushi_here
+from .conftest import MINIATURE, ROOT, Chain, read_results, xushi, xushi_here
 from .test_torchrun import hashes
 
 # What Slurm would do, for two nodes: the names of its nodes, and the command once on each.
@@ -82,7 +82,7 @@ def test_a_launch_is_one_of_two() -> None:
 
 
 @pytest.mark.slow
-def test_a_lost_node_and_the_job_goes_on_with_the_other(tmp_path: Path, chain) -> None:
+def test_a_lost_node_and_the_job_goes_on_with_the_other(tmp_path: Path, chain: Chain) -> None:
     """The job file itself runs, by another srun; the node that goes is the one that does not hold
     the rendezvous.
     """
@@ -152,7 +152,7 @@ def children(parent: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_lost_machine_of_a_ray_cluster(tmp_path: Path, chain) -> None:
+def test_a_lost_machine_of_a_ray_cluster(tmp_path: Path, chain: Chain) -> None:
     script = f"""
 import threading, time
 from pathlib import Path
