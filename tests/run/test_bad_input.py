@@ -15,8 +15,10 @@ from subprocess import CompletedProcess
 import pytest
 
 from xushi.base.errors import XushiError
+from xushi.base.tracking import Tracking
 from xushi.engine import LLM, SamplingParams
 from xushi.run import run
+from xushi.run.place import RunPlace, read_record
 from xushi.run.recipe import load_recipe
 from xushi.train.checkpoint import latest_checkpoint
 
@@ -225,3 +227,14 @@ def test_chat_and_report_without_a_run(tmp_path: Path) -> None:
     for verb in ("chat", "serve", "report"):
         done = xushi_here(verb, tmp_path / "nothing")
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"key": 1}'])
+def test_a_damaged_record_of_a_stage_is_told(content: str, tmp_path: Path) -> None:
+    place = RunPlace(tmp_path, Tracking(None))
+    assert read_record(place, "data") is None
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "data.json").write_text(content)
+    with pytest.raises(XushiError, match=r"data\.json") as error:
+        read_record(place, "data")
+    assert "remove it" in error.value.remedy

@@ -3,7 +3,6 @@
 Not for: writing anything into a run.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xushi.base.errors import BadInput, Failed
+from xushi.base.files import read_json
 from xushi.base.tracking import Tracking
 from xushi.report.scales import Point
 
@@ -102,18 +102,7 @@ def open_run(directory: Path) -> Iterator[Run]:
 def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise Failed(
-            f"{path} cannot be read: {error}",
-            "run the same command again: it writes the file again",
-        ) from None
-    if not isinstance(value, dict):
-        raise Failed(
-            f"{path} is not a JSON object", "run the same command again: it writes the file again"
-        )
-    return value
+    return read_json(path, "run the same command again: it writes the file again")
 
 
 def _read_samples(path: Path) -> dict[str, list[dict[str, Any]]]:

@@ -5,14 +5,13 @@ the recipe and of the keys of the stages before it. The file is written last, so
 stage undone.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xushi.base.errors import Failed
-from xushi.base.files import sha256_json, write_json
+from xushi.base.errors import BadInput
+from xushi.base.files import read_json, sha256_json, write_json
 from xushi.base.tracking import Tracking
 from xushi.tokenizer import Tokenizer
 from xushi.train import Layout
@@ -68,15 +67,13 @@ def stage_key(name: str, reads: Mapping[str, Any], before: str) -> str:
 def read_record(place: RunPlace, name: str) -> StageRecord | None:
     """The record of stage `name`; None if it was never finished here."""
     file = place.path("stages", f"{name}.json")
-    try:
-        table = json.loads(file.read_text(encoding="utf-8"))
-        return StageRecord(table["key"], table["seconds"], table["results"])
-    except FileNotFoundError:
+    if not file.exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Failed(
-            f"{file} cannot be read: {error!r}", "remove it and run the same command again"
-        ) from None
+    remedy = "remove it and run the same command again"
+    table = read_json(file, remedy)
+    if set(table) != {"key", "seconds", "results"}:
+        raise BadInput(f"{file} is not the record of a stage", remedy)
+    return StageRecord(table["key"], table["seconds"], table["results"])
 
 
 def write_record(place: RunPlace, name: str, record: StageRecord) -> None:
