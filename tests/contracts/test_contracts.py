@@ -46,8 +46,8 @@ def extended(*more: str, folder: Path = HERE) -> Recipe:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where somebody keeps recipes and files."""
     folder = tmp_path_factory.mktemp("own")
-    for name in ("stages.py",):
-        shutil.copy(HERE / name, folder / name)
+    shutil.copy(HERE / "stages.py", folder)
+    shutil.copy(MINIATURE, folder / "extended.toml")
     return folder
 
 
@@ -99,8 +99,7 @@ def test_a_run_has_its_files_with_it(done, folder: Path, tmp_path: Path) -> None
 
 
 def test_a_changed_file_is_another_recipe(folder: Path, tmp_path: Path) -> None:
-    for name in ("stages.py",):
-        shutil.copy(folder / name, tmp_path / name)
+    shutil.copy(folder / "stages.py", tmp_path)
     before = extended(folder=tmp_path)
     keys = {stage.name: json.dumps(stage.reads()) for stage in before.run_stages()}
     file = tmp_path / "stages.py"
@@ -122,6 +121,14 @@ def test_its_table_is_checked_like_any_other(folder: Path) -> None:
             extended(assignment, folder=folder)
     with pytest.raises(BadInput, match="unknown key word_count"):
         load_recipe(MINIATURE, ["word_count.most=3"])
+
+
+def test_a_table_may_be_left_out_where_every_key_has_a_default(folder: Path) -> None:
+    named = ["data", "tokenizer", "pretrain", "stages.py:WordCount"]
+    recipe = load_recipe(folder / "extended.toml", [], stages=named)
+    assert recipe.word_count.most == 10  # type: ignore[attr-defined]
+    with pytest.raises(BadInput, match="key denoise is missing"):
+        load_recipe(folder / "extended.toml", [], stages=[*named[:3], "stages.py:Denoise"])
 
 
 def test_a_dry_run_has_its_cost(folder: Path) -> None:

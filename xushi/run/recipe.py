@@ -240,7 +240,9 @@ def _recipe_type(
         fields["environment"] = (_table_of(environment) | None, None)
     for _, stage in stages:
         if stage.Config is not None:
-            fields[stage.name] = (stage.Config, ...)
+            required = any(key.is_required() for key in stage.Config.model_fields.values())
+            default = Field() if required else Field(default_factory=stage.Config)
+            fields[stage.name] = (stage.Config, default)
     if not fields and not stages:
         return Recipe
     made = create_model("Recipe", __base__=Recipe, __module__=__name__, **fields)
