@@ -104,6 +104,18 @@ FAULTS = {
             "    return Score('right', '')",
         ),
     ),
+    "an episode cut off after a call that is right": Fault(
+        "exploits",
+        "unfinished",
+        *before(
+            SCORE,
+            "if len(transcript) == 4 and transcript[3].tool_calls:",
+            "    return Score('right', '')",
+        ),
+    ),
+    "a score that empties the record": Fault(
+        "solve", "AttributeError", *before(SCORE, "transcript.clear()")
+    ),
     "a score that raises": Fault(
         "exploits", "IndexError", *before(SCORE, "if not transcript[-1].content:", "    pass")
     ),
@@ -251,6 +263,19 @@ def test_a_fault_is_caught_from_outside(name: str, tmp_path: Path) -> None:
 
 def test_an_observation_of_an_undeclared_tool_is_caught(tmp_path: Path) -> None:
     assert "declares no tools" in found_here(tmp_path, UNDECLARED)["anything"]["text"]
+
+
+def test_a_tool_that_fails_on_an_argument_of_another_type_is_caught(tmp_path: Path) -> None:
+    """A model gives a declared parameter any value; the episode must go on."""
+    source = SOUND.replace('"properties": {}', '"properties": {"step": {"type": "integer"}}')
+    line, instead = before(
+        "        if asked[-1] != (ASK,):",
+        "step = json.loads(asked[-1][0].arguments or 'null')",
+        "step = step.get('step', 1) + 1 if isinstance(step, dict) else 1",
+    )
+    source = source.replace(line, instead.replace("json.loads", "__import__('json').loads"))
+    broken_ones = [finding for finding in check(tmp_path, source) if finding.state == "broken"]
+    assert [finding.promise for finding in broken_ones] == ["anything"]
 
 
 def test_what_is_broken_is_told_with_its_task(tmp_path: Path) -> None:

@@ -155,6 +155,15 @@ def test_a_task_that_is_solved_is_not_hopeless(training, always, tracking, tmp_p
     assert [value for _, value in tracking.series("rl", "with_signal")] == [0.0] * 6
 
 
+@pytest.mark.parametrize(("errors", "judged"), [(0, 1.0), (CONFIG.samples, 1.0), (None, 0.4)])
+def test_a_step_in_which_the_verifier_failed_is_no_collapse(errors, judged) -> None:
+    """The guard sees 1 - mean reward, but its usual value where no answer has a reward."""
+    every = CONFIG.prompts * CONFIG.samples
+    figures = {"loss": 0.0, "reward": 0.0, "verifier_errors": every if errors is None else errors}
+    loss = policy.PolicyLoss(torch.zeros(()), None, figures, {})  # type: ignore[arg-type]
+    assert module._step_loss(loss, CONFIG, usual=0.4).judged == judged
+
+
 def test_figures_and_batches_are_tracked_at_every_step(training, tracking, tmp_path) -> None:
     training(tmp_path / "checkpoints", tracking, steps=2).run()
     names = set(tracking.names("rl"))

@@ -25,8 +25,8 @@ Verdict = Literal["right", "wrong", "error"]
 
 @dataclass(frozen=True)
 class Task:
-    """One instance. `prompt` is its question as text; two tasks with the same prompt are one
-    instance.
+    """One instance. `prompt` is its question as text. Tasks with equal prompt, answer and details
+    are one instance.
 
     `answer` and `details` belong to the verifier; whoever solves the task must not see them.
     """

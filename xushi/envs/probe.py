@@ -57,7 +57,7 @@ class Probe:
 
     def reply(self, task: Task, where: str, transcript: Sequence[Message]) -> Message | None:
         """The next observation, checked for its form."""
-        observation: Message | None = self.ask("reply", where, task, list(transcript))
+        observation: Message | None = self.ask("reply", where, task, tuple(transcript))
         if observation is None:
             return None
         check_message(observation, f"reply of {where}")
@@ -81,7 +81,7 @@ class Probe:
 
     def score(self, task: Task, where: str, transcript: Sequence[Message]) -> Score:
         """The verdict, checked for its form."""
-        score = self.ask("score", where, task, list(transcript))
+        score = self.ask("score", where, task, tuple(transcript))
         if not isinstance(score, Score) or score.verdict not in ("right", "wrong", "error"):
             raise Broken(
                 f"score of {where} gave {short(score)}",

@@ -6,6 +6,7 @@ it is, after each promise what came of it, and hashes of what the environment ga
 with another process. Not here: deadlines, that comparison, and output (check).
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,10 @@ RESERVED = {"kind", "transcripts", "transcript_weight", "code", "environment", "
 
 # What a solver may write instead of an answer.
 NONSENSE = ("", " ", "0", "yes", "\0", "</think>", "\u200b", "９", "{}", "x" * 10_000)
+
+
+# What it may give for a parameter of a tool, whatever type the tool declares.
+ODD_VALUES: tuple[Any, ...] = ("x", "", None, [], {}, True, -1, 10**30, 0.5, "\ud800")
 
 
 def declared(probe: Probe, found: type[Environment]) -> str:
@@ -274,15 +279,23 @@ def _solvers(probe: Probe, task: Task, where: str) -> Iterator[Message]:
     for name in names:
         for arguments in ("{}", '{"index": 0, "x": null}', "[", ""):
             yield Message("assistant", "", tool_calls=(ToolCall(name, arguments),))
+    for tool in probe.environment.tools:
+        for parameter in tool.parameters.get("properties", {}):
+            for value in ODD_VALUES:
+                arguments = json.dumps({parameter: value})
+                yield Message("assistant", "", tool_calls=(ToolCall(tool.name, arguments),))
     yield Message("assistant", "", tool_calls=(ToolCall(names[0], "{}"),) * 3)
 
 
 def _cut_off(solution: Sequence[Message]) -> list[list[Message]]:
-    """The solution as it would stand after max_tokens: shorter, its last answer empty."""
+    """The solution as it is recorded when max_tokens or the context end it early: after an answer
+    that is not the last, or with a last answer that was cut off and is empty.
+    """
     cut: list[list[Message]] = [[]]
     for end in range(1, len(solution), 2):
-        cut.append([*solution[:end]])
         cut.append([*solution[:end], Message("assistant", "", solution[end].reasoning)])
+        if end + 1 < len(solution):
+            cut.append([*solution[: end + 1]])
     return cut
 
 

@@ -168,7 +168,7 @@ class _Player:
             self.finish_reason = "length"
             return
         self._transcript.append(answer)
-        observation = self._environment.reply(self.task, self._transcript)
+        observation = self._environment.reply(self.task, tuple(self._transcript))
         if observation is None:
             self.finish_reason = "stop"
             return
@@ -180,7 +180,7 @@ class _Player:
             self.task,
             self._transcript,
             self._branches,
-            self._environment.score(self.task, self._transcript),
+            self._environment.score(self.task, tuple(self._transcript)),
             self.finish_reason,
             self._tokens,
         )

@@ -126,7 +126,8 @@ def _figures(
         "tasks": float(len(rollout.rewards_PS)),
         "episodes": float(len(episodes)),
         "tokens": float(len(logprobs)),
-        "reward": float(rollout.rewards_PS.double().sum()),
+        "reward": float(rollout.rewards_PS.double().sum()),  # 0 where the verifier failed
+        "counted": float(rollout.counted_PS.sum()),
         "surprise": -float(model_N.double().sum()),
         "truncated": float(sum(episode.finish_reason == "length" for episode in episodes)),
         "errors": float((~rollout.counted_PS).sum()),
@@ -138,7 +139,7 @@ def _figures(
     return {
         "loss": whole["loss"],
         "target_tokens": whole["tokens"],
-        "reward": whole["reward"] / whole["episodes"],
+        "reward": whole["reward"] / max(1.0, whole["counted"]),
         "length": whole["tokens"] / whole["episodes"],
         "entropy": whole["surprise"] / whole["tokens"],
         "truncated": whole["truncated"] / whole["episodes"],

@@ -56,7 +56,8 @@ class ReinforcementStep(Step):
         rollout = self._sampler.rollout(model, state.cursor, share)
         phase("step")
         policy = policy_loss(state.model, config, self._pad_id, rollout, layout)
-        updated, problem = guarded_update(state, config, number, _step_loss(policy))
+        loss = _step_loss(policy, config, state.guard.scale.mean)
+        updated, problem = guarded_update(state, config, number, loss)
         figures = policy.figures | updated
         return StepResult(
             figures,
@@ -104,21 +105,27 @@ class ReinforcementStep(Step):
         self._without_signal = self._without_signal + 1 if flat else 0
         if self._without_signal < LIMIT_WITHOUT_SIGNAL:
             return ""
+        advice = "more sft.steps may help"
+        if figures["verifier_errors"]:
+            advice = "the verifier gave 'error' in the last step: check the environment"
         return (
             f"no group of the last {LIMIT_WITHOUT_SIGNAL} steps had both right and wrong answers, "
-            "so there is nothing to learn from (more sft.steps may help)"
+            f"so there is nothing to learn from ({advice})"
         )
 
 
-def _step_loss(policy: PolicyLoss) -> StepLoss:
+def _step_loss(policy: PolicyLoss, config: RLConfig, usual: float) -> StepLoss:
     """The guard judges 1 - mean reward: a policy's own loss is about zero, well or badly
     trained.
+
+    Where the verifier failed on every answer there is no reward, and the step is judged as usual.
     """
     figures = policy.figures
+    failed = figures["verifier_errors"] == config.prompts * config.samples
     return StepLoss(
         policy.total,
         value=figures["loss"],
-        judged=1.0 - figures["reward"],
+        judged=usual if failed else 1.0 - figures["reward"],
         loads=policy.loads,
         smallest_deviation=SMALLEST_DEVIATION,
     )

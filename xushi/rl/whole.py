@@ -20,7 +20,7 @@ class WholeCopy:
         """The copy with the weights that the processes now hold; all of them call this together.
 
         What the processes save for a checkpoint is each tensor exactly once, so the sum of their
-        parts, each at its place and zero elsewhere, is the whole tensor to the bit.
+        parts, each at its place and zero elsewhere, is the whole tensor, signs of zeros aside.
         """
         saved, boxes = state.saved["model"], state.boxes
         group = state.layout.group("data")

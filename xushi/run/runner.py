@@ -33,6 +33,8 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
     Under torchrun all processes call this, and only the first one has results.
     """
     layout = join(recipe.layout, recipe.model, chosen_device(recipe.device), recipe.rows)
+    for stage in recipe.run_stages():
+        stage.check_layout(layout)
     machine = inspect()
     processes_here = processes_on_this_machine()
     if layout.device == "cuda":  # each process has a GPU of its own

@@ -72,7 +72,8 @@ class StepLoss:
     `total` is this process's part, a scalar; None if the gradients have been computed already.
     `value` is the sum of `total` over all processes. `judged` is what the guard compares with
     earlier steps; it never takes less than `smallest_deviation` for this figure's deviation.
-    `loads` are the experts' loads over all processes, by router; None leaves the router biases.
+    `loads` are the experts' loads over all processes, by router. They move the router biases unless
+    `move_biases` is False.
     """
 
     total: Tensor | None

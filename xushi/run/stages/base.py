@@ -98,6 +98,10 @@ class Stage(ABC):
     def run(self, place: RunPlace) -> Results:
         """Do the work. Where `together` holds, all processes call this alike."""
 
+    def check_layout(self, layout: Layout) -> None:
+        """Raise `BadInput` if the stage cannot run on these processes. Asked before all stages."""
+        return
+
     def together(self, layout: Layout) -> bool:
         """Whether all processes of `layout` run the stage; else the first one does alone."""
         return False

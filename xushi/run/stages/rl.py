@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from xushi.base.errors import BadInput
 from xushi.base.seeds import derive
 from xushi.base.tracking import BatchRecord
 from xushi.rl import ReinforcementStep
@@ -65,6 +66,15 @@ class RL(TrainingStage):
             raise ValueError(f"stage {cls.name} needs the tables [{cls.name}] and [environment]")
         check_length(f"{cls.name}.sequence_length", recipe.rl.sequence_length, recipe.model)
 
+    def check_layout(self, layout: Layout) -> None:
+        """Each process needs a task of its own."""
+        if self.together(layout) and self.config.prompts < layout.data:
+            raise BadInput(
+                f"rl.prompts={self.config.prompts} does not give each of layout.data="
+                f"{layout.data} processes a task",
+                f"set rl.prompts={layout.data}, or start fewer processes",
+            )
+
     def together(self, layout: Layout) -> bool:
         """All processes, unless they hold different layers: sampling needs a whole model."""
         return layout.pipeline == 1
@@ -82,12 +92,14 @@ class RL(TrainingStage):
         )
 
     def results(self, place: RunPlace) -> RLResults:
-        """Steps, answers, reward."""
+        """Steps and answers as far as training went, and the reward at its end."""
+        rewards = place.tracking.series(self.name, "reward")
+        steps = rewards[-1][0] if rewards else self.config.steps
         differences = [v for _, v in place.tracking.series(self.name, "logprob_difference")]
         return RLResults(
             rl=RLFigures(
-                steps=self.config.steps,
-                answers=self.config.steps * self.config.prompts * self.config.samples,
+                steps=steps,
+                answers=steps * self.config.prompts * self.config.samples,
                 reward=end_mean(place.tracking, self.name, "reward"),
                 max_logprob_difference=max(differences, default=None),
             )
