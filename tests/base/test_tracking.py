@@ -115,6 +115,7 @@ def test_metrics_stand_in_lines_too(tmp_path) -> None:
     )
     assert {key: value for key, value in json.loads(second).items() if key != "time"} == {
         "stage": "pretrain",
+        "attempt": 0,
         "step": 2,
         "loss": 2.0,
     }

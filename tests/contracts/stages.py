@@ -19,7 +19,7 @@ from xushi.data import TokenDataset, batch_hash, training_texts
 from xushi.model import Batch, next_token_loss
 from xushi.run.place import RunPlace
 from xushi.run.recipe import Recipe
-from xushi.run.stages import Fact, Results, Stage, TrainingStage
+from xushi.run.stages import Results, Stage, TrainingStage
 from xushi.train import (
     OptimizationConfig,
     Step,
@@ -49,9 +49,7 @@ class WordCount(Stage):
     """Reads data/corpus; writes words.json with the most frequent words."""
 
     name = "word_count"
-    title = "Words"
     Config = WordCountConfig
-    facts = (Fact("word_count.words", "{} words"),)
 
     def __init__(self, recipe: Recipe) -> None:
         self.config: WordCountConfig = recipe.word_count  # type: ignore[attr-defined]
@@ -123,13 +121,15 @@ class Denoise(TrainingStage):
     """Reads the checkpoint of the stage before; writes checkpoints/denoise."""
 
     name = "denoise"
-    title = "Denoising"
     Config = DenoiseConfig
-    facts = (Fact("denoise.replaced", "{} tokens replaced"),)
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
         self.config: DenoiseConfig = recipe.denoise  # type: ignore[attr-defined]
+        self.sequence_length = recipe.data.sequence_length
+
+    def seconds(self, per_token: float) -> float:
+        return self.config.steps * self.config.rows * self.sequence_length * per_token
 
     def step(self, place: RunPlace) -> Step:
         dataset = TokenDataset.open(place.tokens, derive(self.seed, self.name) >> 1, None)

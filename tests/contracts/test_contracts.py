@@ -34,6 +34,18 @@ TABLES = ["denoise.steps=6", "denoise.learning_rate=0.001", "denoise.checkpoint_
           "denoise.optimizer=adamw", "word_count.most=3"]  # fmt: skip
 
 
+OWN = """
+class Own(Stage):
+    name = 'own'
+
+    def __init__(self, recipe):
+        pass
+
+    def run(self, place):
+        return Results()
+"""
+
+
 def extended(*more: str, folder: Path = HERE) -> Recipe:
     """The miniature with both stages; the file is found beside the recipe."""
     recipe = folder / "extended.toml"
@@ -131,9 +143,48 @@ def test_a_table_may_be_left_out_where_every_key_has_a_default(folder: Path) -> 
         load_recipe(folder / "extended.toml", [], stages=[*named[:3], "stages.py:Denoise"])
 
 
+def test_stages_that_are_left_out_take_their_tables_with_them(folder: Path) -> None:
+    own = folder / "own.toml"
+    own.write_text(extended(folder=folder).to_toml())
+    recipe = load_recipe(own, [], stages=["data", "tokenizer", "pretrain"])
+    assert not hasattr(recipe, "word_count") and not hasattr(recipe, "denoise")
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("import sys; sys.exit('no')", "SystemExit: no"),
+        ("class Own(Stage):\n    def __init__(self, recipe): pass\n", "does not define run"),
+        (OWN.replace("name = 'own'", ""), "is named None"),
+        (OWN.replace("'own'", "'end'"), "a name that is taken"),
+        (OWN.replace("'own'", "'pretrain'"), "a name that is taken"),
+        (OWN.replace("pass", "self.made = object()"), "cannot be hashed"),
+        ("from xushi.run.stages.export import Export as Own", "is defined in another module"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_told_before_anything_is_made(
+    body: str, problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(f"from xushi.run.stages import Results, Stage\n{body}")
+    shutil.copy(MINIATURE, tmp_path / "recipe.toml")
+    stages = ["data", "tokenizer", "pretrain", "own.py:Own"]
+    with pytest.raises(BadInput, match=problem):
+        run(load_recipe(tmp_path / "recipe.toml", [], stages=stages), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", ["~nobody/own.py", "o" * 300 + ".py"])
+def test_a_file_that_cannot_be_is_told(file: str) -> None:
+    with pytest.raises(BadInput):
+        load_recipe(MINIATURE, [], stages=["data", "tokenizer", "pretrain", f"{file}:Own"])
+
+
 def test_a_dry_run_has_its_cost(folder: Path) -> None:
     plan = describe(extended(folder=folder))
     assert "stages.py:Denoise" in plan["run.stages"]
+    each = plan["seconds.pretrain"] / (12 * 1024)
+    assert plan["seconds.denoise"] == pytest.approx(6 * 8 * 64 * each)
+    assert "seconds.word_count" not in plan
 
 
 def test_an_environment_with_a_tool_goes_through_every_stage(tmp_path: Path) -> None:

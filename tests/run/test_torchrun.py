@@ -154,6 +154,24 @@ def test_a_whole_run_on_two_speaks_once(layout: str, tmp_path: Path) -> None:
     assert read_results(tmp_path / "run")["pretrain.steps"] == 20
 
 
+def test_a_stage_from_a_file_trains_on_two(tmp_path: Path) -> None:
+    own = ROOT / "tests" / "contracts" / "stages.py"
+    sets = ["pretrain.steps=6", "denoise.steps=4", "denoise.learning_rate=0.001"]
+    process = start(
+        "run",
+        MINIATURE,
+        "--out",
+        tmp_path / "run",
+        "--stages",
+        f"data,tokenizer,pretrain,{own}:Denoise",
+        *(word for each in sets for word in ("--set", each)),
+    )
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    results = read_results(tmp_path / "run")
+    assert results["denoise.steps"] == 4 and results["denoise.replaced"] > 0
+
+
 def test_a_layout_that_cannot_be_is_refused_by_all(tmp_path: Path) -> None:
     process = start("run", MINIATURE, "--out", tmp_path / "run", "--set", "layout.expert=3")
     _, said = process.communicate(timeout=120)

@@ -1,13 +1,18 @@
 """--update: nothing of the old recipe's attempt is taken for the new one's."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from xushi.base.errors import BadInput
 from xushi.base.tracking import Tracking
-from xushi.run import replay, run
+from xushi.report import write_report
+from xushi.run import export_metrics, replay, run
+from xushi.run.place import RunPlace
 from xushi.run.recipe import Recipe, load_recipe
+from xushi.run.stages import Results, Stage
+from xushi.run.stages.tokenizer import TrainTokenizer
 
 from .conftest import MINIATURE
 
@@ -112,3 +117,71 @@ def test_without_its_tracking_store_a_finished_stage_has_no_speed(tmp_path: Path
     results = run(recipe_of(4), directory)
     assert results is not None and results["pretrain.steps"] == 4
     assert "pretrain.tokens_per_second" not in results and "pretrain.loss" not in results
+
+
+@pytest.fixture
+def half_updated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished run, updated to another recipe that is interrupted before the tokenizer."""
+    directory = tmp_path / "run"
+    run(recipe_of(4), directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainTokenizer, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe_of(4, "data.salt='other'"), directory, update=True)
+    return directory
+
+
+def interrupted(stage: Stage, place: RunPlace) -> Results:
+    raise KeyboardInterrupt
+
+
+def test_back_at_the_first_recipe_all_that_follows_runs_again(
+    half_updated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The corpus was made anew, and may be another: nothing made from the old one is kept."""
+    capsys.readouterr()
+    run(recipe_of(4), half_updated, update=True)
+    assert "done before" not in capsys.readouterr().err
+
+
+def test_between_two_recipes_nothing_is_told_of_the_old_one(half_updated: Path) -> None:
+    assert not (half_updated / "results.json").exists()
+    with pytest.raises(BadInput, match="has not run again since"):
+        replay(half_updated, 3)
+
+
+def test_threads_of_an_updated_recipe_are_used(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    run(recipe_of(2, "threads=1"), directory)
+    results = run(recipe_of(2, "threads=2"), directory, update=True)
+    assert results is not None and results["machine.threads"] == 2
+
+
+def test_a_start_that_was_killed_counts_by_its_steps(tmp_path: Path) -> None:
+    """A kill leaves no time of the start, but the seconds of its steps are in the store."""
+    directory = tmp_path / "run"
+    run(recipe_of(4), directory)
+    (directory / "stages" / "pretrain.json").unlink()
+    store = Tracking(directory / "tracking.sqlite")
+    for step in range(1, 5):
+        store.metrics("pretrain", step, {"seconds": 100.0})
+    store.close()
+    results = run(recipe_of(4), directory)
+    assert results is not None and results["seconds.pretrain"] == pytest.approx(400)
+
+
+def test_a_run_of_another_format_is_told_and_not_touched(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    run(recipe_of(2), directory)
+    owner = json.loads((directory / "run.json").read_text())
+    (directory / "run.json").write_text(json.dumps(owner | {"format": 1}))
+    before = (directory / "tracking.sqlite").read_bytes()
+    actions = (
+        write_report,
+        lambda path: replay(path, 1),
+        lambda path: export_metrics(path, "tensorboard"),
+    )
+    for action in actions:
+        with pytest.raises(BadInput, match="run format 1"):
+            action(directory)
+    assert (directory / "tracking.sqlite").read_bytes() == before

@@ -26,7 +26,18 @@ def is_file_spec(spec: str) -> bool:
 
 def plugin_file(spec: str, folder: Path) -> Path:
     """The file that "file.py:Class" names; a relative path starts at `folder`."""
-    return folder / Path(spec.rpartition(":")[0]).expanduser()
+    try:
+        return folder / Path(spec.rpartition(":")[0]).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise BadInput(f"{spec!r}: {error}", "write the whole path") from None
+
+
+def is_there(file: Path) -> bool:
+    """Whether `file` is a file; a name that cannot be one is none."""
+    try:
+        return file.is_file()
+    except OSError:  # too long
+        return False
 
 
 def load_class(spec: str, base: type[Base], folder: Path) -> type[Base]:
@@ -39,7 +50,7 @@ def load_class(spec: str, base: type[Base], folder: Path) -> type[Base]:
         raise BadInput(f"{spec!r} does not name a class of a file", "write it as file.py:Class")
     file = plugin_file(spec, folder)
     name = spec.rpartition(":")[2]
-    if not file.is_file():
+    if not is_there(file):
         raise BadInput(
             f"{spec!r}: the file {file} does not exist",
             "correct the path; a relative one starts at the folder of the recipe",
@@ -47,6 +58,11 @@ def load_class(spec: str, base: type[Base], folder: Path) -> type[Base]:
     found = getattr(_load_module(file, spec), name, None)
     if not isinstance(found, type):
         raise BadInput(f"{file} defines no class {name}", "correct the name after the colon")
+    if not found.__module__.startswith(_PREFIX):
+        raise BadInput(
+            f"{name} of {file} is defined in another module, {found.__module__}",
+            "name the file that defines it: its content is part of the recipe's hash",
+        )
     if not issubclass(found, base):
         raise BadInput(
             f"{name} of {file} is not a subclass of {base.__name__}",
@@ -77,7 +93,7 @@ def _load_module(file: Path, spec: str) -> ModuleType:
     sys.modules[name] = module  # before it runs: dataclasses look their module up there
     try:
         description.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise BadInput(
             f"{spec!r}: running {file} failed: {type(error).__name__}: {error}",

@@ -98,8 +98,9 @@ class Tracking:
         line = {
             name: float(value) if math.isfinite(value) else None for name, value in values.items()
         }
-        self._append({"time": round(time.time(), 3), "stage": stage, "step": step, **line})
         attempt = self._attempt(stage)
+        head = {"time": round(time.time(), 3), "stage": stage, "attempt": attempt, "step": step}
+        self._append(head | line)
         self._write(
             "INSERT INTO metrics (stage, attempt, step, name, value) VALUES (?, ?, ?, ?, ?)",
             [(stage, attempt, step, name, float(value)) for name, value in values.items()],
@@ -166,11 +167,14 @@ class Tracking:
         return [(int(step), _number(value)) for step, value in rows]
 
     def steps_after(self, last: int) -> Iterator[tuple[int, str, int, dict[str, float]]]:
-        """What was written after metric number `last`, in that order, of all attempts:
+        """What the stages' latest attempts wrote after metric number `last`, in that order:
         (number, stage, step, values) of each step.
         """
         rows = self._rows(
-            "SELECT id, stage, step, name, value FROM metrics WHERE id>? ORDER BY id", (last,)
+            "SELECT id, stage, step, name, value FROM metrics WHERE id>? AND attempt=("
+            "SELECT COALESCE(MAX(id), 0) FROM attempts WHERE attempts.stage=metrics.stage) "
+            "ORDER BY id",
+            (last,),
         )
         for (stage, step), group in groupby(rows, lambda row: (row[1], row[2])):
             found = list(group)

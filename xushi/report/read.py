@@ -14,6 +14,7 @@ from xushi.base.errors import BadInput, Failed
 from xushi.base.files import read_json
 from xushi.base.tracking import Tracking
 from xushi.report.scales import Point
+from xushi.run.directory import check_format
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,23 @@ class Run:
         return "" if value is None else write(value)
 
     def series(self, stage: str, name: str) -> list[Point]:
-        """(step, value) of a metric; empty if it was not written."""
-        if self.tracking is None:
+        """(step, value) of a metric; empty if it was not written, or not by a stage of this run."""
+        if self.tracking is None or not self.has_stage(stage):
             return []
         return [(float(step), value) for step, value in self.tracking.series(stage, name)]
 
     def names(self, stage: str) -> list[str]:
         """The metrics that a stage has written."""
-        return [] if self.tracking is None else self.tracking.names(stage)
+        if self.tracking is None or not self.has_stage(stage):
+            return []
+        return self.tracking.names(stage)
+
+    def has_stage(self, stage: str) -> bool:
+        """Whether the results have the stage. A store also keeps what earlier recipes ran; without
+        results, as in a run that goes on, all of it counts.
+        """
+        told = any(key.startswith("seconds.") for key in self.results)
+        return not told or f"seconds.{stage}" in self.results
 
     def began(self) -> float | None:
         """Unix time of the first recorded event."""
@@ -84,6 +94,7 @@ def open_run(directory: Path) -> Iterator[Run]:
             f"{directory} holds no run: neither results.json nor tracking.sqlite is there",
             "give the directory of a run, for example runs/demo, or start one with xushi run",
         )
+    check_format(directory)
     tracking = Tracking(store) if store.is_file() else None
     try:
         recipe = directory / "recipe.toml"

@@ -4,8 +4,9 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from xushi import __version__
 from xushi.base.errors import BadInput, Failed
@@ -49,6 +50,7 @@ def claim(recipe: Recipe, directory: Path, update: bool) -> None:
         raise BadInput(
             f"{directory} is not empty and is not a run directory", "choose another --out"
         )
+    (directory / "results.json").unlink(missing_ok=True)  # they may be another recipe's
     owner = {"format": RUN_FORMAT, "recipe_hash": recipe.hash, "version": __version__}
     write_json(file, owner)
     for name, source in recipe.files.items():
@@ -57,12 +59,24 @@ def claim(recipe: Recipe, directory: Path, update: bool) -> None:
     write_atomic(directory / "recipe.toml", recipe.to_toml())
 
 
-def start_over(place: RunPlace, stage: str, key: str) -> None:
-    """Remove what an attempt with other inputs left of a stage, and begin a new attempt."""
-    place.path("stages", f"{stage}.json").unlink(missing_ok=True)
-    shutil.rmtree(place.checkpoints(stage), ignore_errors=True)
+def start_over(place: RunPlace, stage: str, key: str, later: Sequence[str]) -> None:
+    """Remove what an attempt with other inputs left of a stage, and begin a new attempt.
+
+    The records of `later` stages go too: they were made from what this stage had made before.
+    """
+    for name in (stage, *later):
+        place.path("stages", f"{name}.json").unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(place.checkpoints(stage))
     place.tracking.begin(stage, key)
     write_atomic(place.path("stages", f"{stage}.started"), key)
+
+
+def check_format(directory: Path) -> None:
+    """Raise `BadInput` if another version of xushi made this run directory."""
+    file = directory / OWNER
+    if file.exists():
+        _check_format(file, read_json(file, "restore it, or run the recipe again"))
 
 
 def _is_leftover(path: Path) -> bool:
@@ -73,15 +87,19 @@ def _is_leftover(path: Path) -> bool:
 def _check_owner(file: Path, recipe: Recipe, update: bool) -> None:
     directory = file.parent
     table = read_json(file, "choose another --out, or remove the directory")
-    found, owner = table.get("format"), table.get("recipe_hash")
-    if found != RUN_FORMAT:
-        raise BadInput(
-            f"{directory} was made by xushi {table.get('version', '?')} (run format {found}; this "
-            f"version reads format {RUN_FORMAT})",
-            "use that version, or choose another --out",
-        )
-    if owner != recipe.hash and not update:
+    _check_format(file, table)
+    if table.get("recipe_hash") != recipe.hash and not update:
         raise BadInput(
             f"{directory} was made by another recipe (its own is {directory / 'recipe.toml'})",
             "choose another --out, or add --update to run the stages that changed again",
+        )
+
+
+def _check_format(file: Path, table: dict[str, Any]) -> None:
+    found = table.get("format")
+    if found != RUN_FORMAT:
+        raise BadInput(
+            f"{file.parent} was made by xushi {table.get('version', '?')} (run format {found}; "
+            f"this version reads format {RUN_FORMAT})",
+            "use that version, or choose another directory",
         )

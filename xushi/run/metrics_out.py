@@ -17,6 +17,7 @@ from typing import Any
 from xushi.base.errors import BadInput
 from xushi.base.progress import say
 from xushi.base.tracking import Tracking
+from xushi.run.directory import check_format
 
 SECONDS_BETWEEN = 5.0  # with `follow`: how often new metrics are looked for
 # Where metrics can be exported to, and the module that is imported for it.
@@ -47,6 +48,7 @@ def export_metrics(
     out = out or directory / place
     package = _package(place, out)
     out.mkdir(parents=True, exist_ok=True)
+    check_format(directory)
     tracking = Tracking(directory / "tracking.sqlite")
     try:
         with _OPEN[place](package, directory.name, out) as write:

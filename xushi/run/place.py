@@ -61,7 +61,14 @@ class StageRecord:
 
 def stage_key(name: str, reads: Mapping[str, Any], before: str) -> str:
     """The hash of a stage's inputs; `before` is the key of the stage before it."""
-    return sha256_json({"format": RUN_FORMAT, "stage": name, "reads": reads, "before": before})
+    inputs = {"format": RUN_FORMAT, "stage": name, "reads": reads, "before": before}
+    try:
+        return sha256_json(inputs)
+    except TypeError as error:
+        raise BadInput(
+            f"stage {name} keeps an attribute that cannot be hashed: {error}",
+            "keep only values of the recipe as attributes, and make the rest in run",
+        ) from None
 
 
 def read_record(place: RunPlace, name: str) -> StageRecord | None:

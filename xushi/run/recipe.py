@@ -26,8 +26,12 @@ from xushi.rl.config import RLConfig
 from xushi.run.recipe_files import collect_files, file_specs
 from xushi.run.recipe_text import use_text
 from xushi.run.stages import RECIPE_STAGES, STAGES, Stage, in_order
+from xushi.run.stages.tokenizer import TrainTokenizer
 from xushi.tokenizer.config import TokenizerConfig
 from xushi.train.config import LayoutConfig, PretrainConfig, SFTConfig
+
+# Names in results.json, the tracking store or among processes that no stage may have.
+_RESERVED = {"run", "end", "total", "this_start", "machine", "memory"}
 
 # A model's config has these and a recipe's does not: they follow from the tokenizer.
 _OF_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -126,6 +130,8 @@ class Recipe(StrictConfig):
         in_order(named)
         for stage in named:
             stage.check(self)
+            if stage.needs_environment and self.environment is None:
+                raise ValueError(f"stage {stage.name} needs the table [environment]")
         return self
 
     def _named_stages(self) -> list[type[Stage]]:
@@ -170,8 +176,8 @@ class Recipe(StrictConfig):
 
     @property
     def sized_model(self) -> ModelConfig:
-        """The model with the vocabulary that the recipe asks for."""
-        return self.model.model_copy(update={"vocab_size": self.tokenizer.vocab_size})
+        """The model with the vocabulary that the run will have."""
+        return self.model.model_copy(update={"vocab_size": TrainTokenizer(self).vocab_size})
 
     @property
     def rows(self) -> int:
@@ -207,7 +213,8 @@ class Recipe(StrictConfig):
                 if not isinstance(inner, dict):
                     raise BadInput(f"{key}: {part} is not a table", "give a key of the recipe")
             inner[last] = value
-        return _parse_recipe(table, f"recipe {self.name}", self._files)
+        files = collect_files(table, Path.cwd(), self._files)
+        return _parse_recipe(table, f"recipe {self.name}", files)
 
     def to_toml(self) -> str:
         """The resolved recipe with every default; keys that are None are left out."""
@@ -253,21 +260,33 @@ def _recipe_type(
 def _parse_recipe(table: dict[str, Any], where: str, files: Mapping[str, Path]) -> Recipe:
     """`table` as a recipe; `files` has the Python files that it names."""
     environment = _environment_of(table, where, files)
-    stages = []
-    for spec in file_specs(table):
-        file = files[Path(spec.rpartition(":")[0]).name]
-        name = spec.rpartition(":")[2]
-        stage: type[Stage] = load_class(f"{file}:{name}", Stage, Path())  # type: ignore[type-abstract]
-        taken = {other.name for other in STAGES} | set(Recipe.model_fields)
-        if stage.name in taken:
-            raise BadInput(
-                f"{where}: stage {spec} is named {stage.name!r}, a name that is taken",
-                "give the class another name",
-            )
-        stages.append((spec, stage))
+    stages = [(spec, _file_stage(spec, where, files)) for spec in file_specs(table)]
     recipe = parse(_recipe_type(environment, tuple(stages)), table, where)
     recipe._files = dict(files)
     return recipe
+
+
+def _file_stage(spec: str, where: str, files: Mapping[str, Path]) -> type[Stage]:
+    """The stage that an entry of `stages` names by file."""
+    file, _, name = spec.rpartition(":")
+    stage: type[Stage] = load_class(f"{files[Path(file).name]}:{name}", Stage, Path())  # type: ignore[type-abstract]
+    if missing := getattr(stage, "__abstractmethods__", None):
+        raise BadInput(
+            f"{where}: stage {spec} does not define {', '.join(sorted(missing))}",
+            "define every abstract method of xushi.run.stages.Stage",
+        )
+    own = getattr(stage, "name", None)
+    if not isinstance(own, str) or not own.isidentifier():
+        raise BadInput(
+            f"{where}: stage {spec} is named {own!r}",
+            'set its class attribute name, such as name = "my_stage"',
+        )
+    if own in {other.name for other in STAGES} | set(Recipe.model_fields) | _RESERVED:
+        raise BadInput(
+            f"{where}: stage {spec} is named {own!r}, a name that is taken",
+            "give the class another name",
+        )
+    return stage
 
 
 def _environment_of(
@@ -316,6 +335,8 @@ def load_recipe(
     its size (see `_fit_to_text`), and leaves out the environment unless a later stage needs it.
     """
     table = read_toml(path)
+    if stages is not None:
+        _drop_tables(table, path, stages)
     if text is not None:
         use_text(table, text, stages)
     if stages is not None:
@@ -326,3 +347,15 @@ def load_recipe(
         override(table, assignment)
     files = collect_files(table, path.parent)
     return _parse_recipe(table, str(path), files)
+
+
+def _drop_tables(table: dict[str, Any], path: Path, stages: list[str]) -> None:
+    """Remove the tables of stages from files that the recipe names and `stages` leaves out."""
+    named = {"stages": table.get("stages", [])}
+    files = collect_files(named, path.parent)
+    kept = {
+        Path(entry.rpartition(":")[0]).name + ":" + entry.rpartition(":")[2] for entry in stages
+    }
+    for spec in file_specs(named):
+        if spec not in kept:
+            table.pop(_file_stage(spec, str(path), files).name, None)

@@ -1,10 +1,11 @@
 """The Python files that a recipe names: found when it is read, copied into the run directory."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from xushi.base.errors import BadInput
-from xushi.base.plugins import is_file_spec, plugin_file
+from xushi.base.plugins import is_file_spec, is_there, plugin_file
 
 
 def file_specs(table: dict[str, Any]) -> list[str]:
@@ -13,18 +14,22 @@ def file_specs(table: dict[str, Any]) -> list[str]:
     return [s for s in stages if isinstance(s, str) and is_file_spec(s)]
 
 
-def collect_files(table: dict[str, Any], folder: Path) -> dict[str, Path]:
+def collect_files(
+    table: dict[str, Any], folder: Path, known: Mapping[str, Path] | None = None
+) -> dict[str, Path]:
     """Find the Python files that a recipe names, and leave only their names in the recipe.
 
-    A relative path starts at the recipe's folder or else at the current directory.
+    A relative path starts at the recipe's folder or else at the current directory. `known` has
+    files that were found before, by name.
     """
     files: dict[str, Path] = {}
 
     def collect(spec: str) -> str:
-        file = plugin_file(spec, folder)
-        if not file.is_file():
+        written = spec.rpartition(":")[0]
+        file = (known or {}).get(written) or plugin_file(spec, folder)
+        if not is_there(file):
             file = plugin_file(spec, Path.cwd())
-        if not file.is_file():
+        if not is_there(file):
             raise BadInput(
                 f"{spec!r}: there is no file {plugin_file(spec, folder)}",
                 "correct the path; a relative one starts at the folder of the recipe",

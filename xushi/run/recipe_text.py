@@ -3,6 +3,7 @@
 from typing import Any
 
 from xushi.base.errors import BadInput
+from xushi.base.plugins import is_file_spec
 from xushi.base.progress import say
 from xushi.data.config import SourceConfig
 from xushi.data.sources import read_source
@@ -27,9 +28,11 @@ def use_text(table: dict[str, Any], text: str, stages: list[str] | None) -> None
     source = {"name": "text", "kind": "text", "glob": text}
     table["data"]["sources"] = [source]
     table["name"] = "text"
+    # A stage from a file may need the environment, too.
     alone = stages is not None and not any(
         stage.needs_environment for stage in STAGES if stage.name in stages
     )
+    alone = alone and not any(map(is_file_spec, stages or []))
     if alone:
         table.pop("environment", None)
     documents = read_source(SourceConfig.model_validate(source)).documents

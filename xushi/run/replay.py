@@ -18,10 +18,11 @@ from xushi.base.machine import chosen_device
 from xushi.base.progress import say
 from xushi.base.tracking import BatchRecord, Tracking
 from xushi.data import batch_hash
+from xushi.run.directory import check_format
 from xushi.run.facts import op_forms
 from xushi.run.place import RunPlace
 from xushi.run.recipe import Recipe, load_recipe
-from xushi.run.stages import TrainingStage
+from xushi.run.stages import TrainingStage, keys_of
 from xushi.train import LayoutConfig, join
 
 SHOWN = 60  # characters of each item's text; --json has all of them
@@ -37,8 +38,10 @@ def replay(
     """
     if not (directory / "tracking.sqlite").is_file():
         raise BadInput(f"{directory} is not a run directory", "give one, such as runs/demo")
+    check_format(directory)
     recipe = load_recipe(directory / "recipe.toml", [])
     training = _training_stage(recipe, stage)
+    _check_started(recipe, directory, stage)
     tracking = Tracking(directory / "tracking.sqlite")
     try:
         layout = join(LayoutConfig(), recipe.model, chosen_device(recipe.device))
@@ -71,6 +74,17 @@ def _training_stage(recipe: Recipe, name: str) -> TrainingStage:
     return stage
 
 
+def _check_started(recipe: Recipe, directory: Path, stage: str) -> None:
+    """What the store holds of the stage was made by the recipe that the directory has now."""
+    marker = directory / "stages" / f"{stage}.started"
+    key = keys_of(recipe.run_stages())[stage]
+    if marker.exists() and marker.read_text() != key:
+        raise BadInput(
+            f"{directory} was updated to another recipe, and stage {stage} has not run again since",
+            "run the recipe first",
+        )
+
+
 def _recorded(stage: TrainingStage, place: RunPlace, record: BatchRecord) -> dict[str, Any]:
     """What the store and the run's data tell of a step."""
     batch = stage.batch(place, record)
@@ -92,7 +106,8 @@ def _loss(
 ) -> dict[str, Any]:
     """The loss of the last record's step, computed again."""
     decided = place.tracking.decided
-    torch.set_num_threads(decided("run", "threads") or torch.get_num_threads())
+    threads = recipe.threads or decided("run", "threads") or torch.get_num_threads()
+    torch.set_num_threads(threads)
     forms = op_forms(recipe, place.layout)
     first_forms = decided("run", "op_forms")
     if first_forms != forms:

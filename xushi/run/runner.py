@@ -3,6 +3,7 @@ last checkpoint.
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from xushi.base.tracking import Tracking
 from xushi.run.directory import claim, own, start_over
 from xushi.run.estimate import check_memory
 from xushi.run.facts import op_forms, run_facts
-from xushi.run.place import RunPlace, StageRecord, read_record, stage_key, write_record
+from xushi.run.place import RunPlace, StageRecord, read_record, write_record
 from xushi.run.recipe import Recipe
-from xushi.run.stages import Stage
+from xushi.run.stages import Stage, keys_of
+from xushi.run.stages.training import training_seconds
 from xushi.train import join, processes_on_this_machine
 
 END = "end"  # broadcast in place of a stage's name when the run is over
@@ -32,6 +34,7 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
     A directory of another recipe is refused unless `update`, which runs the changed stages again.
     Under torchrun all processes call this, and only the first one has results.
     """
+    keys_of(recipe.run_stages())  # a stage that cannot be hashed is refused before anything is made
     layout = join(recipe.layout, recipe.model, chosen_device(recipe.device), recipe.rows)
     for stage in recipe.run_stages():
         stage.check_layout(layout)
@@ -52,7 +55,7 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
             results = _run_stages(recipe, place)
         finally:
             place.tracking.close()
-        layout.team.broadcast(END)
+        _tell(place, END)
         return results
 
 
@@ -62,7 +65,7 @@ def _set_up(recipe: Recipe, place: RunPlace, machine: Machine, processes_here: i
     processes = layout.data * layout.pipeline
     name = "threads" if processes == 1 else f"threads.{processes}"
     cores = max(1, machine.usable_cores // processes_here)
-    threads = tracking.decide("run", name, recipe.threads or cores)
+    threads = recipe.threads or tracking.decide("run", name, cores)
     torch.set_num_threads(layout.team.broadcast(threads))
     grid = {"data": layout.data, "pipeline": layout.pipeline, "expert": layout.expert}
     first_grid = tracking.decide("run", "layout", grid)
@@ -93,6 +96,16 @@ def _follow(recipe: Recipe, place: RunPlace) -> None:
         stages[name].run(place)
 
 
+def _tell(place: RunPlace, name: str) -> None:
+    """Broadcast what the other processes do next."""
+    try:
+        place.layout.team.broadcast(name)
+    except RuntimeError:  # torch's error of a lost connection
+        raise Failed(
+            "another process exited", "correct the error it printed, then start all again"
+        ) from None
+
+
 def _heard(place: RunPlace) -> Any:
     """What the first process broadcasts next."""
     try:
@@ -107,17 +120,18 @@ def _run_stages(recipe: Recipe, place: RunPlace) -> dict[str, Any]:
     began = time.monotonic()
     results: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    before = ""
-    for stage in recipe.run_stages():
-        key = stage_key(stage.name, stage.reads(), before)
+    stages = recipe.run_stages()
+    keys = keys_of(stages)
+    names = list(keys)
+    for number, stage in enumerate(stages):
+        key = keys[stage.name]
         record = read_record(place, stage.name)
         if record is not None and record.key == key:
             say(f"{stage.name}: done before, in {record.seconds:.0f} s")
         else:
-            record = _run_stage(stage, place, key)
+            record = _run_stage(stage, place, key, names[number + 1 :])
         results |= record.results
         seconds[f"seconds.{stage.name}"] = record.seconds
-        before = key
     results |= seconds
     results["seconds.total"] = sum(seconds.values())
     results["seconds.this_start"] = time.monotonic() - began
@@ -126,16 +140,16 @@ def _run_stages(recipe: Recipe, place: RunPlace) -> dict[str, Any]:
     return results
 
 
-def _run_stage(stage: Stage, place: RunPlace, key: str) -> StageRecord:
+def _run_stage(stage: Stage, place: RunPlace, key: str, later: Sequence[str]) -> StageRecord:
     """Run one stage; what an attempt with other inputs left is removed first."""
     marker = place.path("stages", f"{stage.name}.started")
     if not marker.exists() or marker.read_text() != key:
-        start_over(place, stage.name, key)
+        start_over(place, stage.name, key, later)
     say(f"{stage.name}: started")
     place.tracking.event(stage.name, "started", version=__version__)
     began = time.monotonic()
     if stage.together(place.layout):
-        place.layout.team.broadcast(stage.name)
+        _tell(place, stage.name)
     try:
         results = stage.run(place)
     finally:
@@ -143,7 +157,10 @@ def _run_stage(stage: Stage, place: RunPlace, key: str) -> StageRecord:
         starts = place.tracking.series(stage.name, "start_seconds")
         place.tracking.metrics(stage.name, len(starts) + 1, {"start_seconds": spent})
     starts = place.tracking.series(stage.name, "start_seconds")
-    record = StageRecord(key, sum(value for _, value in starts), results.flat())
+    # A start that was killed left no time of its own, but that of its steps.
+    steps = training_seconds(place.tracking, stage.name)
+    seconds = max(steps, sum(value for _, value in starts))
+    record = StageRecord(key, seconds, results.flat())
     write_record(place, stage.name, record)
     place.tracking.event(stage.name, "finished", seconds=spent)
     say(f"{stage.name}: finished in {spent:.0f} s")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from xushi.run.place import stage_key
 from xushi.run.stages.base import Fact, Results, Stage
 from xushi.run.stages.control import Control
 from xushi.run.stages.data import Data
@@ -33,7 +34,17 @@ __all__ = [
     "Stage",
     "TrainingStage",
     "in_order",
+    "keys_of",
 ]
+
+
+def keys_of(stages: Sequence[Stage]) -> dict[str, str]:
+    """The key of each stage, chained with those before it."""
+    keys: dict[str, str] = {}
+    before = ""
+    for stage in stages:
+        before = keys[stage.name] = stage_key(stage.name, stage.reads(), before)
+    return keys
 
 
 def in_order(named: Sequence[type[Stage]]) -> tuple[type[Stage], ...]:

@@ -52,18 +52,19 @@ class Stage(ABC):
     """One stage. A subclass takes from the recipe what it needs in `__init__` and keeps only that.
 
     name: the stage's name, and the name of its table in the recipe if it has one.
-    title: what the report calls it. section: the id of the report's section about it.
+    title: what the report calls a built-in stage; one from a file it calls by its name.
+    section: the id of the report's section about it.
     Config: the type of its table, for stages from a file.
     in_recipe: whether a recipe's `stages` names it and `without` may leave it out.
     required: whether a recipe's `stages` must name it.
     needs_environment: whether it needs the recipe's table [environment].
     follows: the stage that it directly follows, for one that no recipe names; "" for the end.
-    facts: its numbers in one sentence.
+    facts: a built-in stage's numbers in one sentence, for the report.
     version: raised when the stage makes something else of the same inputs.
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]
+    title: ClassVar[str] = ""
     section: ClassVar[str] = "numbers"
     Config: ClassVar[type[StrictConfig] | None] = None
     in_recipe: ClassVar[bool] = True

@@ -8,7 +8,7 @@ from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results
 from xushi.run.stages.rl import RL
 from xushi.run.stages.sft import SFT, demonstration_spans, demonstrations
-from xushi.run.stages.training import TrainingStage, training_seconds
+from xushi.run.stages.training import TrainingStage, last_main_stage, training_seconds
 from xushi.train import Data, LanguageModelStep, Step
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ class Control(TrainingStage):
         assert recipe.sft is not None and recipe.environment is not None, "see check of sft"
         self.config = recipe.sft
         self.environment = recipe.environment
-        self.start = SFT.name
-        self.measured_against = RL.name
+        self.start = last_main_stage(recipe, before=RL)  # where RL starts, too
 
     @classmethod
     def wanted(cls, recipe: "Recipe") -> bool:
@@ -68,8 +67,8 @@ class Control(TrainingStage):
     def steps(self, place: RunPlace) -> int:
         """As many as take the time of RL, by the first process's clock."""
         tracking = place.tracking
-        own = training_seconds(tracking, self.start or "") / self.config.steps
-        other = training_seconds(tracking, self.measured_against)
+        own = training_seconds(tracking, SFT.name) / self.config.steps
+        other = training_seconds(tracking, RL.name)
         # Without times, as after the tracking store was moved away, as long as fine-tuning was.
         wanted = max(1, round(other / own)) if own and other else self.config.steps
         kept = tracking.decide(self.name, "steps", wanted) if place.layout.is_first else 0

@@ -54,6 +54,16 @@ class Data(Stage):
         """Always: left out as a control, the text is made all the same and only evaluated on."""
         return True
 
+    @classmethod
+    def check(cls, recipe: "Recipe") -> None:
+        """Without the text there must be transcripts to pretrain on."""
+        transcripts = recipe.environment.transcripts if recipe.environment else 0
+        if recipe.without == cls.name and not transcripts:
+            raise ValueError(
+                "without = 'data' pretrains on the environment's transcripts alone, and "
+                "environment.transcripts is 0"
+            )
+
     def run(self, place: RunPlace) -> DataResults:
         """Read, divide and write the corpus, or link the one that another run made of the same."""
         obtain_corpus(self.config, self._transcripts(), place.corpus)

@@ -177,7 +177,7 @@ class Evaluate(ModelStage):
         measure(before, "before")
         rates["forced_before"] = accuracy(greedy(before, scored, think=True))
         if self.reinforced:
-            measure(self.trained_model(place, self.final), "after")
+            measure(self.trained_model(place, RL.name), "after")
         if self.control is not None:
             control = self.trained_model(place, self.control)
             rates["sft_equal_time"] = accuracy(greedy(control, scored))

@@ -70,9 +70,12 @@ class TrainingStage(ModelStage):
         return True
 
     def run(self, place: RunPlace) -> Results:
-        """Train to the end, from the last checkpoint if there is one; then say what came of it."""
+        """Train to the end, from the last checkpoint if there is one; then say what came of it.
+
+        Only the first process has a tracking store to read the results from.
+        """
         self.training(place).run()
-        return self.results(place)
+        return self.results(place) if place.layout.is_first else Results()
 
     def training(self, place: RunPlace) -> Training:
         """The stage's training, before its first step or after its last checkpoint."""
