@@ -161,11 +161,11 @@ def size(gradient: Tensor, all_of_them: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind, processes, layout", CASES)
 def test_gradients_are_those_of_one_process(kind: str, processes: int, layout: str, spread) -> None:
-    """In float64 to its rounding, so nothing is computed otherwise; in float32 within 2e-6. What
-    V4's streams are read, written and mixed by is the exception: its gradients are sums that nearly
-    cancel (the norm behind the head's takes away what all streams share), and one process alone is
-    up to 3.1e-6 from float64. There two layouts differ by no more than 2e-6 and one process's own
-    error.
+    """In float64 to its rounding, so nothing is computed otherwise; in float32 within 2e-6. V4 is the
+    exception: gradients around its streams are sums that nearly cancel (the norm behind the head's
+    takes away what all streams share), and one process alone is up to 3.1e-6 from float64. There
+    two layouts differ by no more than 2e-6 and one process's own error. Which tensors exceed 2e-6
+    depends on the processor: those of the streams on one, sinks and query norms on another.
     """
     check_gradients([found[f"{kind} {layout}"] for found in spread(kind, processes)], alone(kind))
 
@@ -181,10 +181,11 @@ def test_gradients_of_the_forms_without_a_compiler(tmp_path) -> None:
 def check_gradients(parts: list[dict[str, Any]], one: dict[str, Any]) -> None:
     assert {name for part in parts for name in part["gradients"]} == one["gradients"].keys()
     whole = torch.stack([g.norm() for g in one["exact"].values()]).norm()
+    has_streams = any("hc_" in name or "_hc." in name for name in one["exact"])
     for name, exact in one["exact"].items():
         assert (joined(parts, name, "exact") - exact).norm() <= 1e-12 * size(exact, whole), name
         found, single = joined(parts, name, "gradients"), one["gradients"][name].double()
-        own = (single - exact).norm() if "hc_" in name or "_hc." in name else 0.0
+        own = (single - exact).norm() if has_streams else 0.0
         assert (found - single).norm() <= own + 2e-6 * size(exact, whole), name
 
 
