@@ -390,3 +390,16 @@ def test_what_is_no_run_or_damaged_is_an_error_of_two_lines(tmp_path: Path) -> N
             write_report(directory)
         assert name in caught.value.problem and caught.value.remedy
         assert not (directory / "report.html").exists()
+
+
+def test_a_stage_of_an_earlier_recipe_is_not_shown(tmp_path: Path) -> None:
+    """After --update to fewer stages the store still has the series of the others."""
+    results = {"pretrain.steps": 3, "seconds.pretrain": 1.0}
+    directory = write_run(tmp_path, results, {})
+    tracking = Tracking(directory / "tracking.sqlite")
+    for step in (1, 2, 3):
+        tracking.metrics("rl", step, {"reward": 0.5})
+        tracking.metrics("pretrain", step, {"loss": 3.0 / step})
+    tracking.close()
+    page = write_report(directory).read_text(encoding="utf-8")
+    assert 'id="pretrain"' in page and 'id="rl"' not in page

@@ -12,8 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from xushi.base.tracking import Tracking
 from xushi.engine import LLM, SamplingParams
 from xushi.model import load_pretrained
+from xushi.run.place import RunPlace
+from xushi.run.recipe import load_recipe
+from xushi.run.stages.control import Control
+from xushi.run.stages.sft import SFT
 
 from .conftest import MINIATURE, Chain, read_results, xushi_here
 
@@ -147,8 +152,14 @@ def test_no_pickle_anywhere(chain: Chain) -> None:
 
 
 def test_the_stored_recipe_is_the_whole_recipe(chain: Chain) -> None:
-    from xushi.run.recipe import load_recipe
-
     stored = load_recipe(chain.directory / "recipe.toml", [])
     assert stored == load_recipe(MINIATURE, [])
     assert stored.hash == json.loads((chain.directory / "run.json").read_text())["recipe_hash"]
+
+
+def test_the_control_trains_on_demonstrations_that_fine_tuning_did_not_see(chain: Chain) -> None:
+    recipe = load_recipe(chain.directory / "recipe.toml", [])
+    place = RunPlace(chain.directory, Tracking(None))
+    first = Control(recipe).data(place).batches(0, 8)
+    after = SFT(recipe).data(place).batches(160 * 64, 8)
+    assert all(map(torch.equal, first, after))

@@ -65,6 +65,20 @@ def test_a_later_stage_notices_that_an_earlier_one_is_left_out() -> None:
         assert changed, left_out
 
 
+def test_a_stage_that_does_something_else_has_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = keys_of(load_recipe(MINIATURE, []))
+    monkeypatch.setattr(STAGES[2], "version", 2)
+    after = keys_of(load_recipe(MINIATURE, []))
+    assert {name for name in before if before[name] != after[name]} == {STAGES[2].name}
+
+
+def test_where_and_with_how_many_a_run_goes_on_is_not_what_it_is() -> None:
+    recipe = load_recipe(MINIATURE, [])
+    for assignment in ("device=cpu", "layout.expert=2", "layout.fewest=1"):
+        assert load_recipe(MINIATURE, [assignment]).hash == recipe.hash
+    assert load_recipe(MINIATURE, ["threads=2"]).hash != recipe.hash
+
+
 def test_keys_are_chained() -> None:
     assert stage_key("sft", {"steps": 1}, "a") != stage_key("sft", {"steps": 1}, "b")
 
