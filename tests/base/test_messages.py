@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xushi.base.errors import XushiError
-from xushi.base.messages import Message, ToolCall
+from xushi.base.messages import Message, ToolCall, is_json_object
 
 CALLS = st.lists(st.builds(ToolCall, st.text(), st.text()), max_size=2).map(tuple)
 MESSAGES = st.builds(Message, st.text(), st.text(), st.none() | st.text(), CALLS)
@@ -54,3 +54,23 @@ def test_the_form_is_openai_s() -> None:
 def test_a_wrong_value_is_named(mapping: Any, problem: str) -> None:
     with pytest.raises(XushiError, match=problem):
         Message.from_dict(mapping)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_object"),
+    [
+        ("{}", True),
+        ('{"a": [1, null]}', True),
+        (" {}\n", True),
+        ("", False),
+        ("[]", False),
+        ("1", False),
+        ("{", False),
+        ("{} {}", False),
+        ('{"a": NaN}', False),
+        ('{"a": -Infinity}', False),
+        ('{"a": ' + "[" * 100_000, False),
+    ],
+)
+def test_what_is_a_json_object(text: str, is_object: bool) -> None:
+    assert is_json_object(text) is is_object

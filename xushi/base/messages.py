@@ -4,6 +4,7 @@ Not here: how a conversation is written in tokens (tokenizer.chat), and which me
 accepts (serve).
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,20 @@ class Message:
             reasoning=_optional("reasoning_content", mapping.get("reasoning_content")),
             tool_calls=tuple(_call(call) for call in calls),
         )
+
+
+def is_json_object(text: str) -> bool:
+    """Whether `text` is a JSON object, as a tool call's arguments must be. NaN and Infinity are not
+    JSON.
+    """
+    try:
+        return isinstance(json.loads(text, parse_constant=_no_constant), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _call(call: Any) -> ToolCall:

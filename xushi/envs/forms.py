@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from xushi.base.messages import Message, Tool, ToolCall
+from xushi.base.messages import Message, Tool, ToolCall, is_json_object
 from xushi.envs.environment import Task
 
 
@@ -72,7 +72,7 @@ def check_transcript(tools: Sequence[Tool], messages: Any, where: str) -> list[M
                 "let observations and the messages of the assistant take turns",
             )
         for call in message.tool_calls:
-            if call.name not in [tool.name for tool in tools] or not _is_object(call.arguments):
+            if call.name not in [tool.name for tool in tools] or not is_json_object(call.arguments):
                 raise Broken(
                     f"message {place} of {where} calls {short(call)}",
                     "call declared tools, with a JSON object as arguments",
@@ -95,10 +95,3 @@ def short(value: Any, limit: int = 120) -> str:
     text = str(value) if isinstance(value, Exception) else repr(value)
     text = " ".join(text.split())
     return text if len(text) <= limit else text[:limit] + "…"
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False

@@ -4,10 +4,9 @@ Whatever was sampled is a message, never an error: a tool call that is malformed
 here: the other direction (chat), and text as it arrives (engine.text).
 """
 
-import json
 from collections.abc import Sequence
 
-from xushi.base.messages import Message, ToolCall
+from xushi.base.messages import Message, ToolCall, is_json_object
 from xushi.tokenizer.tokenizer import Tokenizer, ToolIds
 
 
@@ -77,15 +76,4 @@ def _parse_call(tokenizer: Tokenizer, marks: ToolIds, ids: list[int]) -> ToolCal
     if not name or any(tokenizer.is_special(token) for token in name + arguments):
         return None
     call = ToolCall(tokenizer.decode(name), tokenizer.decode(arguments))
-    return call if _is_json_object(call.arguments) else None
-
-
-def _is_json_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text, parse_constant=_no_constant), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+    return call if is_json_object(call.arguments) else None

@@ -22,7 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xushi.base.errors import BadInput, Failed
-from xushi.base.files import directory_in_place, disk_errors, sha256_file, sha256_json, write_json
+from xushi.base.files import (
+    aside_of,
+    directory_in_place,
+    disk_errors,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from xushi.base.progress import say
 from xushi.train.boxes import Box
 from xushi.train.team import Team
@@ -128,7 +135,7 @@ def save_checkpoint(
         _together(
             team, lambda: stack.enter_context(directory_in_place(path)) if team.rank == 0 else None
         )
-        entries = _together(team, lambda: _write_parts(_aside(path), checkpoint, team))
+        entries = _together(team, lambda: _write_parts(aside_of(path), checkpoint, team))
 
         def publish() -> None:
             if team.rank == 0:
@@ -139,7 +146,7 @@ def save_checkpoint(
                     "state": checkpoint.state,
                     "files": files,
                 }
-                write_json(_aside(path) / MANIFEST, manifest | {"sha256": sha256_json(manifest)})
+                write_json(aside_of(path) / MANIFEST, manifest | {"sha256": sha256_json(manifest)})
                 stack.close()
 
         _together(team, publish)
@@ -147,11 +154,6 @@ def save_checkpoint(
         for old in [other for other in _newest_first(directory) if other.name <= path.name][keep:]:
             if not keep_every or _step(old) % keep_every:
                 shutil.rmtree(old)
-
-
-def _aside(path: Path) -> Path:
-    """Where `directory_in_place` has what becomes `path`."""
-    return path.with_name(f".{path.name}.partial")
 
 
 def _together(team: Team, action: Callable[[], Result]) -> list[Result]:
