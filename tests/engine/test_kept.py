@@ -160,6 +160,21 @@ def test_no_more_sequences_leave_the_cache_than_must(model):
     assert engine.idle_slots == 20
 
 
+def test_no_sequence_leaves_the_cache_for_a_request_that_must_wait_anyway(model):
+    engine = Engine(model, NEVER_EOS, slots=20)
+    kept = engine.add([5] * 4, SamplingParams(1), keep=True)
+    drain(engine)
+    beside = engine.add([6] * 4, SamplingParams(7))  # 10 slots, so that 6 are left
+    wide = engine.add([7] * 11, SamplingParams(1))  # 1 more than all that is left and kept
+    for _ in range(7):
+        assert len(engine._kept) == 1
+        assert engine.step() == [beside]
+    assert engine.step() == [wide]
+    assert len(engine._kept) == 1
+    engine.release(kept)
+    assert engine.idle_slots == 20
+
+
 def test_an_extension_waits_in_the_cache_for_what_is_running(model):
     engine = Engine(model, NEVER_EOS, slots=20)
     kept = engine.add([5] * 8, SamplingParams(1), keep=True)

@@ -54,8 +54,12 @@ class KeptSequences:
     def make_room(self, missing: int, but: KeptSequence | None) -> int:
         """Copy sequences out of the cache, the oldest first, until `missing` more slots are free.
 
-        The one named `but` stays. Returns how many more slots are free.
+        The one named `but` stays. Returns how many more slots are free; if all the others together
+        hold too few, none of them leaves and this is 0.
         """
+        others = sum(kept.length for kept in self._in_cache if kept is not but)
+        if others < missing:
+            return 0
         before = self._cache.available
         for kept in list(self._in_cache):
             if self._cache.available - before >= missing:
