@@ -97,7 +97,7 @@ def test_sampled_rates() -> None:
     """avg@k is the mean over all, pass@k the share of tasks with one right at least."""
     rows = [
         [episode("right", 3, "12"), episode("wrong", 4)],
-        [episode("wrong", 5, ""), episode("wrong", 6)],
+        [episode("wrong", 5, ""), episode("error", 6)],
         [episode("right", 1), episode("right", 5, "3")],
     ]
     sampled = summarise(rows)
@@ -107,6 +107,7 @@ def test_sampled_rates() -> None:
     assert sampled.any_right.value == pytest.approx(2 / 3)
     assert sampled.tokens == pytest.approx(24 / 6)
     assert sampled.thinking == pytest.approx(2 / 6), "an empty thought is none"
+    assert sampled.verifier_errors == pytest.approx(1 / 6)
 
 
 def test_what_is_shown_of_an_episode() -> None:
@@ -115,7 +116,7 @@ def test_what_is_shown_of_an_episode() -> None:
         "prompt": each.task.prompt,
         "reasoning": "12",
         "content": "1",
-        "right": True,
+        "verdict": "right",
         "answer": each.task.answer,
         "transcript": [
             {"role": "user", "content": each.task.prompt},

@@ -53,6 +53,8 @@ NUMBERS_ONLY = {
     "data.heldout_tokens",
     "evaluate.ratio_to_xz",
     "export.models",
+    "rl.verifier_errors_after",
+    "rl.verifier_errors_before",
     "model.parameters_active_without_embedding",
     "seconds.this_start",
     "tokenizer.sha256",
@@ -69,7 +71,7 @@ METRICS = {
         *("reward", "length", "entropy", "truncated", "with_signal", "logprob_difference", "loss"),
     },
 }
-SAMPLE_FIELDS = {"prompt", "reasoning", "content", "right", "answer", "transcript"}
+SAMPLE_FIELDS = {"prompt", "reasoning", "content", "verdict", "answer", "transcript"}
 COMPLETION_FIELDS = {"prompt", "completion"}
 
 
@@ -108,7 +110,7 @@ def sample(prompt: str, content: str, right: bool, answer: str, reasoning: str =
         "prompt": prompt,
         "reasoning": reasoning or None,
         "content": content,
-        "right": right,
+        "verdict": "right" if right else "wrong",
         "answer": answer,
         "transcript": [message.to_dict() for message in messages],
     }

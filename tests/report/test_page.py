@@ -351,6 +351,15 @@ def test_samples_pair_by_prompt_and_repeated_prompts_by_their_turn(tmp_path: Pat
     assert shown.text.count("does not think") == 7
 
 
+def test_an_answer_that_was_not_judged_is_neither_right_nor_wrong(tmp_path: Path) -> None:
+    entries = [sample("p", "1", right, "1") for right in (True, False, True)]
+    entries[2]["verdict"] = "error"
+    shown = _page(write_run(tmp_path, {}, {}, {"before": entries})).one(id="samples")
+    signs = [node.text for node in shown.all("span", "sign")]
+    assert signs == ["✓ right", "✗ wrong", "? not judged"]
+    assert "1 of 3 right" in shown.text
+
+
 def test_an_episode_of_several_turns_is_shown_in_order(tmp_path: Path) -> None:
     messages = [
         Message("user", "How many?"),

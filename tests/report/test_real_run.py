@@ -634,13 +634,13 @@ def test_the_samples_stand_side_by_side_before_on_the_left(shown: Shown) -> None
         for answer, entry, when in zip(
             row.one("div", "pair").all("div", "answer"), entries, ("before", "after"), strict=True
         ):
-            sign = "✓ right" if entry["right"] else "✗ wrong"
+            sign = {"right": "✓ right", "wrong": "✗ wrong"}[entry["verdict"]]
             assert answer.one("h4").text == f"{when} RL {sign}"
             assert answer.one("span", "sign").classes[1] == sign[2:]
             paragraphs = [node.text for node in answer.all("p")]
             assert paragraphs == [entry["reasoning"] or "does not think", entry["content"]]
     for name, entries in (("before", before), ("after", after)):
-        right = sum(entry["right"] for entry in entries)
+        right = sum(entry["verdict"] == "right" for entry in entries)
         assert f"{right} of {len(entries)} right {name}" in section.text
 
 

@@ -29,14 +29,16 @@ class Rate:
 
 @dataclass(frozen=True)
 class Sampled:
-    """k sampled episodes for each task: avg@k, pass@k, mean sampled tokens of an episode, and the
-    share of episodes whose last answer has reasoning.
+    """k sampled episodes for each task: avg@k, pass@k, mean sampled tokens of an episode, the share
+    of episodes whose last answer has reasoning, and the share whose verdict is "error", which the
+    rates count as not right.
     """
 
     average: Rate
     any_right: Rate
     tokens: float
     thinking: float
+    verifier_errors: float
 
 
 def evaluation_tasks(environment: Environment, count: int) -> list[Task]:
@@ -94,6 +96,7 @@ def summarise(episodes: Sequence[Sequence[Episode]]) -> Sampled:
         Rate(*pass_at_k_interval([(k, count) for count in right], k)),
         sum(episode.tokens for row in episodes for episode in row) / total,
         sum(bool(episode.answer.reasoning) for row in episodes for episode in row) / total,
+        sum(episode.score.verdict == "error" for row in episodes for episode in row) / total,
     )
 
 
@@ -105,7 +108,7 @@ def shown(episode: Episode) -> dict[str, Any]:
         "prompt": episode.task.prompt,
         "reasoning": episode.answer.reasoning,
         "content": episode.answer.content,
-        "right": episode.right,
+        "verdict": episode.score.verdict,
         "answer": episode.task.answer,
         "transcript": [message.to_dict() for message in episode.transcript],
     }

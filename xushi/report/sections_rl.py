@@ -103,7 +103,7 @@ def samples_section(run: Run) -> str:
     elif not before:
         del columns["before"]
     right = [
-        f"{sum(entry.get('right') is True for entry in entries)} of {len(entries)} right"
+        f"{sum(entry.get('verdict') == 'right' for entry in entries)} of {len(entries)} right"
         + (f" {when}" if len(columns) > 1 else "")
         for when, entries in (("before", before), ("after", after))
         if entries
@@ -280,12 +280,15 @@ def _sample(pair: _Pair, columns: dict[str, str]) -> str:
     )
 
 
+_SIGNS = {
+    "right": '<span class="sign right">✓ right</span>',
+    "wrong": '<span class="sign wrong">✗ wrong</span>',
+    "error": '<span class="sign">? not judged</span>',
+}
+
+
 def _answer(title: str, entry: dict[str, Any]) -> str:
-    right = entry.get("right")
-    sign = ""
-    if isinstance(right, bool):
-        sign = f'<span class="sign {"right" if right else "wrong"}">'
-        sign += "✓ right</span>" if right else "✗ wrong</span>"
+    sign = _SIGNS.get(_string(entry, "verdict"), "")
     return f'<div class="answer"><h4>{escape(title)} {sign}</h4>{_transcript(entry)}</div>'
 
 

@@ -170,6 +170,7 @@ class Evaluate(ModelStage):
             rates[f"pass{k}_{when}"] = sampled.any_right
             figures.means[f"length_{when}"] = sampled.tokens
             figures.means[f"thinking_{when}"] = sampled.thinking
+            figures.means[f"verifier_errors_{when}"] = sampled.verifier_errors
             if longer is not None:
                 rates[f"longer_greedy_{when}"] = accuracy(greedy(model, longer))
 
