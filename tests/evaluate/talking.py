@@ -11,7 +11,7 @@ from xushi.model import Deepseek
 from xushi.tokenizer import Tokenizer
 from xushi.tokenizer.config import smallest_vocabulary
 
-from .conftest import TINY
+from .conftest import SHAPE
 
 
 class Talk(Environment):
@@ -72,7 +72,7 @@ def talkative_model(tokenizer: Tokenizer) -> Deepseek:
     answer in three before the twelfth token.
     """
     changes = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 1024}
-    model = Deepseek(TINY.model_copy(update=changes)).initialise(3)
+    model = Deepseek(SHAPE.model_copy(update=changes)).initialise(3)
     with torch.no_grad():
         model.head_VD[tokenizer.eos_id] *= 3.0
     return model

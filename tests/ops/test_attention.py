@@ -203,7 +203,7 @@ def check_rotated(
     )
 
 
-@given(
+ROTATED = given(
     seed=st.integers(0, 2**31),
     length=st.integers(1, 60),
     nope=st.integers(1, 20),
@@ -212,6 +212,9 @@ def check_rotated(
     documents=st.integers(1, 3),
     interleaved=st.booleans(),
 )
+
+
+@ROTATED
 def test_heads_are_rotated(
     seed, length, nope, pairs, value, documents, interleaved, within, leaves
 ) -> None:
@@ -221,15 +224,7 @@ def test_heads_are_rotated(
 
 
 @pytest.mark.usefixtures("compiled_bfloat16")
-@given(
-    seed=st.integers(0, 2**31),
-    length=st.integers(1, 60),
-    nope=st.integers(1, 20),
-    pairs=st.integers(1, 9),
-    value=st.integers(1, 21),
-    documents=st.integers(1, 3),
-    interleaved=st.booleans(),
-)
+@ROTATED
 def test_heads_are_rotated_in_compiled_bfloat16(
     seed, length, nope, pairs, value, documents, interleaved, within, leaves
 ) -> None:

@@ -9,33 +9,27 @@ from xushi.base.config import StrictConfig
 from xushi.base.messages import Message
 from xushi.base.tracking import Tracking
 from xushi.envs import Card, Environment, Score, Task
-from xushi.model import Batch, Deepseek, ModelConfig
+from xushi.model import Batch, Deepseek
 from xushi.rl import RLConfig
 from xushi.rl.rollout import Rollout, Sampler
 from xushi.tokenizer import Tokenizer, chat_examples
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
 from xushi.train import Data, LanguageModelStep, ObjectiveConfig, Training, pack_examples
 
-TINY = ModelConfig(
-    vocab_size=SMALLEST_VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_group=1,
-    topk_group=1,
-    first_k_dense_replace=1,
-    q_lora_rank=None,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=8,
-    max_position_embeddings=32,
-    num_nextn_predict_layers=1,
-    initializer_range=0.05,
+from ..tiny import TINY
+
+SHAPE = TINY.model_copy(
+    update={
+        "vocab_size": SMALLEST_VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "initializer_range": 0.05,
+    }
 )
 
 CONFIG = RLConfig(
@@ -109,7 +103,7 @@ def tune(directory: Path, tokenizer: Tokenizer, environment: Environment) -> Dee
             examples += chat_examples(tokenizer, environment.demonstration("train", index, 0.0))
         return pack_examples(examples, 32, tokenizer.pad_id).batch
 
-    model = Deepseek(TINY).initialise(1)
+    model = Deepseek(SHAPE).initialise(1)
     config = ObjectiveConfig(steps=50, learning_rate=0.02, decay_fraction=0.5, dtype="fp32")
     step = LanguageModelStep(config, Data(batch, lambda _: 40))
     Training("sft", model, step, directory, Tracking(None)).run()
@@ -122,7 +116,7 @@ def fine_tuned(tokenizer, environment, tmp_path_factory) -> Callable[[], Deepsee
     model = tune(tmp_path_factory.mktemp("sft"), tokenizer, environment)
 
     def copy() -> Deepseek:
-        other = Deepseek(TINY)
+        other = Deepseek(SHAPE)
         other.load_state_dict(model.state_dict())
         return other
 

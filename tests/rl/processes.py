@@ -23,7 +23,7 @@ from xushi.train import Layout, LayoutConfig, Training, join
 from xushi.train.layout import local
 from xushi.train.sharding import shard
 
-from .conftest import CONFIG, TINY, EvenDigit
+from .conftest import CONFIG, SHAPE, EvenDigit
 
 STEPS = 4
 KILLED = 40  # steps of the run that is killed
@@ -37,7 +37,7 @@ def config_of(loss_mean: str, steps: int = STEPS) -> RLConfig:
 
 
 def load(place: Path) -> Deepseek:
-    model = Deepseek(TINY)
+    model = Deepseek(SHAPE)
     model.load_state_dict(torch.load(place / "weights.pt", weights_only=True))
     return model
 
@@ -97,7 +97,7 @@ def trained(
 def main(place: Path) -> None:
     torch.set_num_threads(1)
     task = torch.load(place / "task.pt", weights_only=True)
-    layout = join(LayoutConfig(expert=task["expert"]), TINY)
+    layout = join(LayoutConfig(expert=task["expert"]), SHAPE)
     if "kill" in task:
         config = config_of("tokens", KILLED).model_copy(update={"checkpoint_every": 2})
         trained(place, layout, place / "run", config)

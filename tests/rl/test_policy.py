@@ -15,7 +15,7 @@ from xushi.rl.policy import policy_loss
 from xushi.rl.rollout import Rollout, Sampler
 from xushi.train import PackedExamples, pack_examples
 
-from .conftest import CONFIG, TINY
+from .conftest import CONFIG, SHAPE
 
 
 def log_probabilities(model: Deepseek, branch: Branch) -> Tensor:
@@ -201,7 +201,7 @@ def test_the_difference_has_no_sign(fine_tuned, tokenizer, rollout) -> None:
 
 
 def test_a_model_without_experts_learns_too(tokenizer, environment) -> None:
-    dense = TINY.model_copy(update={"first_k_dense_replace": 2, "num_nextn_predict_layers": 0})
+    dense = SHAPE.model_copy(update={"first_k_dense_replace": 2, "num_nextn_predict_layers": 0})
     model = Deepseek(dense).initialise(2)
     rollout = Sampler(tokenizer, environment, CONFIG, 7).rollout(model, 0, range(6))
     policy = policy_loss(model, CONFIG, tokenizer.pad_id, rollout)

@@ -8,32 +8,21 @@ import pytest
 import torch
 from openai import OpenAI
 
-from xushi.model import Deepseek, ModelConfig, save_pretrained
+from xushi.model import Deepseek, save_pretrained
 from xushi.serve import create_app, find_exports
 from xushi.serve.server import Server, bind
 from xushi.tokenizer import Tokenizer
 
-TINY = ModelConfig(
-    vocab_size=272,
-    hidden_size=16,
-    intermediate_size=24,
-    moe_intermediate_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    n_shared_experts=1,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    first_k_dense_replace=1,
-    q_lora_rank=None,
-    kv_lora_rank=8,
-    qk_nope_head_dim=4,
-    qk_rope_head_dim=4,
-    v_head_dim=4,
-    max_position_embeddings=128,
-    num_nextn_predict_layers=0,
-    initializer_range=0.5,
+from ..tiny import TINY
+
+SHAPE = TINY.model_copy(
+    update={
+        "vocab_size": 272,
+        "n_group": 2,
+        "max_position_embeddings": 128,
+        "num_nextn_predict_layers": 0,
+        "initializer_range": 0.5,
+    }
 )
 
 CARD = {
@@ -50,7 +39,7 @@ def run_directory(tmp_path_factory):
     tokenizer = Tokenizer.train(["数字之和是多少？数字之和是九。数字" * 3], 272)
     for seed, name in enumerate(("base", "reasoning")):
         directory = run / "export" / name
-        model = Deepseek(TINY).initialise(seed)
+        model = Deepseek(SHAPE).initialise(seed)
         with torch.no_grad():
             if name == "reasoning":  # otherwise a random model rarely begins or ends an answer
                 model.head_VD[[tokenizer.end_think_id, tokenizer.eos_id]] *= 4

@@ -38,7 +38,8 @@ from xushi.train.optimizer import is_matrix
 from xushi.train.state import set_compute
 from xushi.train.step import optimizer_step
 
-from .conftest import TINY, train
+from .conftest import train
+from .layouts import MODELS
 
 STEPS = 7
 SETTINGS = {
@@ -344,46 +345,10 @@ def test_ten_steps_on_two_threads_give_the_same_bits(batches, tiny_model) -> Non
         torch.set_num_threads(before)
 
 
-SPARSE = TINY.model_copy(
-    update={
-        "model_type": "deepseek_v32",
-        "q_lora_rank": 6,
-        "index_topk": 4,
-        "index_n_heads": 2,
-        "index_head_dim": 6,
-    }
-)
-STREAMS = ModelConfig(
-    model_type="deepseek_v4",
-    vocab_size=40,
-    hidden_size=16,
-    moe_intermediate_size=8,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    q_lora_rank=6,
-    qk_rope_head_dim=4,
-    head_dim=8,
-    o_groups=2,
-    o_lora_rank=4,
-    sliding_window=4,
-    compress_ratios=[0, 2, 3, 2],
-    compress_rate_csa=2,
-    compress_rate_hca=3,
-    index_topk=2,
-    index_n_heads=2,
-    index_head_dim=6,
-    hc_mult=2,
-    num_hash_layers=1,
-    max_position_embeddings=32,
-    num_nextn_predict_layers=1,
-    initializer_range=0.1,
-)
 WARMED = {**SETTINGS, "batch_tokens": 40, "indexer_warmup_steps": 4}
 
 
-@pytest.mark.parametrize("config", [SPARSE, STREAMS], ids=["v3.2", "v4"])
+@pytest.mark.parametrize("config", [MODELS["v3.2"], MODELS["v4"]], ids=["v3.2", "v4"])
 def test_the_other_kinds_resume_to_the_same_bits(
     config: ModelConfig, batches, tracking, tmp_path
 ) -> None:
@@ -412,7 +377,7 @@ def test_the_other_kinds_resume_to_the_same_bits(
     assert go(tmp_path / "killed") == whole
 
 
-@pytest.mark.parametrize("config", [SPARSE, STREAMS], ids=["v3.2", "v4"])
+@pytest.mark.parametrize("config", [MODELS["v3.2"], MODELS["v4"]], ids=["v3.2", "v4"])
 def test_the_warm_up_trains_the_indexers_alone(
     config: ModelConfig, batches, tracking, tmp_path
 ) -> None:
@@ -469,7 +434,7 @@ def test_the_adamw_rate_is_that_of_what_muon_leaves(
     assert differ and differ == {name for name in same if not is_matrix(name, same[name])}
 
 
-@pytest.mark.parametrize("config", [SPARSE, STREAMS], ids=["v3.2", "v4"])
+@pytest.mark.parametrize("config", [MODELS["v3.2"], MODELS["v4"]], ids=["v3.2", "v4"])
 def test_the_optimizer_restarts_after_the_warm_up(config: ModelConfig, batches) -> None:
     """Its step count and its moments begin again with the first step that trains everything."""
     settings = PretrainConfig(**(WARMED | {"optimizer": "adamw"}))
