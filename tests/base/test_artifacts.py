@@ -300,16 +300,17 @@ def test_a_cache_that_fills_up_at_the_end(
     assert content(tmp_path / "data") == WHOLE and cache.entries() == []
 
 
+@pytest.mark.parametrize("listed", [True, False])
 def test_a_cache_removed_while_it_is_read(
-    cache: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    listed: bool, cache: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.obtain(KEY, Maker(), tmp_path / "data")
     walk = os.walk
 
-    def gone(source: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-        found = list(walk(source))
+    def gone(source: Path, **options: object) -> Iterator[tuple[str, list[str], list[str]]]:
+        found = list(walk(source, **options)) if listed else []
         shutil.rmtree(tmp_path / "cache")
-        yield from found
+        yield from found or walk(source, **options)
 
     monkeypatch.setattr(os, "walk", gone)
     make = Maker()
@@ -535,6 +536,18 @@ def test_emptying_leaves_what_is_made_anew(
     assert cache.empty() == [] and [entry.key for entry in cache.entries()] == [KEY]
     first.go_on()
     assert first.made()
+
+
+def test_what_another_process_has_removed_already(
+    cache: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in (KEY, OTHER):
+        cache.obtain(key, Maker(), tmp_path / "data")
+    entries = cache.entries()
+    monkeypatch.setattr(cache, "entries", lambda: entries)
+    shutil.rmtree(files_of(cache).parent)
+    assert [entry.key for entry in cache.empty()] == [OTHER]
+    assert left(cache) == []
 
 
 def test_many_processes_and_emptying_all_end_with_whole_files(

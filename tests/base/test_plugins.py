@@ -1,4 +1,7 @@
+import errno
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +41,29 @@ def test_a_changed_file_is_loaded_anew(folder):
     assert square().side == 2
     assert code_of(square) != code_of(load_class("shapes.py:Square", Shape, folder))
     assert code_of(Shape) == ""
+
+
+@pytest.mark.parametrize("writes_bytecode", [True, False])
+def test_a_file_changed_at_the_same_size_and_time_is_loaded_anew(
+    folder, monkeypatch, writes_bytecode
+):
+    monkeypatch.setattr(sys, "dont_write_bytecode", not writes_bytecode)
+    load_class("shapes.py:Square", Shape, folder)
+    file = folder / "shapes.py"
+    before = file.stat()
+    file.write_text(file.read_text().replace("= 2", "= 7"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load_class("shapes.py:Square", Shape, folder)().side == 7
+    assert not (folder / "__pycache__").exists()
+
+
+def test_a_file_that_cannot_be_read_is_told(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(BadInput, match=r"shapes\.py cannot be read: Permission denied"):
+        load_class("shapes.py:Square", Shape, folder)
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def link_tree(source: Path, target: Path) -> None:
     system has none. `target` is replaced by one rename.
     """
     with directory_in_place(target) as aside:
-        for directory, _, names in os.walk(source):
+        for directory, _, names in os.walk(source, onerror=_raise):
             inside = aside / Path(directory).relative_to(source)
             inside.mkdir(exist_ok=True)
             for name in names:
@@ -182,6 +182,10 @@ def link_tree(source: Path, target: Path) -> None:
                     if error.errno not in _NO_LINK:
                         raise
                     shutil.copyfile(Path(directory) / name, inside / name)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _take(source: Path, target: Path) -> None:
@@ -307,7 +311,7 @@ def _seal(aside: Path) -> None:
 def _remove(place: Path, key: str) -> bool:
     """Remove an artifact that no process makes or uses; whether it was removed."""
     with _lock_of(place, key) as locked:
-        if not locked:
+        if not locked or not (place / key).exists():  # another process removed it
             return False
         with locks.exclusive(place / key / "in-use") as unused:
             if unused:

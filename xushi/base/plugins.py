@@ -4,14 +4,12 @@ Loading a class runs its file, so only name files that you trust.
 """
 
 import hashlib
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
 from xushi.base.errors import BadInput
-from xushi.base.files import sha256_file
 
 Base = TypeVar("Base")
 
@@ -81,18 +79,25 @@ def code_of(loaded: type) -> str:
 
 def _load_module(file: Path, spec: str) -> ModuleType:
     """Run `file` as a module; the same file with the same content is run once."""
-    digest = sha256_file(file)
+    try:
+        source = file.read_bytes()
+    except OSError as error:
+        raise BadInput(
+            f"{spec!r}: {file} cannot be read: {error.strerror}",
+            "check the path and its permissions",
+        ) from None
+    digest = hashlib.sha256(source).hexdigest()
     place = hashlib.sha256(f"{file.resolve()}:{digest}".encode()).hexdigest()
     name = f"{_PREFIX}{file.stem}_{place[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    description = importlib.util.spec_from_file_location(name, file)
-    assert description is not None and description.loader is not None, "a .py file has a loader"
-    module = importlib.util.module_from_spec(description)
+    module = ModuleType(name)
+    module.__file__ = str(file)
     vars(module)["__xushi_sha256__"] = digest
     sys.modules[name] = module  # before it runs: dataclasses look their module up there
     try:
-        description.loader.exec_module(module)
+        # Not by an import: that may take the bytecode of an older file of the same size and time.
+        exec(compile(source, str(file), "exec", dont_inherit=True), vars(module))
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise BadInput(
