@@ -229,11 +229,20 @@ def test_a_restart_loses_what_the_cache_held(model):
     inside = engine.add([6] * 10, params, keep=True)
     drain(engine)
     assert engine.idle_slots == 19 - 11
+    running = engine.add_group([7] * 3, [SamplingParams(3)] * 2)
+    engine.step()
+    waiting = engine.add([8] * 15, params)
+    engine.step()
     engine.restart()
+    assert not engine.has_work
     with pytest.raises(XushiError, match="holds no sequence to extend"):
         engine.extend(inside, [4], params)
     longer = engine.extend(outside, [4], params)
     drain(engine)
+    for request in (*running, waiting):
+        assert request.finish_reason == "abort"
+        engine.abort(request)  # without effect
+        engine.release(request)
     assert longer.token_ids == fresh(model, longer.prompt_ids, params, NEVER_EOS).token_ids
     for request in (longer, inside, outside):
         engine.release(request)

@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from xushi.base.errors import XushiError
 from xushi.base.messages import Message, Tool, ToolCall
-from xushi.engine import LLM, SamplingParams, TextStream
+from xushi.engine import LLM, SamplingParams
+from xushi.engine import engine as engine_module
+from xushi.engine.sampling import sample
 from xushi.model import save_pretrained
 from xushi.tokenizer import Tokenizer, encode_chat
 
@@ -94,10 +98,26 @@ def test_tools_and_their_outputs_enter_the_prompt(model, tmp_path):
         llm.conversation_ids([{"content": "x"}])
 
 
-def test_chat_gives_the_calls_that_were_sampled(llm, monkeypatch):
-    """The answer's parts come from its `TextStream`."""
-    calls = (ToolCall("f", "{}"),)
-    monkeypatch.setattr(
-        TextStream, "flush", lambda stream: setattr(stream, "tool_calls", calls) or []
-    )
-    assert llm.chat(QUESTION, SamplingParams(max_tokens=2)).tool_calls == calls
+def test_chat_gives_the_calls_that_were_sampled(model, tmp_path, monkeypatch):
+    """A stream of text has no place for them: there a call is content."""
+    save_pretrained(model, tmp_path)
+    tokenizer = Tokenizer.train([], 270, tools=True)
+    tokenizer.save(tmp_path)
+    llm, marks = LLM(tmp_path), tokenizer.tool_ids
+    call = [marks.call_begin, *tokenizer.encode("f"), marks.separator, *tokenizer.encode("{}")]
+    block = [marks.calls_begin, *call, marks.call_end, marks.calls_end]
+    ids = [tokenizer.end_think_id, *tokenizer.encode("a"), *block, tokenizer.eos_id]
+    left = []
+
+    def script(*arguments):
+        return replace(sample(*arguments), tokens=[left.pop(0)])
+
+    monkeypatch.setattr(engine_module, "sample", script)
+    left[:] = ids
+    answer = llm.chat(QUESTION, SamplingParams(max_tokens=20))
+    assert (answer.content, answer.tool_calls) == ("a", (ToolCall("f", "{}"),))
+    assert answer.token_ids == ids and answer.finish_reason == "stop"
+    left[:] = ids
+    deltas = list(llm.stream_chat(QUESTION, SamplingParams(max_tokens=20)))
+    assert "".join(d.text for d in deltas) == "a" + tokenizer.decode(block)
+    assert {delta.channel for delta in deltas} == {"content"}

@@ -82,7 +82,7 @@ def test_tool_calls_agree_with_parse_assistant(with_tools, parts, ends):
 
 
 def agrees(tokenizer, ids):
-    stream = TextStream(tokenizer, chat=True)
+    stream = TextStream(tokenizer, chat=True, calls=True)
     parts = split(stream, ids)
     message, _ = parse_assistant(tokenizer, ids)
     assert parts == {"reasoning": message.reasoning or "", "content": message.content}
@@ -95,18 +95,23 @@ def test_tool_calls_and_text_around_them(with_tools):
     f, arguments = with_tools.encode("f"), with_tools.encode("{}")
     call = [marks.call_begin, *f, marks.separator, *arguments, marks.call_end]
     block = [marks.calls_begin, *call, marks.calls_end]
-    stream = TextStream(with_tools, chat=True)
+    stream = TextStream(with_tools, chat=True, calls=True)
     ids = [with_tools.end_think_id, *with_tools.encode("a"), *block, with_tools.eos_id]
     assert split(stream, ids) == {"reasoning": "", "content": "a"}
     assert stream.tool_calls == (ToolCall("f", "{}"),)
     # A malformed block is content, in which stop strings count.
-    stream = TextStream(with_tools, stop=["{}"], chat=True)
+    stream = TextStream(with_tools, stop=["{}"], chat=True, calls=True)
     assert split(stream, ids[:-2]) == {
         "reasoning": "",
         "content": "a<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>",
     }
     assert stream.stopped
     assert stream.tool_calls == ()
+    # For a caller that has no place for calls they are content.
+    stream = TextStream(with_tools, chat=True)
+    content = with_tools.decode([*with_tools.encode("a"), *block])
+    assert split(stream, ids) == {"reasoning": "", "content": content}
+    assert "<｜tool▁sep｜>{}" in content and stream.tool_calls == ()
     # Without the chat form there are no calls.
     assert "<｜tool▁sep｜>f" not in split(TextStream(with_tools), ids)["content"]
     assert "<｜tool▁sep｜>{}" in split(TextStream(with_tools), ids)["content"]

@@ -206,7 +206,6 @@ def test_a_user_turn_begins_a_branch_without_earlier_reasoning(
 def test_an_episode_ends_where_nothing_is_left_to_sample(model, tokenizer, monkeypatch) -> None:
     """max_tokens limits all turns together. An observation that no answer followed is left out."""
     end, eos = tokenizer.end_think_id, tokenizer.eos_id
-    scripted(monkeypatch, tokenizer, [spelled(tokenizer, end, "a", eos)] * 2)
     environment = Talk()
     task = environment.task("test", 4)
     for limit, turns in ((3, 1), (5, 2), (6, 2)):

@@ -84,6 +84,7 @@ def test_control_c_ends_open_streams_before_their_answers_end(run_directory):
     thread.start()
     server_module.run(server, listener)
     thread.join(30)
+    assert not thread.is_alive()
     listener.close()
     assert "shutting_down" in "".join(seen)
     assert not any(worker.alive for worker in app.state.workers.values())

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 
 import httpx
 import openai
@@ -12,6 +13,7 @@ from openai import OpenAI
 
 from xushi.engine import LLM, SamplingParams
 from xushi.engine import engine as engine_module
+from xushi.engine.sampling import sample
 from xushi.serve import create_app, find_exports
 from xushi.serve import worker as worker_module
 from xushi.serve.worker import Event, Failure, Job, Worker
@@ -218,6 +220,24 @@ def test_after_a_fault_the_engine_is_the_same_but_empty(run_directory, monkeypat
         assert made == [True]
         assert worker._engine is worker.llm.engine is engine and engine.weights_version == 7
         assert quiet(worker)
+
+
+def test_a_stop_string_in_what_is_held_back_to_the_end(run_directory, monkeypatch):
+    """The last token is half a character, whose sign is the stop string."""
+    with working(run_directory) as worker:
+        spell = worker.llm.tokenizer.token_bytes
+        half = next(i for i in range(20, 272) if spell(i).decode("utf-8", "replace") == "\ufffd")
+        monkeypatch.setattr(
+            engine_module, "sample", lambda *arguments: replace(sample(*arguments), tokens=[half])
+        )
+
+        async def ends():
+            job = Job([([5, 6, 7], [SamplingParams(1, stop=("\ufffd",))])], chat=False)
+            worker.submit(job)
+            event = await next_event(job)
+            assert (event.deltas, event.finish_reason) == ([], "stop")
+
+        asyncio.run(ends())
 
 
 def test_jobs_that_the_engine_does_not_accept_fail(run_directory, monkeypatch):

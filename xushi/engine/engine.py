@@ -69,7 +69,12 @@ class Engine:
         return LatentCache(self.model.config, self.slots, dtype, weight.device)
 
     def restart(self) -> None:
-        """Drop all requests and begin with an empty cache, for example after a step has failed."""
+        """Abort all requests and begin with an empty cache, for example after a step has failed.
+        What was kept is lost too.
+        """
+        for request in [*self._waiting, *self._running]:
+            request.finish_reason = "abort"
+            request._prompt = request._sequence = None
         self._waiting.clear()
         self._running.clear()
         self._prefilling.clear()

@@ -120,7 +120,7 @@ class LLM:
         role "tool" after the answer.
         """
         request = self.engine.add(self.conversation_ids(messages, tools), params)
-        stream = TextStream(self.tokenizer, params.stop, chat=True)
+        stream = TextStream(self.tokenizer, params.stop, chat=True, calls=True)
         parts = {"reasoning": "", "content": ""}
         for _, delta in self._run([request], [stream]):
             parts[delta.channel] += delta.text
@@ -142,7 +142,9 @@ class LLM:
     def stream_chat(
         self, messages: Conversation, params: SamplingParams, tools: Sequence[Tool] = ()
     ) -> Iterator[Delta]:
-        """The text of `chat` as it arrives; closing the iterator ends the request."""
+        """The text of `chat` as it arrives; closing the iterator ends the request. A tool call is
+        content here: there is no other place for it.
+        """
         request = self.engine.add(self.conversation_ids(messages, tools), params)
         for _, delta in self._run([request], [TextStream(self.tokenizer, params.stop, chat=True)]):
             yield delta
@@ -193,9 +195,8 @@ class LLM:
 def _figures(
     request: Request, stream: TextStream
 ) -> tuple[list[int], list[float], list[float], int, FinishReason]:
-    reason = (
-        "stop" if stream.stopped else request.finish_reason
-    )  # "stop" also if the same token reached the limit
+    # "stop" also if the same token reached the limit.
+    reason = "stop" if stream.stopped else request.finish_reason
     assert reason is not None
     return (
         request.token_ids,

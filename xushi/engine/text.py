@@ -65,18 +65,24 @@ def _overlap(text: str, stop: str) -> int:
 class TextStream:
     """The text of one request, token by token.
 
-    With `chat`, everything before the first `</think>` is reasoning. What follows is content, and
-    tool calls once the request has ended, as `parse_assistant` reads them; a malformed call is
-    content, which comes with `flush`. Without `chat` all text is content. Stop strings are looked
-    for in the content only. Once one is found `stopped` is True, and the caller should end the
-    request.
+    With `chat`, everything before the first `</think>` is reasoning and what follows is content;
+    without it all text is content. With `calls`, tool calls are set apart once the request has
+    ended, as `parse_assistant` reads them, and a malformed call is content, which comes with
+    `flush`; without it the text of a call is content. Stop strings are looked for in the content
+    only. Once one is found `stopped` is True, and the caller should end the request.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), chat: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        chat: bool = False,
+        calls: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer, skip_special=True)
         self._finder = StopFinder(stop)
-        self._calls_begin = tokenizer.tool_ids.calls_begin if chat and tokenizer.tool_ids else None
+        self._calls_begin = tokenizer.tool_ids.calls_begin if calls and tokenizer.tool_ids else None
         self._call_ids: list[int] = []  # from the beginning of a block of calls on
         self.channel: Channel = "reasoning" if chat else "content"
         self.thought = False  # whether there is any reasoning, even if it is empty

@@ -168,7 +168,7 @@ class ChatMessage(_Body):
 
     def as_message(self) -> Message:
         """The message in the form that the tokenizer takes."""
-        return Message(self.role, self.content, self.reasoning_content)
+        return Message(self.role, self.content)
 
 
 class ChatBody(_Sampling):

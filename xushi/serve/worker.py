@@ -232,9 +232,11 @@ class Worker:
             deltas = text.push(request.token_ids[-1])
             if text.stopped:
                 self._engine.abort(request, "stop")
-            reason = "stop" if text.stopped else request.finish_reason
+            reason = request.finish_reason
             if reason is not None:
                 deltas += text.flush()
+                if text.stopped:  # a stop string may also be in what was held back to the end
+                    reason = "stop"
                 self._forget(request)
             outgoing[choice.job].append(
                 Event(
