@@ -38,16 +38,16 @@ def test_the_form_is_openai_s() -> None:
     ("mapping", "problem"),
     [
         ("hello", "a message is 'hello'"),
-        ({"content": "x"}, "role is 'None'"),
-        ({"role": "user"}, "content is 'None'"),
-        ({"role": "user", "content": 3}, "content is '3'"),
-        ({"role": "assistant", "content": "x", "reasoning_content": 3}, "reasoning_content is '3'"),
+        ({"content": "x"}, "role is None"),
+        ({"role": "user"}, "content is None"),
+        ({"role": "user", "content": 3}, "content is 3"),
+        ({"role": "assistant", "content": "x", "reasoning_content": 3}, "reasoning_content is 3"),
         ({"role": "assistant", "tool_calls": {"name": "f"}}, "tool_calls is"),
         ({"role": "assistant", "tool_calls": ["f"]}, "tool call is 'f'"),
-        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "name is 'None'"),
+        ({"role": "assistant", "tool_calls": [{"function": {}}]}, "name is None"),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
-            "arguments is '{}'",
+            "arguments is {}",
         ),
     ],
 )

@@ -94,7 +94,7 @@ def test_tools_and_their_outputs_enter_the_prompt(model, tmp_path):
     ]
     ids = encode_chat(tokenizer, messages, [add])
     assert llm.conversation_ids(mappings, [add]) == llm.conversation_ids(messages, [add]) == ids
-    with pytest.raises(XushiError, match="role is 'None'"):
+    with pytest.raises(XushiError, match="role is None"):
         llm.conversation_ids([{"content": "x"}])
 
 

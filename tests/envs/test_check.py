@@ -15,11 +15,18 @@ from typing import Any
 import pytest
 
 from xushi.base.errors import BadInput
+from xushi.envs import promises
 from xushi.envs.check import PROMISES, Finding, as_lines, check_environment, kept
 from xushi.envs.promises import main
+from xushi.run.recipe import EnvironmentTable
 
 SOUND = Path(__file__).parents[1].joinpath("contracts", "game.py").read_text(encoding="utf-8")
 NAMES = [*PROMISES, "deadline", "pure"]
+
+
+def test_every_promise_is_told_and_every_key_of_the_recipe_is_reserved() -> None:
+    assert ("declared", *promises.PROMISES) == PROMISES
+    assert {*EnvironmentTable.model_fields, "environment", "make"} == promises.RESERVED
 
 
 @dataclass(frozen=True)
@@ -245,6 +252,15 @@ def test_a_fault_is_caught(name: str, tmp_path: Path) -> None:
     assert line["text"] and line["remedy"]
     before = PROMISES[: PROMISES.index(fault.promise)]
     assert all(found[promise]["ok"] for promise in before), found
+
+
+def test_a_second_process_that_is_late_is_told_so(tmp_path: Path) -> None:
+    slow = "__import__('os').environ['PYTHONHASHSEED'] == '2' and __import__('time').sleep(60)"
+    finding = check(tmp_path, broken(Fault("pure", "", *before(RIGHT, slow))), 2.0)[-1]
+    assert (finding.promise, finding.state) == ("pure", "broken")
+    assert finding.text.startswith("in a second process score of ")
+    assert finding.text.endswith("took more than 2 s and was stopped")
+    assert "return at once" in finding.remedy
 
 
 @pytest.mark.parametrize("name", [*DEADLINES, *IMPURE])

@@ -52,6 +52,7 @@ def test_a_damaged_model_card_is_named(tmp_path):
         ("{", "cannot be read"),
         ("[]", "not a JSON object"),
         ('{"titel": ""}', "mean title"),
+        ('{"title": 3}', r"title: must be a text.*\nremove it, or export the model again"),
     ):
         (tmp_path / "model_card.json").write_text(text)
         with pytest.raises(XushiError, match=message):

@@ -117,39 +117,44 @@ def _shown(part: int | str) -> str:
     return text if re.fullmatch(r"[\w-]{1,80}", text) else shorten(text)
 
 
-def parse(model: type[ConfigT], table: dict[str, Any], where: str) -> ConfigT:
+def parse(
+    model: type[ConfigT], table: dict[str, Any], where: str, remedy: str | None = None
+) -> ConfigT:
     """Validate `table` as `model`. The first fault is a `BadInput` that names `where` and the
-    dotted key.
+    dotted key. `remedy` says what to do where `table` does not come from a recipe.
     """
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        raise _as_xushi_error(error, model, where) from None
+        raise _as_xushi_error(error, model, where, remedy) from None
 
 
-def _as_xushi_error(error: ValidationError, model: type[BaseModel], where: str) -> XushiError:
+def _as_xushi_error(
+    error: ValidationError, model: type[BaseModel], where: str, remedy: str | None
+) -> XushiError:
     fault = error.errors()[0]
     key = ".".join(_shown(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         known = _fields_at(model, [str(part) for part in fault["loc"][:-1]])
         close = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-        remedy = (
+        known_keys = (
             f"did you mean {close[0]}?"
             if close
             else f"known keys there: {', '.join(sorted(known))}"
         )
-        return BadInput(f"{where}: unknown key {key}", remedy)
+        return BadInput(f"{where}: unknown key {key}", known_keys)
     if fault["type"] == "missing":
         return BadInput(
-            f"{where}: key {key} is missing", "add it to the recipe, or give it with --set"
+            f"{where}: key {key} is missing",
+            remedy or "add it to the recipe, or give it with --set",
         )
     given = fault.get("input")
     shown = f" (got {shorten(given)})" if isinstance(given, str | int | float | bool) else ""
     plain = _PLAIN.get(fault["type"], fault["msg"].removeprefix("Value error, "))
     message = plain.format_map(_words(fault)) if fault["type"] in _PLAIN else plain
     return BadInput(
-        f"{where}: {key or 'recipe'}: {message}{shown}",
-        "correct that value in the recipe or with --set",
+        f"{where}: {f'{key}: ' if key else ''}{message}{shown}",
+        remedy or "correct that value in the recipe or with --set",
     )
 
 

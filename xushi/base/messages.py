@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from xushi.base.config import shorten
 from xushi.base.errors import BadInput
 
 
@@ -125,4 +126,4 @@ def _optional(key: str, value: Any) -> str | None:
 
 
 def _wrong(what: str, value: Any, remedy: str) -> BadInput:
-    return BadInput(f"{what} is {str(value)[:80]!r}", remedy)
+    return BadInput(f"{what} is {shorten(value)}", remedy)

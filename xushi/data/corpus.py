@@ -20,7 +20,7 @@ from xushi.base.config import StrictConfig, parse
 from xushi.base.errors import BadInput
 from xushi.base.files import directory_in_place, read_json, write_json
 from xushi.data.config import DataConfig
-from xushi.data.documents import Document, read_documents, write_documents
+from xushi.data.documents import MAKE_AGAIN, Document, read_documents, write_documents
 from xushi.data.holdout import Holdout, group_of, hold_out, place_of
 from xushi.data.sources import SourceDocuments, read_source
 
@@ -130,7 +130,7 @@ def build_corpus(
 def load_summary(directory: Path) -> CorpusSummary:
     """The summary of a corpus that `build_corpus` wrote."""
     path = directory / "summary.json"
-    return parse(CorpusSummary, read_json(path, "run the data stage again"), str(path))
+    return parse(CorpusSummary, read_json(path, MAKE_AGAIN), str(path), MAKE_AGAIN)
 
 
 def training_texts(directory: Path) -> Iterator[str]:
@@ -144,7 +144,7 @@ def heldout_bytes(directory: Path) -> bytes:
         return (directory / "heldout.bin").read_bytes()
     except OSError as error:
         raise BadInput(
-            f"{directory / 'heldout.bin'} cannot be read: {error.strerror}", "run the data stage"
+            f"{directory / 'heldout.bin'} cannot be read: {error.strerror}", MAKE_AGAIN
         ) from None
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from xushi.base.errors import BadInput
 
+# What to do where files of a corpus are missing or damaged.
+MAKE_AGAIN = "remove stages/data.json of the run and run its recipe again: the corpus is made again"
+
 _SHARD_BYTES = 64 << 20
 _ROW_GROUP_BYTES = 4 << 20
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -119,7 +122,7 @@ def read_documents(directory: Path, name: str) -> Iterator[Document]:
 
     shards = sorted(directory.glob(f"{name}-*.parquet"))
     if not shards:
-        raise BadInput(f"{directory} has no {name} documents", "run the data stage")
+        raise BadInput(f"{directory} has no {name} documents", MAKE_AGAIN)
     for shard in shards:
         try:
             with pq.ParquetFile(shard) as file:
@@ -134,7 +137,7 @@ def read_documents(directory: Path, name: str) -> Iterator[Document]:
                         )
         except (OSError, pa.ArrowException) as error:
             raise BadInput(
-                f"{shard} is damaged: {' '.join(str(error).split())}", "run the data stage again"
+                f"{shard} is damaged: {' '.join(str(error).split())}", MAKE_AGAIN
             ) from None
 
 

@@ -18,7 +18,8 @@ from xushi.base.errors import BadInput, Failed
 from xushi.base.files import sha256_file, sha256_json
 from xushi.data.config import DataConfig, SourceConfig
 from xushi.data.corpus import ExtraSource, build_corpus, training_texts
-from xushi.data.sources import find_files
+from xushi.data.documents import MAKE_AGAIN
+from xushi.data.sources import find_files, unreadable
 from xushi.data.tokens import tokenize_corpus
 
 if TYPE_CHECKING:
@@ -130,15 +131,13 @@ def _sha256(path: Path) -> str:
     try:
         return sha256_file(path)
     except OSError as error:
-        raise BadInput(
-            f"{path} cannot be read: {error.strerror}", "check its permissions, or exclude it"
-        ) from None
+        raise unreadable(path, error) from None
 
 
 def _hashes(directory: Path, pattern: str) -> dict[str, str]:
     found = {path.name: sha256_file(path) for path in sorted(directory.glob(pattern))}
     if not found:
-        raise BadInput(f"{directory} has no {pattern}", "run the data stage")
+        raise BadInput(f"{directory} has no {pattern}", MAKE_AGAIN)
     return found
 
 

@@ -155,7 +155,7 @@ def _walk(root: Path, found: SourceFiles) -> list[Path]:
     hidden = 0
     special = 0
     paths = []
-    for folder, folders, names in os.walk(root, onerror=_unreadable):
+    for folder, folders, names in os.walk(root, onerror=_raise_unreadable):
         hidden += sum(name.startswith(".") for name in folders + names)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
@@ -168,10 +168,15 @@ def _walk(root: Path, found: SourceFiles) -> list[Path]:
     return sorted(paths, key=lambda path: path.as_posix())
 
 
-def _unreadable(error: OSError) -> None:
-    raise BadInput(
-        f"{error.filename} cannot be read: {error.strerror}", "check its permissions, or exclude it"
-    ) from None
+def unreadable(path: Path | str, error: OSError) -> BadInput:
+    """The error for a source's file that the system does not let us read."""
+    return BadInput(
+        f"{path} cannot be read: {error.strerror}", "check its permissions, or exclude it"
+    )
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise unreadable(error.filename, error) from None
 
 
 def _note(found: SourceFiles, count: int, what: str) -> None:
@@ -184,9 +189,7 @@ def _bytes_of(path: Path, most: int = -1) -> bytes:
         with open(path, "rb") as file:
             return file.read(most)
     except OSError as error:
-        raise BadInput(
-            f"{path} cannot be read: {error.strerror}", "check its permissions, or exclude it"
-        ) from None
+        raise unreadable(path, error) from None
 
 
 def _looks_like_text(path: Path) -> bool:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from xushi.tokenizer import Tokenizer
 
 _CHUNK_CHARACTERS = 2 << 20
+MAKE_AGAIN = (
+    "remove stages/tokenizer.json of the run and run its recipe again: the tokens are made again"
+)
 
 
 class TokenSource(StrictConfig):
@@ -144,7 +147,7 @@ def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def load_manifest(directory: Path) -> TokenManifest:
     """The manifest of a directory that `tokenize_corpus` wrote."""
     path = directory / "manifest.json"
-    return parse(TokenManifest, read_json(path, "run the tokenizer stage again"), str(path))
+    return parse(TokenManifest, read_json(path, MAKE_AGAIN), str(path), MAKE_AGAIN)
 
 
 def open_source(directory: Path, manifest: TokenManifest, source: TokenSource) -> PackedSource:
@@ -163,11 +166,11 @@ def open_source(directory: Path, manifest: TokenManifest, source: TokenSource) -
         raise BadInput(
             f"the tokens of {source.name} in {directory} cannot be read: "
             f"{' '.join(str(error).split())}",
-            "run the data stage again",
+            MAKE_AGAIN,
         ) from None
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
     if size != source.tokens * dtype.itemsize or index.num_rows != source.documents:
-        raise BadInput(f"the size of {path} differs from the manifest", "run the data stage again")
+        raise BadInput(f"the size of {path} differs from the manifest", MAKE_AGAIN)
     starts = np.concatenate(
         [np.zeros(1, dtype=np.int64), index.column("end").to_numpy().astype(np.int64)]
     )
@@ -183,7 +186,7 @@ def load_byte_lengths(directory: Path, manifest: TokenManifest) -> Ints:
     try:
         lengths = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read: {error}", "run the data stage again") from None
+        raise BadInput(f"{path} cannot be read: {error}", MAKE_AGAIN) from None
     if lengths.shape != (manifest.vocab_size,):
-        raise BadInput(f"the size of {path} differs from the manifest", "run the data stage again")
+        raise BadInput(f"the size of {path} differs from the manifest", MAKE_AGAIN)
     return np.asarray(lengths, dtype=np.int64)

@@ -30,9 +30,11 @@ class SamplingParams:
         _whole("max_tokens", self.max_tokens, 1)
         _whole("top_k", self.top_k, 0)
         _whole("seed", self.seed, None)
-        _number("temperature", self.temperature, self.temperature >= 0, "a number from 0 up")
-        _number("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
-        if isinstance(self.stop, str) or not all(
+        if not (_is_number(self.temperature) and self.temperature >= 0):
+            raise _wrong("temperature", self.temperature, "a number from 0 up")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise _wrong("top_p", self.top_p, "more than 0 and at most 1")
+        if not isinstance(self.stop, tuple | list) or not all(
             isinstance(text, str) and text for text in self.stop
         ):
             raise BadInput(
@@ -48,9 +50,12 @@ def _whole(name: str, value: int, least: int | None) -> None:
         or (least is not None and value < least)
     ):
         bound = "" if least is None else f" of at least {least}"
-        raise BadInput(f"sampling parameter {name} is {value!r}", f"give a whole number{bound}")
+        raise _wrong(name, value, f"a whole number{bound}")
 
 
-def _number(name: str, value: float, inside: bool, wanted: str) -> None:
-    if isinstance(value, bool) or not inside or not math.isfinite(value):
-        raise BadInput(f"sampling parameter {name} is {value!r}", f"give {wanted}")
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _wrong(name: str, value: object, wanted: str) -> BadInput:
+    return BadInput(f"sampling parameter {name} is {value!r}", f"give {wanted}")

@@ -119,7 +119,8 @@ def _pure(arguments: list[str], first: _Told, seconds: float) -> Finding:
         return Finding(name, "not reached", "mend what is broken above first")
     second = _run(arguments, ["0", "digests"], 2, seconds)
     if second.ended:
-        return Finding(name, "broken", f"in a second process {second.at} ended it ({second.ended})")
+        late = _deadline(second, seconds)
+        return Finding(name, "broken", f"in a second process {late.text}", late.remedy)
     for digest, value in first.digests.items():
         if second.digests.get(digest) != value:
             text = f"{digest} is another in a second process"

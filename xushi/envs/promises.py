@@ -34,8 +34,7 @@ RESERVED = {"kind", "transcripts", "transcript_weight", "code", "environment", "
 # What a solver may write instead of an answer.
 NONSENSE = ("", " ", "0", "yes", "\0", "</think>", "\u200b", "９", "{}", "x" * 10_000)
 
-
-# What it may give for a parameter of a tool, whatever type the tool declares.
+# What a solver may give for a parameter of a tool, whatever type the tool declares.
 ODD_VALUES: tuple[Any, ...] = ("x", "", None, [], {}, True, -1, 10**30, 0.5, "\ud800")
 
 

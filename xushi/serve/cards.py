@@ -68,5 +68,5 @@ def read_card(name: str, directory: Path) -> ModelCard:
     path = directory / "model_card.json"
     if not path.exists():
         return DEFAULT_CARDS.get(name, ModelCard(title=name))
-    table = read_json(path, "remove it, or export the model again")
-    return parse(ModelCard, table, str(path))
+    remedy = "remove it, or export the model again"
+    return parse(ModelCard, read_json(path, remedy), str(path), remedy)

@@ -37,6 +37,7 @@ _WORD = (
 # The library needs dozens of bytes of memory per byte of a text, so a long text is encoded in
 # chunks.
 _CHUNK_CHARACTERS = 1 << 20
+_GET_AGAIN = "copy it again, or remove stages/tokenizer.json of its run and run the recipe again"
 _BORDER = re.compile(r"\n(?=\S)")
 
 
@@ -191,12 +192,11 @@ class Tokenizer:
             serialized = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             raise BadInput(
-                f"{path} does not exist", "run the tokenizer stage, or give another directory"
+                f"{path} does not exist",
+                "give the directory of a tokenizer, such as runs/demo/tokenizer",
             ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(
-                f"{path} cannot be read: {error}", "run the tokenizer stage again"
-            ) from None
+            raise BadInput(f"{path} cannot be read: {error}", _GET_AGAIN) from None
         try:
             json.loads(serialized)
             return cls(serialized)
@@ -204,9 +204,7 @@ class Tokenizer:
             raise BadInput(f"{path}: {error.problem}", error.remedy) from None
         except Exception as error:  # the library raises plain Exception for a file it cannot read
             message = " ".join(str(error).split())
-            raise BadInput(
-                f"{path} is damaged: {message}", "run the tokenizer stage again"
-            ) from None
+            raise BadInput(f"{path} is damaged: {message}", _GET_AGAIN) from None
 
 
 def _train(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> "tokenizers.Tokenizer":
