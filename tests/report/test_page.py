@@ -309,6 +309,9 @@ def test_values_that_are_not_finite_are_named_and_not_drawn(
     tracking.close()
     page = _page(directory)
     assert "3 of 120 values were not finite" in plain(page.text)
+    for name in ("pretrain", "router", "rl"):
+        charts = [node for node in page.one(id=name).all("figure") if node.all("svg", "plot")]
+        assert charts and all("not finite" in plain(chart.text) for chart in charts)
     cells = [cell.text for cell in page.one(id="numbers").all("td")]
     broken = sum(cells.count(text) for text in ("NaN", "Infinity", "-Infinity"))
     assert broken == sum(isinstance(value, float) for value in results.values())

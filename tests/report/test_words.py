@@ -64,13 +64,19 @@ def test_headline_gives_the_rate_after_reinforcement_learning_else_the_rate_ther
 
 
 def _rl(before: float, after: float, **more: Any) -> Any:
-    extra = {f"rl.{key}": value for key, value in more.items()}
+    """Rates with intervals of no width, where no others are given."""
+    intervals = {f"greedy_before_{end}": before for end in ("low", "high")}
+    intervals |= {f"greedy_after_{end}": after for end in ("low", "high")}
+    extra = {f"rl.{key}": value for key, value in (intervals | more).items()}
     return run_of({"rl.greedy_before": before, "rl.greedy_after": after, **extra})
 
 
 def test_a_change_counts_only_if_the_intervals_lie_apart() -> None:
     assert words.verdict(_rl(0.1, 0.9), "greedy") == "better"
     assert words.verdict(_rl(0.9, 0.1), "greedy") == "worse"
+    rates = {"rl.greedy_before": 0.1, "rl.greedy_after": 0.9}
+    for end in ({}, {"rl.greedy_after_low": 0.8}, {"rl.greedy_before_high": 0.2}):
+        assert words.verdict(run_of(rates | end), "greedy") == "unclear", "no interval was measured"
     assert words.verdict(_rl(0.5, 0.5), "greedy") == "unclear"
     assert words.verdict(run_of({"rl.greedy_after": 0.5}), "greedy") == "unclear"
     overlap = _rl(0.5, 0.6, greedy_before_high=0.58, greedy_after_low=0.52)
@@ -142,7 +148,7 @@ def test_the_control_of_equal_time_in_both_directions() -> None:
 def test_the_yardstick_in_both_directions(model: float, expected: str) -> None:
     run = run_of({"evaluate.bits_per_byte": model, "evaluate.bits_per_byte_xz_primed": 1.25})
     assert plain(words.yardstick(run)) == (
-        "The honest yardstick is xz -9 that was given the training text first: 1.25 bits per byte. "
+        "The fair baseline is xz -9 that was given the training text first: 1.25 bits per byte. "
         + expected
     )
     assert words.yardstick(run_of({"evaluate.bits_per_byte": 1.25})) == ""

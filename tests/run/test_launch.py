@@ -76,6 +76,15 @@ def test_what_could_not_go_on_is_refused_before_it_starts(
         check_launch(load_recipe(MINIATURE, settings), launch)
 
 
+def test_a_job_goes_where_the_run_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = xushi_here("launch", MINIATURE, "--slurm", "--set", 'without="rl"')
+    assert done.stdout == "sbatch runs/miniature-without-rl.sbatch\n"
+    assert (
+        "--out runs/miniature-without-rl " in Path("runs/miniature-without-rl.sbatch").read_text()
+    )
+
+
 def test_a_launch_is_one_of_two() -> None:
     done = xushi_here("launch", MINIATURE)
     assert done.returncode == 2 and "either --slurm or --ray ADDRESS" in done.stderr

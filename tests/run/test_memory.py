@@ -2,15 +2,19 @@
 what would fit.
 """
 
+import shutil
+from pathlib import Path
+
 import pytest
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 from xushi.base.machine import GIB
+from xushi.run import run, runner
 from xushi.run.estimate import _bytes_per_process, check_memory
 from xushi.run.recipe import load_recipe
 from xushi.train import Layout
 
-from .conftest import MINIATURE
+from .conftest import MINIATURE, Chain
 
 LARGE = [
     "model.hidden_size=2048",
@@ -59,5 +63,21 @@ def test_processes_share_the_machine_and_the_moments() -> None:
     )
     assert eighth < alone / 2
     check_memory(recipe, Layout(data=8), 8 * eighth, 8)
-    with pytest.raises(XushiError, match="for 8"):
+    with pytest.raises(XushiError, match="for 8 of them"):
         check_memory(recipe, Layout(data=8), 8 * eighth - 8, 8)
+
+
+def test_what_is_done_needs_no_memory(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run that was moved to a smaller machine, and one whose pretraining would change."""
+
+    def too_small(*_: object) -> None:
+        raise BadInput("too small", "use another machine")
+
+    monkeypatch.setattr(runner, "check_memory", too_small)
+    shutil.copytree(chain.directory, moved := tmp_path / "moved")
+    results = run(load_recipe(MINIATURE, []), moved)
+    assert results is not None and results["pretrain.steps"] == chain.results["pretrain.steps"]
+    with pytest.raises(BadInput, match="too small"):
+        run(load_recipe(MINIATURE, ["pretrain.steps=3"]), moved, update=True)

@@ -80,6 +80,10 @@ def test_trackio_reads_them(directory: Path) -> None:
 def test_what_cannot_be_is_refused(directory: Path, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(XushiError, match="cannot be exported to 'excel'"):
         export_metrics(directory, "excel")
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(XushiError, match="cannot be written"):
+        export_metrics(directory, "tensorboard", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
     with pytest.raises(XushiError, match="is not a run directory"):
         export_metrics(tmp_path / "none", "tensorboard")
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -285,6 +285,24 @@ def test_more_text_never_fits_less_and_never_more_than_the_recipe_says(
     assert fitted[0][0] >= 263 and fitted[0][1] >= 1
 
 
+def test_what_a_text_changes_is_told_and_never_raised(capsys: pytest.CaptureFixture[str]) -> None:
+    size = 100_000
+    for every, warmup in ((5, 0), (5000, 5000)):
+        asked = {"steps": 10_000, "batch_tokens": 1024}
+        asked |= {"evaluate_every": every, "warmup_steps": warmup}
+        pretrain = dict(asked)
+        fit_to_text({}, pretrain, size, True)
+        told = capsys.readouterr().err
+        changed = {key for key in asked if pretrain[key] != asked[key]}
+        assert all(pretrain[key] < asked[key] for key in changed) and "steps" in changed
+        assert all(f"pretrain.{key} {asked[key]} -> {pretrain[key]}" in told for key in changed)
+        assert told.count("->") == len(changed) == (1 if every == 5 else 3)
+    # What the recipe leaves out has the default, which is lowered too.
+    left_out = {"steps": 10_000, "batch_tokens": 1024}
+    fit_to_text({}, left_out, 20_000, True)
+    assert left_out["evaluate_every"] == left_out["steps"] // 10
+
+
 def test_a_large_text_changes_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

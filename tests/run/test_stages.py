@@ -1,13 +1,15 @@
 """Stages as the recipe, the runner and the report see them."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
 
 from xushi.base.errors import BadInput
-from xushi.run.place import stage_key
+from xushi.base.files import write_json
+from xushi.base.tracking import Tracking
+from xushi.run.place import RunPlace, StageRecord, read_record, stage_key, write_record
 from xushi.run.recipe import Recipe, load_recipe
 from xushi.run.stages import RECIPE_STAGES, STAGES, Results, Stage
 from xushi.run.stages.base import Unit
@@ -26,6 +28,21 @@ def changed_stages(*assignments: str) -> set[str]:
         keys_of(load_recipe(MINIATURE, list(assignments))),
     )
     return {name for name in before if before[name] != after.get(name)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seconds": "x"}, {"results": []}, {"key": 3}, {"more": 1}, {"seconds": None}],
+)
+def test_a_damaged_record_is_told(tmp_path: Path, changes: dict[str, Any]) -> None:
+    place = RunPlace(tmp_path, Tracking(None))
+    assert read_record(place, "data") is None
+    record = StageRecord("k", 1.5, {"data.bytes": 3})
+    write_record(place, "data", record)
+    assert read_record(place, "data") == record
+    write_json(place.path("stages", "data.json"), vars(record) | changes)
+    with pytest.raises(BadInput, match=r"data\.json is not the record of a stage"):
+        read_record(place, "data")
 
 
 MODEL_STAGES = {"pretrain", "sft", "rl", "control", "evaluate", "export"}

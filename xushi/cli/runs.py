@@ -74,12 +74,17 @@ def run_command(
         [part.strip() for part in stages.split(",")] if stages is not None else None,
         without,
     )
-    suffix = f"-without-{loaded.without}" if loaded.without else ""
-    directory = out or Path("runs") / f"{loaded.name}{suffix}"
+    directory = out or _default_directory(loaded)
     if dry_run:
         _print_plan(loaded, as_json)
     else:
         _run(loaded, directory, update, as_json)
+
+
+def _default_directory(recipe: Any) -> Path:
+    """Where a run goes without --out."""
+    suffix = f"-without-{recipe.without}" if recipe.without else ""
+    return Path("runs") / f"{recipe.name}{suffix}"
 
 
 def _print_plan(recipe: Any, as_json: bool) -> None:
@@ -138,7 +143,7 @@ def launch(
         raise BadInput("a launch is either --slurm or --ray ADDRESS", "give one of them")
     file = recipe or default_recipe()
     loaded = load_recipe(file, assignments or [])
-    directory = out or Path("runs") / loaded.name
+    directory = out or _default_directory(loaded)
     words = (
         str(file),
         "--out",

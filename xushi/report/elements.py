@@ -2,9 +2,10 @@
 `chart` is HTML already.
 """
 
+import math
 from collections.abc import Sequence
 
-from xushi.report.numbers import digits, duration, escape
+from xushi.report.numbers import count, digits, duration, escape
 from xushi.report.read import Run
 from xushi.report.scales import Point, runs
 
@@ -44,6 +45,14 @@ def above_frame(points: Sequence[Point], top: float) -> str:
     if highest <= top:
         return ""
     return f" The first values, up to {digits(highest)}, lie above the frame."
+
+
+def not_finite(points: Sequence[Point]) -> str:
+    """A sentence for the caption if some values of the curve are not finite."""
+    broken = sum(not math.isfinite(y) for _, y in points)
+    if not broken:
+        return ""
+    return f" {count(broken)} of {count(len(points))} values were not finite and leave gaps."
 
 
 def fact_grid(pairs: Sequence[tuple[str, str]]) -> str:

@@ -22,6 +22,7 @@ from xushi.report.elements import (
     above_frame,
     fact_grid,
     figure,
+    not_finite,
     paragraph,
     section,
     small_figures,
@@ -92,7 +93,7 @@ def loss_figure(run: Run) -> str:
         lines.append(Series("one further (MTP)", smooth(mtp), 2))
     axes = Axes("Training loss", x_label, "nats per token", height=260, y_limit=limit)
     caption = "Pale: each step. Strong: the mean over 2\u202f% of the steps around it."
-    caption += above_frame(points, frame_top(lines, axes)) + _broken(points)
+    caption += above_frame(points, frame_top(lines, axes)) + not_finite(points)
     return figure(line_chart(lines, axes), caption, "Training loss")
 
 
@@ -115,7 +116,7 @@ def heldout_figure(run: Run) -> str:
     caption = "Measured on a sample of the held-out text."
     if levels:
         caption += " Dashed: what compressors need for all of it."
-    caption += above_frame(points, frame_top(lines, axes, levels)) + _broken(points)
+    caption += above_frame(points, frame_top(lines, axes, levels)) + not_finite(points)
     return figure(line_chart(lines, axes, levels), caption, "Text it never saw")
 
 
@@ -245,7 +246,8 @@ def _violation_figure(run: Run, layers: Sequence[int]) -> str:
                 worst[x] = max(worst.get(x, -math.inf), y)
         series = [Series("worst layer", smooth(sorted(worst.items())), 1)]
     axes = Axes("Maximal violation", x_label, label, height=170, y_lowest=0.0)
-    return figure(line_chart(series, axes), heading="How far from even")
+    caption = not_finite([point for points, _ in curves.values() for point in points])
+    return figure(line_chart(series, axes), caption.strip(), heading="How far from even")
 
 
 def _health_figures(run: Run) -> str:
@@ -259,7 +261,8 @@ def _health_figures(run: Run) -> str:
     for name, label, tone in wanted:
         points, x_label = _against_tokens(run, run.series("pretrain", name))
         axes = Axes(label, x_label, label, height=110, y_lowest=0.0)
-        charts.append(figure(line_chart([Series("", points, tone)], axes)))
+        chart = line_chart([Series("", points, tone)], axes)
+        charts.append(figure(chart, not_finite(points).strip()))
     return small_figures(charts)
 
 
@@ -275,10 +278,3 @@ def _against_tokens(run: Run, points: list[Point]) -> tuple[list[Point], str]:
     if last >= len(seen) or not math.isfinite(seen[last]):
         return points, "step"
     return [(seen[int(step)], y) for step, y in points], "target tokens"
-
-
-def _broken(points: Sequence[Point]) -> str:
-    broken = sum(not math.isfinite(y) for _, y in points)
-    if not broken:
-        return ""
-    return f" {count(broken)} of {count(len(points))} values were not finite and leave gaps."

@@ -13,6 +13,7 @@ from xushi.report.charts import Axes, Bar, Series, bar_chart, frame_top, line_ch
 from xushi.report.elements import (
     above_frame,
     figure,
+    not_finite,
     paragraph,
     section,
     small_figures,
@@ -151,7 +152,8 @@ def _curve_figure(run: Run, stage: str, curve: _Curve) -> str:
     limit = early_limit(points, means) if curve.falls else math.inf
     title = f"{stage}: {curve.label}"
     axes = Axes(title, "step", curve.label, height=150, y_lowest=curve.lowest, y_limit=limit)
-    return figure(line_chart(lines, axes), above_frame(points, frame_top(lines, axes)).strip())
+    caption = above_frame(points, frame_top(lines, axes)) + not_finite(points)
+    return figure(line_chart(lines, axes), caption.strip())
 
 
 def _health(run: Run) -> str:

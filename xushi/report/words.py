@@ -74,7 +74,7 @@ def verdict(run: Run, rate: str) -> str:
     higher, lower = ("after", "before") if after > before else ("before", "after")
     low = run.number(f"rl.{rate}_{higher}_low")
     high = run.number(f"rl.{rate}_{lower}_high")
-    if low is not None and high is not None and low <= high:
+    if low is None or high is None or low <= high:
         return "unclear"
     return "better" if after > before else "worse"
 
@@ -86,7 +86,7 @@ def yardstick(run: Run) -> str:
     if model is None or primed is None or primed <= 0:
         return ""
     fact = (
-        f"The honest yardstick is {XZ} that was given the training text first: "
+        f"The fair baseline is {XZ} that was given the training text first: "
         f"{digits(primed)} bits per byte."
     )
     if abs(model - primed) < LEVEL:

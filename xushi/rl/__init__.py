@@ -2,6 +2,13 @@
 
 from xushi.rl.config import RLConfig
 from xushi.rl.grpo import Objective, group_advantages, grpo_loss
-from xushi.rl.step import ReinforcementStep
+from xushi.rl.step import ReinforcementStep, check_layout
 
-__all__ = ["Objective", "RLConfig", "ReinforcementStep", "group_advantages", "grpo_loss"]
+__all__ = [
+    "Objective",
+    "RLConfig",
+    "ReinforcementStep",
+    "check_layout",
+    "group_advantages",
+    "grpo_loss",
+]

@@ -48,7 +48,7 @@ class ReinforcementStep(Step):
     def take(self, state: TrainingState, number: int, phase: Callable[[str], None]) -> StepResult:
         """See `Step`. Raises `BadInput` where no process can hold a share of the tasks."""
         layout, config = state.layout, self.config
-        self._check(layout)
+        check_layout(self.config, layout)
         phase("step")
         model = self._whole_model(state)
         phase("batch")
@@ -78,20 +78,6 @@ class ReinforcementStep(Step):
         """See `Step`."""
         self._without_signal = saved.get("without_signal", 0)
 
-    def _check(self, layout: Layout) -> None:
-        if layout.pipeline > 1:
-            raise BadInput(
-                f"rl needs whole layers to sample, and layout.pipeline={layout.pipeline} cuts the "
-                "model",
-                "set layout.pipeline=1, or run rl on one process",
-            )
-        if self.config.prompts < layout.data:
-            raise BadInput(
-                f"rl.prompts={self.config.prompts} does not give each of layout.data="
-                f"{layout.data} processes a task",
-                f"set rl.prompts={layout.data}, or start fewer processes",
-            )
-
     def _whole_model(self, state: TrainingState) -> Deepseek:
         """The model to sample with."""
         if state.layout.data == 1:
@@ -111,6 +97,22 @@ class ReinforcementStep(Step):
         return (
             f"no group of the last {LIMIT_WITHOUT_SIGNAL} steps had both right and wrong answers, "
             f"so there is nothing to learn from ({advice})"
+        )
+
+
+def check_layout(config: RLConfig, layout: Layout) -> None:
+    """`BadInput` if reinforcement learning cannot run on these processes."""
+    if layout.pipeline > 1:
+        raise BadInput(
+            f"rl needs whole layers to sample, and layout.pipeline={layout.pipeline} cuts the "
+            "model",
+            "set layout.pipeline=1, or run rl on one process",
+        )
+    if config.prompts < layout.data:
+        raise BadInput(
+            f"rl.prompts={config.prompts} does not give each of layout.data={layout.data} "
+            "processes a task",
+            f"set rl.prompts={layout.data}, or start fewer processes",
         )
 
 

@@ -97,8 +97,7 @@ def named_shape(name: str) -> Shape:
             512,
         )
     recipe = load_recipe(Path(name), [])
-    config = recipe.model.model_copy(update={"vocab_size": recipe.tokenizer.vocab_size})
-    return Shape(recipe.name, config, recipe.pretrain, recipe.data.sequence_length)
+    return Shape(recipe.name, recipe.sized_model, recipe.pretrain, recipe.data.sequence_length)
 
 
 def training_step(shape: Shape, device: str = "cpu") -> Callable[[Tensor], None]:

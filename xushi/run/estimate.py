@@ -93,17 +93,19 @@ def check_memory(
     if memory_total is None or not Pretrain.wanted(recipe):
         return
     room = memory_total // processes_here
+    place = "this GPU" if layout.device == "cuda" else "this machine"
     if (needed := _bytes_per_process(recipe, layout, recipe.pretrain)) <= room:
         return
     problem = (
-        f"pretraining needs about {needed / GIB:,.1f} GiB in each process, and this machine has "
-        f"{memory_total / GIB:,.1f} GiB for {processes_here}"
+        f"pretraining needs about {needed / GIB:,.1f} GiB in each process, and {place} has "
+        f"{memory_total / GIB:,.1f} GiB for {processes_here} of them"
     )
     for changes, said in _smaller(recipe):
         fits = _bytes_per_process(recipe, layout, recipe.pretrain.model_copy(update=changes))
         if fits <= room:
             raise BadInput(
-                problem, f"with {said} it is about {fits / GIB:,.1f} GiB; or use more machines"
+                problem,
+                f"with {said} (by --set) it is about {fits / GIB:,.1f} GiB; or use more machines",
             )
     raise BadInput(
         problem,

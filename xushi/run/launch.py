@@ -135,13 +135,16 @@ def launch_on_ray(recipe: Recipe, launch: Launch, address: str, gpus: bool) -> N
         problem = _attempt(ray, launch, count, resources)
         if problem is None:
             return
+        if attempt == launch.restarts:
+            break
         say(
             f"{problem}; the remaining machines continue from the last checkpoint in "
             f"{SECONDS_TO_NOTICE:.0f} s"
         )
         time.sleep(SECONDS_TO_NOTICE)
     raise Failed(
-        f"the run was started {launch.restarts + 1} times and failed each time",
+        f"the run was started {launch.restarts + 1} times and failed each time, at last because "
+        f"{problem}",
         "fix the error that its processes printed; the same command continues from the last "
         "checkpoint",
     )

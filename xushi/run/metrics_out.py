@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from xushi.base.errors import BadInput
+from xushi.base.files import disk_errors
 from xushi.base.progress import say
 from xushi.base.tracking import Tracking
 from xushi.run.directory import check_format
@@ -45,10 +46,11 @@ def export_metrics(
         )
     if not (directory / "tracking.sqlite").is_file():
         raise BadInput(f"{directory} is not a run directory", "give one, such as runs/demo")
+    check_format(directory)
     out = out or directory / place
     package = _package(place, out)
-    out.mkdir(parents=True, exist_ok=True)
-    check_format(directory)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     tracking = Tracking(directory / "tracking.sqlite")
     try:
         with _OPEN[place](package, directory.name, out) as write:

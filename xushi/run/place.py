@@ -78,9 +78,10 @@ def read_record(place: RunPlace, name: str) -> StageRecord | None:
         return None
     remedy = "remove it and run the same command again"
     table = read_json(file, remedy)
-    if set(table) != {"key", "seconds", "results"}:
+    types = {"key": str, "seconds": int | float, "results": dict}
+    if set(table) != set(types) or not all(isinstance(table[key], types[key]) for key in types):
         raise BadInput(f"{file} is not the record of a stage", remedy)
-    return StageRecord(table["key"], table["seconds"], table["results"])
+    return StageRecord(**table)
 
 
 def write_record(place: RunPlace, name: str, record: StageRecord) -> None:

@@ -9,6 +9,7 @@ from xushi.data.config import SourceConfig
 from xushi.data.sources import read_source
 from xushi.run.stages import STAGES
 from xushi.tokenizer.config import SMALLEST_VOCABULARY
+from xushi.train import PretrainConfig
 
 # How --text fits a recipe to a text that may be a thousandth of the recipe's own.
 # With fewer bytes per entry most tokens are too rare to learn; a text allows several times as many.
@@ -50,8 +51,9 @@ def fit_to_text(
     """Lower the vocabulary and, where the text is all that is trained on, the steps to what `size`
     bytes can use.
 
-    Neither is ever raised, and `--set` has the last word. With few enough steps the measurements on
-    held-out text come closer together, so that there is a curve to look at.
+    Neither is ever raised, and `--set` has the last word. With fewer steps the warm-up and the
+    intervals between measurements on held-out text are at most a tenth of them, so that there is a
+    curve to look at.
     """
     vocabulary, steps, batch = (
         tokenizer.get("vocab_size"),
@@ -66,10 +68,13 @@ def fit_to_text(
     if alone and isinstance(steps, int) and isinstance(batch, int) and batch > 0:
         enough = max(1, MOST_EPOCHS * size // (BYTES_PER_TOKEN * batch))
         if steps > enough:
-            warmup = pretrain.get("warmup_steps")
-            pretrain |= {"steps": enough, "evaluate_every": max(1, enough // 10)}
-            if isinstance(warmup, int):
-                pretrain["warmup_steps"] = min(warmup, enough // 10)
+            pretrain["steps"] = enough
             said.append(f"pretrain.steps {steps} -> {enough}, about {MOST_EPOCHS} passes over it")
+            for key, least in (("evaluate_every", 1), ("warmup_steps", 0)):
+                most = max(least, enough // 10)
+                value = pretrain.get(key, PretrainConfig.model_fields[key].default)
+                if isinstance(value, int) and value > most:
+                    pretrain[key] = most
+                    said.append(f"pretrain.{key} {value} -> {most}")
     if said:
         say(f"text of {size:,} bytes: {'; '.join(said)} (--set overrides)")

@@ -22,6 +22,7 @@ from xushi.run.facts import op_forms, run_facts
 from xushi.run.place import RunPlace, StageRecord, read_record, write_record
 from xushi.run.recipe import Recipe
 from xushi.run.stages import Stage, keys_of
+from xushi.run.stages.pretrain import Pretrain
 from xushi.run.stages.training import training_seconds
 from xushi.train import join, processes_on_this_machine
 
@@ -34,13 +35,17 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
     A directory of another recipe is refused unless `update`, which runs the changed stages again.
     Under torchrun all processes call this, and only the first one has results.
     """
-    keys_of(recipe.run_stages())  # a stage that cannot be hashed is refused before anything is made
+    # A stage that cannot be hashed is refused before anything is made.
+    keys = keys_of(recipe.run_stages())
     layout = join(recipe.layout, recipe.model, chosen_device(recipe.device), recipe.rows)
     for stage in recipe.run_stages():
         stage.check_layout(layout)
     machine = inspect()
     processes_here = processes_on_this_machine()
-    if layout.device == "cuda":  # each process has a GPU of its own
+    done = read_record(RunPlace(directory, Tracking(None), layout), Pretrain.name)
+    if done is not None and done.key == keys.get(Pretrain.name):
+        pass  # it needs no memory any more
+    elif layout.device == "cuda":  # each process has a GPU of its own
         check_memory(recipe, layout, torch.cuda.get_device_properties(0).total_memory, 1)
     else:
         check_memory(recipe, layout, machine.memory_total, processes_here)

@@ -2,10 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from xushi.base.errors import BadInput
 from xushi.base.seeds import derive
 from xushi.base.tracking import BatchRecord
-from xushi.rl import ReinforcementStep
+from xushi.rl import ReinforcementStep, check_layout
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results
 from xushi.run.stages.checks import check_length
@@ -68,12 +67,8 @@ class RL(TrainingStage):
 
     def check_layout(self, layout: Layout) -> None:
         """Each process needs a task of its own."""
-        if self.together(layout) and self.config.prompts < layout.data:
-            raise BadInput(
-                f"rl.prompts={self.config.prompts} does not give each of layout.data="
-                f"{layout.data} processes a task",
-                f"set rl.prompts={layout.data}, or start fewer processes",
-            )
+        if self.together(layout):
+            check_layout(self.config, layout)
 
     def together(self, layout: Layout) -> bool:
         """All processes, unless they hold different layers: sampling needs a whole model."""
