@@ -22,7 +22,7 @@ endef
 help:  ## list what make can do
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## /  make \1\t/' | expand -t 18
 
-demo: $(VENV)/.core  ## raw text to a served reasoning model: 6 minutes with bf16 instructions, 15 to 20 without
+demo: $(VENV)/.core  ## raw text to a served reasoning model: 6 minutes with bf16 instructions, about twice as long without
 	@$(VENV)/bin/xushi run recipes/demo.toml
 
 test: $(VENV)/.dev  ## the quick tests, at most 5 minutes

@@ -22,7 +22,7 @@ Imports = dict[str, set[str]]
 # What happens to one thing, step by step: (file, function or class, what it does there).
 PATHS = {
     "token": (
-        "The way of a token: from a file's bytes to a weight",
+        "Data flow: a token, from a file's bytes to a weight",
         [
             ("data/sources.py", "read_source", "reads documents, each with a 16-byte uid"),
             ("data/corpus.py", "build_corpus", "drops duplicates, holds a part out"),
@@ -37,7 +37,7 @@ PATHS = {
         ],
     ),
     "recipe-key": (
-        "The way of a recipe key: pretrain.learning_rate",
+        "Data flow: the recipe key pretrain.learning_rate",
         [
             ("cli/runs.py", "run_command", "--set pretrain.learning_rate=0.01"),
             ("run/recipe.py", "load_recipe", "reads the file, applies --set"),
@@ -50,7 +50,7 @@ PATHS = {
         ],
     ),
     "request": (
-        "The way of a request: POST /v1/chat/completions",
+        "Data flow: a request, POST /v1/chat/completions",
         [
             ("serve/app.py", "create_app", "the route"),
             ("serve/protocol.py", "ChatBody", "checks the body"),

@@ -6,7 +6,7 @@ shown with their name and time, and their numbers are in "Every number".
 
 from collections.abc import Callable
 
-from xushi.report.numbers import count, digits, duration, percent, size
+from xushi.report.numbers import count, digits, percent, size
 from xushi.report.read import Run
 from xushi.run.stages import STAGES, Fact
 
@@ -15,7 +15,6 @@ _WRITERS: dict[str, Callable[[float], str]] = {
     "size": size,
     "percent": percent,
     "digits": digits,
-    "duration": duration,
 }
 
 
@@ -50,7 +49,5 @@ def sentence(run: Run, name: str) -> str:
 
 
 def _part(run: Run, fact: Fact) -> str:
-    if fact.unit == "text":
-        return fact.pattern.format(run.text(fact.key)) if run.text(fact.key) else ""
     value = run.written(fact.key, _WRITERS[fact.unit])
     return fact.pattern.format(value) if value else ""

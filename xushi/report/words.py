@@ -7,8 +7,7 @@ from xushi.report.numbers import count, digits, duration, percent
 from xushi.report.read import Run
 
 XZ = "xz\u00a0-9"  # kept on one line
-# Bits per byte. Another seed alone moves a run by this much (docs/lab-log.md), and a run has one
-# seed.
+# Bits per byte. A run has one seed: a smaller difference is treated as noise.
 LEVEL = 0.01
 
 

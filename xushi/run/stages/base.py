@@ -17,7 +17,7 @@ from xushi.train import Layout
 if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
 
-Unit = Literal["count", "size", "percent", "digits", "duration", "text"]
+Unit = Literal["count", "size", "percent", "digits"]
 
 
 class Fact(NamedTuple):
