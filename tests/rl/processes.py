@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from xushi.base.tracking import Tracking
@@ -110,8 +109,6 @@ def main(place: Path) -> None:
         results[f"{name} figures"] = tracked
         results["boxes"] = {n: vars(training.layout.box(n)) for n in training.layout.shapes}
     torch.save(results, place / f"found-{layout.team.rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

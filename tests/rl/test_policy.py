@@ -25,7 +25,7 @@ def log_probabilities(model: Deepseek, branch: Branch) -> Tensor:
     return log_p[sampled[1:]]
 
 
-def one_by_one(model: Deepseek, rollout: Rollout) -> Tensor:
+def one_by_one(model: Deepseek, rollout: Rollout, token_mean: bool = False) -> Tensor:
     """The loss without packing: each answer in its own forward."""
     rewards, counted = rollout.rewards_PS, rollout.counted_PS
     total = torch.zeros(())
@@ -38,8 +38,10 @@ def one_by_one(model: Deepseek, rollout: Rollout) -> Tensor:
         log_p = torch.cat([log_probabilities(model, branch) for branch in episode.branches])
         old = torch.tensor([old for branch in episode.branches for old in branch.sampling_logprobs])
         ratio = (log_p - old).exp()
-        total = total + torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage).mean()
-    return -total / len(rollout.episodes)
+        values = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
+        total = total + (values.sum() if token_mean else values.mean())
+    episodes = rollout.episodes
+    return -total / (sum(e.tokens for e in episodes) if token_mean else len(episodes))
 
 
 def gradients(model: Deepseek, loss: Tensor) -> Tensor:
@@ -181,9 +183,11 @@ def test_an_episodes_branches_share_its_advantage_and_its_mean(
     config = CONFIG.model_copy(update={"loss_mean": loss_mean})
     model = fine_tuned()
     policy = policy_loss(model, config, tokenizer.pad_id, joined)
-    got, expected = gradients(model, policy.total), gradients(model, one_by_one(model, joined))
-    agree = (got - expected).norm() <= 1e-4 * expected.norm()
-    assert expected.norm() > 1e-3 and bool(agree) == (loss_mean == "answers")
+    got = gradients(model, policy.total)
+    expected = gradients(model, one_by_one(model, joined, loss_mean == "tokens"))
+    other = gradients(model, one_by_one(model, joined, loss_mean != "tokens"))
+    assert expected.norm() > 1e-3 and (got - expected).norm() <= 1e-4 * expected.norm()
+    assert (got - other).norm() > 1e-2 * other.norm()
     assert policy.figures["length"] == pytest.approx(sum(e.tokens for e in pairs) / 24)
 
 

@@ -39,6 +39,9 @@ ROOT = Path(__file__).parent.parent.parent
 # Processes: (stages of a pipeline, how many share out the experts). Data processes are those of
 # each stage.
 LAYOUTS = {2: [(1, 1), (1, 2), (2, 1)], 4: [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)]}
+# V4's tensors whose float32 gradient is a sum over many rows that nearly cancels: one process's
+# own error is beyond the bound for the others (docs/lab-log.md, 2026-11-28).
+LOSE_DIGITS = ("hc_", "_hc.", "sinks", "q_a_norm")
 # In every run of the tests V3 on two processes; the rest with the slow ones.
 CASES = [
     pytest.param(
@@ -181,11 +184,10 @@ def test_gradients_of_the_forms_without_a_compiler(tmp_path) -> None:
 def check_gradients(parts: list[dict[str, Any]], one: dict[str, Any]) -> None:
     assert {name for part in parts for name in part["gradients"]} == one["gradients"].keys()
     whole = torch.stack([g.norm() for g in one["exact"].values()]).norm()
-    has_streams = any("hc_" in name or "_hc." in name for name in one["exact"])
     for name, exact in one["exact"].items():
         assert (joined(parts, name, "exact") - exact).norm() <= 1e-12 * size(exact, whole), name
         found, single = joined(parts, name, "gradients"), one["gradients"][name].double()
-        own = (single - exact).norm() if has_streams else 0.0
+        own = (single - exact).norm() if any(part in name for part in LOSE_DIGITS) else 0.0
         assert (found - single).norm() <= own + 2e-6 * size(exact, whole), name
 
 

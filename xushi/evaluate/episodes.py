@@ -93,7 +93,7 @@ def play(
     sequences = None
     if environment.tools:
         slots = max(context, min(len(players) * context, MOST_SLOTS))
-        sequences = _KeptSequences(Engine(model, tokenizer.eos_id, slots), routing)
+        sequences = _TurnSampler(Engine(model, tokenizer.eos_id, slots), routing)
     playing = players
     while playing:  # one turn of each
         if sequences is not None:
@@ -221,7 +221,7 @@ class _Player:
         ]
 
 
-class _KeptSequences:
+class _TurnSampler:
     """Samples turns of episodes whose sequences stay with the engine between turns."""
 
     def __init__(self, engine: Engine, routing: bool) -> None:
@@ -231,7 +231,7 @@ class _KeptSequences:
 
     def sample(self, playing: Sequence[_Player]) -> list[Request]:
         """The next turn of each. Sequences that no player goes on with are given back."""
-        goes_on = {player for player in playing if player.extends}
+        goes_on = [player for player in playing if player.extends]
         for player in [player for player in self._last if player not in goes_on]:
             self._engine.release(self._last.pop(player))
         begins = [player for player in playing if not player.extends]
@@ -240,7 +240,7 @@ class _KeptSequences:
             params = [player.turn_params() for player in members]
             requests = self._engine.add_group(prompt, params, self._routing, keep=True)
             self._last |= dict(zip(members, requests, strict=True))
-        for player in [player for player in playing if player.extends]:
+        for player in goes_on:
             last = self._last[player]
             more = player.prompt[len(last.prompt_ids) + len(last.token_ids) :]
             self._last[player] = self._engine.extend(last, more, player.turn_params())

@@ -332,7 +332,8 @@ def load_recipe(
     """Read a recipe and apply `--text`, `--stages`, `--without` and last `--set` to it.
 
     `text` replaces the sources by one of kind text, reads it once to fit vocabulary and steps to
-    its size (see `recipe_text.fit_to_text`), and leaves out the environment unless a later stage needs it.
+    its size (see `recipe_text.fit_to_text`), and leaves out the environment unless a later stage
+    needs it.
     """
     table = read_toml(path)
     if stages is not None:

@@ -1,5 +1,6 @@
 """Joining the processes that torchrun started: the layout of this one among them."""
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -69,6 +70,9 @@ def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu", rows: in
     if not dist.is_initialized():
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(seconds=SECONDS_TO_WAIT))
+        # gloo's threads free Python's tensors, and Python aborts a process in which another thread
+        # does so while it exits.
+        atexit.register(dist.destroy_process_group)
     layout = _grid(config, rank, processes, device)
     if layout.pipeline > 1:
         _connect_stages(layout)
