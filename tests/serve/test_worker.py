@@ -14,7 +14,7 @@ from openai import OpenAI
 from xushi.engine import LLM, SamplingParams
 from xushi.engine import engine as engine_module
 from xushi.engine.sampling import sample
-from xushi.serve import create_app, find_exports
+from xushi.serve import create_app, find_models
 from xushi.serve import worker as worker_module
 from xushi.serve.worker import Event, Failure, Job, Worker
 
@@ -96,7 +96,7 @@ def test_many_at_once_each_get_their_own(client):
 
 
 def test_a_full_queue_says_come_back(run_directory, serving, settles):
-    app = create_app(find_exports(run_directory), queue_limit=4)
+    app = create_app(find_models(run_directory), queue_limit=4)
     worker = app.state.workers["base"]
     release = threading.Event()
     step = worker._engine.step

@@ -5,7 +5,7 @@ One thread owns an engine. Not here: text and stop strings (text, llm), threads 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -51,9 +51,16 @@ class Engine:
     requests have finished.
     """
 
-    def __init__(self, model: Deepseek, eos_id: int, slots: int, weights_version: int = 0) -> None:
+    def __init__(
+        self,
+        model: Deepseek,
+        eos_ids: int | Collection[int],
+        slots: int,
+        weights_version: int = 0,
+    ) -> None:
+        """Each of `eos_ids` ends a request."""
         self.model = model
-        self.eos_id = eos_id
+        self.eos_ids = frozenset([eos_ids] if isinstance(eos_ids, int) else eos_ids)
         self.slots = slots
         self.weights_version = weights_version
         self.context = model.config.max_position_embeddings
@@ -344,7 +351,7 @@ class Engine:
     def _retire(self, progressed: list[Request]) -> None:
         done = False
         for request in progressed:
-            if request.token_ids[-1] == self.eos_id and not request.params.ignore_eos:
+            if request.token_ids[-1] in self.eos_ids and not request.params.ignore_eos:
                 self._finish(request, "stop", request._keep)
             elif len(request.token_ids) == request._limit:
                 self._finish(request, "length", request._keep)

@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from xushi.base.errors import XushiError
 from xushi.engine import LLM, ContextLengthError, SamplingParams
-from xushi.serve.cards import ModelCard, can_chat, read_card
+from xushi.serve.cards import ModelCard, read_card
 from xushi.serve.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     LARGEST_BODY,
@@ -67,20 +67,24 @@ class _Served:
         }
 
 
-def create_app(models: Mapping[str, Path], queue_limit: int = QUEUE_LIMIT) -> FastAPI:
-    """Load the models from their export directories and build the application.
+def create_app(
+    models: Mapping[str, Path],
+    queue_limit: int = QUEUE_LIMIT,
+    load: Callable[[Path], LLM] = LLM,
+) -> FastAPI:
+    """Load the models from their directories with `load` and build the application.
 
-    Each model's thread runs while the application runs. The model called "base" only completes
-    text. `app.state.workers` holds the workers by name. A model that cannot be loaded is a
-    `XushiError`.
+    Each model's thread runs while the application runs. A model without a chat template only
+    completes text. `app.state.workers` holds the workers by name. A model that cannot be loaded is
+    a `XushiError`.
     """
     served = {
         name: _Served(
             name,
-            Worker(LLM(path), queue_limit),
+            Worker(llm := load(path), queue_limit),
             read_card(name, path),
             int((path / "config.json").stat().st_mtime),
-            can_chat(name),
+            llm.can_chat,
         )
         for name, path in models.items()
     }
@@ -111,8 +115,8 @@ def _add_completion_routes(app: FastAPI, served: Mapping[str, _Served]) -> None:
         if not model.chat:
             raise ApiError(
                 400,
-                f"model {model.name} only completes text, since it was not trained on "
-                "conversations; use /v1/completions",
+                f"model {model.name} only completes text, since it has no chat "
+                "template; use /v1/completions",
                 "model",
                 "unsupported_model",
             )
@@ -278,7 +282,7 @@ def _add_information_routes(app: FastAPI, served: Mapping[str, _Served]) -> None
     async def list_models() -> Response:
         return _json({"object": "list", "data": [model.describe() for model in served.values()]})
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
         return _json(_find(served, name).describe())
 

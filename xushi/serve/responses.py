@@ -10,7 +10,7 @@ from typing import Any
 
 from xushi.serve.protocol import ApiError, chat_logprobs, completion_logprobs, usage
 from xushi.serve.worker import Event, Failure, Job
-from xushi.tokenizer import Tokenizer
+from xushi.tokenizer import Vocabulary
 
 DONE = b"data: [DONE]\n\n"
 
@@ -63,7 +63,7 @@ class ResponseFormat:
     chat: bool
     wants_logprobs: bool
     include_usage: bool
-    tokenizer: Tokenizer
+    tokenizer: Vocabulary
 
     async def whole(self, job: Job, counts: Counts) -> dict[str, Any]:
         """Wait until the job has ended and return the response as one object."""

@@ -2,6 +2,7 @@
 
 import errno
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
@@ -9,8 +10,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from xushi.base.errors import BadInput, Failed
+from xushi.engine import LLM
 from xushi.serve.app import create_app
-from xushi.serve.cards import find_exports
+from xushi.serve.cards import find_models
 from xushi.serve.worker import Worker
 
 DEFAULT_HOST = "127.0.0.1"
@@ -45,24 +47,38 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(run_directory: Path, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT) -> None:
-    """Serve a run's models until Ctrl-C.
+def serve(
+    directory: Path,
+    host: str = DEFAULT_HOST,
+    port: int = DEFAULT_PORT,
+    load: Callable[[Path], LLM] = LLM,
+) -> None:
+    """Serve a run's models, or the model of a directory in Hugging Face's layout, until Ctrl-C.
+    `load` makes an `LLM` from a model's directory.
 
-    A run without exports and a port in use are a `XushiError`.
+    A directory without a model and a port in use are a `XushiError`.
     """
-    exports = find_exports(run_directory)
+    models = find_models(directory)
     with bind(host, port) as listener:
-        app = create_app(exports)
+        app = create_app(models, load=load)
+        for name, worker in app.state.workers.items():
+            print(describe(name, worker.llm))
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
         print(
-            f"serving {', '.join(exports)} of {run_directory}\n"
+            f"serving {', '.join(models)} of {directory}\n"
             f"  page  {address}/\n"
             f"  API   {address}/v1\n"
             "Press Ctrl-C to stop",
             flush=True,
         )
         run(Server(app), listener)
+
+
+def describe(name: str, llm: LLM) -> str:
+    """One line on a model that was loaded: what it takes, and whether it can only complete text."""
+    only = "" if llm.can_chat else "; without a chat template it only completes text"
+    return f"{name}: {llm.memory}{only}"
 
 
 def bind(host: str, port: int) -> socket.socket:

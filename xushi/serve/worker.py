@@ -218,9 +218,9 @@ class Worker:
         tokenizer = self.llm.tokenizer
         for prompt_ids, params in job.prompts:
             for request in self._engine.add_group(prompt_ids, params):
-                self._choices[request] = _Choice(
-                    job, next(numbers), TextStream(tokenizer, request.params.stop, job.chat)
-                )
+                stop = request.params.stop
+                text = TextStream(tokenizer, stop, job.chat, prompt_ids=prompt_ids)
+                self._choices[request] = _Choice(job, next(numbers), text)
 
     def _deliver(self, progressed: list[Request]) -> None:
         """Send each job the events of its requests' newest tokens, in one call for each job."""
