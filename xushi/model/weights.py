@@ -66,9 +66,12 @@ class Part:
 
 
 def load_pretrained(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> Deepseek:
-    """Build the model of checkpoint directory `path` in `dtype`, from any of the published layouts.
+    """Build the model of checkpoint directory `path` in `dtype` (None: float32), from any of the
+    published layouts.
 
     Router biases, and V4's norms, sinks and hyper-connections, stay float32
     (`names.stays_float32`). FP8 and FP4 weights are converted. Memory: the model, and one tensor
@@ -79,6 +82,7 @@ def load_pretrained(
     that an MTP layer may have are not read, since the trunk's are used.
     """
     directory = Path(path)
+    dtype = dtype or torch.float32
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise BadInput(
             f"{directory} cannot be loaded as {dtype}",
