@@ -20,8 +20,7 @@ from transformers import DeepseekV3ForCausalLM
 from xushi.base.errors import XushiError
 from xushi.model import Deepseek, ModelConfig, load_pretrained, save_pretrained
 from xushi.model import weights as module
-from xushi.model.shards import INDEX_FILE
-from xushi.model.weights import SINGLE_FILE
+from xushi.model.shards import INDEX_FILE, SINGLE_FILE
 
 from .conftest import same, tensors_in
 

@@ -50,7 +50,7 @@ def add_tokenizer(writer: "gguf.GGUFWriter", config: ModelConfig, directory: Pat
         (config.pad_token_id, writer.add_pad_token_id),
     ):
         if token is not None:
-            add(token)
+            add(token[0] if isinstance(token, list) else token)
     # xushi's engine also puts bos before a text, because every training document begins with it.
     # llama.cpp does not add a second one if a chat template has written it.
     writer.add_add_bos_token(config.bos_token_id is not None)

@@ -25,6 +25,7 @@ from torch import Tensor
 from xushi.base.errors import BadInput
 
 INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 LARGEST_JSON = 100_000_000  # bytes; the format's own limit for a header
 DTYPES = {
     "F64": torch.float64,
@@ -278,8 +279,8 @@ def _shard_names(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
     with _reading(directory):
         names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
     files = [name for name in names if name.endswith(".safetensors")]
-    if "model.safetensors" in files:
-        return None, ["model.safetensors"]
+    if SINGLE_FILE in files:
+        return None, [SINGLE_FILE]
     if len(files) == 1:
         return None, files
     if files:
@@ -293,7 +294,7 @@ def _shard_names(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
             "get the checkpoint in safetensors",
         )
     raise BadInput(
-        f"{directory / 'model.safetensors'} does not exist",
+        f"{directory / SINGLE_FILE} does not exist",
         "give a directory with safetensors weights",
     )
 

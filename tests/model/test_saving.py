@@ -13,9 +13,8 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTr
 
 from xushi.base.errors import XushiError
 from xushi.model import Deepseek, load_pretrained, save_pretrained
-from xushi.model import weights as module
-from xushi.model.shards import INDEX_FILE
-from xushi.model.weights import SINGLE_FILE
+from xushi.model import saving as module
+from xushi.model.shards import INDEX_FILE, SINGLE_FILE
 
 from .conftest import same, tensors_in
 from .drawing import KINDS
