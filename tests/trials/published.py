@@ -2,6 +2,7 @@
 
 import copy
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from xushi.model import Deepseek, from_published, preset, to_published
-from xushi.model.saving import without_mtp
+from xushi.model import Deepseek, from_published, load_pretrained, preset, to_published
 
 logging.set_verbosity_error()  # transformers names the very keys that these tests put in
 TABLES = ("deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3.2", "deepseek-v4-flash")
@@ -111,7 +111,7 @@ def rotation(table: dict[str, Any]) -> nn.Module:
 
 def ours(table: dict[str, Any], weights: dict[str, Tensor]) -> Deepseek:
     """This package's model of a config.json, without MTP, with the given weights."""
-    model = Deepseek(without_mtp(from_published(table, "here/config.json")))
+    model = Deepseek(from_published(table, "here/config.json").without_mtp())
     model.load_state_dict(weights)
     return model
 
@@ -128,4 +128,18 @@ def judged(table: dict[str, Any]) -> float:
     """How far the logits are from transformers' on the same config and weights."""
     model = theirs(table)
     mine = ours(table, model.state_dict())
+    return difference(model(TOKENS).logits, mine(TOKENS).logits)
+
+
+def saved(table: dict[str, Any], directory: Path, **options: Any) -> PreTrainedModel:
+    """A checkpoint of `table` as transformers writes it; options are `save_pretrained`'s."""
+    model = theirs(table)
+    model.save_pretrained(directory, **options)
+    return model
+
+
+@torch.no_grad()
+def loaded_difference(model: PreTrainedModel, directory: Path, **options: Any) -> float:
+    """How far the logits of the checkpoint loaded here are from those of transformers' model."""
+    mine = load_pretrained(directory, **options)
     return difference(model(TOKENS).logits, mine(TOKENS).logits)

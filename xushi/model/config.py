@@ -199,6 +199,13 @@ class ModelConfig(StrictConfig):
             self.is_v4 and self.compress_rate_csa in (self.compress_ratios or [])
         )
 
+    def without_mtp(self) -> "ModelConfig":
+        """The config of the same model without its MTP layers."""
+        ratios = self.compress_ratios
+        if ratios is not None:
+            ratios = ratios[: self.num_hidden_layers]
+        return self.model_copy(update={"num_nextn_predict_layers": 0, "compress_ratios": ratios})
+
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` is a mixture of experts. MTP layers follow the trunk's layers."""
         return layer >= self.first_k_dense_replace

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from xushi.base.errors import BadInput
 from xushi.base.files import disk_errors, fsync_path, write_json
-from xushi.model.config import ModelConfig
 from xushi.model.deepseek import Deepseek
 from xushi.model.names import Naming, layer_of, places, shared_copies, written_name
 from xushi.model.published import to_published
@@ -66,7 +65,7 @@ def save_pretrained(
             f"{directory} cannot be written with the names {names!r}",
             f"use one of {', '.join(get_args(Naming))}",
         )
-    config = model.config if mtp else without_mtp(model.config)
+    config = model.config if mtp else model.config.without_mtp()
     table = to_published(config) | {
         "torch_dtype": str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     }
@@ -78,14 +77,6 @@ def save_pretrained(
             write_json(temporary / INDEX_FILE, _index(shards))
         write_json(temporary / "config.json", table)
         _put_in_place(temporary, directory)
-
-
-def without_mtp(config: ModelConfig) -> ModelConfig:
-    """The config without its MTP layers."""
-    ratios = config.compress_ratios
-    if ratios is not None:
-        ratios = ratios[: config.num_hidden_layers]
-    return config.model_copy(update={"num_nextn_predict_layers": 0, "compress_ratios": ratios})
 
 
 def _index(shards: dict[str, list[tuple[str, Tensor]]]) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from xushi.base.errors import BadInput, Failed
 from xushi.base.machine import inspect
+from xushi.base.progress import say
 from xushi.model.config import ModelConfig
+from xushi.model.contents import sort_tensors
 from xushi.model.deepseek import Deepseek
+from xushi.model.formats import refuse_adapter, refuse_other_quantisations, refuse_other_tensors
 from xushi.model.names import (
     Place,
-    canonical_name,
-    is_ignored,
-    layer_of,
     places,
     shared_copies,
     stays_float32,
@@ -62,6 +62,7 @@ def load_pretrained(
     path: str | Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    mtp: bool | None = None,
 ) -> Deepseek:
     """Build the model of checkpoint directory `path` in `dtype` (None: float32), from any of the
     published layouts.
@@ -71,8 +72,9 @@ def load_pretrained(
     with its scale. If the files contradict each other or config.json, a `XushiError` is raised
     before the model gets any memory.
 
-    The files must hold as many MTP layers as config.json says. The copies of embedding and head
-    that an MTP layer may have are not read, since the trunk's are used.
+    `mtp`: None loads the MTP layers if both config.json and the files have them; what is left out
+    is said on standard error. True demands them, False leaves them out. The copies of embedding and
+    head that an MTP layer may have are not read, since the trunk's are used.
     """
     directory = Path(path)
     dtype = dtype or torch.float32
@@ -81,14 +83,20 @@ def load_pretrained(
             f"{directory} cannot be loaded as {dtype}",
             "give torch.bfloat16, float16, float32 or float64",
         )
+    refuse_adapter(directory)
     if os.path.lexists(directory / "config.json"):
         checked_file(directory, "config.json", LARGEST_JSON)
     config = read_config(directory)
-    block = fp8_block(read_json(directory, "config.json"), str(directory / "config.json"))
-    stored = read_headers(directory, _largest_header(config))
-    weights, scales = _by_canonical_name(stored, config, directory)
-    model = _without_memory(config, dtype, len(stored), directory)
-    parts = _match(model, weights, scales, block, directory)
+    table = read_json(directory, "config.json")
+    refuse_other_quantisations(directory, table)
+    block = fp8_block(table, str(directory / "config.json"))
+    stored, notes = read_headers(directory, _largest_header(config))
+    refuse_other_tensors(stored, directory)
+    contents = sort_tensors(stored, config, table, directory, mtp)
+    model = _without_memory(contents.config, dtype, len(stored), directory)
+    parts = _match(model, contents.weights, contents.scales, block, directory)
+    for note in (*notes, *contents.notes):
+        say(note)
     with _memory_errors(directory):
         _allocate(model, device)
         state = model.state_dict()
@@ -105,35 +113,6 @@ def _largest_header(config: ModelConfig) -> int:
     return min(LARGEST_JSON, 2**20 + 1024 * matrices)
 
 
-def _by_canonical_name(
-    stored: dict[str, Stored], config: ModelConfig, directory: Path
-) -> tuple[dict[str, Stored], dict[str, Stored]]:
-    """(weights, scales) of the files, each under the weight's canonical name."""
-    weights: dict[str, Stored] = {}
-    scales: dict[str, Stored] = {}
-    for name, tensor in stored.items():
-        if is_ignored(name, config):
-            continue
-        canonical, is_scale = canonical_name(name, config)
-        found = scales if is_scale else weights
-        if canonical in found:
-            raise BadInput(
-                f"{tensor.file} holds {shown(name)}, which is another name of "
-                f"{shown(found[canonical].name)}",
-                "remove the file that does not belong to this checkpoint",
-            )
-        found[canonical] = tensor
-    mtp = config.num_nextn_predict_layers
-    has_mtp = any((layer_of(name) or 0) >= config.num_hidden_layers for name in weights)
-    if mtp and weights and not has_mtp:
-        raise BadInput(
-            f"{directory} holds no MTP layers, but its config.json says "
-            f"num_nextn_predict_layers={mtp}",
-            "set num_nextn_predict_layers to 0 in config.json (or num_mtp_layers, if it has that)",
-        )
-    return weights, scales
-
-
 def _without_memory(
     config: ModelConfig, dtype: torch.dtype, tensors: int, directory: Path
 ) -> Deepseek:
@@ -141,7 +120,8 @@ def _without_memory(
     files hold.
     """
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    # Every layer has more than 8 tensors, so this bounds the work that a config can cause.
+    # Every layer has more than 8 tensors, stacked or not, so this bounds the work that a config can
+    # cause.
     if layers * 8 > tensors:
         raise BadInput(
             f"{directory / 'config.json'} describes {layers} layers, but the files hold only "
