@@ -4,6 +4,7 @@ Not here: tensor names (names.py), the file format (shards.py), reading (weights
 """
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,12 +15,19 @@ from torch import Tensor
 
 from xushi.base.errors import BadInput
 from xushi.base.files import disk_errors, fsync_path, write_json
+from xushi.base.locks import exclusive
 from xushi.model.deepseek import Deepseek
 from xushi.model.names import Naming, layer_of, places, shared_copies, written_name
 from xushi.model.published import to_published
 from xushi.model.shards import INDEX_FILE, SINGLE_FILE, write_shard
 
 SHARD_BYTES = 4 * 2**30
+# A save's files: while they are written; complete, beside an older checkpoint; while they replace
+# it.
+_PARTIAL = ".saving.partial"
+COMPLETE = ".saving.complete"
+_MOVING = ".saving.moving"
+_LOCK = ".saving.lock"
 
 
 def published_tensors(
@@ -55,9 +63,9 @@ def save_pretrained(
     `transformers` is what transformers writes; transformers loads both. With `mtp=False` the MTP
     layers are left out and config.json says that there are none.
 
-    All files are first written to a temporary directory. An older checkpoint in `path` is removed
-    once they are complete. config.json is moved in last: without it a directory does not count as a
-    checkpoint. Memory: one tensor beyond the model.
+    All files are first written to a temporary directory. Once they are complete they replace an
+    older checkpoint in `path`; what a kill leaves undone, the next load or save there finishes
+    (`finish_save`). Memory: one tensor beyond the model.
     """
     directory = Path(path)
     if names not in get_args(Naming):
@@ -70,13 +78,18 @@ def save_pretrained(
         "torch_dtype": str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     }
     shards = _divide(published_tensors(model, mtp, names), shard_bytes)
-    with disk_errors(directory), _temporary(directory) as temporary:
-        for name, tensors in shards.items():
-            write_shard(temporary / name, tensors)
-        if len(shards) > 1:
-            write_json(temporary / INDEX_FILE, _index(shards))
-        write_json(temporary / "config.json", table)
-        _put_in_place(temporary, directory)
+    with disk_errors(directory):
+        finish_save(directory)
+        with _temporary(directory) as temporary:
+            for name, tensors in shards.items():
+                write_shard(temporary / name, tensors)
+            if len(shards) > 1:
+                write_json(temporary / INDEX_FILE, _index(shards))
+            write_json(temporary / "config.json", table)
+            _refuse_directories(temporary, directory)
+            fsync_path(temporary)
+            os.replace(temporary, directory / COMPLETE)
+        finish_save(directory)
 
 
 def _index(shards: dict[str, list[tuple[str, Tensor]]]) -> dict[str, Any]:
@@ -114,7 +127,7 @@ def _temporary(directory: Path) -> Iterator[Path]:
     """A temporary directory within `directory`, always removed at the end. Removes first what a
     killed process left there.
     """
-    temporary = directory / ".saving.partial"
+    temporary = directory / _PARTIAL
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -128,20 +141,39 @@ def _temporary(directory: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _put_in_place(temporary: Path, directory: Path) -> None:
-    """Move the complete files in. At no moment do old and new files together look like a
-    checkpoint, because config.json is removed first and comes back last.
+def _refuse_directories(temporary: Path, directory: Path) -> None:
+    for name in os.listdir(temporary):
+        if (directory / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a directory", str(directory / name))
+
+
+def finish_save(directory: Path) -> None:
+    """Put in place what a save into `directory` has completed, if a kill kept it from doing so.
+
+    At no moment do old and new files together look like a checkpoint: config.json is removed first
+    and comes back last. Each phase has its own directory, so that it can be repeated after a kill
+    without losing a new file. Several processes may do this at the same time.
     """
-    (directory / "config.json").unlink(missing_ok=True)
-    fsync_path(directory)
-    for old in [
-        directory / INDEX_FILE,
-        directory / SINGLE_FILE,
-        *directory.glob("model-*-of-*.safetensors"),
-    ]:
-        old.unlink(missing_ok=True)
-    for name in sorted(os.listdir(temporary), key=lambda name: name == "config.json"):
-        if name == "config.json":
+    if not (directory / COMPLETE).exists() and not (directory / _MOVING).exists():
+        return
+    with exclusive(directory / _LOCK, f"waiting for a save into {directory}") as held:
+        if not held:  # another process has just finished it
+            return finish_save(directory)
+        if (directory / COMPLETE).exists():
+            (directory / "config.json").unlink(missing_ok=True)
             fsync_path(directory)
-        os.replace(temporary / name, directory / name)
-    fsync_path(directory)
+            for old in [
+                directory / INDEX_FILE,
+                directory / SINGLE_FILE,
+                *directory.glob("model-*-of-*.safetensors"),
+            ]:
+                old.unlink(missing_ok=True)
+            os.replace(directory / COMPLETE, directory / _MOVING)
+        if (directory / _MOVING).exists():
+            for name in sorted(os.listdir(directory / _MOVING), key=lambda n: n == "config.json"):
+                if name == "config.json":
+                    fsync_path(directory)
+                os.replace(directory / _MOVING / name, directory / name)
+            (directory / _MOVING).rmdir()
+            fsync_path(directory)
+        (directory / _LOCK).unlink(missing_ok=True)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from xushi.base.errors import BadInput, Failed
+from xushi.base.files import disk_errors
 from xushi.base.machine import inspect
 from xushi.base.progress import say
 from xushi.model.config import ModelConfig
@@ -34,6 +35,7 @@ from xushi.model.names import (
 )
 from xushi.model.published import read_config
 from xushi.model.quantised import block_of, check_weight, dequantise, fp8_block
+from xushi.model.saving import finish_save
 from xushi.model.shards import (
     LARGEST_JSON,
     Stored,
@@ -83,6 +85,8 @@ def load_pretrained(
             f"{directory} cannot be loaded as {dtype}",
             "give torch.bfloat16, float16, float32 or float64",
         )
+    with disk_errors(directory):
+        finish_save(directory)
     refuse_adapter(directory)
     if os.path.lexists(directory / "config.json"):
         checked_file(directory, "config.json", LARGEST_JSON)
