@@ -105,7 +105,7 @@ def _add_special_tokens(
         (ends[1] if len(ends) > 1 else None, writer.add_eot_token_id),
         (config.pad_token_id if pad is None else pad, writer.add_pad_token_id),
     ):
-        if token is not None:
+        if token is not None and token >= 0:
             add(token)
     writer.add_add_bos_token(add_bos)
     writer.add_add_eos_token(False)
