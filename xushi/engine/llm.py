@@ -166,6 +166,21 @@ class LLM:
         read = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
         return encode_chat(self.tokenizer, read, tools)
 
+    def continued_ids(self, messages: Conversation) -> list[int]:
+        """The prompt that ends inside the last message, of role assistant, which the model goes on
+        with: in its content, or in its reasoning if it has no content yet.
+        """
+        read = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
+        if not read or read[-1].role != "assistant" or read[-1].tool_calls:
+            raise BadInput(
+                "the conversation does not end in a message of the assistant without tool calls",
+                "end it in one, or ask for the next message",
+            )
+        ids = encode_chat(self.tokenizer, read, generation_prompt=False)
+        # The last message ends with </think>, its content and eos.
+        in_reasoning = read[-1].reasoning is not None and not read[-1].content
+        return ids[:-2] if in_reasoning else ids[:-1]
+
     def _run(
         self, requests: list[Request], streams: list[TextStream]
     ) -> Iterator[tuple[int, Delta]]:
