@@ -132,12 +132,7 @@ def test_completion_of_every_form_of_prompt(client, base):
     for result in results:
         [choice] = result.choices
         assert (choice.text, choice.finish_reason) == (expected.text, expected.finish_reason)
-        spelled = [
-            logprob
-            for token, logprob in zip(expected.token_ids, expected.logprobs, strict=True)
-            if token > 6
-        ]
-        assert choice.logprobs.token_logprobs == pytest.approx(spelled, abs=1e-4)
+        assert choice.logprobs.token_logprobs == pytest.approx(expected.logprobs, abs=1e-4)
         assert choice.logprobs.text_offset[0] == 0
     several = client.completions.create(
         model="base", prompt=["数字", "之"], n=2, seed=2, max_tokens=9
@@ -245,20 +240,20 @@ TEXT = {"model": "base", "prompt": "数", "max_tokens": 2}
     [
         ("chat/", {**CHAT, "model": "gpt"}, 404, "model", "model_not_found"),
         ("chat/", {**CHAT, "model": "base"}, 400, "model", "unsupported_model"),
-        ("chat/", {**CHAT, "tools": []}, 400, "tools", "unknown_parameter"),
+        ("chat/", {**CHAT, "tools": [{"type": "function"}]}, 400, "tools", "unknown_parameter"),
         (
             "chat/",
             {**CHAT, "frequency_penalty": 0.5},
             400,
             "frequency_penalty",
-            "unknown_parameter",
+            "unsupported_value",
         ),
         (
             "chat/",
-            {**CHAT, "logprobs": True, "top_logprobs": 3},
+            {**CHAT, "logprobs": True, "top_logprobs": 21},
             400,
             "top_logprobs",
-            "unsupported_value",
+            "invalid_value",
         ),
         ("chat/", {**CHAT, "max_completion_tokens": 3}, 400, "max_tokens", None),
         ("chat/", {"model": "reasoning"}, 400, "messages", "missing_required_parameter"),
@@ -298,15 +293,15 @@ TEXT = {"model": "base", "prompt": "数", "max_tokens": 2}
         ("", {**TEXT, "prompt": [5, 272]}, 400, "prompt", "invalid_value"),
         ("", {**TEXT, "prompt": []}, 400, "prompt", "invalid_value"),
         ("", {**TEXT, "prompt": "\ud800"}, 400, "prompt.0", "invalid_value"),
-        ("", {**TEXT, "max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+        ("", {**TEXT, "max_tokens": -1}, 400, "max_tokens", "invalid_value"),
+        ("chat/", {**CHAT, "max_tokens": 0}, 400, "max_tokens", "invalid_value"),
         ("", {**TEXT, "max_tokens": "2"}, 400, "max_tokens", "invalid_value"),
         ("", {**TEXT, "top_p": 0}, 400, "top_p", "invalid_value"),
         ("", {**TEXT, "n": 10**6}, 400, "n", "invalid_value"),
         ("", {**TEXT, "n": 60, "prompt": ["a"] * 10}, 400, "n", "invalid_value"),
         ("", {**TEXT, "seed": 2**63}, 400, "seed", "invalid_value"),
         ("", {**TEXT, "stop": ["a", ""]}, 400, "stop.1", "invalid_value"),
-        ("", {**TEXT, "logprobs": 5}, 400, "logprobs", "unsupported_value"),
-        ("", {**TEXT, "echo": True}, 400, "echo", "unknown_parameter"),
+        ("", {**TEXT, "logprobs": 21}, 400, "logprobs", "invalid_value"),
         ("", [], 400, None, "invalid_json"),
     ],
 )
@@ -353,7 +348,7 @@ def test_other_routes_answer_in_the_same_form(http):
         assert answer.status_code == status
         assert answer.json()["error"]["message"]
     assert http.get("/health").json() == {"status": "ok"}
-    assert all(http.get(path).status_code == 404 for path in ("/docs", "/openapi.json", "/redoc"))
+    assert all(http.get(path).status_code == 404 for path in ("/docs", "/redoc"))
 
 
 json_values = st.recursive(

@@ -23,11 +23,29 @@ def serve(
     run_directory: RunArgument,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="a page's origin that may use the API, such as http://localhost:3000"),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="a file of keys, one a line, of which requests need one"),
+    ] = None,
+    queue_limit: Annotated[
+        int, typer.Option(help="continuations that run or wait; more are told to come back")
+    ] = 256,
 ) -> None:
     """Serve a run's models: the OpenAI-compatible API, and a chat page at /."""
     from xushi.serve import serve as serve_run
 
-    serve_run(run_directory, host, port)
+    serve_run(
+        run_directory,
+        host,
+        port,
+        allow_origins=allow_origin or (),
+        api_key_file=api_key_file,
+        queue_limit=queue_limit,
+    )
 
 
 @app.command()

@@ -1,7 +1,10 @@
 """The server process: its port, uvicorn, and a quick shutdown. Not here: routes (app)."""
 
 import errno
+import os
 import socket
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -9,9 +12,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from xushi.base.errors import BadInput, Failed
+from xushi.serve.access import Access, is_loopback, names, read_keys
 from xushi.serve.app import create_app
 from xushi.serve.cards import find_exports
-from xushi.serve.worker import Worker
+from xushi.serve.connections import ACCEPTED_AT_ONCE, WAITING_CONNECTIONS, Connection
+from xushi.serve.worker import QUEUE_LIMIT, Worker
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -30,6 +35,9 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Connection,
+                ws="none",
+                backlog=ACCEPTED_AT_ONCE,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
@@ -38,6 +46,12 @@ class Server(uvicorn.Server):
         )
         self._workers: list[Worker] = list(app.state.workers.values())
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(WAITING_CONNECTIONS)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal shuts down in order, a second one at once."""
         for worker in self._workers:
@@ -45,14 +59,34 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(run_directory: Path, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT) -> None:
+def serve(
+    run_directory: Path,
+    host: str = DEFAULT_HOST,
+    port: int = DEFAULT_PORT,
+    *,
+    allow_origins: Sequence[str] = (),
+    api_key_file: Path | None = None,
+    queue_limit: int = QUEUE_LIMIT,
+) -> None:
     """Serve a run's models until Ctrl-C.
 
-    A run without exports and a port in use are a `XushiError`.
+    Pages of `allow_origins` may use the API. With keys in `api_key_file` or in XUSHI_API_KEYS it
+    needs one. At most `queue_limit` continuations run or wait. A run without exports and a port in
+    use are a `XushiError`.
     """
+    if queue_limit < 1:
+        raise BadInput(f"--queue-limit {queue_limit} lets nothing in", "give at least 1")
+    keys = read_keys(api_key_file, os.environ)
     exports = find_exports(run_directory)
     with bind(host, port) as listener:
-        app = create_app(exports)
+        local = is_loopback(listener.getsockname()[0])
+        app = create_app(exports, queue_limit, Access(local, names(allow_origins), keys))
+        if not local and not keys:
+            print(
+                "warning: whoever reaches this machine may use the models; "
+                "give --api-key-file, or --host 127.0.0.1 for this machine only",
+                file=sys.stderr,
+            )
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
         print(
