@@ -31,6 +31,8 @@ CHAT: Mapping[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "prompt_cache_retention": ("in_memory", "24h"),
 }
+# lm-evaluation-harness marks messages so.
+MESSAGE: Mapping[str, tuple[Any, ...]] = {"type": ("text",)}
 # Chunks are not padded. The padding hides their lengths from who watches the network.
 STREAM_OPTIONS: Mapping[str, tuple[Any, ...]] = {"include_obfuscation": (True, False)}
 

@@ -237,6 +237,8 @@ class CompletionBody(_Sampling):
 class ChatMessage(_Body):
     """One message. The reasoning of earlier answers is accepted but not given to the model."""
 
+    neutral = fields.MESSAGE
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Text, BeforeValidator(_content)]
     reasoning_content: Text | None = None
