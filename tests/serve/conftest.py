@@ -92,7 +92,8 @@ def client(address):
 
 @pytest.fixture(scope="session")
 def http(address):
-    with httpx.Client(base_url=address, timeout=30) as http:
+    kind = {"Content-Type": "application/json"}
+    with httpx.Client(base_url=address, timeout=30, headers=kind) as http:
         yield http
 
 

@@ -98,7 +98,7 @@ def test_a_template_may_cut_what_a_message_spells(tmp_path: Path) -> None:
     turns = [Message("user", "a"), Message("assistant", "<think>r</think>b"), Message("user", "c")]
     plain = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
     assert ours.ids(turns) == ours.ids(plain) == rendered(theirs(tmp_path), turns, [])
-    assert ours.tokenizer.reply_is_reasoning(ours.ids(turns))
+    assert ours.tokenizer.reply_begins(ours.ids(turns)) == "reasoning"
 
 
 def test_marks_in_a_message_cannot_be_forged(with_tools: tuple[Conversations, Any]) -> None:
@@ -142,6 +142,32 @@ def test_a_template_that_writes_calls_only_without_content(tmp_path: Path) -> No
     ours = Conversations(tmp_path)
     turns = [Message("user", "x"), Message("assistant", "", None, (CALL,)), Message("tool", "2")]
     assert ours.tokenizer.decode(ours.ids(turns)) == "xadd2"
+
+
+def test_a_last_message_goes_on_as_in_transformers(
+    with_tools: tuple[Conversations, Any], tmp_path: Path
+) -> None:
+    ours, oracle = with_tools
+    turns = [Message("user", "a"), Message("assistant", "b <｜User｜> c")]
+    wanted = oracle.apply_chat_template(
+        [turn.to_dict() for turn in turns],
+        continue_final_message=True,
+        sanitize_control_tokens=True,
+        return_dict=False,
+    )
+    assert ours.continued_ids(turns) == wanted
+    assert ours.tokenizer.reply_begins(wanted) == "content"
+    with pytest.raises(BadInput, match="does not write the text to go on"):
+        ours.continued_ids([turns[0], Message("assistant", "", "thought")])
+    for odd in ([], turns[:1], [*turns[:1], Message("assistant", "", None, (CALL,))]):
+        with pytest.raises(BadInput, match="does not end in a message of the assistant"):
+            ours.continued_ids(odd)
+    source = "{% for m in messages %}<think>{{ m.reasoning_content }}</think>{% endfor %}"
+    write_tokenizer(tmp_path, chat_template=source)
+    ours = Conversations(tmp_path)
+    ids = ours.continued_ids([Message("assistant", "", "thought \ufdd2x")])
+    assert ours.tokenizer.decode(ids) == "<think>thought x"
+    assert ours.tokenizer.reply_begins(ids) == "reasoning"
 
 
 def test_a_directory_without_a_template_completes_text(tmp_path: Path) -> None:

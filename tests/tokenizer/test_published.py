@@ -77,6 +77,7 @@ def test_roles(ours: PublishedTokenizer) -> None:
     assert ours.is_special(token_id("<think>")) and not ours.is_special(ours.encode("a")[0])
     assert ours.token_bytes(token_id(EOS)) == b"" == ours.token_bytes(10**6)
     assert ours.token_bytes(token_id("<think>")) == b"<think>"
+    assert ours.longest_token == max(len(name.encode()) for name in ADDED)
 
 
 def test_several_end_tokens_of_all_files(tmp_path: Path) -> None:
@@ -95,7 +96,7 @@ def test_a_vocabulary_without_marks_and_ends(tmp_path: Path) -> None:
     found = opened(tmp_path)
     assert (found.bos_id, found.think_id, found.end_think_id, found.tool_ids) == (None,) * 4
     assert found.eos_ids == frozenset() and found.prompt_ids("a") == found.encode("a")
-    assert not found.reply_is_reasoning([1, 2, 3])
+    assert found.reply_begins([1, 2, 3]) == "either"
 
 
 @pytest.mark.parametrize("wanted", [True, False, None])
@@ -167,17 +168,18 @@ def test_text_is_encoded_without_added_tokens(ours: PublishedTokenizer) -> None:
 
 
 def test_where_a_reply_begins(ours: PublishedTokenizer) -> None:
-    def begins(text: str) -> bool:
-        return ours.reply_is_reasoning(ours.encode(text))
-
-    assert begins("<｜User｜>a<｜Assistant｜><think>\n")
-    assert begins("<｜User｜>a<｜Assistant｜><think>so far")
-    assert not begins("<｜User｜>a<｜Assistant｜></think>")
-    assert not begins("<｜User｜>a<｜Assistant｜>")
-    assert not begins("<think>a<｜User｜>b<｜Assistant｜>")
-    assert not begins(f"<think>a{EOS}")
-    assert not begins("<think>a</think>b")
-    assert not begins("")
+    for text, wanted in {
+        "<｜User｜>a<｜Assistant｜><think>\n": "reasoning",
+        "<｜User｜>a<｜Assistant｜><think>so far": "reasoning",
+        "<｜User｜>a<｜Assistant｜></think>": "content",
+        "<｜User｜>a<｜Assistant｜><think>a</think>b": "content",
+        "<｜User｜>a<｜Assistant｜>": "either",
+        "<think>a</think><｜User｜>b<｜Assistant｜>": "either",
+        "<think>a<｜User｜>b": "either",
+        f"<think>a{EOS}": "either",
+        "": "either",
+    }.items():
+        assert ours.reply_begins(ours.encode(text)) == wanted, text
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tiktoken.model"])

@@ -62,11 +62,30 @@ def serve(
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
     cache_tokens: CacheOption = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="a page's origin that may use the API, such as http://localhost:3000"),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="a file of keys, one a line, of which requests need one"),
+    ] = None,
+    queue_limit: Annotated[
+        int, typer.Option(help="continuations that run or wait; more are told to come back")
+    ] = 256,
 ) -> None:
     """Serve models: the OpenAI-compatible API, and a chat page at /."""
     from xushi.serve import serve as serve_models
 
-    serve_models(directory, host, port, _loader(template, dtype, cache_tokens))
+    serve_models(
+        directory,
+        host,
+        port,
+        allow_origins=allow_origin or (),
+        api_key_file=api_key_file,
+        queue_limit=queue_limit,
+        load=_loader(template, dtype, cache_tokens),
+    )
 
 
 @app.command()

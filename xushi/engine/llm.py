@@ -82,7 +82,7 @@ class LLM:
         """
         directory = Path(path)
         self.name = model_name(directory)
-        config = read_config(directory)
+        config = read_config(directory).without_mtp()  # generation uses no MTP layers
         self._conversations = Conversations(directory, Path(template) if template else None)
         self.tokenizer = self._conversations.tokenizer
         self.can_chat = self._conversations.can_chat
@@ -93,7 +93,7 @@ class LLM:
                 "the tokenizer does not belong to this model; get both from one place",
             )
         self.memory = plan_memory(directory, config, dtype, slots)
-        model = load_pretrained(directory, self.memory.dtype)
+        model = load_pretrained(directory, self.memory.dtype, mtp=False)
         self.engine = Engine(model, self.tokenizer.eos_ids, self.memory.slots)
         # A cache smaller than the model's context bounds what one request may hold.
         self.engine.context = min(self.engine.context, self.memory.slots)
@@ -184,6 +184,13 @@ class LLM:
             raise BadInput("the conversation has no messages", "give at least one of role user")
         read = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
         return self._conversations.ids(read, tools)
+
+    def continued_ids(self, messages: Conversation) -> list[int]:
+        """The prompt that ends inside the last message, of role assistant, which the model goes on
+        with: in its content, or in its reasoning if it has no content yet.
+        """
+        read = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
+        return self._conversations.continued_ids(read)
 
     def _run(
         self, requests: list[Request], streams: list[TextStream]

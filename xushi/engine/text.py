@@ -66,8 +66,8 @@ class TextStream:
     """The text of one request, token by token.
 
     With `chat`, the reply to a conversation is reasoning up to the first `</think>` and content
-    after it. It begins with reasoning if `prompt_ids` open it, as `reply_is_reasoning` says, or if
-    its first token is `<think>`. Without `chat` all text is content.
+    after it. It begins where `prompt_ids` say (`Vocabulary.reply_begins`). Without `chat` all text
+    is content.
 
     With `calls`, tool calls are set apart once the request has ended, as `parse_assistant` reads
     them, and a malformed call is content, which comes with `flush`; without it the text of a call
@@ -89,9 +89,10 @@ class TextStream:
         self._calls_begin = tokenizer.tool_ids.calls_begin if calls and tokenizer.tool_ids else None
         self._call_ids: list[int] = []  # from the beginning of a block of calls on
         self.channel: Channel = "content"
-        if chat and tokenizer.reply_is_reasoning(prompt_ids):
+        begins = tokenizer.reply_begins(prompt_ids) if chat else "content"
+        if begins == "reasoning":
             self.channel = "reasoning"
-        self._may_open = chat and self.channel == "content"
+        self._may_open = begins == "either"
         self.thought = False  # whether there is any reasoning, even if it is empty
         self.reasoning_tokens = 0
         self.tool_calls: tuple[ToolCall, ...] = ()

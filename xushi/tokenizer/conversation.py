@@ -25,9 +25,10 @@ from xushi.tokenizer.template import chat_template
 from xushi.tokenizer.tokenizer import Tokenizer, is_own
 from xushi.tokenizer.vocabulary import Vocabulary
 
-# Around a special token that a message spells. Noncharacters of Unicode, which no text for
-# interchange has.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+# Around a special token that a message spells, and after a text that is to go on. Noncharacters of
+# Unicode, which no text for interchange has.
+_OPEN, _CLOSE, _END = "\ufdd0", "\ufdd1", "\ufdd2"
+_NO_MARKS = dict.fromkeys(map(ord, (_OPEN, _CLOSE, _END)))
 
 
 class Conversations:
@@ -66,11 +67,7 @@ class Conversations:
         A template that refuses the messages, or that does not write the tools or tool calls, is a
         `XushiError`: a model must not be asked with less than was given.
         """
-        if not self.can_chat:
-            raise BadInput(
-                f"{self._directory} has no chat template, so its model only completes text",
-                "give a template with --template FILE (LLM: template=FILE), or complete text",
-            )
+        self._check()
         if isinstance(self.tokenizer, Tokenizer):
             return encode_chat(self.tokenizer, messages, tools)
         assert isinstance(self.tokenizer, PublishedTokenizer)
@@ -78,6 +75,46 @@ class Conversations:
         control = self.tokenizer.control_tokens(template.source)
         rendered = self._render(template, messages, tools, control)
         return _encode_marked(self.tokenizer, rendered, control)
+
+    def continued_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt that ends inside the last message, of role assistant, which the model goes on
+        with: in its content, or in its reasoning if it has no content yet.
+
+        A template that does not write that text is a `XushiError`.
+        """
+        if not messages or messages[-1].role != "assistant" or messages[-1].tool_calls:
+            raise BadInput(
+                "the conversation does not end in a message of the assistant without tool calls",
+                "end it in one, or ask for the next message",
+            )
+        self._check()
+        last = messages[-1]
+        in_reasoning = last.reasoning is not None and not last.content
+        if isinstance(self.tokenizer, Tokenizer):
+            # The last message ends with </think>, its content and eos.
+            ids = encode_chat(self.tokenizer, messages, generation_prompt=False)
+            return ids[:-2] if in_reasoning else ids[:-1]
+        assert isinstance(self.tokenizer, PublishedTokenizer)
+        template = self._choose(False)
+        control = self.tokenizer.control_tokens(template.source)
+        tables = [_mark(_template_message(message, ""), control) for message in messages]
+        for key in ("reasoning_content", "thinking") if in_reasoning else ("content",):
+            tables[-1][key] += _END
+        rendered = template.render(self._variables(tables, None, False))
+        begin, mark, _ = rendered.rpartition(_END)
+        if not mark:
+            raise BadInput(
+                f"the chat template of {self._directory} does not write the text to go on with",
+                "ask for the next message instead",
+            )
+        return _encode_marked(self.tokenizer, begin, control)
+
+    def _check(self) -> None:
+        if not self.can_chat:
+            raise BadInput(
+                f"{self._directory} has no chat template, so its model only completes text",
+                "give a template with --template FILE (LLM: template=FILE), or complete text",
+            )
 
     def _choose(self, tools: bool) -> ChatTemplate:
         """The template for conversations with or without tools, as transformers chooses."""
@@ -98,21 +135,13 @@ class Conversations:
         tools: Sequence[Tool],
         control: list[str],
     ) -> str:
-        assert isinstance(self.tokenizer, PublishedTokenizer)
         calls = [call.name for message in messages for call in message.tool_calls]
         names = [*calls, *(tool.name for tool in tools)]
         # Some templates write tool calls only of messages without content, not of those with "".
         for empty in ("", None):
-            tables = [_template_message(message, empty) for message in messages]
-            rendered = template.render(
-                {
-                    **self.tokenizer.named,
-                    "messages": _mark(tables, control),
-                    "tools": _mark([tool.to_dict() for tool in tools], control) or None,
-                    "documents": None,
-                    "add_generation_prompt": True,
-                }
-            )
+            tables = [_mark(_template_message(message, empty), control) for message in messages]
+            described = [_mark(tool.to_dict(), control) for tool in tools] or None
+            rendered = template.render(self._variables(tables, described, True))
             lost = [name for name in names if name not in rendered]
             if not lost:
                 return rendered
@@ -120,6 +149,19 @@ class Conversations:
             f"the chat template of {self._directory} leaves out the tool {lost[0]!r}",
             "leave tools out, or give a template that writes them with --template FILE",
         )
+
+    def _variables(
+        self, messages: list[Any], tools: list[Any] | None, generation_prompt: bool
+    ) -> dict[str, Any]:
+        """What a template can read, as in transformers."""
+        assert isinstance(self.tokenizer, PublishedTokenizer)
+        return {
+            **self.tokenizer.named,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
+        }
 
 
 def _open(directory: Path, sources: Mapping[str, str]) -> Vocabulary:
@@ -148,7 +190,7 @@ def _template_message(message: Message, empty: str | None) -> dict[str, Any]:
 def _mark(value: Any, control: Sequence[str]) -> Any:
     """`value` with marks around each of the tokens `control` in its strings; keys stay."""
     if isinstance(value, str):
-        text = value.replace(_OPEN, "").replace(_CLOSE, "")
+        text = value.translate(_NO_MARKS)
         return _pattern(control).sub(f"{_OPEN}\\g<0>{_CLOSE}", text) if control else text
     if isinstance(value, Mapping):
         return {key: _mark(each, control) for key, each in value.items()}

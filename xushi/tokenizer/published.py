@@ -21,7 +21,7 @@ from xushi.base.model_directory import (
 )
 from xushi.tokenizer.config import TOOL_TOKENS
 from xushi.tokenizer.tokenizer import encodable
-from xushi.tokenizer.vocabulary import ToolIds, Vocabulary, token_bytes
+from xushi.tokenizer.vocabulary import Beginning, ToolIds, Vocabulary, token_bytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -100,15 +100,19 @@ class PublishedTokenizer(Vocabulary):
         begin = [self.bos_id] if self.bos_id is not None and self.begins_with_bos else []
         return begin + self.encode(text)
 
-    def reply_is_reasoning(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether the prompt opens reasoning, after its last message, and does not close it."""
-        borders = {self.user_id, self.assistant_id, self.end_think_id, *self.eos_ids}
+    def reply_begins(self, prompt_ids: Sequence[int]) -> Beginning:
+        """Where the last message of the prompt has a `<think>` or a `</think>` the later of them
+        says it, else the reply's first token.
+        """
+        borders = {self.user_id, self.assistant_id, *self.eos_ids}
         for token in reversed(prompt_ids):
             if token == self.think_id:
-                return True
+                return "reasoning"
+            if token == self.end_think_id:
+                return "content"
             if token in borders:
-                return False
-        return False
+                break
+        return "either"
 
     def control_tokens(self, template: str) -> list[str]:
         """The tokens that a user's text must not form in a conversation: special ones, and those

@@ -19,7 +19,7 @@ from xushi.base.errors import BadInput, XushiError
 from xushi.base.files import write_atomic, write_json
 from xushi.tokenizer.config import SPECIAL_TOKENS, TOOL_TOKENS, smallest_vocabulary
 from xushi.tokenizer.template import chat_template
-from xushi.tokenizer.vocabulary import ToolIds, Vocabulary, token_bytes
+from xushi.tokenizer.vocabulary import Beginning, ToolIds, Vocabulary, token_bytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -136,9 +136,15 @@ class Tokenizer(Vocabulary):
         """Ids of `text` after bos, with which every training document begins."""
         return [self.bos_id, *self.encode(text)]
 
-    def reply_is_reasoning(self, prompt_ids: Sequence[int]) -> bool:
-        """True: a reply is reasoning up to its first `</think>`, whatever it begins with."""
-        return True
+    def reply_begins(self, prompt_ids: Sequence[int]) -> Beginning:
+        """Reasoning, whatever the reply begins with, unless its message has a `</think>` already."""
+        borders = {self.assistant_id, self.think_id, self.eos_id}
+        for token in reversed(prompt_ids):
+            if token == self.end_think_id:
+                return "content"
+            if token in borders:
+                break
+        return "reasoning"
 
     def save(self, directory: Path, chat: bool = True) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer`

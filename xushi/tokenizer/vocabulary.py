@@ -6,7 +6,7 @@ Not here: training (tokenizer), the tokenizers of other publishers (published).
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from xushi.base.errors import BadInput
 
@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     import tokenizers
 
 LARGEST_ID = 10_000_000  # a file with a larger one is damaged and must not make us fill the memory
+
+
+# "either": in the reasoning if the reply's first token opens it, else in the content.
+Beginning = Literal["reasoning", "content", "either"]
 
 
 class ToolIds(NamedTuple):
@@ -57,8 +61,14 @@ class Vocabulary(ABC):
         """Ids of `text` as the beginning of what a model continues."""
 
     @abstractmethod
-    def reply_is_reasoning(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether the reply to a conversation's prompt begins within the reasoning."""
+    def reply_begins(self, prompt_ids: Sequence[int]) -> Beginning:
+        """Where the reply to a conversation's prompt begins."""
+
+    @property
+    def longest_token(self) -> int:
+        """An upper bound of the bytes of text that a token stands for."""
+        names = [len(name.encode()) for name in self._names.values()]
+        return max([*map(len, self._bytes), *names], default=1)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
