@@ -78,6 +78,18 @@ def test_a_failed_directory_leaves_the_old_one(tmp_path):
     ] == ["made"]
 
 
+def test_an_old_directory_that_a_kill_moved_away_comes_back(tmp_path):
+    """The kill falls between the two renames; the next attempt fails, and nothing is lost."""
+    place = tmp_path / "made"
+    (tmp_path / ".made.old").mkdir()
+    (tmp_path / ".made.old" / "old").touch()
+    (tmp_path / ".made.partial").mkdir()
+    with pytest.raises(ZeroDivisionError), files.directory_in_place(place):
+        raise ZeroDivisionError
+    assert [p.name for p in place.iterdir()] == ["old"]
+    assert [p.name for p in tmp_path.iterdir()] == ["made"]
+
+
 def test_paths_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
     for path in (

@@ -167,7 +167,8 @@ def test_logits_that_are_no_numbers_are_reported(bad, temperature):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("top_logprobs", -1),
         ("max_tokens", 1.5),
         ("max_tokens", True),
         ("temperature", -0.1),

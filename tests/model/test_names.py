@@ -23,7 +23,7 @@ from xushi.model import (
     to_published,
 )
 from xushi.model.names import canonical_name, layer_of, places, stays_float32, written_name
-from xushi.model.weights import published_tensors
+from xushi.model.saving import published_tensors
 
 KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
 

@@ -377,7 +377,7 @@ FAULTS = {
     "a vector in FP8": (put("layers.0.attn_norm.weight", torch.zeros(72).to(E4M3)), "attn_norm"),
     "a scale for each row": (put(f"{SHARED}.scale", torch.ones(40, 1)), "[3, 3]"),
     "a scale for all": (put(f"{SHARED}.scale", torch.tensor(1.0)), "[3, 3]"),
-    "bfloat16 scales": (put(f"{SHARED}.scale", torch.ones(3, 3).bfloat16()), "bfloat16"),
+    "float16 scales": (put(f"{SHARED}.scale", torch.ones(3, 3).half()), "float16"),
     "an activation's scale": (put(f"{SHARED}.activation_scale", torch.ones(1)), "activation_scale"),
     "other blocks than the files'": (
         config(weight_block_size=[128, 128]),
@@ -386,7 +386,7 @@ FAULTS = {
     "blocks of none": (config(weight_block_size=[0, 128]), "weight_block_size"),
     "blocks of three": (config(weight_block_size=[16, 32, 1]), "weight_block_size"),
     "blocks in words": (config(weight_block_size="16x32"), "weight_block_size"),
-    "another method": (config(quant_method="awq"), "'awq'"),
+    "another method": (config(quant_method="awq"), "AWQ"),
     "another float": (config(fmt="e5m2"), "e5m2"),
 }
 

@@ -9,7 +9,7 @@ import torch
 from openai import OpenAI
 
 from xushi.model import Deepseek, save_pretrained
-from xushi.serve import create_app, find_exports
+from xushi.serve import create_app, find_models
 from xushi.serve.server import Server, bind
 from xushi.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ def run_directory(tmp_path_factory):
             if name == "reasoning":  # otherwise a random model rarely begins or ends an answer
                 model.head_VD[[tokenizer.end_think_id, tokenizer.eos_id]] *= 4
         save_pretrained(model, directory)
-        tokenizer.save(directory)
+        tokenizer.save(directory, chat=name == "reasoning")
     (run / "export" / "reasoning" / "model_card.json").write_text(json.dumps(CARD))
     return run
 
@@ -75,7 +75,7 @@ def serving():
 
 @pytest.fixture(scope="session")
 def app(run_directory):
-    return create_app(find_exports(run_directory))
+    return create_app(find_models(run_directory))
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +92,8 @@ def client(address):
 
 @pytest.fixture(scope="session")
 def http(address):
-    with httpx.Client(base_url=address, timeout=30) as http:
+    kind = {"Content-Type": "application/json"}
+    with httpx.Client(base_url=address, timeout=30, headers=kind) as http:
         yield http
 
 

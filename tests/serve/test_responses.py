@@ -20,12 +20,12 @@ def tokenizer(run_directory):
 def test_a_token_whose_event_has_several_texts_has_one_log_probability(tokenizer, chat):
     """The last token may bring text that was held back as a possible stop string."""
     token = tokenizer.encode("a")[0]
-    form = ResponseFormat("id", 0, "base", chat, True, False, tokenizer)
+    form = ResponseFormat("id", 0, "base", chat, tokenizer, alternatives=0)
 
     async def chunks():
         job = Job([([5], [None])], chat)
         texts = [Delta("content", "held back"), Delta("content", "a")]
-        job.events.put_nowait(Event(0, token, -0.5, False, texts, "length"))
+        job.events.put_nowait(Event(0, texts, "length", token, -0.5))
         return [chunk async for chunk in form.stream(job, Counts(1))]
 
     *sent, done = asyncio.run(chunks())

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from xushi.base.errors import XushiError
-from xushi.serve import create_app, find_exports, serve
+from xushi.serve import create_app, find_models, serve
 from xushi.serve import server as server_module
 from xushi.serve.cards import read_card
 
@@ -38,13 +38,13 @@ def test_places_that_cannot_be_listened_on(host, port, message):
 
 
 def test_a_run_without_exports(tmp_path):
-    with pytest.raises(XushiError, match="no exported model"):
+    with pytest.raises(XushiError, match="holds no model"):
         serve(tmp_path)
     with pytest.raises(XushiError, match="does not exist"):
         serve(tmp_path / "gone")
     (tmp_path / "export" / "base").mkdir(parents=True)
     (tmp_path / "export" / "base" / "config.json").write_text("{}")
-    assert list(find_exports(tmp_path)) == ["base"]
+    assert list(find_models(tmp_path)) == ["base"]
 
 
 def test_a_damaged_model_card_is_named(tmp_path):
@@ -60,7 +60,7 @@ def test_a_damaged_model_card_is_named(tmp_path):
 
 
 def test_control_c_ends_open_streams_before_their_answers_end(run_directory):
-    app = create_app(find_exports(run_directory))
+    app = create_app(find_models(run_directory))
     engine = app.state.workers["base"]._engine
     step = engine.step
     engine.step = lambda: (time.sleep(0.05), step())[1]

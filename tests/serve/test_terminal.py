@@ -32,7 +32,7 @@ def test_a_run_with_only_a_base_completes(run_directory, tmp_path, monkeypatch, 
 
 
 def test_a_run_without_exports(tmp_path):
-    with pytest.raises(XushiError, match="no exported model"):
+    with pytest.raises(XushiError, match="holds no model"):
         chat(tmp_path)
 
 

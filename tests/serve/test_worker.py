@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from openai import OpenAI
 from xushi.engine import LLM, SamplingParams
 from xushi.engine import engine as engine_module
 from xushi.engine.sampling import sample
-from xushi.serve import create_app, find_exports
+from xushi.serve import create_app, find_models
 from xushi.serve import worker as worker_module
 from xushi.serve.worker import Event, Failure, Job, Worker
 
@@ -96,7 +95,7 @@ def test_many_at_once_each_get_their_own(client):
 
 
 def test_a_full_queue_says_come_back(run_directory, serving, settles):
-    app = create_app(find_exports(run_directory), queue_limit=4)
+    app = create_app(find_models(run_directory), queue_limit=4)
     worker = app.state.workers["base"]
     release = threading.Event()
     step = worker._engine.step
@@ -186,39 +185,31 @@ def test_a_fault_also_fails_the_jobs_in_the_queue(run_directory):
 
 
 def test_after_a_fault_the_engine_is_the_same_but_empty(run_directory, monkeypatch):
-    """The old cache is gone before the new one is made, and the version of the weights stays."""
-    monkeypatch.setattr(worker_module.logger, "disabled", True)  # pytest keeps logged tracebacks
+    """No second cache is made, since memory may be what was lacking, and the version of the weights
+    stays.
+    """
     with working(run_directory) as worker:
         engine = worker._engine
         engine.weights_version = 7
-        old = weakref.ref(engine._cache)
-        made = []
-        new_cache = engine_module.LatentCache
-
-        def counted(*arguments):
-            made.append(old() is None)
-            return new_cache(*arguments)
-
+        cache = engine._cache
         decode = engine.model.decode
         calls = iter([decode, decode, broken])
 
         async def fail_one():
             with monkeypatch.context() as patch:
                 patch.setattr(engine.model, "decode", lambda *arguments: next(calls)(*arguments))
-                patch.setattr(engine_module, "LatentCache", counted)
+                patch.setattr(engine_module, "LatentCache", broken)
                 failed = new_job(4)
                 worker.submit(failed)
                 while not isinstance(await next_event(failed), Failure):
                     pass
-                while not made:
-                    await asyncio.sleep(0.01)
             job = new_job()
             worker.submit(job)
             assert await finished(job)
 
         asyncio.run(fail_one())
-        assert made == [True]
         assert worker._engine is worker.llm.engine is engine and engine.weights_version == 7
+        assert engine._cache is cache
         assert quiet(worker)
 
 
@@ -255,31 +246,103 @@ def test_jobs_that_the_engine_does_not_accept_fail(run_directory, monkeypatch):
         asyncio.run(fail())
 
 
-def test_when_the_engine_cannot_be_restarted_every_job_fails(run_directory):
+def test_an_engine_that_cannot_be_restarted_fails_its_jobs_and_lives(run_directory, settles):
+    """As when there is no memory, neither for a step nor for what comes after it, and then there is
+    some again.
+    """
     with working(run_directory) as worker:
         told = threading.Event()
+        step, restart = worker._engine.step, worker._engine.restart
 
         def no_memory():
-            assert told.wait(5), "the client must be told before the restart"
+            assert told.wait(20), "the client must be told before the restart"
             raise MemoryError
 
-        worker._engine.step = broken
-        worker._engine.restart = no_memory
+        worker._engine.step, worker._engine.restart = broken, no_memory
 
         async def fail():
-            first, queued, late = new_job(), new_job(), new_job()
+            first, second, third = new_job(2), new_job(), new_job()
             worker.submit(first)
-            assert "could not be restarted" not in (await next_event(first)).message
-            worker.submit(queued)
+            assert isinstance(await next_event(first), Failure)
             told.set()
-            assert "could not be restarted" in (await next_event(queued)).message
+            assert await asyncio.to_thread(settles, lambda: worker.trouble is not None)
+            assert worker.trouble == "it could not be restarted after a fault"
+            worker._engine.step = step
+            worker.submit(second)
+            assert isinstance(await next_event(second), Failure)
+            worker._engine.restart = restart
+            worker.submit(third)
+            assert await finished(third)
+
+        asyncio.run(fail())
+        assert worker.trouble is None
+        assert quiet(worker)
+
+
+def test_jobs_fail_when_the_thread_is_gone(run_directory, monkeypatch):
+    """Even when it ended in a way that nothing could be done about."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with working(run_directory) as worker:
+
+        def ends(*_):
+            raise SystemExit
+
+        worker._engine.step = ends
+
+        async def fail():
+            running, late = new_job(), new_job()
+            worker.submit(running)
+            assert "thread has ended" in (await next_event(running)).message
             await asyncio.to_thread(worker.join, 20)
-            assert not worker.alive
+            worker._ending = None  # as if it had been killed
             worker.submit(late)
-            assert "could not be restarted" in (await next_event(late)).message
+            assert "thread has ended" in (await next_event(late)).message
+            assert worker.trouble == "its thread has ended"
             assert worker.unfinished == 0
 
         asyncio.run(fail())
+
+
+def test_a_step_that_never_ends_is_seen(run_directory, monkeypatch, settles):
+    with working(run_directory) as worker:
+        entered = threading.Event()
+        release = threading.Event()
+        step = worker._engine.step
+        worker._engine.step = lambda: (entered.set(), release.wait(20), step())[2]
+
+        async def stall():
+            monkeypatch.setattr(worker_module, "STALL_SECONDS", 0.0)
+            assert worker.trouble is None, "nothing is waiting"
+            job = new_job()
+            worker.submit(job)
+            assert await asyncio.to_thread(entered.wait, 20)
+            assert await asyncio.to_thread(settles, lambda: worker.trouble is not None)
+            assert "nothing has happened" in worker.trouble
+            monkeypatch.setattr(worker_module, "STALL_SECONDS", 60.0)
+            assert worker.trouble is None, "it may take a while"
+            release.set()
+            assert await finished(job)
+
+        asyncio.run(stall())
+
+
+def test_closing_ends_jobs_before_the_step_ends(run_directory):
+    with working(run_directory) as worker:
+        entered = threading.Event()
+        release = threading.Event()
+        step = worker._engine.step
+        worker._engine.step = lambda: (entered.set(), release.wait(20), step())[2]
+
+        async def close():
+            job = new_job(2)
+            worker.submit(job)
+            assert await asyncio.to_thread(entered.wait, 20)
+            worker.close()
+            assert (await next_event(job)).is_shutdown
+            assert not release.is_set() and worker.unfinished == 0
+            release.set()
+
+        asyncio.run(close())
 
 
 def test_a_job_that_comes_while_closing_fails(run_directory):

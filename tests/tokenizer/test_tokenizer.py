@@ -290,3 +290,19 @@ def test_transformers_gives_the_same_ids(
             assert theirs.encode(text) == ids
 
     same()
+
+
+def test_a_reply_begins_with_reasoning_unless_its_message_has_closed_it(with_tools: Tokenizer) -> None:
+    messages = [Message("user", "a"), Message("assistant", "b", "r")]
+    prompt = encode_chat(with_tools, messages[:1])
+    answered = encode_chat(with_tools, messages, generation_prompt=False)
+    after_tool = encode_chat(with_tools, [*messages, Message("tool", "2")])
+    for ids, wanted in [
+        ([], "reasoning"),
+        (prompt, "reasoning"),
+        ([*prompt, with_tools.think_id, 40], "reasoning"),
+        (answered[:-1], "content"),
+        (after_tool, "reasoning"),
+        (encode_chat(with_tools, [*messages, *messages[:1]]), "reasoning"),
+    ]:
+        assert with_tools.reply_begins(ids) == wanted

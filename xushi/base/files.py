@@ -155,13 +155,15 @@ def directory_in_place(path: Path) -> Iterator[Path]:
     removed.
 
     Everything in it is flushed before the rename, nested directories too. A kill between moving the
-    old directory away and renaming the new one leaves no `path`: callers rely on a marker (a
-    manifest inside the directory), so a missing directory is made again. Only one process at a time
-    may fill a path. What a killed one left is removed by the next.
+    old directory away and renaming the new one leaves no `path`: callers make a missing directory
+    again, and the old one comes back first. Only one process at a time may fill a path. What a
+    killed one left is removed by the next.
     """
     with disk_errors(path):
         make_directory(path.parent)
         aside, old = aside_of(path), path.with_name(f".{path.name}.old")
+        if old.exists() and not path.exists():
+            old.rename(path)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         try:

@@ -1,33 +1,91 @@
 """Commands about models: chat, serve, inspect, export."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from xushi.base.errors import BadInput
-from xushi.cli.app import JsonOption, RunArgument, app, print_table
+from xushi.cli.app import JsonOption, app, print_table
+
+if TYPE_CHECKING:
+    from xushi.engine import LLM
+
+
+ModelArgument = Annotated[
+    Path, typer.Argument(help="a run, such as runs/demo, or a model in Hugging Face's layout")
+]
+TemplateOption = Annotated[
+    Path | None, typer.Option("--template", help="a chat template, instead of the directory's own")
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option("--dtype", help="of the weights: auto (what fits the machine), fp32 or bf16"),
+]
+CacheOption = Annotated[
+    int | None, typer.Option("--cache-tokens", help="tokens that the cache of each model holds")
+]
+
+
+def _loader(template: Path | None, dtype: str, cache_tokens: int | None) -> "Callable[[Path], LLM]":
+    """Opens a model's directory with the options of the command line."""
+    import torch
+
+    from xushi.engine import LLM
+
+    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise BadInput(f"--dtype {dtype} is not known", f"use one of {', '.join(dtypes)}")
+    return lambda path: LLM(path, dtypes[dtype], cache_tokens, template)
 
 
 @app.command()
-def chat(run_directory: RunArgument) -> None:
-    """Talk to a run's model in the terminal."""
+def chat(
+    directory: ModelArgument,
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
+    cache_tokens: CacheOption = None,
+) -> None:
+    """Talk to a model in the terminal."""
     from xushi.serve import chat as terminal_chat
 
-    terminal_chat(run_directory)
+    terminal_chat(directory, template, _loader(template, dtype, cache_tokens))
 
 
 @app.command()
 def serve(
-    run_directory: RunArgument,
+    directory: ModelArgument,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+    template: TemplateOption = None,
+    dtype: DtypeOption = "auto",
+    cache_tokens: CacheOption = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="a page's origin that may use the API, such as http://localhost:3000"),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="a file of keys, one a line, of which requests need one"),
+    ] = None,
+    queue_limit: Annotated[
+        int, typer.Option(help="continuations that run or wait; more are told to come back")
+    ] = 256,
 ) -> None:
-    """Serve a run's models: the OpenAI-compatible API, and a chat page at /."""
-    from xushi.serve import serve as serve_run
+    """Serve models: the OpenAI-compatible API, and a chat page at /."""
+    from xushi.serve import serve as serve_models
 
-    serve_run(run_directory, host, port)
+    serve_models(
+        directory,
+        host,
+        port,
+        allow_origins=allow_origin or (),
+        api_key_file=api_key_file,
+        queue_limit=queue_limit,
+        load=_loader(template, dtype, cache_tokens),
+    )
 
 
 @app.command()

@@ -3,7 +3,7 @@
 Not here: text (llm).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
 
 from xushi.base.errors import BadInput
@@ -17,7 +17,7 @@ def generate_ids(
     model: Deepseek,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams],
-    eos_id: int,
+    eos_id: int | Collection[int],
     *,
     concurrency: int = 256,
     weights_version: int = 0,

@@ -5,7 +5,7 @@ One thread owns an engine. Not here: text and stop strings (text, llm), threads 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch import Tensor
 from xushi.base.errors import BadInput
 from xushi.engine.kept import KeptSequences
 from xushi.engine.params import SamplingParams
-from xushi.engine.request import FinishReason, Prompt, Request
-from xushi.engine.sampling import request_uniforms, sample, sampling_key
+from xushi.engine.request import ContextLengthError, FinishReason, Prompt, Request
+from xushi.engine.sampling import Sampled, request_uniforms, sample, sampling_key
+from xushi.engine.scores import LOGITS_PER_CALL, PromptScores, want_every_row
 from xushi.model import Deepseek, LatentCache
 
 # The model pads each sequence of a call to the call's longest chunk of new tokens, and attention
@@ -22,19 +23,6 @@ from xushi.model import Deepseek, LatentCache
 # below this many scores per head.
 SCORES_PER_CALL = 1 << 22
 SMALLEST_CHUNK = 16
-
-
-class ContextLengthError(BadInput):
-    """A prompt that leaves no room for an answer in the context."""
-
-    def __init__(self, prompt_tokens: int, context: int) -> None:
-        super().__init__(
-            f"the prompt has {prompt_tokens} tokens and the model's context holds {context}, "
-            "at least one of them for the answer",
-            "shorten the prompt",
-        )
-        self.prompt_tokens = prompt_tokens
-        self.context = context
 
 
 class Engine:
@@ -51,26 +39,31 @@ class Engine:
     requests have finished.
     """
 
-    def __init__(self, model: Deepseek, eos_id: int, slots: int, weights_version: int = 0) -> None:
+    def __init__(
+        self,
+        model: Deepseek,
+        eos_ids: int | Collection[int],
+        slots: int,
+        weights_version: int = 0,
+    ) -> None:
+        """Each of `eos_ids` ends a request."""
         self.model = model
-        self.eos_id = eos_id
+        self.eos_ids = frozenset([eos_ids] if isinstance(eos_ids, int) else eos_ids)
         self.slots = slots
         self.weights_version = weights_version
         self.context = model.config.max_position_embeddings
-        self._cache = self._new_cache()
+        weight = model.head_VD
+        dtype = model.compute_dtype or weight.dtype
+        self._cache = LatentCache(model.config, slots, dtype, weight.device)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._prefilling: list[Prompt] = []
         self._kept = KeptSequences(self._cache)
 
-    def _new_cache(self) -> LatentCache:
-        weight = self.model.head_VD
-        dtype = self.model.compute_dtype or weight.dtype
-        return LatentCache(self.model.config, self.slots, dtype, weight.device)
-
     def restart(self) -> None:
-        """Abort all requests and begin with an empty cache, for example after a step has failed.
-        What was kept is lost too.
+        """Abort all requests and empty the cache, for example after a step has failed. What was
+        kept is lost too. It needs no memory of the cache's size, since memory may be what a step
+        lacked.
         """
         for request in [*self._waiting, *self._running]:
             request.finish_reason = "abort"
@@ -78,8 +71,7 @@ class Engine:
         self._waiting.clear()
         self._running.clear()
         self._prefilling.clear()
-        del self._cache, self._kept  # first: there may be no memory for two caches
-        self._cache = self._new_cache()
+        self._cache.clear()
         self._kept = KeptSequences(self._cache)
 
     @property
@@ -107,9 +99,9 @@ class Engine:
                 f"the prompt holds token id {wrong}, and the vocabulary has {size}",
                 f"use ids from 0 to {size - 1}",
             )
-        if len(prompt_ids) >= self.context:
+        if len(prompt_ids) + min(params.max_tokens, 1) > self.context:
             raise ContextLengthError(len(prompt_ids), self.context)
-        need = len(prompt_ids) + self._limit(prompt_ids, params) - 1
+        need = len(prompt_ids) + max(self._limit(prompt_ids, params) - 1, 0)
         if need > self.slots:
             raise BadInput(
                 f"the request needs {need} places in the cache, which has {self.slots}",
@@ -137,10 +129,14 @@ class Engine:
         routing: bool = False,
         keep: bool = False,
     ) -> list[Request]:
-        """Queue several continuations of one prompt, which is computed and held once."""
+        """Queue several continuations of one prompt, which is computed and held once. If several
+        ask for its scores, they share those with the most alternatives.
+        """
         for each in params:
             self.check(prompt_ids, each)
         prompt = Prompt(list(prompt_ids), unfinished=len(params), unjoined=len(params))
+        if scored := [each.top_logprobs for each in params if each.prompt_logprobs]:
+            prompt.scores = PromptScores(max(scored))
         return [self._queue(prompt, each, [] if routing else None, keep) for each in params]
 
     def extend(self, request: Request, more_ids: Sequence[int], params: SamplingParams) -> Request:
@@ -159,6 +155,13 @@ class Engine:
             )
         ids = [*request.prompt_ids, *request.token_ids, *more_ids]
         self.check(ids, params)
+        if params.prompt_logprobs or len(ids) == kept.length:
+            raise BadInput(
+                "a kept sequence is not computed again, so its tokens get no log-probabilities and "
+                "no logits",
+                "extend it by at least one token and without prompt_logprobs, or add the prompt "
+                "again",
+            )
         request._kept = None
         experts = request.routed_experts
         prompt = Prompt(
@@ -190,7 +193,9 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Request]:
-        """One call of the model for all that runs; returns the requests that got a token."""
+        """One call of the model for all that runs; returns the requests that got a token, or whose
+        prompt is done and which want none.
+        """
         self._admit()
         decoding = [request for request in self._running if request._sequence is not None]
         logits_MV, routed = self._decode(decoding)
@@ -215,9 +220,7 @@ class Engine:
             request_uniforms([request._key for request in progressed], counters),
         )
         for row, request in enumerate(progressed):
-            request.token_ids.append(sampled.tokens[row])
-            request.logprobs.append(sampled.logprobs[row])
-            request.sampling_logprobs.append(sampled.sampling_logprobs[row])
+            _record(request, sampled, row)
             if request.routed_experts is not None:
                 request.routed_experts += (
                     [routed[row]]
@@ -258,7 +261,7 @@ class Engine:
             prompt = request._prompt
             assert prompt is not None
             # The last token is never fed, so it needs no slot.
-            need = request._limit - 1 + (0 if prompt.admitted else prompt.places)
+            need = max(request._limit - 1, 0) + (0 if prompt.admitted else prompt.places)
             if need > room:
                 room += self._kept.make_room(need - room, prompt.kept)
             if need > room:
@@ -278,7 +281,7 @@ class Engine:
         """Slots that admitted requests and their prompts do not hold yet and may come to hold."""
         prompts = sum(len(prompt.ids) - prompt.fed for prompt in self._prefilling)
         # Of n generated tokens n - 1 are in the cache, and the last of `_limit` never will be.
-        return prompts + sum(r._limit - max(len(r.token_ids), 1) for r in self._running)
+        return prompts + sum(max(r._limit, 1) - max(len(r.token_ids), 1) for r in self._running)
 
     def _decode(self, decoding: list[Request]) -> tuple[Tensor, list[Tensor]]:
         """Feed the last token of each decoding request and the next chunk of each unfed prompt.
@@ -300,7 +303,11 @@ class Engine:
         if not additions:
             return torch.empty(0, 0), []
         wants_routing = any(request.routed_experts is not None for request in self._running)
-        decoded = self.model.decode(self._cache.extend(additions), self._cache, wants_routing)
+        flat = self._cache.extend(additions)
+        if any(prompt.scores for prompt in prefilling):
+            scored = [False] * len(decoding) + [prompt.scores is not None for prompt in prefilling]
+            flat = want_every_row(flat, scored)
+        decoded = self.model.decode(flat, self._cache, wants_routing)
         logits_MV = decoded.logits_MV
         routed: list[Tensor] = []
         if wants_routing:
@@ -311,13 +318,17 @@ class Engine:
                 if experts is None
                 else [*experts.cpu().unbind(1)]
             )
-        place = len(decoding)
-        for row, prompt in enumerate(prefilling, start=len(decoding)):
-            chunk_end = place + len(additions[row][1])
-            prompt.routed_experts += routed[place:chunk_end]
-            place = chunk_end
+        place = row = len(decoding)
+        for prompt, (_, chunk_ids) in zip(prefilling, additions[row:], strict=True):
+            prompt.routed_experts += routed[place : place + len(chunk_ids)]
+            place += len(chunk_ids)
+            rows = len(chunk_ids) if prompt.scores else 1
+            if prompt.scores:
+                next_ids = prompt.ids[prompt.fed - len(chunk_ids) + 1 : prompt.fed + 1]
+                prompt.scores.add(logits_MV[row : row + len(next_ids)], next_ids)
+            row += rows
             if prompt.fed == len(prompt.ids):
-                prompt.logits_V = logits_MV[row]
+                prompt.logits_V = logits_MV[row - 1]
         self._prefilling = [prompt for prompt in prefilling if prompt.fed < len(prompt.ids)]
         return logits_MV[: len(decoding)], routed
 
@@ -328,7 +339,10 @@ class Engine:
             [len(r.prompt_ids) + len(r.token_ids) for r in decoding]
             + [len(prompt.ids) for prompt in self._prefilling]
         )
-        return max(SMALLEST_CHUNK, SCORES_PER_CALL // (sequences * longest))
+        chunk = SCORES_PER_CALL // (sequences * longest)
+        if scored := sum(prompt.scores is not None for prompt in self._prefilling):
+            chunk = min(chunk, LOGITS_PER_CALL // (scored * self.model.config.vocab_size))
+        return max(SMALLEST_CHUNK, chunk)
 
     def _join(self, request: Request, prompt: Prompt) -> None:
         """Give the request its own sequence: a fork of the prompt's, or for the last request the
@@ -336,6 +350,7 @@ class Engine:
         """
         assert prompt.sequence is not None
         prompt.unjoined -= 1
+        request.prompt_scores = prompt.scores if request.params.prompt_logprobs else None
         if prompt.unjoined:
             request._sequence = self._cache.fork(prompt.sequence)
         else:
@@ -344,7 +359,8 @@ class Engine:
     def _retire(self, progressed: list[Request]) -> None:
         done = False
         for request in progressed:
-            if request.token_ids[-1] == self.eos_id and not request.params.ignore_eos:
+            ended = request.token_ids and request.token_ids[-1] in self.eos_ids
+            if ended and not request.params.ignore_eos:
                 self._finish(request, "stop", request._keep)
             elif len(request.token_ids) == request._limit:
                 self._finish(request, "length", request._keep)
@@ -376,3 +392,12 @@ class Engine:
         if prompt.kept is not None:
             self._kept.drop(prompt.kept)
         self._prefilling = [other for other in self._prefilling if other is not prompt]
+
+
+def _record(request: Request, sampled: Sampled, row: int) -> None:
+    """Give the request its token, unless it only wants its prompt computed."""
+    if request._limit:
+        request.token_ids.append(sampled.tokens[row])
+        request.logprobs.append(sampled.logprobs[row])
+        request.sampling_logprobs.append(sampled.sampling_logprobs[row])
+        request.top_logprobs.append(sampled.top_logprobs[row])

@@ -1,4 +1,4 @@
-"""A model and its tokenizer from an export directory: text in, text out.
+"""A model and its tokenizer from a directory in Hugging Face's layout: text in, text out.
 
 Not here: many clients at once (serve), training-time sampling on bare ids (batch).
 """
@@ -8,22 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from xushi.base.errors import BadInput
 from xushi.base.messages import Message, Tool, ToolCall
+from xushi.base.model_directory import model_name
 from xushi.engine.engine import Engine
+from xushi.engine.memory import plan_memory
 from xushi.engine.params import SamplingParams
 from xushi.engine.request import FinishReason, Request
 from xushi.engine.text import Delta, TextStream
-from xushi.model import ModelConfig, load_pretrained
-from xushi.tokenizer import Tokenizer, encode_chat
+from xushi.model import load_pretrained, read_config
+from xushi.tokenizer import Conversations
 
 # Messages, or mappings in the OpenAI form.
 Conversation = Sequence[Message | Mapping[str, Any]]
-
-# The default cache has room for this many conversations of full length, but has no more slots than
-# the limit.
-DEFAULT_CONVERSATIONS = 8
-DEFAULT_SLOTS_LIMIT = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,28 +56,47 @@ class ChatCompletion:
     finish_reason: FinishReason
 
 
-def default_slots(config: ModelConfig) -> int:
-    """The default number of cache slots for a model: at least one full context."""
-    context = config.max_position_embeddings
-    return max(context, min(DEFAULT_CONVERSATIONS * context, DEFAULT_SLOTS_LIMIT))
-
-
 class LLM:
-    """Loads the export directory `path` (config.json, safetensors, tokenizer.json).
+    """Loads the model directory `path`: config.json, safetensors, tokenizer.json, and a chat
+    template if it is to answer conversations. A run's exports and published models are alike.
+
+    Attributes: `name` (the directory's, or ORG/NAME within Hugging Face's cache), `can_chat`
+    (whether it has a form of conversations; else it only completes text), `memory` (a
+    `MemoryPlan`: what weights and cache take).
 
     Only one thread may use it at a time.
     """
 
-    def __init__(self, path: str | Path, slots: int | None = None) -> None:
-        self.tokenizer = Tokenizer.load(Path(path))
-        model = load_pretrained(path)
-        if self.tokenizer.vocab_size > model.config.vocab_size:
+    def __init__(
+        self,
+        path: str | Path,
+        dtype: torch.dtype | None = None,
+        slots: int | None = None,
+        template: str | Path | None = None,
+    ) -> None:
+        """`dtype` of the weights and `slots`, the tokens that the cache holds, follow from the
+        files and the machine's memory if they are None (`plan_memory`). `template` is a file with a
+        chat template to use instead of the directory's own.
+
+        What cannot fit into memory is a `XushiError`, raised before the weights are read.
+        """
+        directory = Path(path)
+        self.name = model_name(directory)
+        config = read_config(directory).without_mtp()  # generation uses no MTP layers
+        self._conversations = Conversations(directory, Path(template) if template else None)
+        self.tokenizer = self._conversations.tokenizer
+        self.can_chat = self._conversations.can_chat
+        if self.tokenizer.vocab_size > config.vocab_size:
             raise BadInput(
                 f"{path}: the tokenizer has {self.tokenizer.vocab_size} tokens and the model "
-                f"{model.config.vocab_size}",
-                "export model and tokenizer of one run together",
+                f"{config.vocab_size}",
+                "the tokenizer does not belong to this model; get both from one place",
             )
-        self.engine = Engine(model, self.tokenizer.eos_id, slots or default_slots(model.config))
+        self.memory = plan_memory(directory, config, dtype, slots)
+        model = load_pretrained(directory, self.memory.dtype, mtp=False)
+        self.engine = Engine(model, self.tokenizer.eos_ids, self.memory.slots)
+        # A cache smaller than the model's context bounds what one request may hold.
+        self.engine.context = min(self.engine.context, self.memory.slots)
 
     @property
     def context(self) -> int:
@@ -119,8 +137,9 @@ class LLM:
         `tools` are what the model may call; a caller runs them and sends the outputs as messages of
         role "tool" after the answer.
         """
-        request = self.engine.add(self.conversation_ids(messages, tools), params)
-        stream = TextStream(self.tokenizer, params.stop, chat=True, calls=True)
+        prompt = self.conversation_ids(messages, tools)
+        request = self.engine.add(prompt, params)
+        stream = TextStream(self.tokenizer, params.stop, chat=True, calls=True, prompt_ids=prompt)
         parts = {"reasoning": "", "content": ""}
         for _, delta in self._run([request], [stream]):
             parts[delta.channel] += delta.text
@@ -145,26 +164,33 @@ class LLM:
         """The text of `chat` as it arrives; closing the iterator ends the request. A tool call is
         content here: there is no other place for it.
         """
-        request = self.engine.add(self.conversation_ids(messages, tools), params)
-        for _, delta in self._run([request], [TextStream(self.tokenizer, params.stop, chat=True)]):
+        prompt = self.conversation_ids(messages, tools)
+        request = self.engine.add(prompt, params)
+        stream = TextStream(self.tokenizer, params.stop, chat=True, prompt_ids=prompt)
+        for _, delta in self._run([request], [stream]):
             yield delta
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """The prompt for a text, which gets the beginning-of-text token in front, or for ids as
-        they are.
+        """The prompt for a text, which gets the beginning-of-text token in front if the tokenizer
+        asks for it, or for ids as they are.
         """
-        if isinstance(prompt, str):
-            return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
-        return list(prompt)
+        return self.tokenizer.prompt_ids(prompt) if isinstance(prompt, str) else list(prompt)
 
     def conversation_ids(self, messages: Conversation, tools: Sequence[Tool] = ()) -> list[int]:
-        """The prompt for the next answer; see `encode_chat`. Mappings are read by
+        """The prompt for the next answer; see `Conversations.ids`. Mappings are read by
         `Message.from_dict`.
         """
         if not messages:
             raise BadInput("the conversation has no messages", "give at least one of role user")
         read = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
-        return encode_chat(self.tokenizer, read, tools)
+        return self._conversations.ids(read, tools)
+
+    def continued_ids(self, messages: Conversation) -> list[int]:
+        """The prompt that ends inside the last message, of role assistant, which the model goes on
+        with: in its content, or in its reasoning if it has no content yet.
+        """
+        read = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
+        return self._conversations.continued_ids(read)
 
     def _run(
         self, requests: list[Request], streams: list[TextStream]

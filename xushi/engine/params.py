@@ -11,11 +11,13 @@ class SamplingParams:
     """How one request is continued. A value out of range is a `XushiError` that names the
     parameter.
 
-    max_tokens: the largest number of generated tokens. temperature: 0 takes the most probable
-    token. top_p: keep the smallest set of tokens that holds this probability. top_k: keep this many
-    tokens; 0 keeps all. seed: the same prompt, weights and seed give the same tokens. stop:
-    generation ends before any of these strings; only callers that make text (`LLM`, serve) look for
-    them. ignore_eos: generate max_tokens tokens, for measurements.
+    max_tokens: the largest number of generated tokens; 0 only computes the prompt. temperature: 0
+    takes the most probable token. top_p: keep the smallest set of tokens that holds this
+    probability. top_k: keep this many tokens; 0 keeps all. seed: the same prompt, weights and seed
+    give the same tokens. stop: generation ends before any of these strings; only callers that make
+    text (`LLM`, serve) look for them. ignore_eos: generate max_tokens tokens, for measurements.
+    top_logprobs: how many of the most probable tokens to give at each place. prompt_logprobs: give
+    log-probabilities of the prompt's tokens too.
     """
 
     max_tokens: int
@@ -25,10 +27,13 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
-        _whole("max_tokens", self.max_tokens, 1)
+        _whole("max_tokens", self.max_tokens, 0)
         _whole("top_k", self.top_k, 0)
+        _whole("top_logprobs", self.top_logprobs, 0)
         _whole("seed", self.seed, None)
         if not (_is_number(self.temperature) and self.temperature >= 0):
             raise _wrong("temperature", self.temperature, "a number from 0 up")

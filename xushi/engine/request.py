@@ -8,10 +8,29 @@ from typing import Literal
 
 from torch import Tensor
 
+from xushi.base.errors import BadInput
 from xushi.engine.kept import KeptSequence
 from xushi.engine.params import SamplingParams
+from xushi.engine.sampling import Alternatives
+from xushi.engine.scores import PromptScores
 
 FinishReason = Literal["stop", "length", "abort"]
+
+
+class ContextLengthError(BadInput):
+    """A prompt that leaves no room for an answer in the context.
+
+    `at_least` says that the prompt was not counted, and has this many tokens or more.
+    """
+
+    def __init__(self, prompt_tokens: int, context: int, at_least: bool = False) -> None:
+        super().__init__(
+            f"the prompt has {'at least ' if at_least else ''}{prompt_tokens} tokens and the "
+            f"model's context holds {context}, at least one of them for an answer",
+            "shorten the prompt",
+        )
+        self.prompt_tokens = prompt_tokens
+        self.context = context
 
 
 @dataclass(eq=False, slots=True)
@@ -27,6 +46,7 @@ class Prompt:
     fed: int = 0  # tokens in the cache
     logits_V: Tensor | None = None  # of the last token, from when it is fed until all have joined
     routed_experts: list[Tensor] = field(default_factory=list)  # of `fed` tokens, if wanted
+    scores: PromptScores | None = None  # of its tokens, if wanted
 
     @property
     def places(self) -> int:
@@ -46,9 +66,11 @@ class Request:
     """One continuation of one prompt; read it between steps, never write it.
 
     `token_ids` ends with eos if eos was sampled. Per token: `logprobs` under the model (temperature
-    1, whole vocabulary), and `sampling_logprobs` under the distribution it was drawn from. If
-    routing was asked for, `routed_experts` has int64 [MoE layers, k] for each place that was
-    computed: the prompt's, and each token's but the last one's.
+    1, whole vocabulary), `sampling_logprobs` under the distribution it was drawn from, and
+    `top_logprobs`, the most probable tokens, as many as `params` asks for. `prompt_scores` are
+    there, if asked for, once the prompt is computed. If routing was asked for, `routed_experts` has
+    int64 [MoE layers, k] for each place that was computed: the prompt's, and each token's but the
+    last one's.
     """
 
     prompt_ids: list[int]
@@ -58,6 +80,8 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     sampling_logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[Alternatives] = field(default_factory=list)
+    prompt_scores: PromptScores | None = None
     finish_reason: FinishReason | None = None
     _limit: int = 0  # of generated tokens
     _key: int = 0

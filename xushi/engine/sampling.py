@@ -22,16 +22,25 @@ from xushi.engine.params import SamplingParams
 
 BLOCK = 64
 
+# Tokens with their log-probabilities, the most probable first.
+Alternatives = list[tuple[int, float]]
+
+NOT_FINITE = (
+    "the model's logits are not finite numbers, so no token can be drawn",
+    "its weights are damaged or diverged: load an earlier checkpoint",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Per row: the token, and its natural log-probability under the model and under the sampling
-    distribution.
+    """Per row: the token, its natural log-probability under the model and under the sampling
+    distribution, and the most probable tokens under the model, as many as its parameters ask for.
     """
 
     tokens: list[int]
     logprobs: list[float]
     sampling_logprobs: list[float]
+    top_logprobs: list[Alternatives]
 
 
 def sampling_key(seed: int) -> int:
@@ -70,11 +79,24 @@ def sample(
     chosen = torch.from_numpy(tokens).to(logits_MV.device)
     model = logprobs_MV.gather(1, chosen[:, None])[:, 0].double().cpu().numpy()
     if not np.isfinite(model).all():
-        raise Failed(
-            "the model's logits are not finite numbers, so no token can be drawn",
-            "its weights are damaged or diverged: load an earlier checkpoint",
-        )
-    return Sampled(tokens.tolist(), model.tolist(), own.tolist())
+        raise Failed(*NOT_FINITE)
+    top = most_probable(logprobs_MV, [p.top_logprobs for p in params])
+    return Sampled(tokens.tolist(), model.tolist(), own.tolist(), top)
+
+
+def most_probable(logprobs_MV: Tensor, counts: Sequence[int]) -> list[Alternatives]:
+    """Per row of log-probabilities [M, V] the `counts[row]` most probable tokens, of equals the
+    lower id first.
+    """
+    most = min(max(counts, default=0), logprobs_MV.shape[1])
+    if most == 0:
+        return [[] for _ in counts]
+    values_MK, tokens_MK = logprobs_MV.topk(most, dim=-1)
+    rows = zip(tokens_MK.tolist(), values_MK.tolist(), counts, strict=True)
+    return [
+        sorted(zip(tokens, values, strict=True), key=lambda pair: (-pair[1], pair[0]))[:count]
+        for tokens, values, count in rows
+    ]
 
 
 def request_uniforms(keys: Sequence[int], counters: Sequence[int]) -> npt.NDArray[np.float64]:

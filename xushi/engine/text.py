@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from xushi.base.messages import ToolCall
-from xushi.tokenizer import StreamDecoder, Tokenizer, parse_tool_calls
+from xushi.tokenizer import StreamDecoder, Vocabulary, parse_tool_calls
 
 Channel = Literal["reasoning", "content"]
 
@@ -65,26 +65,34 @@ def _overlap(text: str, stop: str) -> int:
 class TextStream:
     """The text of one request, token by token.
 
-    With `chat`, everything before the first `</think>` is reasoning and what follows is content;
-    without it all text is content. With `calls`, tool calls are set apart once the request has
-    ended, as `parse_assistant` reads them, and a malformed call is content, which comes with
-    `flush`; without it the text of a call is content. Stop strings are looked for in the content
-    only. Once one is found `stopped` is True, and the caller should end the request.
+    With `chat`, the reply to a conversation is reasoning up to the first `</think>` and content
+    after it. It begins where `prompt_ids` say (`Vocabulary.reply_begins`). Without `chat` all text
+    is content.
+
+    With `calls`, tool calls are set apart once the request has ended, as `parse_assistant` reads
+    them, and a malformed call is content, which comes with `flush`; without it the text of a call
+    is content. Stop strings are looked for in the content only. Once one is found `stopped` is
+    True, and the caller should end the request.
     """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Vocabulary,
         stop: Sequence[str] = (),
         chat: bool = False,
         calls: bool = False,
+        prompt_ids: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer, skip_special=True)
         self._finder = StopFinder(stop)
         self._calls_begin = tokenizer.tool_ids.calls_begin if calls and tokenizer.tool_ids else None
         self._call_ids: list[int] = []  # from the beginning of a block of calls on
-        self.channel: Channel = "reasoning" if chat else "content"
+        self.channel: Channel = "content"
+        begins = tokenizer.reply_begins(prompt_ids) if chat else "content"
+        if begins == "reasoning":
+            self.channel = "reasoning"
+        self._may_open = begins == "either"
         self.thought = False  # whether there is any reasoning, even if it is empty
         self.reasoning_tokens = 0
         self.tool_calls: tuple[ToolCall, ...] = ()
@@ -96,14 +104,19 @@ class TextStream:
 
     def push(self, token: int) -> list[Delta]:
         """The text that this token completes: often none; with `</think>` the last reasoning."""
+        if self._may_open and token == self._tokenizer.think_id:
+            self.channel = "reasoning"
+        self._may_open = False
         if self.channel == "content":
             if self._call_ids or token == self._calls_begin:
                 self._call_ids.append(token)
                 return []
             return self._content(token)
         self.reasoning_tokens += 1
+        if token == self._tokenizer.think_id:
+            self.thought = True
+            return []
         if token != self._tokenizer.end_think_id:
-            self.thought |= token == self._tokenizer.think_id
             return self._reasoning(self._decoder.push(token))
         rest = self._decoder.flush()
         self.channel = "content"
@@ -114,7 +127,7 @@ class TextStream:
         if self.channel == "reasoning":
             return self._reasoning(self._decoder.flush())
         deltas = []
-        ids = [token for token in self._call_ids if token != self._tokenizer.eos_id]
+        ids = [token for token in self._call_ids if token not in self._tokenizer.eos_ids]
         calls = parse_tool_calls(self._tokenizer, ids)
         if calls is None:
             deltas = [delta for token in ids for delta in self._content(token)]

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
         next_token_loss,
         pretraining_loss,
     )
-    from xushi.model.weights import load_pretrained, save_pretrained
+    from xushi.model.saving import save_pretrained
+    from xushi.model.weights import load_pretrained
 
 __all__ = [
     "PRESETS",
@@ -63,7 +64,7 @@ _PLACES = {
     "next_token_loss": "objective",
     "pretraining_loss": "objective",
     "load_pretrained": "weights",
-    "save_pretrained": "weights",
+    "save_pretrained": "saving",
 }
 
 

@@ -84,10 +84,16 @@ class LatentCache:
             torch.zeros(slots, slot_widths(config, layer)[0], dtype=dtype, device=device)
             for layer in range(config.num_hidden_layers)
         ]
-        self._references = [0] * slots
-        self._unused = list(range(slots - 1, -1, -1))
         self._slots: dict[int, list[int]] = {}
         self._next = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove all sequences, in any state that a failed call has left."""
+        slots = len(self.layers[0])
+        self._slots.clear()
+        self._references = [0] * slots
+        self._unused = list(range(slots - 1, -1, -1))
 
     @property
     def available(self) -> int:

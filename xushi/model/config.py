@@ -5,7 +5,7 @@ Not here: settings of training or serving; reading and writing that file (publis
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     ConfigDict,
@@ -30,10 +30,13 @@ class RopeScaling(StrictConfig):
     original_max_position_embeddings: int = Field(ge=1, le=1_000_000_000)
     beta_fast: float = Field(32.0, gt=0, le=1e9)
     beta_slow: float = Field(1.0, gt=0, le=1e9)
-    mscale: float = Field(1.0, ge=0, le=1e6)
+    # 0 is as if there were none: then YaRN's own temperature scales the angles.
+    mscale: float = Field(0.0, ge=0, le=1e6)
     mscale_all_dim: float = Field(0.0, ge=0, le=1e6)
 
 
+TokenId = Annotated[int, Field(ge=0, le=10_000_000)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=1000)]
 _INDEXER = ("index_topk", "index_n_heads", "index_head_dim")
 _COMPRESSED = (
     "head_dim",
@@ -140,7 +143,8 @@ class ModelConfig(StrictConfig):
     tie_word_embeddings: bool = False
     num_nextn_predict_layers: int = Field(1, ge=0, le=1000)
     bos_token_id: int | None = Field(0, ge=0, le=10_000_000)
-    eos_token_id: int | None = Field(1, ge=0, le=10_000_000)
+    # Released files also have lists: any of the ids ends a text.
+    eos_token_id: TokenId | TokenIds | None = 1
     pad_token_id: int | None = Field(None, ge=-1, le=10_000_000)
 
     @field_validator("q_lora_rank")
@@ -195,6 +199,13 @@ class ModelConfig(StrictConfig):
             self.is_v4 and self.compress_rate_csa in (self.compress_ratios or [])
         )
 
+    def without_mtp(self) -> "ModelConfig":
+        """The config of the same model without its MTP layers."""
+        ratios = self.compress_ratios
+        if ratios is not None:
+            ratios = ratios[: self.num_hidden_layers]
+        return self.model_copy(update={"num_nextn_predict_layers": 0, "compress_ratios": ratios})
+
     def is_moe(self, layer: int) -> bool:
         """Whether layer `layer` is a mixture of experts. MTP layers follow the trunk's layers."""
         return layer >= self.first_k_dense_replace
@@ -212,6 +223,8 @@ class ModelConfig(StrictConfig):
     def _consistent(self) -> "ModelConfig":
         if self.qk_rope_head_dim % 2:
             raise ValueError("qk_rope_head_dim must be even: rotations act on pairs")
+        if self.rope_scaling is not None:
+            self._consistent_scaling()
         self._consistent_groups()
         checks: dict[str, Callable[[], None]] = {
             "deepseek_v2": self._consistent_v2,
@@ -225,6 +238,11 @@ class ModelConfig(StrictConfig):
                 f"topk_method={self.topk_method!r} is V2's; a {self.model_type} needs 'noaux_tc'"
             )
         return self
+
+    def _consistent_scaling(self) -> None:
+        base = "compress_rope_theta" if self.is_v4 else "rope_theta"
+        if getattr(self, base) == 1:
+            raise ValueError(f"{base}=1 cannot be scaled: all its frequencies are equal")
 
     def _consistent_groups(self) -> None:
         if self.n_routed_experts % self.n_group:

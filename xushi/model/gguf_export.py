@@ -22,11 +22,12 @@ from torch import Tensor
 
 from xushi.base.errors import BadInput, Failed
 from xushi.base.files import disk_errors, fsync_path
+from xushi.base.model_directory import model_name
 from xushi.model.attention import LATENT_NORM_EPS
 from xushi.model.config import ModelConfig, RopeScaling
 from xushi.model.deepseek import Deepseek
 from xushi.model.gguf_tensors import gguf_tensors
-from xushi.model.gguf_tokenizer import PRE_TOKENIZER, PRE_TOKENIZER_NOTE, add_tokenizer
+from xushi.model.gguf_tokenizer import add_tokenizer
 from xushi.model.published import read_config
 from xushi.model.weights import load_pretrained
 
@@ -44,7 +45,7 @@ def export_gguf(directory: str | Path, path: str | Path, kind: str = "bf16") -> 
     Q8_0's 32 values stays in BF16. Memory: the weights once, in float32, and one tensor.
 
     Returns a description: `file`, `type`, `bytes`, the number of `tensors`, how many of them are
-    `kept_bf16`, `mtp_layers_left_out`, and the `pre_tokenizer` with a note on it. A `XushiError` if
+    `kept_bf16`, `mtp_layers_left_out`, and that of `add_tokenizer`. A `XushiError` if
     llama.cpp cannot express the model, the input is damaged, `path` exists, the gguf package is
     missing, or the disk is full.
     """
@@ -57,8 +58,8 @@ def export_gguf(directory: str | Path, path: str | Path, kind: str = "bf16") -> 
         raise BadInput(f"{path} exists already", "give another name, or remove it first")
     config = _expressible_config(directory)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DEEPSEEK2])
-    _add_description(writer, config, directory.resolve().name, kind)
-    add_tokenizer(writer, config, directory)
+    _add_description(writer, config, model_name(directory), kind)
+    described = add_tokenizer(writer, config, directory)
     model = load_pretrained(directory)
     types = {name: _type_of(name, tensor, kind) for name, tensor in gguf_tensors(model)}
     total = _add_tensor_infos(writer, model, types)
@@ -71,8 +72,7 @@ def export_gguf(directory: str | Path, path: str | Path, kind: str = "bf16") -> 
         "tensors": len(types),
         "kept_bf16": 0 if kind == "bf16" else in_bf16,
         "mtp_layers_left_out": config.num_nextn_predict_layers,
-        "pre_tokenizer": PRE_TOKENIZER,
-        "pre_tokenizer_note": PRE_TOKENIZER_NOTE,
+        **described,
     }
 
 

@@ -182,17 +182,6 @@ def layer_of(canonical: str) -> int | None:
     return int(found[2]) if found else None
 
 
-def is_ignored(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor is not read: one of V4's MTP layers while the config has no MTP layers."""
-    found = _LAYER.fullmatch(name)
-    return (
-        found is not None
-        and found[1] == "mtp"
-        and config.is_v4
-        and config.num_nextn_predict_layers == 0
-    )
-
-
 def canonical_name(name: str, config: ModelConfig) -> tuple[str, bool]:
     """(canonical name, whether it is a scale) of a tensor's name in a file, in any naming.
 

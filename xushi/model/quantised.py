@@ -1,9 +1,9 @@
 """Published FP8 and FP4 weights: checked, and converted to floating point while they are read.
 
-FP8 (V3 and later): float8_e4m3fn with one scale for each block of the matrix. A scale is float32 or
-a power of two (float8_e8m0fnu). Blocks are 128x128 unless config.json says otherwise; the last
-blocks of a row or column may be partial. Weight = stored value * scale, although Hugging Face calls
-the scale `weight_scale_inv`; DeepSeek calls it `scale`.
+FP8 (V3 and later): float8_e4m3fn with one scale for each block of the matrix. A scale is float32,
+bfloat16 or a power of two (float8_e8m0fnu). Blocks are 128x128 unless config.json says otherwise;
+the last blocks of a row or column may be partial. Weight = stored value * scale, although Hugging
+Face calls the scale `weight_scale_inv`; DeepSeek calls it `scale`.
 
 FP4 (V4's routed experts): e2m1, two values to a byte, the first in the lower four bits, and an e8m0
 scale for every 32 columns of a row. Matches transformers' `Fp8Dequantize`, which derives the blocks
@@ -60,13 +60,12 @@ def fp8_block(table: dict[str, Any], where: str) -> tuple[int, int]:
         raise BadInput(
             f"{where}: quantization_config is {shown(quantised)}, not a table", "get the file again"
         )
-    for key, value in (("quant_method", "fp8"), ("fmt", "e4m3")):
-        if quantised.get(key, value) != value:
-            raise BadInput(
-                f"{where}: quantization_config.{key} is {shown(repr(quantised[key]))}; only "
-                f"{value!r} is implemented",
-                "use DeepSeek's own FP8 checkpoint, or one in bfloat16",
-            )
+    if quantised.get("fmt", "e4m3") != "e4m3":
+        raise BadInput(
+            f"{where}: quantization_config.fmt is {shown(repr(quantised['fmt']))}; only 'e4m3' is "
+            "implemented",
+            "use DeepSeek's own FP8 checkpoint, or one in bfloat16",
+        )
     block = quantised.get("weight_block_size")
     if block is None:
         return FP8_BLOCK
@@ -132,7 +131,7 @@ def _check_scale(
 ) -> None:
     kinds = {torch.float8_e8m0fnu}
     if stored.dtype not in PACKED:
-        kinds.add(torch.float32)
+        kinds |= {torch.float32, torch.bfloat16}
     if scale.dtype not in kinds:
         raise BadInput(
             f"{scale.file}: {shown(scale.name)} is {_name(scale)}, which is not supported as a "

@@ -25,6 +25,7 @@ from torch import Tensor
 from xushi.base.errors import BadInput
 
 INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
 LARGEST_JSON = 100_000_000  # bytes; the format's own limit for a header
 DTYPES = {
     "F64": torch.float64,
@@ -108,7 +109,7 @@ def checked_file(directory: Path, name: object, limit: int | None = None) -> tup
             _UNTRUSTED,
         )
     file = directory / str(name)
-    if not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(directory)):
+    if not Path(os.path.realpath(file)).is_relative_to(_root(directory)):
         raise BadInput(
             f"{shown(str(file))} is a link that leads out of its directory",
             "copy the files themselves into the directory (or download with --local-dir)",
@@ -123,6 +124,16 @@ def checked_file(directory: Path, name: object, limit: int | None = None) -> tup
             _DAMAGED,
         )
     return file, status.st_size
+
+
+def _root(directory: Path) -> Path:
+    """Where links of `directory` may lead: into it or, from a snapshot in a Hugging Face cache,
+    into the cache of the same model, which holds the files (models--NAME/blobs).
+    """
+    real = Path(os.path.realpath(directory))
+    snapshots, model = real.parent, real.parent.parent
+    is_cached = snapshots.name == "snapshots" and model.name.startswith("models--")
+    return model if is_cached else real
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -235,13 +246,17 @@ def _entry(file: Path, name: str, entry: Any, data: int) -> Stored:
     return Stored(name, file, DTYPES[kind], tuple(shape), data + offsets[0], size)
 
 
-def read_headers(directory: Path, limit: int) -> dict[str, Stored]:
+def read_headers(directory: Path, limit: int) -> tuple[dict[str, Stored], list[str]]:
     """All tensors of a checkpoint directory by name, from its single file or from the index's
-    files.
+    files; and what the user should know of other files.
 
     A file's header may have at most `limit` bytes.
     """
     weight_map, files = _shard_names(directory)
+    notes = []
+    if others := sorted(_safetensors_in(directory).difference(files)):
+        read = INDEX_FILE if weight_map is not None else SINGLE_FILE
+        notes.append(f"{directory}: {read} counts, and {', '.join(map(shown, others))} is not read")
     found: dict[str, Stored] = {}
     for name in files:
         file, size = checked_file(directory, name)
@@ -255,14 +270,21 @@ def read_headers(directory: Path, limit: int) -> dict[str, Stored]:
             found[stored.name] = stored
     if weight_map is not None:
         _check_index(directory / INDEX_FILE, weight_map, found)
-    return found
+        if absent := weight_map.keys() - found.keys():
+            notes.append(
+                f"{directory / INDEX_FILE} names {len(absent)} tensors that are in no file, "
+                f"{shown(min(absent))} among them"
+            )
+    return found, notes
 
 
 def _check_index(index: Path, weight_map: dict[str, Any], found: dict[str, Stored]) -> None:
-    """Raise unless the index and the files agree on where every tensor is."""
-    for tensor in sorted(weight_map.keys() | found.keys()):
+    """Raise unless the index says where every tensor is. Whether one that it names and no file has
+    is needed, config.json decides.
+    """
+    for tensor in sorted(found):
         claimed = weight_map.get(tensor)
-        actual = found[tensor].file.name if tensor in found else None
+        actual = found[tensor].file.name
         if claimed != actual:
             raise BadInput(
                 f"{index} says that {shown(tensor)} is in {shown(claimed)}, but it is in {actual}",
@@ -274,12 +296,17 @@ def _shard_names(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The index's map from tensors to files (None without an index), and the files to read."""
     if os.path.lexists(directory / INDEX_FILE):
         weight_map = _read_index(directory)
-        return weight_map, sorted(set(weight_map.values()))
-    with _reading(directory):
-        names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
-    files = [name for name in names if name.endswith(".safetensors")]
-    if "model.safetensors" in files:
-        return None, ["model.safetensors"]
+        files = sorted(set(weight_map.values()))
+        if SINGLE_FILE not in files and os.path.lexists(directory / SINGLE_FILE):
+            raise BadInput(
+                f"{directory} holds two sets of weights: {SINGLE_FILE}, and {INDEX_FILE} with "
+                f"{len(files)} files",
+                "remove the set that does not belong to this config.json",
+            )
+        return weight_map, files
+    files = sorted(_safetensors_in(directory))
+    if SINGLE_FILE in files:
+        return None, [SINGLE_FILE]
     if len(files) == 1:
         return None, files
     if files:
@@ -287,15 +314,21 @@ def _shard_names(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
             f"{directory} holds {len(files)} safetensors files but no {INDEX_FILE}",
             "get the index too; slices for model-parallel inference must be merged first",
         )
-    if pickles := [name for name in names if name.endswith(_PICKLES)]:
+    if pickles := sorted(name for name in os.listdir(directory) if name.endswith(_PICKLES)):
         raise BadInput(
             f"{directory / pickles[0]} is a pickle, which can run any code and is never read",
             "get the checkpoint in safetensors",
         )
     raise BadInput(
-        f"{directory / 'model.safetensors'} does not exist",
+        f"{directory / SINGLE_FILE} does not exist",
         "give a directory with safetensors weights",
     )
+
+
+def _safetensors_in(directory: Path) -> set[str]:
+    with _reading(directory):
+        names = os.listdir(directory)
+    return {n for n in names if n.endswith(".safetensors") and not n.startswith(".")}
 
 
 def _read_index(directory: Path) -> dict[str, str]:

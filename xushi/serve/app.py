@@ -1,86 +1,54 @@
-"""The HTTP application: routes, errors, and clients that disconnect.
+"""The HTTP application: its models, the routes that inform, and the form of errors.
 
-Request bodies are read with `protocol.parse_body`, not by FastAPI, so that every error has OpenAI's
-form. Not here: the process and its port (server), the engine's thread (worker).
+Not here: the routes that generate (completions), who may ask (access), the process and its port
+(server), the engine's thread (worker).
 """
 
-import asyncio
 import base64
 import hashlib
-import json
 import re
-import secrets
-import time
-import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import HTMLResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import HTMLResponse, Response
 
-from xushi.base.errors import XushiError
-from xushi.engine import LLM, ContextLengthError, SamplingParams
-from xushi.serve.cards import ModelCard, can_chat, read_card
-from xushi.serve.protocol import (
-    DEFAULT_COMPLETION_TOKENS,
-    LARGEST_BODY,
-    ApiError,
-    ChatBody,
-    CompletionBody,
-    parse_body,
-)
-from xushi.serve.responses import Counts, ResponseFormat
-from xushi.serve.worker import QUEUE_LIMIT, Busy, Job, Worker
+from xushi.engine import LLM
+from xushi.serve.access import Access, AccessMiddleware
+from xushi.serve.cards import read_card
+from xushi.serve.completions import CLIENT_GONE, add_completion_routes, json_response
+from xushi.serve.openapi import describe_api
+from xushi.serve.protocol import ApiError
+from xushi.serve.served import Served, find
+from xushi.serve.worker import QUEUE_LIMIT, Worker
 
-# The client has disconnected, so nobody reads the response. nginx logs such requests as 499.
-CLIENT_GONE = 499
+READ = ["GET", "HEAD"]
 
 
-@dataclass(frozen=True)
-class _Served:
-    name: str
-    worker: Worker
-    card: ModelCard
-    created: int
-    chat: bool
+def create_app(
+    models: Mapping[str, Path],
+    queue_limit: int = QUEUE_LIMIT,
+    access: Access | None = None,
+    load: Callable[[Path], LLM] = LLM,
+) -> FastAPI:
+    """Load the models from their directories with `load` and build the application.
 
-    def describe(self) -> dict[str, Any]:
-        """The model's entry in /v1/models. The key `xushi` holds what the chat page needs."""
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "xushi",
-            "xushi": {
-                "chat": self.chat,
-                "context": self.worker.llm.context,
-                **self.card.model_dump(),
-            },
-        }
-
-
-def create_app(models: Mapping[str, Path], queue_limit: int = QUEUE_LIMIT) -> FastAPI:
-    """Load the models from their export directories and build the application.
-
-    Each model's thread runs while the application runs. The model called "base" only completes
-    text. `app.state.workers` holds the workers by name. A model that cannot be loaded is a
-    `XushiError`.
+    Each model's thread runs while the application runs. A model without a chat template only
+    completes text. `app.state.workers` holds the workers by name. Without `access` only this
+    machine may ask, without a key. A model that cannot be loaded is a `XushiError`.
     """
     served = {
-        name: _Served(
+        name: Served(
             name,
-            Worker(LLM(path), queue_limit),
+            Worker(llm := load(path), queue_limit),
             read_card(name, path),
             int((path / "config.json").stat().st_mtime),
-            can_chat(name),
+            llm.can_chat,
         )
         for name, path in models.items()
     }
@@ -99,170 +67,12 @@ def create_app(models: Mapping[str, Path], queue_limit: int = QUEUE_LIMIT) -> Fa
     app.state.workers = {name: model.worker for name, model in served.items()}
     _add_error_forms(app)
     _add_information_routes(app, served)
-    _add_completion_routes(app, served)
+    add_completion_routes(app, served)
+    app.add_middleware(AccessMiddleware, access=access or Access())
     return app
 
 
-def _add_completion_routes(app: FastAPI, served: Mapping[str, _Served]) -> None:
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        body = parse_body(ChatBody, await _read_body(request))
-        model = _find(served, body.model)
-        if not model.chat:
-            raise ApiError(
-                400,
-                f"model {model.name} only completes text, since it was not trained on "
-                "conversations; use /v1/completions",
-                "model",
-                "unsupported_model",
-            )
-        if body.max_tokens is not None and body.max_completion_tokens is not None:
-            raise ApiError(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
-        llm = model.worker.llm
-        messages = [message.as_message() for message in body.messages]
-        prompt = await run_in_threadpool(llm.conversation_ids, messages)
-        max_tokens = body.max_completion_tokens or body.max_tokens or llm.context
-        job = _checked_job(model.worker, body, [prompt], max_tokens, "messages")
-        return await _answer(request, model, body, job)
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        body = parse_body(CompletionBody, await _read_body(request))
-        model = _find(served, body.model)
-        prompts = await run_in_threadpool(
-            lambda: [model.worker.llm.prompt_ids(prompt) for prompt in body.prompt]
-        )
-        max_tokens = body.max_tokens or DEFAULT_COMPLETION_TOKENS
-        job = _checked_job(model.worker, body, prompts, max_tokens, "prompt")
-        return await _answer(request, model, body, job)
-
-
-def _checked_job(
-    worker: Worker,
-    body: ChatBody | CompletionBody,
-    prompts: list[list[int]],
-    max_tokens: int,
-    param: str,
-) -> Job:
-    """The job for a request. An `ApiError` that names `param` if the engine would refuse it."""
-    params = body.params(len(prompts), max_tokens, secrets.randbits(63))
-    job = Job(list(zip(prompts, params, strict=True)), isinstance(body, ChatBody))
-    if job.choices > worker.queue_limit:
-        raise ApiError(
-            400,
-            f"the request asks for {job.choices} choices and this server allows "
-            f"{worker.queue_limit}",
-            "n",
-            "invalid_value",
-        )
-    for prompt, choices in job.prompts:
-        _check(worker, prompt, choices[0], param)
-    return job
-
-
-async def _answer(
-    request: Request, model: _Served, body: ChatBody | CompletionBody, job: Job
-) -> Response:
-    """Queue the job and respond in the format asked for. The job ends with the connection."""
-    worker = model.worker
-    form = ResponseFormat(
-        f"{'chatcmpl' if job.chat else 'cmpl'}-{uuid.uuid4().hex}",
-        int(time.time()),
-        model.name,
-        job.chat,
-        body.logprobs is not None and body.logprobs is not False,  # 0 asks for them too
-        body.include_usage,
-        worker.llm.tokenizer,
-    )
-    counts = Counts(sum(len(prompt) for prompt, _ in job.prompts))
-    try:
-        worker.submit(job)
-    except Busy:
-        raise ApiError(
-            429,
-            f"the server is busy: {worker.queue_limit} continuations are waiting or running",
-            None,
-            "queue_full",
-            retry_after=1,
-        ) from None
-    if body.stream:
-        return _EventStream(form.stream(job, counts), worker, job)
-    try:
-        table = await _unless_gone(request, form.whole(job, counts))
-    finally:
-        worker.cancel(job)
-    return Response(status_code=CLIENT_GONE) if table is None else _json(table)
-
-
-def _check(worker: Worker, prompt: list[int], params: SamplingParams, param: str) -> None:
-    try:
-        worker.check(prompt, params)
-    except ContextLengthError as error:
-        raise ApiError(
-            400, f"{error.problem}; {error.remedy}", param, "context_length_exceeded"
-        ) from None
-    except XushiError as error:
-        raise ApiError(400, f"{error.problem}; {error.remedy}", param, "invalid_value") from None
-
-
-class _EventStream(StreamingResponse):
-    """A stream of server-sent events. When it ends, for whatever reason, the job is cancelled."""
-
-    def __init__(self, content: AsyncIterator[bytes], worker: Worker, job: Job) -> None:
-        super().__init__(
-            content,
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
-        self._worker = worker
-        self._job = job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._worker.cancel(self._job)
-
-
-async def _unless_gone(request: Request, answer: Any) -> dict[str, Any] | None:
-    """Wait for the answer. None if the client disconnects first."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    waiting = [asyncio.ensure_future(answer), asyncio.ensure_future(gone())]
-    try:
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        return waiting[0].result() if waiting[0].done() else None
-    finally:
-        for task in waiting:
-            task.cancel()
-
-
-async def _read_body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > LARGEST_BODY:
-            raise ApiError(
-                413, f"the body is larger than {LARGEST_BODY} bytes", code="body_too_large"
-            )
-    return bytes(body)
-
-
-def _find(served: Mapping[str, _Served], name: str) -> _Served:
-    if name not in served:
-        raise ApiError(
-            404,
-            f"model {name!r} does not exist; this server has {', '.join(served)}",
-            "model",
-            "model_not_found",
-        )
-    return served[name]
-
-
-def _add_information_routes(app: FastAPI, served: Mapping[str, _Served]) -> None:
+def _add_information_routes(app: FastAPI, served: Mapping[str, Served]) -> None:
     html = resources.files("xushi.serve").joinpath("page.html").read_text(encoding="utf-8")
     headers = {
         "Content-Security-Policy": _page_policy(html),
@@ -270,22 +80,31 @@ def _add_information_routes(app: FastAPI, served: Mapping[str, _Served]) -> None
         "Referrer-Policy": "no-referrer",
     }
 
-    @app.get("/")
+    @app.api_route("/", methods=READ)
     async def page() -> Response:
         return HTMLResponse(html, headers=headers)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READ)
     async def list_models() -> Response:
-        return _json({"object": "list", "data": [model.describe() for model in served.values()]})
+        return json_response(
+            {"object": "list", "data": [model.describe() for model in served.values()]}
+        )
 
-    @app.get("/v1/models/{name}")
+    @app.api_route("/v1/models/{name:path}", methods=READ)
     async def one_model(name: str) -> Response:
-        return _json(_find(served, name).describe())
+        return json_response(find(served, name).describe())
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READ)
     async def health() -> Response:
-        dead = [model.name for model in served.values() if not model.worker.alive]
-        return _json({"status": "failed", "models": dead}, 503) if dead else _json({"status": "ok"})
+        found = {model.name: model.worker.trouble for model in served.values()}
+        troubles = {name: trouble for name, trouble in found.items() if trouble}
+        if troubles:
+            return json_response({"status": "failed", "models": troubles}, 503)
+        return json_response({"status": "ok"})
+
+    @app.api_route("/openapi.json", methods=READ)
+    async def openapi() -> Response:
+        return json_response(describe_api())
 
 
 def _page_policy(html: str) -> str:
@@ -305,23 +124,17 @@ def _page_policy(html: str) -> str:
     )
 
 
-def _json(
-    table: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
-    # json.dumps escapes to ASCII. An error may quote a lone surrogate from the request, which UTF-8
-    # cannot encode.
-    return Response(json.dumps(table), status, headers, "application/json")
-
-
 def _add_error_forms(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: ApiError) -> Response:
-        return _json(error.body, error.status, error.headers)
+        return json_response(error.body, error.status, error.headers)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.scope['path']}: {error.detail}"
-        return _json(ApiError(error.status_code, message).body, error.status_code, error.headers)
+        return json_response(
+            ApiError(error.status_code, message).body, error.status_code, error.headers
+        )
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, __: ClientDisconnect) -> Response:
@@ -329,7 +142,7 @@ def _add_error_forms(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, __: Exception) -> Response:
-        return _json(
+        return json_response(
             ApiError(500, "the server failed; its log has the error", code="internal_error").body,
             500,
         )

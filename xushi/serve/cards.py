@@ -1,10 +1,14 @@
-"""The exported models of a run directory and their cards. Not here: loading them (engine.LLM)."""
+"""The models of a directory, a run's exports or a model by itself, and their cards.
+
+Not here: loading them (engine.LLM).
+"""
 
 from pathlib import Path
 
 from xushi.base.config import StrictConfig, parse
 from xushi.base.errors import BadInput
 from xushi.base.files import read_json
+from xushi.base.model_directory import is_model_directory, model_name, read_templates
 
 BASE = "base"
 REASONING = "reasoning"
@@ -35,32 +39,34 @@ DEFAULT_CARDS = {
 }
 
 
-def can_chat(name: str) -> bool:
-    """Whether the model with this name was trained on conversations. The base model was not."""
-    return name != BASE
+def find_models(directory: Path) -> dict[str, Path]:
+    """The model directories that `directory` stands for, by name: itself if it holds a model, else
+    the exports of a run, reasoning first.
 
-
-def find_exports(run_directory: Path) -> dict[str, Path]:
-    """The export directories of a run by model name, reasoning first.
-
-    A run without exports is a `XushiError`.
+    A directory with neither is a `XushiError`.
     """
-    if not run_directory.is_dir():
+    if not directory.is_dir():
         raise BadInput(
-            f"run directory {run_directory} does not exist",
-            "give the directory of a run that xushi run made",
+            f"directory {directory} does not exist",
+            "give a run that xushi run made, or a model in Hugging Face's layout",
         )
+    if is_model_directory(directory):
+        return {model_name(directory): directory}
     found = {
-        name: path
-        for name in NAMES
-        if ((path := run_directory / "export" / name) / "config.json").is_file()
+        name: path for name in NAMES if is_model_directory(path := directory / "export" / name)
     }
     if not found:
         raise BadInput(
-            f"run {run_directory} has no exported model in {run_directory / 'export'}",
-            "finish its pretrain stage with xushi run first",
+            f"{directory} holds no model: it has no config.json, and no exported model in "
+            f"{directory / 'export'}",
+            "give a model's directory, or finish the run's pretrain stage with xushi run",
         )
     return found
+
+
+def can_chat(directory: Path, template: Path | None = None) -> bool:
+    """Whether the model of a directory answers conversations: there is a chat template for it."""
+    return template is not None or bool(read_templates(directory))
 
 
 def read_card(name: str, directory: Path) -> ModelCard:

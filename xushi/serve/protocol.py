@@ -1,22 +1,34 @@
-"""OpenAI's wire format: the fields of requests and the objects in responses.
+"""The fields of requests in OpenAI's wire format.
 
-Unknown fields are refused. Source: OpenAI's API reference for chat completions and (legacy)
-completions; `reasoning_content` is DeepSeek's. Not here: routes and connections (app).
+Every field is declared here, or in `fields` if it is not acted on. Unknown fields that have a value
+are refused. Source: OpenAI's API reference for chat completions and (legacy) completions;
+`reasoning_content` is DeepSeek's; `ignore_eos` and `continuous_usage_stats` are vLLM's. Not here:
+routes and connections (app), the objects of responses (responses, logprobs).
 """
 
 import json
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from xushi.base.messages import Message
 from xushi.base.seeds import derive
 from xushi.engine import SamplingParams
+from xushi.serve import fields
 
 LARGEST_BODY = 1 << 20  # bytes
 MOST_CHOICES = 64
 MOST_MESSAGES = 1024
+MOST_ALTERNATIVES = 20  # as in OpenAI's chat completions
 DEFAULT_COMPLETION_TOKENS = 16
 
 
@@ -29,15 +41,28 @@ class ApiError(Exception):
         message: str,
         param: str | None = None,
         code: str | None = None,
-        retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        kind = {429: "rate_limit_error", 404: "not_found_error"}.get(
-            status, "invalid_request_error" if status < 500 else "server_error"
-        )
+        self.headers = dict(headers or {})
+        kind = {
+            401: "authentication_error",
+            403: "permission_error",
+            404: "not_found_error",
+            429: "rate_limit_error",
+        }.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class _Unsupported(ValueError):
+    """A value that would change the answer and is not acted on. `name`: its field, if the error is
+    raised for the object that holds it.
+    """
+
+    def __init__(self, message: str, name: str | None = None) -> None:
+        super().__init__(message)
+        self.name = name
 
 
 def _encodable(text: str) -> str:
@@ -48,22 +73,27 @@ def _encodable(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 16.0 is the whole number 16."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _content(value: Any) -> Any:
     """The content of a message: a string, or a list of text parts, which are joined."""
     if not isinstance(value, list):
         return value
-    if not all(
-        isinstance(part, dict)
-        and part.keys() == {"type", "text"}
-        and part["type"] == "text"
-        and isinstance(part["text"], str)
+    parts = [
+        {key: item for key, item in part.items() if key == "text" or not fields.is_nothing(item)}
+        if isinstance(part, dict)
+        else {}
         for part in value
+    ]
+    if not all(
+        part.keys() == {"type", "text"} and part["type"] == "text" and isinstance(part["text"], str)
+        for part in parts
     ):
         raise ValueError('must be a string or a list of parts {"type": "text", "text": ...}')
-    return "".join(part["text"] for part in value)
+    return "".join(part["text"] for part in parts)
 
 
 def _prompts(value: Any) -> Any:
@@ -94,90 +124,149 @@ def _stops(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _no_bias(value: Any) -> Any:
+    if isinstance(value, dict) and not all(fields.is_one_of(bias, (0,)) for bias in value.values()):
+        raise _Unsupported("only biases of 0 are supported")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
+    # Fields that are not acted on, and the values that they may have.
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, table: Any) -> Any:
+        if not isinstance(table, dict):
+            return table
+        kept = {}
+        for name, value in table.items():
+            field = cls.model_fields.get(name)
+            if (field is None or not field.is_required()) and fields.is_nothing(value):
+                continue
+            if name in cls.neutral and fields.is_one_of(value, cls.neutral[name]):
+                continue
+            if name in cls.neutral:
+                allowed = " or ".join(json.dumps(other) for other in cls.neutral[name])
+                raise _Unsupported(f"only {allowed} is supported", name)
+            kept[name] = value
+        return kept
+
 
 class StreamOptions(_Body):
-    """`include_usage` adds a last chunk with token counts."""
+    """`include_usage` adds a last chunk with token counts, `continuous_usage_stats` adds the counts
+    so far to every chunk.
+    """
 
-    include_usage: bool | None = None
+    neutral = fields.STREAM_OPTIONS
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class _Sampling(_Body):
-    """The fields of both kinds of request. null means the default."""
+    """The fields of both kinds of request."""
 
     model: Text
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: Annotated[
-        Annotated[list[Annotated[Text, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
-        | None,
-        BeforeValidator(_stops),
-    ] = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: Text | None = None  # accepted; has no effect
+    max_tokens: Annotated[Whole, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] = 1
+    seed: Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    stop: Annotated[list[Stop], BeforeValidator(_stops), Field(max_length=16)] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_no_bias)] = {}
+    ignore_eos: bool = False
+    # They label a request for its sender and never change an answer.
+    user: Text = ""
+    metadata: dict[str, Any] = {}
+    safety_identifier: Text = ""
+    prompt_cache_key: Text = ""
 
-    @property
-    def include_usage(self) -> bool:
-        """Whether the stream ends with token counts."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    def params(self, prompts: int, max_tokens: int, drawn_seed: int) -> list[list[SamplingParams]]:
+    def params(
+        self, prompts: int, max_tokens: int, drawn_seed: int, alternatives: int, echo: bool = False
+    ) -> list[list[SamplingParams]]:
         """For each prompt the parameters of its n choices.
 
         Choice 0 of the first prompt uses the seed itself (`drawn_seed` if the request has none);
-        every other choice uses a seed derived from it.
+        every other choice uses a seed derived from it. With `echo` the prompt's tokens get
+        log-probabilities too.
         """
         seed = drawn_seed if self.seed is None else self.seed
-        n = self.n or 1
         return [
             [
                 SamplingParams(
                     max_tokens=max_tokens,
-                    temperature=1.0 if self.temperature is None else self.temperature,
-                    top_p=1.0 if self.top_p is None else self.top_p,
+                    temperature=self.temperature,
+                    top_p=self.top_p,
                     seed=derive(seed, "choice", number) if number else seed,
-                    stop=tuple(self.stop or ()),
+                    stop=tuple(self.stop),
+                    ignore_eos=self.ignore_eos,
+                    top_logprobs=alternatives,
+                    prompt_logprobs=echo,
                 )
-                for number in range(prompt * n, (prompt + 1) * n)
+                for number in range(prompt * self.n, (prompt + 1) * self.n)
             ]
             for prompt in range(prompts)
         ]
 
 
 class CompletionBody(_Sampling):
-    """POST /v1/completions. `logprobs` may be 0: log-probabilities of the sampled tokens only."""
+    """POST /v1/completions. `logprobs` is the number of alternatives at each place; 0 gives the
+    log-probabilities of the tokens themselves only. `echo` puts the prompt before the text.
+    """
+
+    neutral = fields.COMPLETIONS
 
     prompt: Annotated[
         Annotated[list[Text | list[int]], Field(max_length=MOST_CHOICES)], BeforeValidator(_prompts)
     ]
-    logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    echo: bool = False
+    best_of: Annotated[Whole, Field(ge=1)] | None = None
 
 
 class ChatMessage(_Body):
     """One message. The reasoning of earlier answers is accepted but not given to the model."""
 
-    role: Literal["system", "user", "assistant"]
+    neutral = fields.MESSAGE
+
+    role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Text, BeforeValidator(_content)]
     reasoning_content: Text | None = None
 
-    def as_message(self) -> Message:
+    @model_validator(mode="before")
+    @classmethod
+    def _answer_without_text(cls, table: Any) -> Any:
+        """The content of an answer may be null or missing."""
+        if isinstance(table, dict) and table.get("role") == "assistant":
+            return table if table.get("content") is not None else {**table, "content": ""}
+        return table
+
+    def as_message(self, with_reasoning: bool = False) -> Message:
         """The message in the form that the tokenizer takes."""
-        return Message(self.role, self.content)
+        role = "system" if self.role == "developer" else self.role
+        return Message(role, self.content, self.reasoning_content if with_reasoning else None)
 
 
 class ChatBody(_Sampling):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. `top_logprobs` is the number of alternatives at each place."""
+
+    neutral = fields.CHAT
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MOST_ALTERNATIVES)] = 0
 
 
 BodyT = TypeVar("BodyT", CompletionBody, ChatBody)
@@ -195,9 +284,31 @@ def parse_body(kind: type[BodyT], raw: bytes) -> BodyT:
         body = kind.model_validate(table)
     except ValidationError as error:
         raise _refusal(error) from None
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options is only allowed with stream: true", "stream_options")
+    _check_together(body)
     return body
+
+
+def _check_together(body: CompletionBody | ChatBody) -> None:
+    """Refuse fields that contradict each other."""
+    options = body.stream_options
+    if not body.stream and (options.include_usage or options.continuous_usage_stats):
+        raise ApiError(400, "stream_options is only allowed with stream: true", "stream_options")
+    if isinstance(body, CompletionBody):
+        if body.best_of not in (None, 1, body.n):
+            raise ApiError(
+                400,
+                "best_of: only 1 or the value of n is supported",
+                "best_of",
+                "unsupported_value",
+            )
+        return
+    limits = {body.max_tokens, body.max_completion_tokens} - {None}
+    if len(limits) > 1:
+        raise ApiError(400, "give max_tokens or max_completion_tokens, not both", "max_tokens")
+    if body.top_logprobs and not body.logprobs:
+        raise ApiError(
+            400, "top_logprobs is only allowed with logprobs: true", "top_logprobs", "invalid_value"
+        )
 
 
 _FIELDS = {
@@ -212,80 +323,24 @@ def _no_constant(name: str) -> None:
 
 
 def _refusal(error: ValidationError) -> ApiError:
-    fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    fault = error.errors(include_url=False, include_input=False)[0]
     is_extra = fault["type"] == "extra_forbidden"
     # pydantic also names the branch of a union, which is not part of the request.
-    param = ".".join(
+    parts = [
         str(part)
         for part in fault["loc"]
         if isinstance(part, int) or part in _FIELDS or (is_extra and part == fault["loc"][-1])
-    )
+    ]
+    cause = fault.get("ctx", {}).get("error")
+    is_unsupported = isinstance(cause, _Unsupported)
+    if isinstance(cause, _Unsupported) and cause.name:
+        parts.append(cause.name)
+    param = ".".join(parts)
     if is_extra:
         return ApiError(
             400, f"unknown or unsupported parameter: {param}", param, "unknown_parameter"
         )
     if fault["type"] == "missing":
         return ApiError(400, f"missing parameter: {param}", param, "missing_required_parameter")
-    if param in ("top_logprobs", "logprobs"):
-        return ApiError(
-            400,
-            f"{param}: log-probabilities of the sampled tokens are supported, but not those of "
-            "alternatives (chat: logprobs=true, completions: logprobs=0)",
-            param,
-            "unsupported_value",
-        )
-    return ApiError(
-        400, f"{param}: {fault['msg'].removeprefix('Value error, ')}", param, "invalid_value"
-    )
-
-
-def usage(
-    prompt_tokens: int, completion_tokens: int, reasoning_tokens: int | None
-) -> dict[str, Any]:
-    """The `usage` object. Reasoning tokens (chat only) are also counted as completion tokens."""
-    table: dict[str, Any] = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-    if reasoning_tokens is not None:
-        table["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
-    return table
-
-
-def chat_logprobs(
-    tokens: list[int], logprobs: list[float], spell: Callable[[int], bytes]
-) -> dict[str, Any]:
-    """The `logprobs` of a chat choice: of the answer's tokens, natural logarithm, temperature 1.
-
-    `spell` gives the bytes of a token.
-    """
-    return {
-        "content": [
-            {
-                "token": spell(token).decode("utf-8", "replace"),
-                "logprob": logprob,
-                "bytes": list(spell(token)),
-                "top_logprobs": [],
-            }
-            for token, logprob in zip(tokens, logprobs, strict=True)
-        ],
-        "refusal": None,
-    }
-
-
-def completion_logprobs(
-    tokens: list[int], logprobs: list[float], spell: Callable[[int], bytes], offset: int
-) -> dict[str, Any]:
-    """The `logprobs` of a completion choice.
-
-    `offset` is the number of characters before these tokens.
-    """
-    texts = [spell(token).decode("utf-8", "replace") for token in tokens]
-    offsets = [offset + sum(map(len, texts[:index])) for index in range(len(texts))]
-    return {
-        "tokens": texts,
-        "token_logprobs": logprobs,
-        "top_logprobs": None,
-        "text_offset": offsets,
-    }
+    code = "unsupported_value" if is_unsupported else "invalid_value"
+    return ApiError(400, f"{param}: {fault['msg'].removeprefix('Value error, ')}", param, code)

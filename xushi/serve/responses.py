@@ -1,18 +1,23 @@
 """Turn the events of a job into a response: one JSON object, or a stream of server-sent events.
 
-Not here: connections (app), usage and log-probability objects (protocol).
+Not here: connections (app), log-probability objects (logprobs).
 """
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from xushi.serve.protocol import ApiError, chat_logprobs, completion_logprobs, usage
+from xushi.serve.logprobs import CompletionLogprobs, Scored, chat_logprobs, scored_prompt
+from xushi.serve.protocol import ApiError
 from xushi.serve.worker import Event, Failure, Job
-from xushi.tokenizer import Tokenizer
+from xushi.tokenizer import Vocabulary
 
 DONE = b"data: [DONE]\n\n"
+# A comment, which clients skip. Proxies end connections that are silent for a minute.
+KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE_SECONDS = 15.0
 
 
 @dataclass(slots=True)
@@ -25,28 +30,28 @@ class Counts:
 
     def add(self, event: Event) -> None:
         """Count the token of an event."""
-        self.completion += 1
+        self.completion += event.token is not None
         self.reasoning += event.is_reasoning
 
 
 @dataclass(slots=True)
 class _Choice:
+    """One choice so far. `begun`: an event of it has come."""
+
+    logprobs: CompletionLogprobs
+    begun: bool = False
     reasoning: str = ""
     content: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    tokens: list[Scored] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def add(self, event: Event, is_text: bool) -> None:
-        """Append an event; `is_text` says whether its token belongs to the answer's text."""
+    def add(self, event: Event) -> None:
+        """Append the texts of an event."""
         for delta in event.deltas:
             if delta.channel == "reasoning":
                 self.reasoning += delta.text
             else:
                 self.content += delta.text
-        if is_text:
-            self.tokens.append(event.token)
-            self.logprobs.append(event.logprob)
         self.finish_reason = event.finish_reason
 
 
@@ -54,23 +59,32 @@ class _Choice:
 class ResponseFormat:
     """What the client asked for, and the fields that all objects of one response share.
 
-    `created` is in seconds since 1970. `include_usage` concerns streams only.
+    `created` is in seconds since 1970. `alternatives` is how many the log-probabilities of a place
+    name, None without log-probabilities. `echoes` has for each choice the prompt's text, and is
+    empty if it is not asked for. `include_usage` and `usage_in_chunks` concern streams only.
     """
 
     identity: str
     created: int
     model: str
     chat: bool
-    wants_logprobs: bool
-    include_usage: bool
-    tokenizer: Tokenizer
+    tokenizer: Vocabulary
+    alternatives: int | None = None
+    echoes: Sequence[str] = ()
+    include_usage: bool = False
+    usage_in_chunks: bool = False
 
     async def whole(self, job: Job, counts: Counts) -> dict[str, Any]:
         """Wait until the job has ended and return the response as one object."""
-        choices = [_Choice() for _ in range(job.choices)]
+        choices = self._new_choices(job)
         async for event in _events(job):
+            if event is None:
+                continue
             counts.add(event)
-            choices[event.choice].add(event, self._is_text(event))
+            choice = choices[event.choice]
+            choice.content += self._echo(choice, event)
+            choice.tokens += self._scored(job, event)
+            choice.add(event)
         return {
             **self._head("chat.completion" if self.chat else "text_completion"),
             "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
@@ -79,15 +93,18 @@ class ResponseFormat:
 
     async def stream(self, job: Job, counts: Counts) -> AsyncIterator[bytes]:
         """The response as server-sent events. A failure becomes an error object and ends it."""
-        # For each choice: characters of the tokens whose log-probabilities have been sent.
-        offsets = [0] * job.choices
+        choices = self._new_choices(job)
         if self.chat:
             for index in range(job.choices):
-                yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None)
+                body = {"delta": {"role": "assistant", "content": ""}}
+                yield self._chunk(index, body, None, counts)
         try:
             async for event in _events(job):
+                if event is None:
+                    yield KEEP_ALIVE
+                    continue
                 counts.add(event)
-                for chunk in self._chunks(event, offsets):
+                for chunk in self._chunks(job, event, choices[event.choice], counts):
                     yield chunk
         except ApiError as error:
             yield _sse(error.body)
@@ -98,54 +115,60 @@ class ResponseFormat:
             )
         yield DONE
 
-    def _chunks(self, event: Event, offsets: list[int]) -> Iterator[bytes]:
+    def _new_choices(self, job: Job) -> list[_Choice]:
+        return [
+            _Choice(CompletionLogprobs(self.tokenizer, bool(self.alternatives)))
+            for _ in range(job.choices)
+        ]
+
+    def _chunks(self, job: Job, event: Event, choice: _Choice, counts: Counts) -> Iterator[bytes]:
         """The chunks of one event: one for each delta, and one that ends the choice.
 
-        The first chunk also has the token's log-probability.
+        The first chunk also has the log-probabilities.
         """
+        texts = [("content", echo)] if (echo := self._echo(choice, event)) else []
+        texts += [(delta.channel, delta.text) for delta in event.deltas]
+        bodies = [self._text(channel, text) for channel, text in texts]
         logprobs = None
-        if self.wants_logprobs and self._is_text(event):
-            logprobs = self._logprobs([event.token], [event.logprob], offsets[event.choice])
-            offsets[event.choice] += len(
-                self.tokenizer.token_bytes(event.token).decode("utf-8", "replace")
-            )
-        bodies = [
-            {"delta": {"reasoning_content" if d.channel == "reasoning" else "content": d.text}}
-            if self.chat
-            else {"text": d.text}
-            for d in event.deltas
-        ]
-        empty: dict[str, Any] = {"delta": {}} if self.chat else {"text": ""}
-        if logprobs and not bodies:
+        if scored := self._scored(job, event):
+            logprobs = self._logprobs(choice, scored)
             # The text comes later: it is half a character, or may become a stop string.
-            bodies = [empty]
+            bodies = bodies or [self._text(None, "")]
         for number, body in enumerate(bodies):
-            yield self._chunk(
-                event.choice, {**body, "logprobs": None if number else logprobs}, None
-            )
+            body["logprobs"] = None if number else logprobs
+            yield self._chunk(event.choice, body, None, counts)
         if event.finish_reason is not None:
-            yield self._chunk(event.choice, {**empty, "logprobs": None}, event.finish_reason)
+            yield self._chunk(event.choice, self._text(None, ""), event.finish_reason, counts)
 
     @property
     def _chunk_object(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _chunk(self, index: int, body: dict[str, Any], finish_reason: str | None) -> bytes:
+    def _chunk(
+        self, index: int, body: dict[str, Any], finish_reason: str | None, counts: Counts
+    ) -> bytes:
         table = {
             **self._head(self._chunk_object),
             "choices": [{"index": index, "logprobs": None, **body, "finish_reason": finish_reason}],
         }
-        if self.include_usage:
+        if self.usage_in_chunks:
+            table["usage"] = self._usage(counts)
+        elif self.include_usage:
             table["usage"] = None
         return _sse(table)
+
+    def _text(self, channel: str | None, text: str) -> dict[str, Any]:
+        """The text of a chunk. Without a channel a chat chunk has none."""
+        if not self.chat:
+            return {"text": text}
+        if channel is None:
+            return {"delta": {}}
+        return {"delta": {"reasoning_content" if channel == "reasoning" else "content": text}}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.identity, "object": kind, "created": self.created, "model": self.model}
 
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
-        logprobs = (
-            self._logprobs(choice.tokens, choice.logprobs, 0) if self.wants_logprobs else None
-        )
         text: dict[str, Any] = {"text": choice.content}
         if self.chat:
             text = {
@@ -155,26 +178,62 @@ class ResponseFormat:
                     "reasoning_content": choice.reasoning or None,
                 }
             }
+        logprobs = None if self.alternatives is None else self._logprobs(choice, choice.tokens)
         return {"index": index, **text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
-    def _logprobs(self, tokens: list[int], logprobs: list[float], offset: int) -> dict[str, Any]:
-        spell = self.tokenizer.token_bytes
-        if self.chat:
-            return chat_logprobs(tokens, logprobs, spell)
-        return completion_logprobs(tokens, logprobs, spell, offset)
+    def _echo(self, choice: _Choice, event: Event) -> str:
+        """The prompt's text with the first event of a choice, if it is asked for."""
+        if choice.begun or not self.echoes:
+            return ""
+        choice.begun = True
+        return self.echoes[event.choice]
 
-    def _is_text(self, event: Event) -> bool:
-        return not event.is_reasoning and bool(self.tokenizer.token_bytes(event.token))
+    def _scored(self, job: Job, event: Event) -> list[Scored]:
+        """The tokens of an event that have log-probabilities, if they are asked for.
+
+        In a chat those of the answer's text; otherwise all, since a client that sums them wants
+        the probability of the end too.
+        """
+        if self.alternatives is None:
+            return []
+        tokens = []
+        if event.prompt is not None:
+            tokens = scored_prompt(job.prompt_of(event.choice), event.prompt)
+        if event.token is not None and not (
+            self.chat and (event.is_reasoning or not self.tokenizer.token_bytes(event.token))
+        ):
+            tokens.append(Scored(event.token, event.logprob, event.top))
+        return tokens
+
+    def _logprobs(self, choice: _Choice, tokens: list[Scored]) -> dict[str, Any]:
+        if self.chat:
+            return chat_logprobs(tokens, self.tokenizer)
+        return choice.logprobs.of(tokens)
 
     def _usage(self, counts: Counts) -> dict[str, Any]:
-        return usage(counts.prompt, counts.completion, counts.reasoning if self.chat else None)
+        """The `usage` object. Reasoning tokens (chat only) are also completion tokens."""
+        table: dict[str, Any] = {
+            "prompt_tokens": counts.prompt,
+            "completion_tokens": counts.completion,
+            "total_tokens": counts.prompt + counts.completion,
+        }
+        if self.chat:
+            table["completion_tokens_details"] = {"reasoning_tokens": counts.reasoning}
+        return table
 
 
-async def _events(job: Job) -> AsyncIterator[Event]:
-    """The events of a job until all its choices have ended. A failure raises an `ApiError`."""
+async def _events(job: Job) -> AsyncIterator[Event | None]:
+    """The events of a job until all its choices have ended, and None after each time in which none
+    came. A failure raises an `ApiError`.
+    """
     left = job.choices
     while left:
-        event = await job.events.get()
+        try:
+            async with asyncio.timeout(KEEP_ALIVE_SECONDS):
+                event = await job.events.get()
+        except TimeoutError:
+            yield None
+            continue
         if isinstance(event, Failure):
             raise ApiError(
                 503 if event.is_shutdown else 500,

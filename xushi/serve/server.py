@@ -1,7 +1,10 @@
 """The server process: its port, uvicorn, and a quick shutdown. Not here: routes (app)."""
 
 import errno
+import os
 import socket
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -9,9 +12,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from xushi.base.errors import BadInput, Failed
+from xushi.engine import LLM
+from xushi.serve.access import Access, is_loopback, names, read_keys
 from xushi.serve.app import create_app
-from xushi.serve.cards import find_exports
-from xushi.serve.worker import Worker
+from xushi.serve.cards import find_models
+from xushi.serve.connections import ACCEPTED_AT_ONCE, WAITING_CONNECTIONS, Connection
+from xushi.serve.worker import QUEUE_LIMIT, Worker
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -30,6 +36,9 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Connection,
+                ws="none",
+                backlog=ACCEPTED_AT_ONCE,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
@@ -38,6 +47,12 @@ class Server(uvicorn.Server):
         )
         self._workers: list[Worker] = list(app.state.workers.values())
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(WAITING_CONNECTIONS)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal shuts down in order, a second one at once."""
         for worker in self._workers:
@@ -45,24 +60,54 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(run_directory: Path, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT) -> None:
-    """Serve a run's models until Ctrl-C.
+def serve(
+    directory: Path,
+    host: str = DEFAULT_HOST,
+    port: int = DEFAULT_PORT,
+    *,
+    allow_origins: Sequence[str] = (),
+    api_key_file: Path | None = None,
+    queue_limit: int = QUEUE_LIMIT,
+    load: Callable[[Path], LLM] = LLM,
+) -> None:
+    """Serve a run's models, or the model of a directory in Hugging Face's layout, until Ctrl-C.
+    `load` makes an `LLM` from a model's directory.
 
-    A run without exports and a port in use are a `XushiError`.
+    Pages of `allow_origins` may use the API. With keys in `api_key_file` or in XUSHI_API_KEYS it
+    needs one. At most `queue_limit` continuations run or wait. A directory without a model
+    and a port in use are a `XushiError`.
     """
-    exports = find_exports(run_directory)
+    if queue_limit < 1:
+        raise BadInput(f"--queue-limit {queue_limit} lets nothing in", "give at least 1")
+    keys = read_keys(api_key_file, os.environ)
+    models = find_models(directory)
     with bind(host, port) as listener:
-        app = create_app(exports)
+        local = is_loopback(listener.getsockname()[0])
+        app = create_app(models, queue_limit, Access(local, names(allow_origins), keys), load)
+        for name, worker in app.state.workers.items():
+            print(describe(name, worker.llm))
+        if not local and not keys:
+            print(
+                "warning: whoever reaches this machine may use the models; "
+                "give --api-key-file, or --host 127.0.0.1 for this machine only",
+                file=sys.stderr,
+            )
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{listener.getsockname()[1]}"
         print(
-            f"serving {', '.join(exports)} of {run_directory}\n"
+            f"serving {', '.join(models)} of {directory}\n"
             f"  page  {address}/\n"
             f"  API   {address}/v1\n"
             "Press Ctrl-C to stop",
             flush=True,
         )
         run(Server(app), listener)
+
+
+def describe(name: str, llm: LLM) -> str:
+    """One line on a model that was loaded: what it takes, and whether it can only complete text."""
+    only = "" if llm.can_chat else "; without a chat template it only completes text"
+    return f"{name}: {llm.memory}{only}"
 
 
 def bind(host: str, port: int) -> socket.socket:

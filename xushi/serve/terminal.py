@@ -9,13 +9,13 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from xushi.base.errors import BadInput, XushiError
 from xushi.base.messages import Message
 from xushi.engine import LLM, Delta, SamplingParams
-from xushi.serve.cards import BASE, REASONING, find_exports, read_card
+from xushi.serve.cards import can_chat, find_models, read_card
 
 # DeepSeek-R1's recommended sampling (its model card, "Usage Recommendations").
 TEMPERATURE, TOP_P = 0.6, 0.95
@@ -26,27 +26,36 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Terminal:
-    """One conversation with the models of a run. A model is loaded when it is first used."""
+    """One conversation with the models of a directory. A model is loaded when it is first used."""
 
-    def __init__(self, run_directory: Path) -> None:
-        self._exports = find_exports(run_directory)
+    def __init__(
+        self, directory: Path, template: Path | None = None, load: Callable[[Path], LLM] = LLM
+    ) -> None:
+        self._paths = find_models(directory)
+        self._open = load
         self._models: dict[str, LLM] = {}
         self._messages: list[Message] = []
         self._colours = sys.stdout.isatty()
-        self.chats = REASONING in self._exports
+        chatting = [name for name, path in self._paths.items() if can_chat(path, template)]
+        others = [name for name in self._paths if name not in chatting]
+        self._chatting = chatting[0] if chatting else ""
+        self._completing = others[0] if others else ""
+        self.chats = bool(chatting)
 
     def greet(self) -> None:
         """Print what the models can do, and the keys and commands."""
-        for name, path in self._exports.items():
+        for name, path in self._paths.items():
             card = read_card(name, path)
             parts = (f"{card.title or name}:", card.can, card.cannot)
             print(self._dim(" ".join(part for part in parts if part)))
             if card.example:
                 print(self._dim(f"  for example: {card.example.rstrip()}"))
-        if self.chats and BASE in self._exports:
+        if self.chats and self._completing:
             print(self._dim("/base TEXT completes TEXT with the base model."))
         if self.chats:
             print(self._dim("/new starts a new conversation."))
+        else:
+            print(self._dim(f"{self._completing} has no chat template: it completes your text."))
         print(self._dim("Ctrl-C stops an answer, Ctrl-D ends the chat."))
 
     def turn(self, line: str) -> None:
@@ -65,7 +74,7 @@ class Terminal:
             print(f"{error}{hint}")
 
     def _chat(self, line: str) -> None:
-        llm = self._load(REASONING)
+        llm = self._load(self._chatting)
         self._messages.append(Message("user", line))
         try:
             answer = self._show(llm.stream_chat(self._messages, self._params(llm.context)))
@@ -75,9 +84,11 @@ class Terminal:
         self._messages.append(Message("assistant", answer))
 
     def _complete(self, text: str) -> None:
-        if BASE not in self._exports:
-            raise BadInput("this run has no base model", "run its pretrain stage with xushi run")
-        llm = self._load(BASE)
+        if not self._completing:
+            raise BadInput(
+                "there is no base model here", "chat, or give a run whose pretrain stage is done"
+            )
+        llm = self._load(self._completing)
         print(self._dim(_plain(text)), end="", flush=True)
         self._show(llm.stream(text, self._params(COMPLETION_TOKENS)))
 
@@ -107,7 +118,9 @@ class Terminal:
 
     def _load(self, name: str) -> LLM:
         if name not in self._models:
-            self._models[name] = LLM(self._exports[name])
+            self._models[name] = self._open(self._paths[name])
+            if sys.stdin.isatty():
+                print(self._dim(str(self._models[name].memory)))
         return self._models[name]
 
     def _params(self, max_tokens: int) -> SamplingParams:
@@ -123,9 +136,13 @@ def _plain(text: str) -> str:
     return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def chat(run_directory: Path) -> None:
-    """Chat with a run's models until the input ends. A run without exports is a `XushiError`."""
-    terminal = Terminal(run_directory)
+def chat(directory: Path, template: Path | None = None, load: Callable[[Path], LLM] = LLM) -> None:
+    """Chat with a run's models, or with the model of a directory, until the input ends. `load`
+    makes an `LLM` from a model's directory, with `template` if it is given.
+
+    A directory without a model is a `XushiError`.
+    """
+    terminal = Terminal(directory, template, load)
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401 (gives input() line editing and history)

@@ -6,20 +6,33 @@ protocol).
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from xushi.base.errors import XushiError
-from xushi.engine import LLM, Delta, Request, SamplingParams, TextStream
+from xushi.engine import (
+    LLM,
+    Alternatives,
+    Delta,
+    PromptScores,
+    Request,
+    SamplingParams,
+    TextStream,
+)
 
 logger = logging.getLogger(__name__)
 
 # How many continuations may be running or waiting. A client that asks for more must retry later.
 QUEUE_LIMIT = 256
+# A step of a large model on a slow machine takes seconds. Work that gets nowhere for this long is
+# taken for stuck.
+STALL_SECONDS = 120.0
 
 
 class Busy(Exception):
@@ -30,16 +43,20 @@ class Busy(Exception):
 class Event:
     """What one step of the engine added to one choice.
 
-    `logprob` is the token's log-probability under the model. `deltas` is the new text, which may
-    lag behind the tokens. `finish_reason` is None until the choice has ended.
+    `deltas` is the new text, which may lag behind the tokens. `finish_reason` is None until the
+    choice has ended. `logprob` is the token's log-probability under the model, and `top` are the
+    most probable tokens of its place. A choice of no tokens has one event without a token.
+    `prompt` comes with the first event, if it is asked for.
     """
 
     choice: int
-    token: int
-    logprob: float
-    is_reasoning: bool
     deltas: list[Delta]
     finish_reason: str | None
+    token: int | None = None
+    logprob: float = 0.0
+    top: Alternatives = field(default_factory=list)
+    is_reasoning: bool = False
+    prompt: PromptScores | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +68,16 @@ class Failure:
 
 
 _SHUTDOWN = Failure("the server is shutting down", True)
-_ENDED = Failure("the engine failed and could not be restarted; restart the server", False)
+_FAILED = Failure("the engine failed; the server's log has the error", False)
+_ENDED = Failure("the engine's thread has ended; restart the server", False)
 
 
 @dataclass(eq=False, slots=True)
 class Job:
     """One HTTP request. `prompts` pairs each prompt with the parameters of its choices.
 
-    The choices are numbered from 0 over all prompts. Create a job on the event loop that reads
-    `events`.
+    The choices are numbered from 0 over all prompts. `chat` says that they are answers to a
+    conversation, which may have reasoning. Create a job on the event loop that reads `events`.
     """
 
     prompts: list[tuple[list[int], list[SamplingParams]]]
@@ -71,6 +89,15 @@ class Job:
     def choices(self) -> int:
         """The number of continuations that the job asks for."""
         return sum(len(params) for _, params in self.prompts)
+
+    def prompt_of(self, choice: int) -> list[int]:
+        """The prompt of a choice."""
+        first = 0
+        for ids, params in self.prompts:
+            first += len(params)
+            if choice < first:
+                return ids
+        raise IndexError(choice)
 
     def send(self, events: "list[Event | Failure]") -> None:
         """Put events into the queue. Any thread may call it."""
@@ -100,10 +127,12 @@ class Worker:
         self.queue_limit = queue_limit
         self._engine = llm.engine
         self._choices: dict[Request, _Choice] = {}
-        self._wake = threading.Condition()  # guards the four attributes below
+        self._broken = False  # a step has failed, and the engine could not be restarted
+        self._wake = threading.Condition()  # guards the five attributes below
         self._submitted: list[Job] = []
         self._cancelled: list[Job] = []
-        self._unfinished = 0
+        self._unfinished: dict[Job, int] = {}  # choices that are waiting or running
+        self._moved = 0.0  # when work began or a step last ended, in seconds of the monotonic clock
         self._ending: Failure | None = None  # why no more jobs are served
         self._thread = threading.Thread(target=self._run, name="xushi-engine", daemon=True)
 
@@ -113,10 +142,23 @@ class Worker:
         return self._thread.is_alive()
 
     @property
+    def trouble(self) -> str | None:
+        """Why jobs fail or get nowhere at present; None if they do not."""
+        if not self.alive:
+            return "its thread has ended"
+        if self._broken:
+            return "it could not be restarted after a fault"
+        with self._wake:
+            still = time.monotonic() - self._moved
+            if self._unfinished and still > STALL_SECONDS:
+                return f"requests are waiting and nothing has happened for {still:.0f} seconds"
+        return None
+
+    @property
     def unfinished(self) -> int:
         """How many continuations are waiting or running."""
         with self._wake:
-            return self._unfinished
+            return sum(self._unfinished.values())
 
     @property
     def idle_slots(self) -> int:
@@ -128,13 +170,14 @@ class Worker:
         self._thread.start()
 
     def close(self) -> None:
-        """Ask the thread to end after its current step and to fail all unfinished jobs.
+        """Fail all unfinished jobs, and ask the thread to end after its current step.
 
         Returns at once. Jobs that are submitted later fail too.
         """
         with self._wake:
             self._ending = self._ending or _SHUTDOWN
             self._wake.notify()
+        self._fail_all(_SHUTDOWN)
 
     def join(self, seconds: float) -> None:
         """Wait at most `seconds` for the thread to end."""
@@ -151,12 +194,16 @@ class Worker:
         When the thread has ended or is about to, the job fails at once.
         """
         with self._wake:
+            if self._ending is None and not self.alive:
+                self._ending = _ENDED
             if self._ending is not None:
                 job.send([self._ending])
                 return
-            if self._unfinished + job.choices > self.queue_limit:
+            if sum(self._unfinished.values()) + job.choices > self.queue_limit:
                 raise Busy
-            self._unfinished += job.choices
+            if not self._unfinished:
+                self._moved = time.monotonic()
+            self._unfinished[job] = job.choices
             self._submitted.append(job)
             self._wake.notify()
 
@@ -170,8 +217,6 @@ class Worker:
         try:
             while self._serve_next():
                 pass
-        except Exception:
-            logger.exception("the engine could not be restarted")
         finally:
             with self._wake:
                 self._ending = self._ending or _ENDED
@@ -180,26 +225,46 @@ class Worker:
     def _serve_next(self) -> bool:
         """Wait until there is work and take one step. False once the worker is closed."""
         with self._wake:
-            while not (self._submitted or self._cancelled or self._ending or self._engine.has_work):
+            while not (self._submitted or self._cancelled or self._ending or self._has_work):
                 self._wake.wait()
             if self._ending is not None:
                 return False
             submitted, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
         failure = self._step(submitted, cancelled)
+        with self._wake:
+            self._moved = time.monotonic()
         if failure is not None:
             # The jobs first: their clients must not wait for a restart that may itself fail.
-            self._fail_all(failure, submitted)
-            self._engine.restart()
+            self._fail_all(failure)
+            self._choices.clear()
+            self._broken = True
+            self._restart()
         return True
+
+    @property
+    def _has_work(self) -> bool:
+        return self._engine.has_work and not self._broken
+
+    def _restart(self) -> None:
+        """Empty the engine. If that fails, the next step tries it again."""
+        try:
+            self._engine.restart()
+            self._broken = False
+        except Exception:
+            with contextlib.suppress(MemoryError):
+                logger.exception("the engine could not be restarted")
 
     def _step(self, submitted: Sequence[Job], cancelled: Sequence[Job]) -> Failure | None:
         """Add new jobs, end cancelled ones and take a step of the engine.
 
         Any exception becomes a `Failure`, so that other and later jobs are served. It is not kept:
-        its traceback refers to the cache.
+        its traceback refers to what the step had computed.
         """
         try:
+            if self._broken:
+                self._engine.restart()
+                self._broken = False
             for job in submitted:
                 self._admit(job)
             for request in [r for r, choice in self._choices.items() if choice.job in cancelled]:
@@ -207,10 +272,9 @@ class Worker:
                 self._forget(request)
             self._deliver(self._engine.step())
         except Exception as error:
-            logger.exception("a step of the engine failed")
-            if isinstance(error, XushiError):
-                return Failure(error.problem, False)
-            return Failure("the engine failed; the server's log has the error", False)
+            with contextlib.suppress(MemoryError):  # there may be none for the report either
+                logger.exception("a step of the engine failed")
+            return Failure(error.problem, False) if isinstance(error, XushiError) else _FAILED
         return None
 
     def _admit(self, job: Job) -> None:
@@ -218,51 +282,57 @@ class Worker:
         tokenizer = self.llm.tokenizer
         for prompt_ids, params in job.prompts:
             for request in self._engine.add_group(prompt_ids, params):
-                self._choices[request] = _Choice(
-                    job, next(numbers), TextStream(tokenizer, request.params.stop, job.chat)
-                )
+                stop = request.params.stop
+                text = TextStream(tokenizer, stop, job.chat, prompt_ids=prompt_ids)
+                self._choices[request] = _Choice(job, next(numbers), text)
 
     def _deliver(self, progressed: list[Request]) -> None:
         """Send each job the events of its requests' newest tokens, in one call for each job."""
         outgoing: dict[Job, list[Event | Failure]] = defaultdict(list)
         for request in progressed:
             choice = self._choices[request]
-            text = choice.text
-            is_reasoning = text.channel == "reasoning"
-            deltas = text.push(request.token_ids[-1])
-            if text.stopped:
-                self._engine.abort(request, "stop")
-            reason = request.finish_reason
-            if reason is not None:
-                deltas += text.flush()
-                if text.stopped:  # a stop string may also be in what was held back to the end
-                    reason = "stop"
-                self._forget(request)
-            outgoing[choice.job].append(
-                Event(
-                    choice.index,
-                    request.token_ids[-1],
-                    request.logprobs[-1],
-                    is_reasoning,
-                    deltas,
-                    reason,
-                )
-            )
+            outgoing[choice.job].append(self._event(request, choice))
         for job, events in outgoing.items():
             job.send(events)
 
-    def _forget(self, request: Request) -> None:
-        del self._choices[request]
-        with self._wake:
-            self._unfinished -= 1
+    def _event(self, request: Request, choice: _Choice) -> Event:
+        """What a step has added to a request, which is forgotten if it has ended."""
+        text = choice.text
+        is_reasoning = bool(request.token_ids) and text.channel == "reasoning"
+        deltas = [delta for token in request.token_ids[-1:] for delta in text.push(token)]
+        if text.stopped:
+            self._engine.abort(request, "stop")
+        reason = request.finish_reason
+        if reason is not None:
+            deltas += text.flush()
+            if text.stopped:  # a stop string may also be in what was held back to the end
+                reason = "stop"
+            self._forget(request)
+        drawn = bool(request.token_ids)
+        return Event(
+            choice.index,
+            deltas,
+            reason,
+            token=request.token_ids[-1] if drawn else None,
+            logprob=request.logprobs[-1] if drawn else 0.0,
+            top=request.top_logprobs[-1] if drawn else [],
+            is_reasoning=is_reasoning,
+            prompt=request.prompt_scores if len(request.token_ids) < 2 else None,
+        )
 
-    def _fail_all(self, failure: Failure, taken: Sequence[Job] = ()) -> None:
-        """Fail every job: in the engine, `taken` from the queue but not yet added, and queued."""
+    def _forget(self, request: Request) -> None:
+        job = self._choices.pop(request).job
         with self._wake:
-            jobs = {choice.job for choice in self._choices.values()}
-            jobs |= {*taken, *self._submitted}
-            self._choices.clear()
+            if job in self._unfinished:  # else it has failed
+                self._unfinished[job] -= 1
+                if not self._unfinished[job]:
+                    del self._unfinished[job]
+
+    def _fail_all(self, failure: Failure) -> None:
+        """Fail every unfinished job, in the engine or in the queue. Any thread may call it."""
+        with self._wake:
+            jobs = list(self._unfinished)
+            self._unfinished.clear()
             self._submitted.clear()
-            self._unfinished = 0
         for job in jobs:
             job.send([failure])

@@ -2,14 +2,18 @@
 
 from xushi.tokenizer.chat import chat_examples, encode_chat, encode_outputs
 from xushi.tokenizer.config import TokenizerConfig
+from xushi.tokenizer.conversation import Conversations
 from xushi.tokenizer.reply import parse_assistant, parse_tool_calls
 from xushi.tokenizer.streaming import StreamDecoder
 from xushi.tokenizer.tokenizer import Tokenizer
+from xushi.tokenizer.vocabulary import Vocabulary
 
 __all__ = [
+    "Conversations",
     "StreamDecoder",
     "Tokenizer",
     "TokenizerConfig",
+    "Vocabulary",
     "chat_examples",
     "encode_chat",
     "encode_outputs",

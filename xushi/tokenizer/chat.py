@@ -25,7 +25,8 @@ from collections.abc import Sequence
 from xushi.base.errors import BadInput
 from xushi.base.messages import Message, Tool, ToolCall
 from xushi.tokenizer.template import TOOLS_HEAD, TOOLS_RULES
-from xushi.tokenizer.tokenizer import Tokenizer, ToolIds
+from xushi.tokenizer.tokenizer import Tokenizer
+from xushi.tokenizer.vocabulary import ToolIds
 
 ROLES = ("system", "user", "assistant", "tool")
 

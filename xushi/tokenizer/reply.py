@@ -7,7 +7,8 @@ here: the other direction (chat), and text as it arrives (engine.text).
 from collections.abc import Sequence
 
 from xushi.base.messages import Message, ToolCall, is_json_object
-from xushi.tokenizer.tokenizer import Tokenizer, ToolIds
+from xushi.tokenizer.tokenizer import Tokenizer
+from xushi.tokenizer.vocabulary import ToolIds, Vocabulary
 
 
 def parse_assistant(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[Message, bool]:
@@ -35,7 +36,7 @@ def parse_assistant(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[Message, 
     return message, finished
 
 
-def parse_tool_calls(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[ToolCall, ...] | None:
+def parse_tool_calls(tokenizer: Vocabulary, ids: Sequence[int]) -> tuple[ToolCall, ...] | None:
     """The calls of a whole block, from `<｜tool▁calls▁begin｜>` to the end of the message.
 
     None if it is malformed: a mark is missing or misplaced, a name is empty, arguments are not a
@@ -67,7 +68,7 @@ def _split_calls(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], tuple
     return (ids, ()) if calls is None else (ids[:begin], calls)
 
 
-def _parse_call(tokenizer: Tokenizer, marks: ToolIds, ids: list[int]) -> ToolCall | None:
+def _parse_call(tokenizer: Vocabulary, marks: ToolIds, ids: list[int]) -> ToolCall | None:
     if ids[:1] != [marks.call_begin] or marks.separator not in ids:
         return None
     border = ids.index(marks.separator)

@@ -1,17 +1,17 @@
-"""Text from ids as they arrive. Not here: decoding a whole list (`Tokenizer.decode`)."""
+"""Text from ids as they arrive. Not here: decoding a whole list (`Vocabulary.decode`)."""
 
 import codecs
 
-from xushi.tokenizer.tokenizer import Tokenizer
+from xushi.tokenizer.vocabulary import Vocabulary
 
 
 class StreamDecoder:
     """Decodes ids one by one; holds back the bytes of an unfinished UTF-8 character.
 
-    All returned texts together equal `Tokenizer.decode` of all ids.
+    All returned texts together equal `Vocabulary.decode` of all ids.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
+    def __init__(self, tokenizer: Vocabulary, skip_special: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

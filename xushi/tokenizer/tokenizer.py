@@ -8,9 +8,9 @@ conversation (chat).
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from xushi.base.errors import BadInput, XushiError
 from xushi.base.files import write_atomic, write_json
 from xushi.tokenizer.config import SPECIAL_TOKENS, TOOL_TOKENS, smallest_vocabulary
 from xushi.tokenizer.template import chat_template
+from xushi.tokenizer.vocabulary import Beginning, ToolIds, Vocabulary, token_bytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -41,19 +42,7 @@ _GET_AGAIN = "copy it again, or remove stages/tokenizer.json of its run and run 
 _BORDER = re.compile(r"\n(?=\S)")
 
 
-class ToolIds(NamedTuple):
-    """Ids of the tool tokens, in the order of `TOOL_TOKENS`."""
-
-    calls_begin: int
-    calls_end: int
-    call_begin: int
-    call_end: int
-    output_begin: int
-    output_end: int
-    separator: int
-
-
-class Tokenizer:
+class Tokenizer(Vocabulary):
     """Made by `train` or `load`. Ids from 0 to `vocab_size` - 1: special tokens, the 256 bytes, and
     merges.
 
@@ -62,6 +51,10 @@ class Tokenizer:
     SHA-256 of `tokenizer.json`), `byte_lengths` (int64 [V], how many bytes of text a token has; 0
     for special tokens).
     """
+
+    bos_id: int
+    think_id: int
+    end_think_id: int
 
     def __init__(self, serialized: str) -> None:
         """Private: `serialized` is the content of a `tokenizer.json` that `train` wrote."""
@@ -72,7 +65,10 @@ class Tokenizer:
         # The library does not save this switch. With it, special tokens spelled in a text are
         # ordinary characters.
         self._backend.encode_special_tokens = True
-        self._special = _special_tokens(self._backend)
+        special = _special_tokens(self._backend)
+        self._names = dict(enumerate(special))
+        # A tool token is never hidden.
+        self._hidden = frozenset(range(len(SPECIAL_TOKENS)))
         (
             self.bos_id,
             self.eos_id,
@@ -82,11 +78,12 @@ class Tokenizer:
             self.think_id,
             self.end_think_id,
         ) = range(len(SPECIAL_TOKENS))
-        tool_ids = range(len(SPECIAL_TOKENS), len(self._special))
+        self.eos_ids = frozenset({self.eos_id})
+        tool_ids = range(len(SPECIAL_TOKENS), len(special))
         self.tool_ids = ToolIds(*tool_ids) if tool_ids else None
-        self.vocab_size: int = self._backend.get_vocab_size()
+        self.vocab_size = self._backend.get_vocab_size()
         self.hash = hashlib.sha256(serialized.encode()).hexdigest()
-        self._bytes = _token_bytes(self._backend, len(self._special))
+        self._bytes = _token_bytes(self._backend, len(special))
         self.byte_lengths: npt.NDArray[np.int64] = np.array(
             [len(b) for b in self._bytes], dtype=np.int64
         )
@@ -107,7 +104,7 @@ class Tokenizer:
                 f"set it to {smallest} or more",
             )
         backend = _train(
-            (chunk for text in texts for chunk in _chunks(_encodable(text))), vocab_size, special
+            (chunk for text in texts for chunk in _chunks(encodable(text))), vocab_size, special
         )
         reached = backend.get_vocab_size()
         if reached < vocab_size:
@@ -127,7 +124,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on the threads of the library."""
-        chunks = [list(_chunks(_encodable(text))) for text in texts]
+        chunks = [list(_chunks(encodable(text))) for text in texts]
         encodings = iter(
             self._backend.encode_batch_fast(
                 [chunk for parts in chunks for chunk in parts], add_special_tokens=False
@@ -135,33 +132,23 @@ class Tokenizer:
         )
         return [[token for _ in parts for token in next(encodings).ids] for parts in chunks]
 
-    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self.spelling(token, skip_special) for token in ids).decode(
-            "utf-8", errors="replace"
-        )
+    def prompt_ids(self, text: str) -> list[int]:
+        """Ids of `text` after bos, with which every training document begins."""
+        return [self.bos_id, *self.encode(text)]
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes of text of a token; b"" for a special token."""
-        return self._bytes[token]
+    def reply_begins(self, prompt_ids: Sequence[int]) -> Beginning:
+        """Reasoning, whatever the reply begins with, unless its message has a `</think>` already."""
+        borders = {self.assistant_id, self.think_id, self.eos_id}
+        for token in reversed(prompt_ids):
+            if token == self.end_think_id:
+                return "content"
+            if token in borders:
+                break
+        return "reasoning"
 
-    def is_special(self, token: int) -> bool:
-        """Whether a token is special: no text encodes to it."""
-        return token < len(self._special)
-
-    def spelling(self, token: int, skip_special: bool = False) -> bytes:
-        """The text of a token for a reader: `token_bytes`, or the name of a special token.
-
-        `skip_special` hides the first seven special tokens and never a tool token: a reader should
-        see a tool token that is no part of a well-formed call.
-        """
-        if self.is_special(token) and not (skip_special and token < len(SPECIAL_TOKENS)):
-            return self._special[token].encode()
-        return self._bytes[token]
-
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, chat: bool = True) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers.AutoTokenizer`
-        loads.
+        loads; with `chat` they have the chat template, which a model needs that is to converse.
 
         transformers reads special tokens in plain text unless asked not to:
         `split_special_tokens=True` when encoding a text, `sanitize_control_tokens=True` in
@@ -169,9 +156,11 @@ class Tokenizer:
         tokens that the chat template writes, so it stays off there.
         """
         write_atomic(directory / "tokenizer.json", self._serialized)
+        template = {"chat_template": chat_template(self.tool_ids is not None)} if chat else {}
         write_json(
             directory / "tokenizer_config.json",
             {
+                **template,
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "bos_token": SPECIAL_TOKENS[0],
                 "eos_token": SPECIAL_TOKENS[1],
@@ -180,7 +169,6 @@ class Tokenizer:
                 "add_eos_token": False,
                 "clean_up_tokenization_spaces": False,
                 "split_special_tokens": False,
-                "chat_template": chat_template(self.tool_ids is not None),
             },
         )
 
@@ -205,6 +193,18 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception for a file it cannot read
             message = " ".join(str(error).split())
             raise BadInput(f"{path} is damaged: {message}", _GET_AGAIN) from None
+
+
+def is_own(table: Mapping[str, Any]) -> bool:
+    """Whether the content of a tokenizer.json is of a tokenizer that `Tokenizer.train` made."""
+    try:
+        names = [token["content"] for token in table["added_tokens"]]
+        steps = table["pre_tokenizer"]["pretokenizers"]
+        patterns = [step["pattern"]["Regex"] for step in steps[:3]]
+    except (AttributeError, KeyError, TypeError):
+        return False
+    specials = (list(SPECIAL_TOKENS), list(SPECIAL_TOKENS + TOOL_TOKENS))
+    return names in specials and patterns == [_DIGIT, _CJK, _WORD]
 
 
 def _train(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> "tokenizers.Tokenizer":
@@ -242,25 +242,15 @@ def _special_tokens(backend: "tokenizers.Tokenizer") -> tuple[str, ...]:
 
 
 def _token_bytes(backend: "tokenizers.Tokenizer", special: int) -> list[bytes]:
-    """The bytes behind each token. Byte-level BPE writes printable Latin-1 bytes as themselves and
-    the other 68 as the characters from U+0100 on, in order (Radford et al. 2019, `bytes_to_unicode`
-    of GPT-2's published encoder).
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable} | {
-        chr(0x100 + i): byte for i, byte in enumerate(others)
-    }
-    tokens: list[bytes] = [b""] * backend.get_vocab_size()
-    for token, index in backend.get_vocab(with_added_tokens=True).items():
-        if index >= special:
-            tokens[index] = bytes(table[character] for character in token)
+    """The bytes of text of each token: none of the `special` first ones."""
+    tokens = [b""] * special + token_bytes(backend)[special:]
     if not {bytes([byte]) for byte in range(256)} <= set(tokens):
         raise BadInput("the vocabulary lacks single bytes", "use a tokenizer that xushi trained")
     return tokens
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
+    """`text` itself. A lone surrogate is a `XushiError`."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -77,7 +77,7 @@ class Export(ModelStage):
 
     def _write(self, model: Deepseek, tokenizer: Tokenizer, name: str, directory: Path) -> None:
         save_pretrained(model, directory)
-        tokenizer.save(directory)
+        tokenizer.save(directory, chat=name != "base")  # the base never saw a conversation
         generation = {
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id,

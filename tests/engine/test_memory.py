@@ -1,0 +1,156 @@
+"""Which dtype and cache fit the machine, and what is refused before anything is loaded."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xushi.base.errors import BadInput
+from xushi.base.machine import inspect
+from xushi.engine import LLM, memory
+from xushi.engine.memory import default_slots, plan_memory, slot_bytes, weight_bytes
+from xushi.model import Deepseek, save_pretrained
+
+from ..published import edit, of_kind, shape, write_tokenizer
+from ..tiny import TINY
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that sets the available memory in bytes, and whether the CPU multiplies bf16."""
+
+    def make(available: int | None, bf16: bool = False) -> None:
+        features = frozenset({"avx512_bf16"} if bf16 else ())
+        found = replace(
+            inspect(), memory_available=available, memory_total=available, features=features
+        )
+        monkeypatch.setattr(memory, "inspect", lambda: found)
+
+    return make
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Any:
+    """A function that writes a config.json that names a dtype."""
+
+    def make(**table: Any) -> Path:
+        edit(tmp_path / "config.json", **table)
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["v3", "tied", "v4"])
+def test_weights_and_cache_are_counted_to_the_byte(kind: str) -> None:
+    config = TINY
+    if kind == "tied":
+        config = TINY.model_copy(update={"tie_word_embeddings": True})
+    if kind == "v4":
+        config = of_kind("deepseek_v4")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Deepseek(config).initialise(0)
+        for name, parameter in model.named_parameters():
+            if not memory.stays_float32(name, config):
+                parameter.data = parameter.data.to(dtype)
+        tensors = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
+        assert weight_bytes(config, dtype) == sum(tensors.values())
+        cache = memory_of_cache(model, 5)
+        assert slot_bytes(config, dtype) * 5 == cache
+
+
+def memory_of_cache(model: Deepseek, slots: int) -> int:
+    from xushi.engine import Engine
+
+    return sum(layer.nbytes for layer in Engine(model, 1, slots)._cache.layers)
+
+
+@pytest.mark.parametrize(
+    ("table", "bf16", "wanted"),
+    [
+        ({"torch_dtype": "float32"}, True, torch.float32),
+        ({"torch_dtype": "bfloat16"}, True, torch.bfloat16),
+        ({"torch_dtype": "bfloat16"}, False, torch.float32),
+        ({"dtype": "bfloat16"}, True, torch.bfloat16),
+        ({"torch_dtype": "float16"}, True, torch.bfloat16),
+        ({"torch_dtype": "float32", "quantization_config": {"fmt": "e4m3"}}, True, torch.bfloat16),
+        ({}, True, torch.float32),
+    ],
+)
+def test_the_dtype_is_the_stored_one_where_the_processor_has_it(
+    table: dict[str, Any], bf16: bool, wanted: torch.dtype, machine: Any, stored: Any
+) -> None:
+    machine(1 << 40, bf16)
+    assert plan_memory(stored(**table), TINY).dtype is wanted
+
+
+def test_memory_decides_where_it_is_short(machine: Any, stored: Any) -> None:
+    config = shape(max_position_embeddings=4096)
+    directory = stored(torch_dtype="float32")
+    wide, narrow = torch.float32, torch.bfloat16
+    least = weight_bytes(config, wide) + 1024 * slot_bytes(config, wide)
+
+    def available(need: int) -> int:
+        return int(need / memory.SHARE) + 1
+
+    machine(available(least))
+    plan = plan_memory(directory, config)
+    assert (plan.dtype, plan.slots) == (wide, 1024) and "as stored" in str(plan)
+    assert plan.weight_bytes + plan.cache_bytes <= least
+    machine(available(least - 1000))
+    plan = plan_memory(directory, config)
+    assert plan.dtype is narrow and plan.slots > 1024 and "does not fit" in str(plan)
+    machine(available(weight_bytes(config, narrow) + 1024 * slot_bytes(config, narrow)) - 100)
+    with pytest.raises(BadInput, match="does not fit into memory") as caught:
+        plan_memory(directory, config)
+    assert "more memory" in caught.value.remedy
+    with pytest.raises(BadInput, match="weights in float32 take") as caught:
+        plan_memory(directory, config, wide)
+    machine(None)
+    assert plan_memory(directory, config).slots == default_slots(config)
+
+
+def test_choices_are_obeyed_or_refused_with_what_fits(machine: Any, stored: Any) -> None:
+    config = shape(max_position_embeddings=4096)
+    directory = stored(torch_dtype="float32")
+    wide, narrow = torch.float32, torch.bfloat16
+    machine(int((weight_bytes(config, wide) + 2000 * slot_bytes(config, wide)) / memory.SHARE) + 1)
+    plan = plan_memory(directory, config, narrow, 10)
+    assert (plan.dtype, plan.slots) == (narrow, 10) and "as asked for" in str(plan)
+    with pytest.raises(BadInput, match="a cache of 2,001 tokens") as caught:
+        plan_memory(directory, config, wide, 2001)
+    assert "--cache-tokens 2000" in caught.value.remedy
+    assert plan_memory(directory, config, wide, 2000).slots == 2000
+    machine(
+        int((weight_bytes(config, narrow) + 2000 * slot_bytes(config, narrow)) / memory.SHARE) + 1
+    )
+    with pytest.raises(BadInput, match="weights in float32") as caught:
+        plan_memory(directory, config, wide)
+    assert "--dtype bf16" in caught.value.remedy
+    with pytest.raises(BadInput, match="holds nothing"):
+        plan_memory(directory, config, wide, 0)
+
+
+def test_a_cache_smaller_than_the_context_bounds_a_request(tmp_path: Path) -> None:
+    from xushi.engine import ContextLengthError, SamplingParams
+
+    save_pretrained(Deepseek(shape()).initialise(1), tmp_path)
+    write_tokenizer(tmp_path)
+    llm = LLM(tmp_path, slots=40)
+    assert llm.context == 40 == llm.engine.slots
+    [answer] = llm.generate([[1] * 10], SamplingParams(max_tokens=500, ignore_eos=True))
+    assert len(answer.token_ids) == 30
+    with pytest.raises(ContextLengthError, match="40"):
+        llm.generate([[1] * 40], SamplingParams(max_tokens=1))
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
+    tmp_path: Path, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pretrained(Deepseek(shape()).initialise(1), tmp_path)
+    write_tokenizer(tmp_path)
+    machine(1000)
+    monkeypatch.setattr("xushi.engine.llm.load_pretrained", lambda *_: pytest.fail("was loaded"))
+    with pytest.raises(BadInput, match="does not fit"):
+        LLM(tmp_path)

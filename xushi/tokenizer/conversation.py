@@ -1,0 +1,219 @@
+"""Opening the tokenizer of any model directory, and the form of its conversations.
+
+A directory of xushi's own has xushi's form (chat), in which no text can become a special token. Any
+other has the form of its chat template, and there neither can a message: the special tokens that it
+spells are marked before the template is rendered, and encoded as ordinary characters.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xushi.base.errors import BadInput
+from xushi.base.messages import Message, Tool
+from xushi.base.model_directory import (
+    DEFAULT_TEMPLATE,
+    TOOL_TEMPLATE,
+    read_template,
+    read_templates,
+)
+from xushi.tokenizer.chat import encode_chat
+from xushi.tokenizer.published import PublishedTokenizer, read_tokenizer_file
+from xushi.tokenizer.rendering import ChatTemplate
+from xushi.tokenizer.template import chat_template
+from xushi.tokenizer.tokenizer import Tokenizer, is_own
+from xushi.tokenizer.vocabulary import Vocabulary
+
+# Around a special token that a message spells, and after a text that is to go on. Noncharacters of
+# Unicode, which no text for interchange has.
+_OPEN, _CLOSE, _END = "\ufdd0", "\ufdd1", "\ufdd2"
+_NO_MARKS = dict.fromkeys(map(ord, (_OPEN, _CLOSE, _END)))
+
+
+class Conversations:
+    """How a model directory writes conversations: its tokenizer, and its chat templates if they are
+    not xushi's own.
+
+    `tokenizer` is a `Tokenizer` of xushi's or a `PublishedTokenizer`. `can_chat` says whether there
+    is any form: a directory without a template only completes text.
+    """
+
+    def __init__(self, directory: Path, template: Path | None = None) -> None:
+        """`template` is a file that replaces the directory's own templates. What cannot be read is
+        a `XushiError`.
+        """
+        self._directory = directory
+        sources = (
+            read_templates(directory)
+            if template is None
+            else {DEFAULT_TEMPLATE: read_template(template)}
+        )
+        self.tokenizer: Vocabulary = _open(directory, sources)
+        self._templates = {}
+        if isinstance(self.tokenizer, PublishedTokenizer):
+            where = str(template or directory)
+            self._templates = {
+                name: ChatTemplate(
+                    source, where if name == DEFAULT_TEMPLATE else f"{where}: {name}"
+                )
+                for name, source in sources.items()
+            }
+        self.can_chat = bool(sources)
+
+    def ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
+        """The prompt for the next answer.
+
+        A template that refuses the messages, or that does not write the tools or tool calls, is a
+        `XushiError`: a model must not be asked with less than was given.
+        """
+        self._check()
+        if isinstance(self.tokenizer, Tokenizer):
+            return encode_chat(self.tokenizer, messages, tools)
+        assert isinstance(self.tokenizer, PublishedTokenizer)
+        template = self._choose(bool(tools))
+        control = self.tokenizer.control_tokens(template.source)
+        rendered = self._render(template, messages, tools, control)
+        return _encode_marked(self.tokenizer, rendered, control)
+
+    def continued_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt that ends inside the last message, of role assistant, which the model goes on
+        with: in its content, or in its reasoning if it has no content yet.
+
+        A template that does not write that text is a `XushiError`.
+        """
+        if not messages or messages[-1].role != "assistant" or messages[-1].tool_calls:
+            raise BadInput(
+                "the conversation does not end in a message of the assistant without tool calls",
+                "end it in one, or ask for the next message",
+            )
+        self._check()
+        last = messages[-1]
+        in_reasoning = last.reasoning is not None and not last.content
+        if isinstance(self.tokenizer, Tokenizer):
+            # The last message ends with </think>, its content and eos.
+            ids = encode_chat(self.tokenizer, messages, generation_prompt=False)
+            return ids[:-2] if in_reasoning else ids[:-1]
+        assert isinstance(self.tokenizer, PublishedTokenizer)
+        template = self._choose(False)
+        control = self.tokenizer.control_tokens(template.source)
+        tables = [_mark(_template_message(message, ""), control) for message in messages]
+        for key in ("reasoning_content", "thinking") if in_reasoning else ("content",):
+            tables[-1][key] += _END
+        rendered = template.render(self._variables(tables, None, False))
+        begin, mark, _ = rendered.rpartition(_END)
+        if not mark:
+            raise BadInput(
+                f"the chat template of {self._directory} does not write the text to go on with",
+                "ask for the next message instead",
+            )
+        return _encode_marked(self.tokenizer, begin, control)
+
+    def _check(self) -> None:
+        if not self.can_chat:
+            raise BadInput(
+                f"{self._directory} has no chat template, so its model only completes text",
+                "give a template with --template FILE (LLM: template=FILE), or complete text",
+            )
+
+    def _choose(self, tools: bool) -> ChatTemplate:
+        """The template for conversations with or without tools, as transformers chooses."""
+        names = [TOOL_TEMPLATE, DEFAULT_TEMPLATE] if tools else [DEFAULT_TEMPLATE]
+        for name in names:
+            if name in self._templates:
+                return self._templates[name]
+        raise BadInput(
+            f"{self._directory} has chat templates called {', '.join(self._templates)} and none "
+            f"called {DEFAULT_TEMPLATE}",
+            "choose one of them with --template FILE",
+        )
+
+    def _render(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        control: list[str],
+    ) -> str:
+        calls = [call.name for message in messages for call in message.tool_calls]
+        names = [*calls, *(tool.name for tool in tools)]
+        # Some templates write tool calls only of messages without content, not of those with "".
+        for empty in ("", None):
+            tables = [_mark(_template_message(message, empty), control) for message in messages]
+            described = [_mark(tool.to_dict(), control) for tool in tools] or None
+            rendered = template.render(self._variables(tables, described, True))
+            lost = [name for name in names if name not in rendered]
+            if not lost:
+                return rendered
+        raise BadInput(
+            f"the chat template of {self._directory} leaves out the tool {lost[0]!r}",
+            "leave tools out, or give a template that writes them with --template FILE",
+        )
+
+    def _variables(
+        self, messages: list[Any], tools: list[Any] | None, generation_prompt: bool
+    ) -> dict[str, Any]:
+        """What a template can read, as in transformers."""
+        assert isinstance(self.tokenizer, PublishedTokenizer)
+        return {
+            **self.tokenizer.named,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": generation_prompt,
+        }
+
+
+def _open(directory: Path, sources: Mapping[str, str]) -> Vocabulary:
+    """xushi's own tokenizer if it has xushi's own form of conversations, or none."""
+    table = read_tokenizer_file(directory)
+    if is_own(table):
+        tokenizer = Tokenizer.load(directory)
+        own = {DEFAULT_TEMPLATE: chat_template(tokenizer.tool_ids is not None)}
+        if not sources or sources == own:
+            return tokenizer
+    return PublishedTokenizer(directory, table)
+
+
+def _template_message(message: Message, empty: str | None) -> dict[str, Any]:
+    """The mapping that templates read. Reasoning also has another name that some use for it, and
+    `empty` is the content of a message that only calls tools.
+    """
+    table = message.to_dict()
+    if message.reasoning is not None:
+        table["thinking"] = message.reasoning
+    if message.tool_calls and not message.content:
+        table["content"] = empty
+    return table
+
+
+def _mark(value: Any, control: Sequence[str]) -> Any:
+    """`value` with marks around each of the tokens `control` in its strings; keys stay."""
+    if isinstance(value, str):
+        text = value.translate(_NO_MARKS)
+        return _pattern(control).sub(f"{_OPEN}\\g<0>{_CLOSE}", text) if control else text
+    if isinstance(value, Mapping):
+        return {key: _mark(each, control) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_mark(each, control) for each in value]
+    return value
+
+
+def _pattern(control: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of the tokens, the longest first."""
+    return re.compile("|".join(re.escape(token) for token in sorted(control, key=len)[::-1]))
+
+
+def _encode_marked(
+    tokenizer: PublishedTokenizer, rendered: str, control: Sequence[str]
+) -> list[int]:
+    """Ids of a rendered conversation. A marked token becomes ordinary characters. A template may
+    have cut a text between two marks: a mark that is left alone only separates what is around it.
+    """
+    tokens = _pattern(control).pattern if control else "(?!)"
+    parts = re.split(f"{_OPEN}({tokens}){_CLOSE}|[{_OPEN}{_CLOSE}]", rendered)
+    ids: list[int] = []
+    for number, part in enumerate(parts):
+        if part:
+            ids += tokenizer.encode_text(part) if number % 2 else tokenizer.encode(part)
+    return ids
