@@ -17,7 +17,8 @@ class OptimizationConfig(StrictConfig):
 
     steps: int = Field(ge=1, le=MOST_STEPS)
     learning_rate: float = Field(gt=0, le=1000)
-    # With Muon: the rate of embedding, head and norms, which AdamW updates; None: learning_rate.
+    # The rate of embedding, head, norms and biases, which AdamW updates with either optimizer;
+    # learning_rate is then that of the other matrices. None: learning_rate is the rate of all.
     adamw_learning_rate: float | None = Field(None, gt=0, le=1000)
     optimizer: Literal["muon", "adamw"] = "muon"
     # Muon's five steps, or DeepSeek-V4's ten.
