@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from xushi.base import tracking as module
 from xushi.base.errors import XushiError
 from xushi.base.tracking import Tracking
 
@@ -158,6 +159,22 @@ def test_another_process_sees_the_new_attempt(tracking):
     tracking.begin("pretrain", "another key")
     assert reader.series("pretrain", "loss") == []
     reader.close()
+
+
+@pytest.mark.parametrize("clock", [[100.0] * 20, [float(100 - n) for n in range(20)]])
+def test_attempts_within_one_second_and_a_clock_set_back_keep_their_order(
+    tracking, monkeypatch, clock
+):
+    """What comes later is later by its number, whatever the clock says."""
+    times = iter(clock)
+    monkeypatch.setattr(module.time, "time", lambda: next(times))
+    for attempt in range(3):
+        tracking.begin("pretrain", "the same key")
+        tracking.event("pretrain", "started", attempt=attempt)
+        assert tracking.series("pretrain", "loss") == []
+        tracking.metrics("pretrain", 1, {"loss": float(attempt)})
+    assert tracking.series("pretrain", "loss") == [(1, 2.0)]
+    assert [event["details"]["attempt"] for event in tracking.events()] == [0, 1, 2]
 
 
 def test_a_decision_of_zero_is_a_decision(tracking):
