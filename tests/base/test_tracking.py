@@ -2,12 +2,15 @@
 told.
 """
 
+import contextlib
 import json
 import math
 import sqlite3
 import threading
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from xushi.base import tracking as module
 from xushi.base.errors import XushiError
@@ -195,6 +198,43 @@ def test_a_store_damaged_inside_is_told(tmp_path):
     with pytest.raises(XushiError, match="cannot be used"):
         damaged = Tracking(path)
         damaged.series("pretrain", "loss")
+
+
+@pytest.fixture(scope="module")
+def whole_store(tmp_path_factory):
+    """The bytes of a store with some of everything in it."""
+    path = tmp_path_factory.mktemp("whole") / "tracking.sqlite"
+    store = Tracking(path)
+    store.begin("pretrain", "key")
+    store.decide("run", "threads", 3)
+    for step in range(1, 100):
+        store.metrics("pretrain", step, {"loss": 1.0, "seconds": 0.1})
+        store.batch("pretrain", step, step, 1, "ab" * 16, "")
+        store.event("pretrain", "spike", step=step, text="a jump")
+    store._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store.close()
+    return path.read_bytes()
+
+
+@given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1))
+@example(flips=[(0.5, 0)] * 40)
+def test_flipped_bits_anywhere_are_two_lines_at_most(whole_store, tmp_path_factory, flips):
+    """A flip in free space changes nothing; any other that is noticed is told, whoever notices."""
+    path = tmp_path_factory.mktemp("flipped") / "tracking.sqlite"
+    content = bytearray(whole_store)
+    for place, bit in flips:
+        content[int(place * len(content))] ^= 1 << bit
+    path.write_bytes(content)
+    try:
+        with contextlib.closing(Tracking(path)) as store:
+            store.series("pretrain", "loss"), store.batches("pretrain", 90)
+            store.events(), store.names("pretrain"), store.decided("run", "threads")
+            list(store.steps_after(0))
+            store.metrics("pretrain", 100, {"loss": 1.0})
+            store.decide("run", "layout", 1)
+            store.begin("pretrain", "another key")
+    except XushiError as error:
+        assert len(str(error).splitlines()) == 2 and str(path) in error.problem
 
 
 def test_the_records_of_a_step_lead_over_what_counted(tmp_path) -> None:
