@@ -166,7 +166,7 @@ def _prune(newest: Path, keep: int, keep_every: int) -> None:
     for path in [*old, *left]:
         try:
             shutil.rmtree(path)
-        except OSError as error:  # the new checkpoint is whole, and that is what counts
+        except OSError as error:  # the new checkpoint is complete, and that counts
             say(f"{path} is not needed any more and cannot be removed: {error}")
 
 

@@ -114,7 +114,7 @@ def _remedy(config: LayoutConfig, model: ModelConfig, processes: int, rows: int)
 def _nearest_keys(
     config: LayoutConfig, model: ModelConfig, processes: int, rows: int
 ) -> dict[str, int]:
-    """The fewest keys of [layout] that make it fit so many processes, and the nearest values."""
+    """The fewest keys of [layout] whose change makes it fit, and the nearest values for them."""
     own = config.model_dump()
     fitting = []
     for stages in _divisors(processes, model.num_hidden_layers):
