@@ -26,12 +26,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from .miniature import ROOT, Chain, run_miniature
 
-# In CI the same examples are drawn each time: a change must not fail by what it did not touch.
 IN_CI = bool(os.environ.get("CI"))
-settings.register_profile(
-    "xushi", deadline=None, max_examples=50, print_blob=True, derandomize=IN_CI
-)
-settings.load_profile("xushi")
 
 # Files that may be skipped as a whole, with what they need.
 MAY_BE_SKIPPED = {
@@ -54,12 +49,18 @@ workers: defaultdict[str, set[str]] = defaultdict(set)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Outside CI property tests draw other examples in each run; a failure prints their seed.
+    """Property tests draw other examples in each run, and a failure prints their seed. The quick
+    tests in CI draw the same ones each time: a change must not fail by what it did not touch.
 
     The session has an empty cache, which workers of pytest-xdist share. Compiled kernels are taken
     from, and kept in, the user's own cache: to compile them takes as long as many tests.
     """
-    if config.option.hypothesis_seed is None and not IN_CI:
+    fresh = not IN_CI or config.option.markexpr == "slow"
+    settings.register_profile(
+        "xushi", deadline=None, max_examples=50, print_blob=True, derandomize=not fresh
+    )
+    settings.load_profile("xushi")
+    if config.option.hypothesis_seed is None and fresh:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
     if hasattr(config, "workerinput"):
         return
@@ -151,8 +152,8 @@ def pytest_terminal_summary(
         terminalreporter.write_line(f"every test of {file} was skipped; with CI set this fails")
     for name in split_groups():
         terminalreporter.write_line(f"{name} ran in more than one process, which is slow")
-    if terminalreporter.getreports("failed") and not IN_CI:
-        seed = config.option.hypothesis_seed
+    seed = config.option.hypothesis_seed
+    if terminalreporter.getreports("failed") and seed is not None:
         terminalreporter.write_line(f"to draw the same examples again: --hypothesis-seed={seed}")
 
 

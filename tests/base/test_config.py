@@ -85,6 +85,12 @@ def test_bad_overrides(assignment):
     assert len(error.value.problem) < 400
 
 
+def test_a_list_is_given_as_a_whole():
+    with pytest.raises(XushiError, match="sources' is not a table") as error:
+        override({"data": {"sources": [{"weight": 1.0}]}}, "data.sources.0.weight=2")
+    assert error.value.remedy == "give the whole list: --set 'data.sources=[...]'"
+
+
 class Bounded(StrictConfig):
     count: int = Field(3, ge=1, lt=10)
     rate: float = Field(1.0, gt=0, le=2.5)

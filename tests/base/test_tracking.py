@@ -2,13 +2,17 @@
 told.
 """
 
+import contextlib
 import json
 import math
 import sqlite3
 import threading
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from xushi.base import tracking as module
 from xushi.base.errors import XushiError
 from xushi.base.tracking import Tracking
 
@@ -160,6 +164,22 @@ def test_another_process_sees_the_new_attempt(tracking):
     reader.close()
 
 
+@pytest.mark.parametrize("clock", [[100.0] * 20, [float(100 - n) for n in range(20)]])
+def test_attempts_within_one_second_and_a_clock_set_back_keep_their_order(
+    tracking, monkeypatch, clock
+):
+    """What comes later is later by its number, whatever the clock says."""
+    times = iter(clock)
+    monkeypatch.setattr(module.time, "time", lambda: next(times))
+    for attempt in range(3):
+        tracking.begin("pretrain", "the same key")
+        tracking.event("pretrain", "started", attempt=attempt)
+        assert tracking.series("pretrain", "loss") == []
+        tracking.metrics("pretrain", 1, {"loss": float(attempt)})
+    assert tracking.series("pretrain", "loss") == [(1, 2.0)]
+    assert [event["details"]["attempt"] for event in tracking.events()] == [0, 1, 2]
+
+
 def test_a_decision_of_zero_is_a_decision(tracking):
     assert tracking.decide("control", "steps", 0) == 0
     assert tracking.decide("control", "steps", 7) == 0
@@ -178,6 +198,43 @@ def test_a_store_damaged_inside_is_told(tmp_path):
     with pytest.raises(XushiError, match="cannot be used"):
         damaged = Tracking(path)
         damaged.series("pretrain", "loss")
+
+
+@pytest.fixture(scope="module")
+def whole_store(tmp_path_factory):
+    """The bytes of a store with some of everything in it."""
+    path = tmp_path_factory.mktemp("whole") / "tracking.sqlite"
+    store = Tracking(path)
+    store.begin("pretrain", "key")
+    store.decide("run", "threads", 3)
+    for step in range(1, 100):
+        store.metrics("pretrain", step, {"loss": 1.0, "seconds": 0.1})
+        store.batch("pretrain", step, step, 1, "ab" * 16, "")
+        store.event("pretrain", "spike", step=step, text="a jump")
+    store._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store.close()
+    return path.read_bytes()
+
+
+@given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1))
+@example(flips=[(0.5, 0)] * 40)
+def test_flipped_bits_anywhere_are_two_lines_at_most(whole_store, tmp_path_factory, flips):
+    """A flip in free space changes nothing; any other that is noticed is told, whoever notices."""
+    path = tmp_path_factory.mktemp("flipped") / "tracking.sqlite"
+    content = bytearray(whole_store)
+    for place, bit in flips:
+        content[int(place * len(content))] ^= 1 << bit
+    path.write_bytes(content)
+    try:
+        with contextlib.closing(Tracking(path)) as store:
+            store.series("pretrain", "loss"), store.batches("pretrain", 90)
+            store.events(), store.names("pretrain"), store.decided("run", "threads")
+            list(store.steps_after(0))
+            store.metrics("pretrain", 100, {"loss": 1.0})
+            store.decide("run", "layout", 1)
+            store.begin("pretrain", "another key")
+    except XushiError as error:
+        assert len(str(error).splitlines()) == 2 and str(path) in error.problem
 
 
 def test_the_records_of_a_step_lead_over_what_counted(tmp_path) -> None:

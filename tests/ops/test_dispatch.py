@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from xushi.ops import attention, experts, loss, use_reference
+from xushi.base.errors import BadInput
+from xushi.ops import attention, experts, loss, native, use_reference
+from xushi.ops.dispatch import asked_form
 
 G = torch.Generator().manual_seed(0)
 X, HEAD, TARGETS = torch.randn(6, 4, generator=G), torch.randn(9, 4, generator=G), torch.arange(6)
@@ -58,11 +60,20 @@ def test_references_are_forced(
     assert use_reference() and torch.equal(op(*arguments), expected)
 
 
-@pytest.mark.parametrize("value", [None, "", "fast"])
+@pytest.mark.parametrize("value", [None, "", "pytorch"])
 def test_only_the_word_reference_asks_for_them(
     value: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("XUSHI_OPS", raising=False)
     if value is not None:
         monkeypatch.setenv("XUSHI_OPS", value)
-    assert not use_reference()
+    assert not use_reference() and asked_form() == (value or None)
+
+
+@pytest.mark.parametrize("value", ["fast", "Reference", "native"])
+def test_a_form_that_does_not_exist_is_refused(value: str, monkeypatch) -> None:
+    """Anything else in the variable would look as if it had been obeyed."""
+    monkeypatch.setenv("XUSHI_OPS", value)
+    for asks in (asked_form, native.form, native.status):
+        with pytest.raises(BadInput, match=f"XUSHI_OPS='{value}'"):
+            asks()

@@ -183,7 +183,8 @@ def test_a_directory_is_read(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["deepseek-v9"], "the presets are deepseek-v2,"),
-        (["deepseek-v3", "--context", "0"], "give at least 1"),
+        (["deepseek-v3", "--context", "0"], "greater than or equal to 1"),
+        (["deepseek-v3", "--context", "1" + "0" * 400], "--context"),
     ],
 )
 def test_what_cannot_be_counted_is_said_in_two_lines(arguments: list[str], said: str) -> None:

@@ -155,13 +155,24 @@ def test_a_task_that_is_solved_is_not_hopeless(training, always, tracking, tmp_p
     assert [value for _, value in tracking.series("rl", "with_signal")] == [0.0] * 6
 
 
-@pytest.mark.parametrize(("errors", "judged"), [(0, 1.0), (CONFIG.samples, 1.0), (None, 0.4)])
+@pytest.mark.parametrize(("errors", "judged"), [(0, 1.0), (CONFIG.samples, 1.0), (None, None)])
 def test_a_step_in_which_the_verifier_failed_is_no_collapse(errors, judged) -> None:
-    """The guard sees 1 - mean reward, but its usual value where no answer has a reward."""
+    """The guard sees 1 - mean reward, and nothing where no answer has a reward."""
     every = CONFIG.prompts * CONFIG.samples
     figures = {"loss": 0.0, "reward": 0.0, "verifier_errors": every if errors is None else errors}
     loss = policy.PolicyLoss(torch.zeros(()), None, figures, {})  # type: ignore[arg-type]
-    assert module._step_loss(loss, CONFIG, usual=0.4).judged == judged
+    assert module._step_loss(loss, CONFIG).judged == judged
+
+
+def test_steps_in_which_the_verifier_failed_do_not_move_the_guard(
+    training, always, tracking, tmp_path
+) -> None:
+    """Counted as rewards of 1, three such steps would hide a fall of the mean reward later."""
+    always("error")
+    run = training(tmp_path / "checkpoints", tracking, steps=3)
+    run.run()
+    assert run.state.guard.scale.seen == 0
+    assert [value for _, value in tracking.series("rl", "withheld_steps")] == [0.0] * 3
 
 
 def test_figures_and_batches_are_tracked_at_every_step(training, tracking, tmp_path) -> None:

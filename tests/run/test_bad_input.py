@@ -108,6 +108,50 @@ def test_a_recipe_file_that_is_none(content: str | None, said: str, tmp_path: Pa
     refused(said, path, "--out", tmp_path / "run")
 
 
+LONG = "x" * 300
+VAST = "1" + "0" * 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", MINIATURE, "--out", "FILE"], "FILE cannot be written: File exists"),
+        (["run", MINIATURE, "--out", "FILE/x/y"], "FILE/x/y cannot be written: Not a directory"),
+        (["run", MINIATURE, "--out", LONG], "is too long a name"),
+        (["run", MINIATURE, "--text", LONG * 20, "--dry-run"], "--text: glob: must have at most"),
+        (["run", MINIATURE, "--dry-run", "--set", f"pretrain.steps={VAST}"], "must be at most"),
+        (["launch", MINIATURE, "--slurm", "--out", "FILE/x"], "x.sbatch cannot be written"),
+        (["launch", MINIATURE, "--slurm", "--nodes", VAST], "'--nodes'"),
+        (["launch", MINIATURE, "--slurm", "--processes", "0"], "'--processes'"),
+        (["launch", MINIATURE, "--slurm", "--restarts", "-1"], "'--restarts'"),
+        (["replay", ".", "--step", VAST], "'--step'"),
+        (["replay", LONG, "--step", "1"], "is too long a name"),
+        (["chat", LONG], "is too long a name"),
+        (["report", LONG], "is too long a name"),
+        (["inspect", LONG], "is too long a name"),
+        (["bench", "train", "--rounds", VAST], "'--rounds'"),
+    ],
+)
+def test_values_that_no_command_takes(
+    arguments: list[str | Path], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two lines and exit code 2, and nothing is left behind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    done = xushi_here(*arguments)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
+
+
+@pytest.mark.parametrize("rank", ["abc", "-1", "9" * 5000])
+def test_a_rank_that_is_none_gets_two_lines_too(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only processes of torchrun but the first leave the second line to that one."""
+    monkeypatch.setenv("RANK", rank)
+    refused("environment variable RANK=", MINIATURE, "--out", "nowhere")
+    assert not Path("nowhere").exists()
+
+
 def text_run(tmp_path: Path, pattern: str | Path) -> None:
     recipe = load_recipe(MINIATURE, [], str(pattern), ["data", "tokenizer", "pretrain"])
     run(recipe, tmp_path / "runs" / Path(pattern).stem.strip("*"))

@@ -33,7 +33,7 @@ def test_its_figures_can_be_read() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--rounds", "0"), "--rounds 0"),
+        (("--rounds", "0"), "'--rounds'"),
         (("--dtype", "int8"), "--dtype int8"),
         (("nowhere.toml",), "nowhere.toml"),
     ],

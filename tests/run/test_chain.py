@@ -140,6 +140,29 @@ def test_the_second_start_does_nothing_and_a_run_can_be_moved(
     assert read_results(moved)["rl.greedy_after"] == chain.results["rl.greedy_after"]
 
 
+@pytest.mark.slow
+def test_a_run_whose_tracking_store_is_damaged_goes_on(chain: Chain, tmp_path: Path) -> None:
+    """Two lines say to move it away; when that is done, every stage tells again what does not
+    depend on the clock.
+    """
+    copy = tmp_path / "run"
+    shutil.copytree(chain.directory, copy)
+    store = copy / "tracking.sqlite"
+    for stage in ("pretrain", "sft", "rl"):
+        (copy / "stages" / f"{stage}.json").unlink()
+    store.write_bytes(store.read_bytes()[: store.stat().st_size // 2])
+    done = xushi_here("run", MINIATURE, "--out", copy)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: tracking store" in done.stderr and "move it away" in done.stderr, done.stderr
+    for path in copy.glob("tracking.sqlite*"):
+        path.unlink()
+    done = xushi_here("run", MINIATURE, "--out", copy)
+    assert done.returncode == 0, done.stderr
+    results = read_results(copy)
+    for key in ("rl.steps", "rl.answers", "control.steps", "pretrain.tokens", "sft.examples"):
+        assert results[key] == chain.results[key], key
+
+
 def test_no_pickle_anywhere(chain: Chain) -> None:
     for path in chain.directory.rglob("*"):
         if not path.is_file():

@@ -4,13 +4,16 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from xushi.base.tracking import Tracking
 from xushi.run.place import RunPlace
 from xushi.run.recipe import load_recipe
 from xushi.run.stages.control import Control
+from xushi.run.stages.rl import RL
 from xushi.run.stages.training import end_mean, training_seconds
 from xushi.train import Layout
+from xushi.train.checkpoint import Checkpoint, save_checkpoint
 
 from .conftest import MINIATURE
 
@@ -59,6 +62,14 @@ def test_the_control_takes_as_long_as_rl_took(place) -> None:
 
 def test_without_times_the_control_is_as_long_as_fine_tuning(place) -> None:
     assert Control(load_recipe(MINIATURE, [])).steps(place) == 160
+
+
+@pytest.mark.parametrize("stage, name", [(RL, "rl"), (Control, "control")])
+def test_without_a_store_the_steps_are_those_of_the_last_checkpoint(stage, name, place) -> None:
+    """Not those of the recipe: training may have ended early, or have had a length of its own."""
+    save_checkpoint(place.checkpoints(name), Checkpoint(7, {"model": {"a": torch.ones(1)}}, {}))
+    found = stage(load_recipe(MINIATURE, [])).results(place).flat()
+    assert found[f"{name}.steps"] == 7
 
 
 def test_the_control_goes_on_with_demonstrations_that_were_not_seen() -> None:

@@ -269,6 +269,53 @@ def test_the_newest_are_kept_and_those_of_every_so_many_steps(tmp_path) -> None:
     assert steps(tmp_path) == [30, 60, 80]
 
 
+def test_what_others_put_there_is_neither_read_nor_removed(tmp_path) -> None:
+    """Only directories named as ours are checkpoints: a copy or a note of the user's is neither
+    taken for the newest, nor counted, nor removed.
+    """
+    for step in (10, 20):
+        save_checkpoint(tmp_path, moment(step))
+    others = ["step-000000010.bak", "step-mine", "step-", "step-0000000010", "step-00000001"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-999999999").write_text("a file")
+    (tmp_path / ".step-000000005.partial.mine").mkdir()
+    others += ["step-999999999", ".step-000000005.partial.mine"]
+    assert same(latest_checkpoint(tmp_path), moment(20))
+    assert same(latest_checkpoint(tmp_path, up_to=15), moment(10))
+    save_checkpoint(tmp_path, moment(30))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"step-000000020", "step-000000030", *others}
+
+
+def test_what_killed_writers_left_is_removed_with_the_next_checkpoint(tmp_path) -> None:
+    """Of whatever step: no later one need have the same number."""
+    for name in (".step-000000007.partial", ".step-000000008.old"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    save_checkpoint(tmp_path, moment(10))
+    assert steps(tmp_path) == [10]
+
+
+def test_an_old_one_that_cannot_be_removed_is_told(tmp_path, monkeypatch, capsys) -> None:
+    """The checkpoint just saved is whole: the save has not failed."""
+    for step in (10, 20):
+        save_checkpoint(tmp_path, moment(step))
+    real = module.shutil.rmtree
+
+    def rmtree(path: Path, **options) -> None:
+        if path.name == "step-000000010":
+            raise PermissionError(1, "Operation not permitted", str(path))
+        real(path, **options)
+
+    monkeypatch.setattr(module.shutil, "rmtree", rmtree)
+    with CheckpointWriter(tmp_path) as writer:
+        writer.save(moment(30))
+        writer.save(moment(40))
+    assert steps(tmp_path) == [10, 30, 40] and same(latest_checkpoint(tmp_path), moment(40))
+    said = capsys.readouterr().err
+    assert said.count("step-000000010 is not needed any more and cannot be removed") == 2
+
+
 def test_the_newest_up_to_a_step(tmp_path) -> None:
     for step in (10, 20):
         save_checkpoint(tmp_path, moment(step))
@@ -329,11 +376,13 @@ def test_the_last_one_that_cannot_be_written_is_an_error(leaves, tmp_path, monke
     assert steps(tmp_path) == [10]
 
 
-def test_an_error_on_its_way_is_not_hidden_by_one_of_saving(tmp_path, monkeypatch) -> None:
+def test_an_error_on_its_way_is_not_hidden_by_one_of_saving(tmp_path, monkeypatch, capsys) -> None:
+    """It is raised, and that of saving is told."""
     failing(monkeypatch, 1)
     with pytest.raises(ZeroDivisionError), CheckpointWriter(tmp_path) as writer:
         writer.save(moment(10))
         raise ZeroDivisionError
+    assert "the last checkpoint was not written: no space left\n" in capsys.readouterr().err
 
 
 def test_a_full_disk_while_training_loses_neither_the_run_nor_the_last_checkpoint(tmp_path) -> None:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from xushi.base.config import parse
 from xushi.base.errors import XushiError
-from xushi.train import ObjectiveConfig, PretrainConfig, SFTConfig
+from xushi.train import LayoutConfig, ObjectiveConfig, PretrainConfig, SFTConfig
 
 SOUND = {"steps": 10, "learning_rate": 0.01}
 
@@ -66,3 +66,29 @@ def test_unsound_sizes(config: type, sound: dict, changes: dict) -> None:
     config(**SOUND, **sound)
     with pytest.raises(ValidationError, match=next(iter(changes))):
         config(**(SOUND | sound | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"decay_fraction": 0.5}, 'decay_fraction=0.5 has no meaning with schedule = "cosine"'),
+        ({"warmup_steps": 10}, "needs more steps than warmup_steps=10, and steps=10"),
+    ],
+)
+def test_what_a_cosine_cannot_have_is_told_one_fault_at_a_time(changes: dict, said: str) -> None:
+    with pytest.raises(XushiError) as error:
+        parse(ObjectiveConfig, SOUND | {"schedule": "cosine"} | changes, "here")
+    assert said in error.value.problem
+    ObjectiveConfig(**(SOUND | {"schedule": "cosine", "warmup_steps": 9}))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"data": 4, "fewest": 2}, {"data": 4, "fewest": 5}, {"data": 2, "pipeline": 2, "fewest": 2}],
+)
+def test_a_fixed_number_of_processes_and_a_smallest_one_that_is_another(layout: dict) -> None:
+    with pytest.raises(XushiError, match="leave out data or fewest") as error:
+        parse(LayoutConfig, layout, "here: layout")
+    assert f"fewest={layout['fewest']} is another" in error.value.problem
+    parse(LayoutConfig, layout | {"fewest": layout["data"] * layout.get("pipeline", 1)}, "here")
+    parse(LayoutConfig, layout | {"data": None}, "here")

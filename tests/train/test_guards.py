@@ -314,6 +314,21 @@ def test_the_smallest_deviation_is_a_part_of_the_mean_or_what_the_step_says() ->
     assert still.is_spike(1.19, 0.03) and not still.is_spike(1.17, 0.03)
 
 
+def test_a_step_with_nothing_to_compare_is_neither_judged_nor_counted() -> None:
+    """But it is left out where what is differentiated is not finite."""
+    guard = Guard("skip")
+    for _ in range(60):
+        guard.count(4.0, guard.judge(4.0, 4.0))
+    before = guard.state
+    assert guard.judge(100.0, 1.0) is not None and guard.judge(None, 1.0) is None
+    guard.count(None, None)
+    assert guard.state == before
+    problem = guard.judge(None, math.nan)
+    assert problem is not None and problem.kind == "not finite"
+    guard.count(None, problem)
+    assert guard.state == before | {"withheld": 1, "in_a_row": 1}
+
+
 @pytest.mark.parametrize("spikes, fails", [(3, False), (4, True)])
 def test_three_returns_to_one_checkpoint_are_allowed(
     spikes: int, fails: bool, sensitive, tiny_model, batches, tracking, tmp_path

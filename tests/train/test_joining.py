@@ -5,7 +5,7 @@ import torch
 
 from xushi.base.errors import BadInput, XushiError
 from xushi.train import LayoutConfig, join
-from xushi.train.joining import started_processes
+from xushi.train.joining import processes_on_this_machine, started_processes
 
 from .layouts import THIRD
 
@@ -35,8 +35,10 @@ def test_processes_from_the_environment(
         ({"RANK": "abc"}, "RANK='abc' is not a whole number"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE='' is not a whole number"),
         ({"RANK": "2"}, "RANK=2 is not one of WORLD_SIZE=2"),
-        ({"RANK": "-1"}, "RANK=-1 is not one of"),
-        ({"WORLD_SIZE": "0"}, "RANK=1 is not one of WORLD_SIZE=0"),
+        ({"RANK": "-1"}, "RANK='-1' is not a whole number from 0 on"),
+        ({"RANK": "9" * 5000}, r"RANK='9*\.\.\. \(5,002 characters\) is not a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is not a whole number from 1 on"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number from 1 on"),
     ],
 )
 def test_an_environment_that_cannot_be(
@@ -49,6 +51,13 @@ def test_an_environment_that_cannot_be(
             monkeypatch.setenv(name, value)
     with pytest.raises(BadInput, match=message):
         started_processes()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_a_machine_has_one_process_at_least(value: str, monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    with pytest.raises(BadInput, match=f"LOCAL_WORLD_SIZE='{value}' is not a whole number from 1"):
+        processes_on_this_machine()
 
 
 def test_one_process_is_a_layout_of_its_own(monkeypatch) -> None:

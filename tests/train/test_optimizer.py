@@ -56,28 +56,33 @@ def set_gradients(model: nn.Module, step: int, but: tuple[str, ...] = ()) -> dic
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("decay, epsilon", [(0.0, 1e-8), (DECAY, 1e-8), (DECAY, 0.01)])
-def test_adamw_is_pytorchs(decay: float, epsilon: float) -> None:
+@pytest.mark.parametrize(
+    "decay, epsilon, rest",
+    [(0.0, 1e-8, None), (DECAY, 1e-8, None), (DECAY, 0.01, None), (DECAY, 1e-8, 0.3)],
+)
+def test_adamw_is_pytorchs(decay: float, epsilon: float, rest: float | None) -> None:
     """Weight decay on what has two axes or more, none on norms and biases; several steps at
-    changing rates.
+    changing rates. `rest` times the rate is that of embedding, head, norms and biases.
     """
     ours, theirs = Parts(), Parts()
     optimizer = Optimizer(ours, OptimizerSettings("adamw", BETAS, decay, epsilon=epsilon))
+    of_the_rest = {"embed_tokens.weight", "lm_head.weight", "norm.weight", "q_proj.bias"}
     groups = [
         {
-            "params": [p for p in theirs.parameters() if (p.dim() >= 2) == matrix],
-            "weight_decay": wanted,
+            "params": [parameter],
+            "weight_decay": decay if parameter.dim() >= 2 else 0.0,
+            "factor": 1.0 if rest is None or name not in of_the_rest else rest,
         }
-        for matrix, wanted in ((True, decay), (False, 0.0))
+        for name, parameter in theirs.named_parameters()
     ]
     reference = torch.optim.AdamW(groups, betas=BETAS, eps=epsilon)
     for step in range(7):
         rate = LR / (step + 1)
         set_gradients(ours, step), set_gradients(theirs, step)
         for group in reference.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         reference.step()
-        optimizer.step(rate)
+        optimizer.step(rate, None if rest is None else rate * rest)
         for (name, got), want in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14, msg=name)
 

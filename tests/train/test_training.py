@@ -417,21 +417,30 @@ def test_ctrl_c_while_the_last_step_is_saved_is_not_forgotten(
     assert checkpoint is not None and checkpoint.step == STEPS
 
 
-def test_the_adamw_rate_is_that_of_what_muon_leaves(
-    tiny_model, batches, tracking, tmp_path
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_each_rate_is_that_of_its_own_parameters(
+    tiny_model, batches, tracking, tmp_path, optimizer: str
 ) -> None:
-    """With another one the embedding moves otherwise in the first step, and matrices do not."""
+    """With either optimizer `learning_rate` moves the matrices in the first step and
+    `adamw_learning_rate` moves the rest; left out, it is the same rate.
+    """
 
-    def after_a_step(rate: float | None) -> dict[str, Tensor]:
+    def after_a_step(rate: float, rest: float | None) -> dict[str, Tensor]:
         model = tiny_model()
-        config = ObjectiveConfig(**(SETTINGS | {"steps": 1, "adamw_learning_rate": rate}))
-        train("test", model, config, numbered(batches), tmp_path / str(rate), tracking)
+        own = {"steps": 1, "optimizer": optimizer, "learning_rate": rate}
+        config = ObjectiveConfig(**(SETTINGS | own | {"adamw_learning_rate": rest}))
+        train("test", model, config, numbered(batches), tmp_path / f"{rate} {rest}", tracking)
         return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
-    same, own, other = after_a_step(None), after_a_step(0.02), after_a_step(0.05)
-    differ = {name for name in same if not torch.equal(same[name], other[name])}
-    assert all(torch.equal(same[name], own[name]) for name in same)
-    assert differ and differ == {name for name in same if not is_matrix(name, same[name])}
+    def moved(other: dict[str, Tensor]) -> set[str]:
+        return {name for name in start if not torch.equal(start[name], other[name])}
+
+    start = after_a_step(0.02, None)
+    matrices = {name for name in start if is_matrix(name, start[name])}
+    assert moved(after_a_step(0.02, 0.02)) == set()
+    assert moved(after_a_step(0.02, 0.05)) == set(start) - matrices != set()
+    assert moved(after_a_step(0.05, 0.02)) == matrices != set()
+    assert moved(after_a_step(0.05, None)) == set(start)
 
 
 @pytest.mark.parametrize("config", [MODELS["v3.2"], MODELS["v4"]], ids=["v3.2", "v4"])

@@ -91,12 +91,13 @@ def override(table: dict[str, Any], assignment: str) -> None:
             f"--set {shorten(assignment)} cannot be read: {error}", "give a smaller value"
         ) from None
     *path, last = key.strip().split(".")
-    for part in path:
+    for place, part in enumerate(path, 1):
         inner = table.setdefault(part, {})
         if not isinstance(inner, dict):
+            whole = f"give the whole list: --set '{'.'.join(path[:place])}=[...]'"
             raise BadInput(
                 f"--set {shorten(assignment)}: {shorten(part)} is not a table",
-                "see the keys with xushi run --dry-run",
+                whole if isinstance(inner, list) else "see the keys with xushi run --dry-run",
             )
         table = inner
     table[last] = value

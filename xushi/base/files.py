@@ -102,14 +102,14 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         fsync_path(path.parent)
 
 
-def remove_partials(path: Path) -> None:
-    """Remove the files that killed writers of `path` left beside it: `.NAME.PID.partial`, a minute
-    old or more, whose process is gone.
+def remove_partials(path: Path, age: float = SECONDS_OF_A_WRITE) -> None:
+    """Remove the files that killed writers of `path` left beside it: `.NAME.PID.partial`, `age`
+    seconds old or more, whose process is gone.
     """
     for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
         number = partial.name.removeprefix(f".{path.name}.").removesuffix(".partial")
         with contextlib.suppress(OSError):  # removed by another writer
-            old = time.time() - partial.stat().st_mtime > SECONDS_OF_A_WRITE
+            old = time.time() - partial.stat().st_mtime >= age
             if number.isdecimal() and old and not _is_running(int(number)):
                 partial.unlink()
 

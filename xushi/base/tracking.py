@@ -15,13 +15,15 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from xushi.base.errors import Failed
 from xushi.base.files import disk_errors
+
+Row = TypeVar("Row")
 
 METRICS = "metrics.jsonl"  # beside the store: the same metrics, a line a step
 
@@ -122,13 +124,14 @@ class Tracking:
         Where a restart or a rollback repeated a step, the repetition that the next step followed is
         returned. Empty if `last` was not recorded.
         """
-        rows = self._rows(
+        found = self._rows(
             "SELECT id, step, cursor, items, hash, problem FROM batches "
             "WHERE stage=? AND attempt=? AND step<=? ORDER BY step DESC, id DESC",
             (stage, self._attempt(stage), last),
+            _batch_record,
         )
         records: list[BatchRecord] = []
-        for record in map(BatchRecord._make, rows):
+        for record in found:
             if not records:
                 follows = record.step == last
             else:
@@ -150,21 +153,22 @@ class Tracking:
 
     def decided(self, stage: str, name: str) -> Any:
         """The recorded choice, or None."""
-        rows = self._rows(
+        found = self._rows(
             "SELECT value FROM decisions WHERE stage=? AND attempt=? AND name=? "
             "ORDER BY id LIMIT 1",
             (stage, self._attempt(stage), name),
+            json.loads,
         )
-        return json.loads(rows[0][0]) if rows else None
+        return found[0] if found else None
 
     def series(self, stage: str, name: str) -> list[tuple[int, float]]:
         """(step, value) of one metric in step order, the last value written for each step."""
-        rows = self._rows(
+        return self._rows(
             "SELECT step, value FROM metrics WHERE id IN (SELECT MAX(id) FROM metrics "
             "WHERE stage=? AND attempt=? AND name=? GROUP BY step) ORDER BY step",
             (stage, self._attempt(stage), name),
+            lambda step, value: (int(step), _number(value)),
         )
-        return [(int(step), _number(value)) for step, value in rows]
 
     def steps_after(self, last: int) -> Iterator[tuple[int, str, int, dict[str, float]]]:
         """What the stages' latest attempts wrote after metric number `last`, in that order:
@@ -175,32 +179,30 @@ class Tracking:
             "SELECT COALESCE(MAX(id), 0) FROM attempts WHERE attempts.stage=metrics.stage) "
             "ORDER BY id",
             (last,),
+            lambda id, stage, step, name, value: (id, stage, int(step), name, _number(value)),
         )
         for (stage, step), group in groupby(rows, lambda row: (row[1], row[2])):
             found = list(group)
-            yield found[-1][0], stage, step, {row[3]: _number(row[4]) for row in found}
+            yield found[-1][0], stage, step, {row[3]: row[4] for row in found}
 
     def names(self, stage: str) -> list[str]:
         """The metrics that a stage has written."""
-        rows = self._rows(
+        return self._rows(
             "SELECT DISTINCT name FROM metrics WHERE stage=? AND attempt=? ORDER BY name",
             (stage, self._attempt(stage)),
+            str,
         )
-        return [name for (name,) in rows]
 
     def events(self, stage: str | None = None, name: str | None = None) -> list[dict[str, Any]]:
         """Events of all attempts in the order in which they happened: {time, stage, name,
         details}.
         """
-        rows = self._rows(
+        return self._rows(
             "SELECT time, stage, name, details FROM events WHERE (? IS NULL OR stage=?) AND "
             "(? IS NULL OR name=?) ORDER BY id",
             (stage, stage, name, name),
+            _event,
         )
-        return [
-            {"time": when, "stage": where, "name": what, "details": json.loads(details)}
-            for when, where, what, details in rows
-        ]
 
     def close(self) -> None:
         """Close the store; further writes are an error."""
@@ -208,20 +210,22 @@ class Tracking:
 
     def _attempt(self, stage: str) -> int:
         """The number of the latest attempt at a stage, 0 if none was begun."""
-        rows = self._rows("SELECT MAX(id) FROM attempts WHERE stage=?", (stage,))
-        return rows[0][0] or 0
+        statement = "SELECT COALESCE(MAX(id), 0) FROM attempts WHERE stage=?"
+        return self._rows(statement, (stage,), int)[0]
 
-    def _rows(self, statement: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    def _rows(self, statement: str, values: tuple[Any, ...], make: Callable[..., Row]) -> list[Row]:
+        """What `make` makes of each row's columns."""
         with self._readable():
-            return self._connection.execute(statement, values).fetchall()
+            return [make(*row) for row in self._connection.execute(statement, values)]
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.DatabaseError as error:
+        # SQLite has no checksums: damage may show in what a row holds only.
+        except (sqlite3.DatabaseError, ValueError, TypeError, RecursionError) as error:
             raise Failed(
-                f"tracking store {self.path} cannot be used: {error}",
+                f"tracking store {self.path} cannot be used: {' '.join(str(error).split())}",
                 "move it away to start a new one; checkpoints are not touched by this",
             ) from None
 
@@ -257,9 +261,24 @@ class Tracking:
                 "free some space and run the same command again",
             )
         return Failed(
-            f"tracking store {self.path} cannot be written: {error}",
+            f"tracking store {self.path} cannot be written: {' '.join(str(error).split())}",
             "check that no other run uses this directory and that it is writable",
         )
+
+
+def _batch_record(
+    id: int, step: int, cursor: int, items: int, digest: str, problem: str
+) -> BatchRecord:
+    return BatchRecord(id, int(step), int(cursor), int(items), str(digest), str(problem))
+
+
+def _event(when: float, stage: str, name: str, details: str) -> dict[str, Any]:
+    return {
+        "time": float(when),
+        "stage": str(stage),
+        "name": str(name),
+        "details": json.loads(details),
+    }
 
 
 def _number(value: float | None) -> float:

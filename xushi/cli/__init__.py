@@ -2,7 +2,9 @@
 before it is needed.
 """
 
+import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -35,11 +37,11 @@ def guarded(action: Callable[[], Any]) -> int:
     try:
         action()
     except XushiError as error:
-        rank = os.environ.get("RANK", "0")  # torchrun's: an error of all is printed in full once
+        rank = os.environ.get("RANK", "")  # torchrun's: an error of all is printed in full once
         message = (
-            f"error: {error.problem}\n{error.remedy}"
-            if rank == "0"
-            else f"process {rank}: {error.problem}"
+            f"process {rank}: {error.problem}"
+            if re.fullmatch(r"[1-9]\d{0,8}", rank)
+            else f"error: {error.problem}\n{error.remedy}"
         )
         print(message, file=sys.stderr)
         return error.exit_code
@@ -51,6 +53,16 @@ def guarded(action: Callable[[], Any]) -> int:
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # the reader went away, as with | head
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename)
+        print(
+            f"error: {name[:60]}... ({len(name):,} characters) is too long a name\n"
+            "give a shorter one",
+            file=sys.stderr,
+        )
+        return 2
     return 0
 
 

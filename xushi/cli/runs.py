@@ -39,10 +39,15 @@ RayOption = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="start on this Ray cluster (auto: the one here)"),
 ]
-NodesOption = Annotated[int, typer.Option(help="machines")]
-ProcessesOption = Annotated[int, typer.Option(help="processes on each; with GPUs one for each GPU")]
+NodesOption = Annotated[int, typer.Option(min=1, max=100_000, help="machines")]
+ProcessesOption = Annotated[
+    int, typer.Option(min=1, max=10_000, help="processes on each; with GPUs one for each GPU")
+]
 RestartsOption = Annotated[
-    int, typer.Option(help="how often to restart when a process or a machine is lost")
+    int,
+    typer.Option(
+        min=0, max=1_000_000, help="how often to restart when a process or a machine is lost"
+    ),
 ]
 GpusOption = Annotated[bool, typer.Option("--gpus", help="one GPU for each process")]
 SharedOutOption = Annotated[
@@ -168,7 +173,7 @@ def report(run_directory: RunArgument) -> None:
 @app.command()
 def replay(
     run_directory: RunArgument,
-    step: Annotated[int, typer.Option(help="the step, from 1")],
+    step: Annotated[int, typer.Option(min=1, max=1_000_000_000, help="the step, from 1")],
     stage: Annotated[str, typer.Option(help="a stage that trains")] = "pretrain",
     loss: Annotated[
         bool, typer.Option(help="compute its loss again, from the last checkpoint before it")

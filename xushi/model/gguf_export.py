@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from xushi.base.errors import BadInput, Failed
-from xushi.base.files import disk_errors, fsync_path
+from xushi.base.files import disk_errors, fsync_path, remove_partials
 from xushi.base.model_directory import model_name
 from xushi.model.attention import LATENT_NORM_EPS
 from xushi.model.config import ModelConfig, RopeScaling
@@ -244,6 +244,7 @@ def _write_file(
                 "free",
                 "free some space, or choose another disk",
             )
+        remove_partials(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             _write_tensors(writer, temporary, model, types)

@@ -5,13 +5,24 @@
 
 import os
 
+from xushi.base.errors import BadInput
+
+FORMS = ("reference", "pytorch")
+
 
 def asked_form() -> str | None:
-    """The form that XUSHI_OPS forces, "reference" or "pytorch"; None if it forces none. Read at
-    every call, so that a test can set it.
+    """The form that XUSHI_OPS forces, "reference" or "pytorch"; None if it is unset or empty. Read
+    at every call, so that a test can set it. Another value is a `BadInput`.
     """
     asked = os.environ.get("XUSHI_OPS")
-    return asked if asked in ("reference", "pytorch") else None
+    if not asked:
+        return None
+    if asked not in FORMS:
+        raise BadInput(
+            f"the environment variable XUSHI_OPS={asked!r} names no form of the operations",
+            f"set it to {' or '.join(FORMS)}, or unset it for the fastest form",
+        )
+    return asked
 
 
 def use_reference() -> bool:

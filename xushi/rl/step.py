@@ -56,7 +56,7 @@ class ReinforcementStep(Step):
         rollout = self._sampler.rollout(model, state.cursor, share)
         phase("step")
         policy = policy_loss(state.model, config, self._pad_id, rollout, layout)
-        loss = _step_loss(policy, config, state.guard.scale.mean)
+        loss = _step_loss(policy, config)
         updated, problem = guarded_update(state, config, number, loss)
         figures = policy.figures | updated
         return StepResult(
@@ -116,18 +116,18 @@ def check_layout(config: RLConfig, layout: Layout) -> None:
         )
 
 
-def _step_loss(policy: PolicyLoss, config: RLConfig, usual: float) -> StepLoss:
+def _step_loss(policy: PolicyLoss, config: RLConfig) -> StepLoss:
     """The guard judges 1 - mean reward: a policy's own loss is about zero, well or badly
     trained.
 
-    Where the verifier failed on every answer there is no reward, and the step is judged as usual.
+    Where the verifier failed on every answer there is no reward, and nothing is judged.
     """
     figures = policy.figures
     failed = figures["verifier_errors"] == config.prompts * config.samples
     return StepLoss(
         policy.total,
         value=figures["loss"],
-        judged=usual if failed else 1.0 - figures["reward"],
+        judged=None if failed else 1.0 - figures["reward"],
         loads=policy.loads,
         smallest_deviation=SMALLEST_DEVIATION,
     )

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from xushi import __version__
 from xushi.base.errors import BadInput, Failed
-from xushi.base.files import disk_errors, read_json, write_atomic, write_json
+from xushi.base.files import disk_errors, read_json, remove_partials, write_atomic, write_json
 from xushi.run.place import RUN_FORMAT, RunPlace
 from xushi.run.recipe import Recipe
 
@@ -50,6 +51,7 @@ def claim(recipe: Recipe, directory: Path, update: bool) -> None:
         raise BadInput(
             f"{directory} is not empty and is not a run directory", "choose another --out"
         )
+    _remove_partials(directory)
     (directory / "results.json").unlink(missing_ok=True)  # they may be another recipe's
     owner = {"format": RUN_FORMAT, "recipe_hash": recipe.hash, "version": __version__}
     write_json(file, owner)
@@ -77,6 +79,15 @@ def check_format(directory: Path) -> None:
     file = directory / OWNER
     if file.exists():
         _check_format(file, read_json(file, "restore it, or run the recipe again"))
+
+
+def _remove_partials(directory: Path) -> None:
+    """Remove what killed starts left beside a run's files, however young: under the run's lock no
+    other start writes them.
+    """
+    for partial in [*directory.glob(".*.partial"), *directory.glob("stages/.*.partial")]:
+        if found := re.fullmatch(r"\.(.+)\.\d+\.partial", partial.name):
+            remove_partials(partial.with_name(found[1]), age=0)
 
 
 def _is_leftover(path: Path) -> bool:

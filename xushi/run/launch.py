@@ -104,7 +104,6 @@ def write_slurm_job(recipe: Recipe, launch: Launch, out: Path, gpus: bool) -> Pa
         f"    -m xushi run {shlex.join(launch.arguments)}",
     ]
     path = out.parent / f"{out.name}.sbatch"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "\n".join(lines) + "\n")
     return path
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from xushi.base.config import parse
 from xushi.base.errors import BadInput
 from xushi.base.plugins import is_file_spec
 from xushi.base.progress import say
@@ -36,7 +37,8 @@ def use_text(table: dict[str, Any], text: str, stages: list[str] | None) -> None
     alone = alone and not any(map(is_file_spec, stages or []))
     if alone:
         table.pop("environment", None)
-    documents = read_source(SourceConfig.model_validate(source)).documents
+    config = parse(SourceConfig, source, "--text", "give the path of a file or directory")
+    documents = read_source(config).documents
     fit_to_text(
         table["tokenizer"],
         table["pretrain"],

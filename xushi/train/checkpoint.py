@@ -9,6 +9,7 @@ read them. A thread writes while training continues.
 
 import contextlib
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -37,6 +38,8 @@ from xushi.train.team import Team
 FORMAT = 3
 KEEP = 2  # the one before the newest stays, in case the newest is damaged
 MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-\d{9}")
+_LEFT_BY_A_KILL = re.compile(r"\.step-\d{9}\.(partial|old)")
 
 Result = TypeVar("Result")
 
@@ -122,12 +125,12 @@ def save_checkpoint(
     keep_every: int = 0,
     team: Team | None = None,
 ) -> None:
-    """Write `directory`/step-<step>, then remove older checkpoints.
+    """Write `directory`/step-<step>, then remove older checkpoints and what killed writers left.
 
     The newest `keep` up to this step stay, and those of every `keep_every` steps. Directories of
     later steps were skipped as damaged: they are not counted here and are replaced when training
-    gets there. With a `team` all its processes call this, each with its shards; an error of one is
-    raised in all.
+    gets there. What cannot be removed is told and stays. With a `team` all its processes call this,
+    each with its shards; an error of one is raised in all.
     """
     team = team or Team()
     path = directory / f"step-{checkpoint.step:09d}"
@@ -151,9 +154,20 @@ def save_checkpoint(
 
         _together(team, publish)
     if team.rank == 0:
-        for old in [other for other in _newest_first(directory) if other.name <= path.name][keep:]:
-            if not keep_every or _step(old) % keep_every:
-                shutil.rmtree(old)
+        _prune(path, keep, keep_every)
+
+
+def _prune(newest: Path, keep: int, keep_every: int) -> None:
+    """Remove older checkpoints than `newest`, and what killed writers left."""
+    directory = newest.parent
+    up_to_it = [path for path in _newest_first(directory) if path.name <= newest.name]
+    old = [path for path in up_to_it[keep:] if not keep_every or _step(path) % keep_every]
+    left = [path for path in directory.glob(".step-*") if _LEFT_BY_A_KILL.fullmatch(path.name)]
+    for path in [*old, *left]:
+        try:
+            shutil.rmtree(path)
+        except OSError as error:  # the new checkpoint is complete, and that counts
+            say(f"{path} is not needed any more and cannot be removed: {error}")
 
 
 def _together(team: Team, action: Callable[[], Result]) -> list[Result]:
@@ -263,7 +277,9 @@ class CheckpointWriter:
         if kind is None or kind is KeyboardInterrupt:
             self.finish()
         else:
-            self._wait()  # the error being raised says more than one of saving
+            self._wait()
+            if self._error is not None:  # the error being raised says more, and is not replaced
+                say(f"the last checkpoint was not written: {self._error}")
 
     def _wait(self) -> None:
         if self._thread is not None:
@@ -299,7 +315,9 @@ def latest_checkpoint(directory: Path, up_to: int | None = None) -> SavedCheckpo
 
 
 def _newest_first(directory: Path) -> list[Path]:
-    return sorted(directory.glob("step-*"), reverse=True)
+    """The checkpoints in a directory. What else lies there is somebody's own, under any name."""
+    found = [path for path in directory.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted((path for path in found if path.is_dir()), reverse=True)
 
 
 def _step(path: Path) -> int:

@@ -17,7 +17,8 @@ class OptimizationConfig(StrictConfig):
 
     steps: int = Field(ge=1, le=MOST_STEPS)
     learning_rate: float = Field(gt=0, le=1000)
-    # With Muon: the rate of embedding, head and norms, which AdamW updates; None: learning_rate.
+    # The rate of embedding, head, norms and biases, which AdamW updates with either optimizer;
+    # learning_rate is then that of the other matrices. None: learning_rate is the rate of all.
     adamw_learning_rate: float | None = Field(None, gt=0, le=1000)
     optimizer: Literal["muon", "adamw"] = "muon"
     # Muon's five steps, or DeepSeek-V4's ten.
@@ -48,9 +49,15 @@ class OptimizationConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _consistent_steps(self) -> "OptimizationConfig":
-        if self.schedule == "cosine" and (self.decay_fraction or self.warmup_steps >= self.steps):
+        if self.schedule == "cosine" and self.decay_fraction:
             raise ValueError(
-                'schedule = "cosine" has no decay_fraction, and more steps than warmup_steps'
+                f'decay_fraction={self.decay_fraction:g} has no meaning with schedule = "cosine", '
+                "which falls over all steps after the warm-up; leave it out"
+            )
+        if self.schedule == "cosine" and self.warmup_steps >= self.steps:
+            raise ValueError(
+                f'schedule = "cosine" needs more steps than warmup_steps={self.warmup_steps}, and '
+                f"steps={self.steps}"
             )
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
@@ -87,6 +94,15 @@ class LayoutConfig(StrictConfig):
     expert: int = Field(1, ge=1, le=1_000_000)
     # Training may continue with this many processes after others were lost; None: only with all.
     fewest: int | None = Field(None, ge=1, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _consistent_fewest(self) -> "LayoutConfig":
+        if self.data is None or self.fewest is None or self.fewest == self.data * self.pipeline:
+            return self
+        raise ValueError(
+            f"data={self.data} times pipeline={self.pipeline} fixes the number of processes, and "
+            f"fewest={self.fewest} is another; leave out data or fewest"
+        )
 
 
 class ObjectiveConfig(OptimizationConfig):

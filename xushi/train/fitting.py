@@ -3,11 +3,11 @@
 Not here: the processes themselves (layout, joining).
 """
 
-from collections.abc import Iterable
-
 from xushi.base.errors import BadInput
 from xushi.model import ModelConfig
 from xushi.train.config import LayoutConfig
+
+FARTHEST = 1000  # a number of processes farther from the one that was started is not proposed
 
 
 def stage_layers(model: ModelConfig, stages: int) -> list[tuple[int, int]]:
@@ -41,89 +41,105 @@ def expert_axis(experts: int, replica: int) -> int:
 
 
 def check_layout(config: LayoutConfig, model: ModelConfig, processes: int, rows: int = 0) -> None:
-    """Raise `BadInput` with the nearest layout that works if this one does not fit.
+    """Raise `BadInput` with the nearest changes that work if this layout does not fit.
 
     `rows` are those of a whole batch. They must divide, or some processes would wait for others at
     each step; `layout.fewest` allows that.
     """
+    if problem := _problem(config, model, processes, rows):
+        raise BadInput(problem, _remedy(config, model, processes, rows))
+
+
+def _problem(config: LayoutConfig, model: ModelConfig, processes: int, rows: int) -> str:
+    """Why a layout does not fit, "" if it does."""
     if processes < (config.fewest or 1):
-        raise BadInput(
-            f"layout.fewest={config.fewest} and {processes} processes were started",
-            f"start {config.fewest}, or set layout.fewest={processes}",
-        )
-    _check_pipeline(config, model, processes)
-    data = _checked_data(config, processes)
-    if rows % data and config.fewest is None:
-        divisor = _nearest((n for n in range(1, rows + 1) if rows % n == 0), data)
-        raise BadInput(
-            f"a batch of {rows} rows does not divide among layout.data={data} processes",
-            f"start {divisor * config.pipeline} processes, take {-(-rows // data) * data} rows "
-            "(pretrain.batch_tokens), or set layout.fewest, which allows unequal shares",
-        )
-    _check_experts(config, model, data)
-
-
-def _nearest(numbers: Iterable[int], wanted: int) -> int:
-    """The number nearest to `wanted`, the smaller of two."""
-    return min(numbers, key=lambda n: (abs(n - wanted), n))
-
-
-def _check_pipeline(config: LayoutConfig, model: ModelConfig, processes: int) -> None:
-    """There are as many stages as layers at most, and they divide the processes."""
+        return f"layout.fewest={config.fewest} and {processes} processes were started"
     stages = config.pipeline
     depth = model.num_hidden_layers
     if stages > depth:
-        raise BadInput(
-            f"layout.pipeline={stages} has more stages than the model's {depth} layers",
-            f"set layout.pipeline={depth} or less",
+        return f"layout.pipeline={stages} has more stages than the model's {depth} layers"
+    if config.data is not None and config.data * stages != processes:
+        return (
+            f"layout.data={config.data} times layout.pipeline={stages} is {config.data * stages}, "
+            f"and {processes} processes were started"
         )
     if processes % stages:
-        possible = (n for n in range(1, min(depth, processes) + 1) if processes % n == 0)
-        raise BadInput(
-            f"layout.pipeline={stages} does not divide the {processes} processes that were started",
-            f"set layout.pipeline={_nearest(possible, stages)}, or start a multiple of {stages}",
+        return (
+            f"layout.pipeline={stages} does not divide the {processes} processes that were started"
         )
+    data = processes // stages
+    if problem := _problem_of_experts(config.expert, model, data):
+        return problem
+    if rows % data and config.fewest is None:
+        return f"a batch of {rows} rows does not divide among layout.data={data} processes"
+    return ""
 
 
-def _checked_data(config: LayoutConfig, processes: int) -> int:
-    """How many processes share each batch: all of a stage's."""
-    stages = config.pipeline
-    data = config.data or processes // stages
-    if data * stages != processes:
-        raise BadInput(
-            f"layout.data={data} times layout.pipeline={stages} is {data * stages}, and "
-            f"{processes} processes were started",
-            f"start {data * stages} (torchrun --nproc-per-node {data * stages}), or set "
-            f"layout.data={processes // stages}",
-        )
-    return data
-
-
-def _check_experts(config: LayoutConfig, model: ModelConfig, data: int) -> None:
-    """The experts divide among `config.expert` processes, and those among the data processes."""
-    mixture = any(map(model.is_moe, range(model.num_hidden_layers)))
-    experts = model.n_routed_experts if mixture else 1
-    fitting = [
-        n
-        for n in range(1, data + 1)
-        if data % n == 0 and experts % n == 0 and _divides(model, experts // n, data // n)
-    ]
-    if config.expert in fitting:
-        return
-    remedy = "start a number of processes that divides the experts or their width"
-    if fitting:
-        remedy = f"set layout.expert={_nearest(fitting, config.expert)}"
-    raise BadInput(
-        f"layout.expert={config.expert} does not work with layout.data={data} and {experts} "
-        f"experts of width {model.moe_intermediate_size}",
-        remedy,
-    )
-
-
-def _divides(model: ModelConfig, experts: int, replica: int) -> bool:
-    """Whether a process's experts can be sharded over so many replicas.
-
-    FSDP2 cuts axes other than the first only evenly.
+def _problem_of_experts(groups: int, model: ModelConfig, data: int) -> str:
+    """Why `data` processes cannot hold the experts, "" if they can: groups of `groups` processes
+    share them out, and those that hold the same ones shard them.
     """
+    if data % groups:
+        return f"layout.expert={groups} does not divide the {data} processes that share a batch"
+    if not any(map(model.is_moe, range(model.num_hidden_layers + model.num_nextn_predict_layers))):
+        return f"layout.expert={groups} and the model has no experts" if groups > 1 else ""
+    experts, replica = model.n_routed_experts, data // groups
+    if experts % groups:
+        return f"layout.expert={groups} does not divide the model's {experts} experts"
+    # FSDP2 cuts axes other than the first only evenly.
     widths = (2 * model.moe_intermediate_size, model.hidden_size)
-    return experts % replica == 0 or not any(width % replica for width in widths)
+    if (experts // groups) % replica and any(width % replica for width in widths):
+        return (
+            f"{replica} processes hold the same {experts // groups} experts (layout.data={data}, "
+            f"layout.expert={groups}) and can cut neither their number nor both their widths "
+            f"{widths[0]} and {widths[1]} evenly"
+        )
+    return ""
+
+
+def _remedy(config: LayoutConfig, model: ModelConfig, processes: int, rows: int) -> str:
+    """What to change so that the layout fits: each alternative does by itself."""
+    found = []
+    if keys := _nearest_keys(config, model, processes, rows):
+        found.append(f"set {' and '.join(f'layout.{key}={n}' for key, n in keys.items())}")
+    if count := _nearest_count(config, model, processes, rows):
+        found.append(f"start {count} processes")
+    if not _problem(config, model, processes, 0):  # the rows alone are at fault
+        data = processes // config.pipeline
+        found.append(f"take {-(-rows // data) * data} rows (pretrain.batch_tokens)")
+        found.append("set layout.fewest, which allows unequal shares")
+    return ", or ".join(found) or "leave the table [layout] out and start one process"
+
+
+def _nearest_keys(
+    config: LayoutConfig, model: ModelConfig, processes: int, rows: int
+) -> dict[str, int]:
+    """The fewest keys of [layout] whose change makes it fit, and the nearest values for them."""
+    own = config.model_dump()
+    fitting = []
+    for stages in _divisors(processes, model.num_hidden_layers):
+        data = processes // stages
+        for experts in _divisors(data, data):
+            keys = {"pipeline": stages, "expert": experts}
+            if config.data is not None:
+                keys["data"] = data
+            if config.fewest is not None:
+                keys["fewest"] = min(config.fewest, processes)
+            changed = {key: n for key, n in keys.items() if n != own[key]}
+            if not _problem(config.model_copy(update=keys), model, processes, rows):
+                fitting.append(
+                    (len(changed), sum(abs(n - own[k]) for k, n in changed.items()), changed)
+                )
+    return min(fitting, key=lambda each: each[:2])[2] if fitting else {}
+
+
+def _nearest_count(config: LayoutConfig, model: ModelConfig, processes: int, rows: int) -> int:
+    """The number of processes nearest to `processes` that this layout fits; 0 if there is none."""
+    wanted = config.data * config.pipeline if config.data else max(processes, config.fewest or 1)
+    counts = range(max(1, wanted - FARTHEST), wanted + FARTHEST)
+    fitting = [n for n in counts if not _problem(config, model, n, rows)]
+    return min(fitting, key=lambda n: (abs(n - wanted), n), default=0)
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, min(number, most) + 1) if number % n == 0]

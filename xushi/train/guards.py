@@ -65,15 +65,15 @@ class Guard:
         self.withheld = 0  # steps without an update so far
         self.in_a_row = 0  # how many of the latest steps had none
 
-    def judge(self, loss: float, total: float, smallest: float = 0.0) -> Problem | None:
+    def judge(self, loss: float | None, total: float, smallest: float = 0.0) -> Problem | None:
         """What is wrong with a step's loss, if anything.
 
         `loss` is compared with the earlier ones, whose deviation counts as `smallest` at least;
-        `total` is differentiated.
+        None is not compared. `total` is differentiated.
         """
         if not math.isfinite(total):
             return Problem("not finite", f"the loss is not finite ({total})")
-        if self.scale.is_spike(loss, smallest):
+        if loss is not None and self.scale.is_spike(loss, smallest):
             return Problem(
                 "spike",
                 f"the loss jumps to {loss:.4g} from {self.scale.mean:.4g} "
@@ -95,14 +95,17 @@ class Guard:
         """
         return problem is not None and (problem.kind == "not finite" or self.on_spike != "warn")
 
-    def count(self, loss: float, problem: Problem | None) -> None:
-        """Take a step into account; the loss of a withheld step does not move the scale."""
+    def count(self, loss: float | None, problem: Problem | None) -> None:
+        """Take a step into account; the loss of a withheld step does not move the scale, and
+        neither does None.
+        """
         if self.withholds(problem):
             self.withheld += 1
             self.in_a_row += 1
         else:
             self.in_a_row = 0
-            self.scale.add(loss)
+            if loss is not None:
+                self.scale.add(loss)
 
     @property
     def state(self) -> dict[str, Any]:

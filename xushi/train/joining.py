@@ -1,12 +1,14 @@
 """Joining the processes that torchrun started: the layout of this one among them."""
 
 import atexit
+import contextlib
 import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from xushi.base.config import shorten
 from xushi.base.errors import BadInput
 from xushi.model import ModelConfig
 from xushi.train.config import LayoutConfig
@@ -31,7 +33,9 @@ def started_processes() -> tuple[int, int]:
             f"WORLD_SIZE={processes} is set without {', '.join(missing)}",
             "start several processes with torchrun; for a single one, unset WORLD_SIZE",
         )
-    if not 0 <= rank < processes:
+    if processes > 1:
+        _number("MASTER_PORT", 1)
+    if rank >= processes:
         raise BadInput(
             f"RANK={rank} is not one of WORLD_SIZE={processes} processes",
             "start several processes with torchrun; for a single one, unset RANK and WORLD_SIZE",
@@ -44,16 +48,16 @@ def processes_on_this_machine() -> int:
     return _number("LOCAL_WORLD_SIZE", 1)
 
 
-def _number(name: str, default: int) -> int:
-    """A whole number from the environment."""
-    text = os.environ.get(name, str(default))
-    try:
-        return int(text)
-    except ValueError:
-        raise BadInput(
-            f"the environment variable {name}={text!r} is not a whole number",
-            f"unset {name}, or start with torchrun, which sets it",
-        ) from None
+def _number(name: str, least: int) -> int:
+    """A whole number from the environment, `least` at least and where it is not set."""
+    text = os.environ.get(name, str(least))
+    with contextlib.suppress(ValueError):  # not a number, or one of thousands of digits
+        if (number := int(text)) >= least:
+            return number
+    raise BadInput(
+        f"the environment variable {name}={shorten(text)} is not a whole number from {least} on",
+        f"unset {name}, or start with torchrun, which sets it",
+    )
 
 
 def join(config: LayoutConfig, model: ModelConfig, device: str = "cpu", rows: int = 0) -> Layout:

@@ -94,7 +94,9 @@ def stacked_matrices(name: str, config: ModelConfig | None = None, per_head: boo
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes this parameter: every matrix but the embedding and the head."""
+    """Whether `learning_rate` is this parameter's, and Muon takes it: every matrix but the
+    embedding and the head.
+    """
     return _decays(name, parameter) and "embed_tokens" not in name and "lm_head" not in name
 
 
@@ -123,32 +125,32 @@ class Optimizer:
         self._shapes = {name: tuple(p.shape) for name, p in self._named}
         config = getattr(model, "config", None)
         self._stacked = {n: stacked_matrices(n, config, settings.per_head) for n, _ in named}
-        muon = settings.kind == "muon"
-        self._muon = [name for name, p in named if muon and is_matrix(name, p)]
-        self._adam = [name for name, _ in named if name not in set(self._muon)]
+        self._matrices = [name for name, p in named if is_matrix(name, p)]
+        self._rest = [name for name, p in named if not is_matrix(name, p)]
         self.steps = 0
         self.state: dict[str, Tensor] = {}
-        for name in self._muon:
-            self.state[f"momentum.{name}"] = torch.zeros_like(self.parameters[name])
-        for name in self._adam:
-            self.state[f"mean.{name}"] = torch.zeros_like(self.parameters[name])
-            self.state[f"square.{name}"] = torch.zeros_like(self.parameters[name])
+        for name, parameter in named:
+            muon = settings.kind == "muon" and is_matrix(name, parameter)
+            for moment in ("momentum",) if muon else ("mean", "square"):
+                self.state[f"{moment}.{name}"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
-    def step(self, learning_rate: float, adamw_learning_rate: float | None = None) -> None:
+    def step(self, learning_rate: float, rest_learning_rate: float | None = None) -> None:
         """Apply the gradients; parameters without one (an MTP layer without loss) stay as they are.
 
-        `adamw_learning_rate` is the rate of what AdamW updates; None: `learning_rate`.
+        `learning_rate` is that of the matrices (`is_matrix`), `rest_learning_rate` that of all
+        others; None: the same. Both kinds of optimizer divide the parameters so.
         """
         self.steps += 1
+        rest_rate = learning_rate if rest_learning_rate is None else rest_learning_rate
         gradients = {name: local(p.grad) for name, p in self._named if p.grad is not None}
-        self._step_adam(
-            {name: gradients[name] for name in self._adam if name in gradients},
-            learning_rate if adamw_learning_rate is None else adamw_learning_rate,
-        )
-        self._step_muon(
-            {name: gradients[name] for name in self._muon if name in gradients}, learning_rate
-        )
+        matrices = {name: gradients[name] for name in self._matrices if name in gradients}
+        rest = {name: gradients[name] for name in self._rest if name in gradients}
+        self._step_adam(rest, rest_rate)
+        if self.settings.kind == "muon":
+            self._step_muon(matrices, learning_rate)
+        else:
+            self._step_adam(matrices, learning_rate)
 
     def restart(self) -> None:
         """Forget all moments, so that parameters without gradients so far start like all others."""

@@ -71,14 +71,15 @@ class StepLoss:
 
     `total` is this process's part, a scalar; None if the gradients have been computed already.
     `value` is the sum of `total` over all processes. `judged` is what the guard compares with
-    earlier steps; it never takes less than `smallest_deviation` for this figure's deviation.
+    earlier steps, None where this step has nothing to compare; the guard never takes less than
+    `smallest_deviation` for this figure's deviation.
     `loads` are the experts' loads over all processes, by router. They move the router biases unless
     `move_biases` is False.
     """
 
     total: Tensor | None
     value: float
-    judged: float
+    judged: float | None
     loads: dict[str, Tensor] = field(default_factory=dict)
     smallest_deviation: float = 0.0
     move_biases: bool = True

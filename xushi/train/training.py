@@ -25,6 +25,8 @@ from xushi.train.speed import Speed
 from xushi.train.state import TrainingState, agreed_checkpoint
 from xushi.train.step import Step, StepResult
 
+START_OVER = "run with --update (it starts the stage over and deletes its checkpoints)"
+
 
 class Evaluation(Protocol):
     """A measurement on the model in training, such as bits per byte of held-out text."""
@@ -199,7 +201,8 @@ class Training:
             raise Failed(
                 f"{self.stage} step {number}: the loss jumps after {LIMIT_OF_ROLLBACKS} returns "
                 f"to step {back}",
-                'lower learning_rate, or set on_spike to "warn" if the data itself changes there',
+                'lower learning_rate, or set on_spike = "warn" if the data itself changes there, '
+                f"and {START_OVER}",
             )
         self.tracking.event(
             self.stage,
@@ -229,8 +232,7 @@ class Training:
                 f"{self.stage} step {number}: {problem.text}; {LIMIT_IN_A_ROW} steps in a row have "
                 "had no update",
                 f"the batch is saved in {file}, checkpoints before it are in {self.directory}. To "
-                "retry, lower learning_rate or raise warmup_steps and run with --update (it starts "
-                "the stage over and deletes its checkpoints)",
+                f"retry, lower learning_rate or raise warmup_steps, and {START_OVER}",
             )
 
     def _save_refused(self, number: int, batch: Batch) -> Path:

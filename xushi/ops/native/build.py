@@ -1,7 +1,7 @@
 """Compile and load the kernels: the best build for this processor, once per source hash.
 
-`load` and its like never raise. Where there is no library, `status` gives the reason in one line
-and the PyTorch forms run.
+`load` never raises, `form` and `status` only for an unknown XUSHI_OPS. Where there is no library,
+`status` gives the reason in one line and the PyTorch forms run.
 """
 
 import contextlib
@@ -11,12 +11,12 @@ import hashlib
 import os
 import platform
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from xushi.base.artifacts import cache_directory
-from xushi.base.files import sha256_file
+from xushi.base.errors import XushiError
+from xushi.base.files import remove_partials, sha256_file, write_atomic
 from xushi.base.machine import inspect
 from xushi.base.progress import say
 from xushi.ops.dispatch import asked_form
@@ -176,9 +176,11 @@ def _cached_library(build: Build, dtype: str, compilers: tuple[str, ...]) -> cty
             library = _open(path, build.lanes)
         with contextlib.suppress(OSError):  # the time of the last use, which `xushi cache` shows
             os.utime(path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+    except (OSError, RuntimeError, XushiError) as error:  # RuntimeError: there is no home directory
+        problem = error.problem if isinstance(error, XushiError) else str(error)
         return (
-            f"compiled kernels cannot be stored ({error}); set XUSHI_CACHE to a writable directory"
+            f"compiled kernels cannot be stored ({problem}); set XUSHI_CACHE to a writable "
+            "directory"
         )
     if isinstance(library, str):
         return (
@@ -242,16 +244,19 @@ def _seal(path: Path) -> Path:
 
 
 def _compile(compilers: tuple[str, ...], flags: tuple[str, ...], path: Path) -> str:
-    """Compile to a temporary file and rename it to `path`. Returns what went wrong, or ""."""
+    """Compile to a temporary file and rename it to `path`, then seal it. Returns what went wrong,
+    or "". Between the two a reader finds no seal that fits, and compiles for itself.
+    """
     if not compilers:
         return "there is no C++ compiler (on Debian and Ubuntu: apt install g++)"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
-    os.close(handle)
+    remove_partials(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.touch()  # a compiler that writes nothing leaves an empty library
     try:
         say(f"compiling kernels for this processor, once, with {compilers[0]} (about ten seconds)")
         done = subprocess.run(
-            [compilers[0], *flags, str(SOURCES / "kernels.cpp"), "-o", temporary],
+            [compilers[0], *flags, str(SOURCES / "kernels.cpp"), "-o", str(temporary)],
             text=True,
             capture_output=True,
             timeout=COMPILE_SECONDS,
@@ -263,12 +268,13 @@ def _compile(compilers: tuple[str, ...], flags: tuple[str, ...], path: Path) -> 
                 f"{compilers[0]} cannot compile the kernels ({problem}); install a newer g++ or "
                 "clang++"
             )
+        digest = sha256_file(temporary)  # of what was compiled here, not of what others put there
         os.replace(temporary, path)
-        _seal(path).write_text(sha256_file(path), encoding="utf-8")
+        write_atomic(_seal(path), digest)
     except subprocess.TimeoutExpired:
         return f"{compilers[0]} took more than {COMPILE_SECONDS} seconds"
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return ""
 
 

@@ -90,8 +90,7 @@ class Control(TrainingStage):
 
     def results(self, place: RunPlace) -> ControlResults:
         """The steps."""
-        steps = place.tracking.decided(self.name, "steps") or 0
-        return ControlResults(control=ControlFigures(steps=steps))
+        return ControlResults(control=ControlFigures(steps=self.steps_trained(place)))
 
     def spans(self, place: RunPlace, record: BatchRecord) -> list[dict[str, Any]]:
         """The demonstrations as text."""

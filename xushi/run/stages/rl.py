@@ -89,7 +89,7 @@ class RL(TrainingStage):
     def results(self, place: RunPlace) -> RLResults:
         """Steps and answers as far as training went, and the reward at its end."""
         rewards = place.tracking.series(self.name, "reward")
-        steps = rewards[-1][0] if rewards else self.config.steps
+        steps = rewards[-1][0] if rewards else self.steps_trained(place)
         differences = [v for _, v in place.tracking.series(self.name, "logprob_difference")]
         return RLResults(
             rl=RLFigures(

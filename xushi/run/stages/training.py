@@ -94,6 +94,11 @@ class TrainingStage(ModelStage):
         """The processes that train: those of the run, or this one alone."""
         return place.layout if self.together(place.layout) else Layout(device=place.layout.device)
 
+    def steps_trained(self, place: RunPlace) -> int:
+        """The steps of the last checkpoint, which the tracking store need not have seen."""
+        checkpoint = latest_checkpoint(place.checkpoints(self.name))
+        return checkpoint.step if checkpoint else 0
+
     @abstractmethod
     def step(self, place: RunPlace) -> Step:
         """What is computed at each step."""
