@@ -11,11 +11,33 @@ from xushi.cli.app import JsonOption, RunArgument, app, print_table
 
 
 @app.command()
-def chat(run_directory: RunArgument) -> None:
-    """Talk to a run's model in the terminal."""
+def chat(
+    run_directory: RunArgument,
+    question: Annotated[
+        str | None, typer.Argument(help="answer this alone; without it, chat")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.6,
+    max_tokens: Annotated[int | None, typer.Option(help="limit of an answer")] = None,
+    seed: Annotated[int | None, typer.Option(help="the same seed, the same answers")] = None,
+    system: Annotated[str, typer.Option(help="a system message")] = "",
+) -> None:
+    """Talk to a run's model in the terminal, or ask it one question.
+
+    Where standard input or output is no terminal, each line of the input is a question, and
+    standard output has the answers alone; the model's thinking goes to standard error.
+    """
     from xushi.serve import chat as terminal_chat
 
-    terminal_chat(run_directory)
+    code = terminal_chat(
+        run_directory,
+        question,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=seed,
+        system=system,
+    )
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
