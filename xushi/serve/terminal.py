@@ -75,7 +75,9 @@ class Terminal:
         self._shortened = False  # whether the model no longer sees all of them
         self._last: tuple[str, str] | None = None  # the model of the last question, and its text
         self._before: list[Message] = []  # what came before the last question
-        self.chats = REASONING in self._exports
+        self._chatting = REASONING if REASONING in self._exports else ""
+        self._completing = BASE if BASE in self._exports else ""
+        self.chats = bool(self._chatting)
         self.exit_code = 0
         if system and not self.chats:
             raise BadInput(
@@ -144,15 +146,15 @@ class Terminal:
         if self._last is None:
             raise BadInput("there is no question to answer again", "ask one first")
         name, text = self._last
-        if name == BASE:
+        if name == self._completing:
             self._complete(text)
             return
         self._messages = self._before
         self._chat(text)
 
     def _chat(self, question: str) -> None:
-        self._last, self._before = (REASONING, question), self._messages
-        llm = self._load(REASONING)
+        self._last, self._before = (self._chatting, question), self._messages
+        llm = self._load(self._chatting)
         asked = [*self._messages, Message("user", question)]
         self._shorten(llm, asked)
         answer = self._show(llm.stream_chat(self._whole(asked), self._params(llm.context)))
@@ -160,10 +162,10 @@ class Terminal:
             self._messages = [*asked, Message("assistant", answer)]
 
     def _complete(self, text: str) -> None:
-        if BASE not in self._exports:
+        if not self._completing:
             raise BadInput("this run has no base model", "run its pretrain stage with xushi run")
-        self._last = (BASE, text)
-        llm = self._load(BASE)
+        self._last = (self._completing, text)
+        llm = self._load(self._completing)
         if self._interactive:
             print(self._dim(_plain(text), sys.stdout), end="", flush=True)
         self._show(llm.stream(text, self._params(COMPLETION_TOKENS)))
