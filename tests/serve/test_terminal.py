@@ -152,6 +152,14 @@ def test_input_that_is_not_text(run_directory, monkeypatch):
         chat(run_directory)
 
 
+def test_output_that_lacks_a_character(terminal, run_directory, monkeypatch):
+    terminal([("content", "数9")])
+    written = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr("sys.stdout", written)
+    assert chat(run_directory, "12") == 0
+    assert written.buffer.getvalue() == b"?9\n"
+
+
 def test_a_run_with_only_a_base_completes(run_directory, tmp_path, monkeypatch, capsys):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "base").symlink_to(run_directory / "export" / "base")

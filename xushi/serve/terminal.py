@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
@@ -123,6 +124,7 @@ class Terminal:
             self._note(HELP)
         elif command == "clear":
             self._messages, self._last, self._shortened = [], None, False
+            self._note("(a new conversation)")
         elif command == "retry":
             self._retry()
         elif command == "system" and self.chats:
@@ -271,6 +273,9 @@ def chat(
     first question is sampled with `seed`, later ones with seeds derived from it. Returns the exit
     code, which is 0 after a chat at a prompt. A run without exports is a `XushiError`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack a character of an answer
     interactive = question is None and sys.stdin.isatty() and sys.stdout.isatty()
     terminal = Terminal(
         run_directory,
