@@ -23,7 +23,7 @@ from xushi.cli import app
 from xushi.envs import environment_class
 from xushi.model import Deepseek
 from xushi.run.recipe import load_recipe
-from xushi.serve import create_app, find_exports
+from xushi.serve import create_app, find_models
 from xushi.serve.server import Server, bind
 from xushi.tokenizer import Tokenizer
 
@@ -74,7 +74,7 @@ def elsewhere(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(elsewhere: Path):
     """Where the run is served."""
     listener = bind("127.0.0.1", 0)
-    server = Server(create_app(find_exports(elsewhere / "runs" / "demo")))
+    server = Server(create_app(find_models(elsewhere / "runs" / "demo")))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started and thread.is_alive():

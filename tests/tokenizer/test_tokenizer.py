@@ -292,7 +292,9 @@ def test_transformers_gives_the_same_ids(
     same()
 
 
-def test_a_reply_begins_with_reasoning_unless_its_message_has_closed_it(with_tools: Tokenizer) -> None:
+def test_a_reply_begins_with_reasoning_unless_its_message_has_closed_it(
+    with_tools: Tokenizer,
+) -> None:
     messages = [Message("user", "a"), Message("assistant", "b", "r")]
     prompt = encode_chat(with_tools, messages[:1])
     answered = encode_chat(with_tools, messages, generation_prompt=False)

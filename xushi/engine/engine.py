@@ -14,7 +14,7 @@ from xushi.base.errors import BadInput
 from xushi.engine.kept import KeptSequences
 from xushi.engine.params import SamplingParams
 from xushi.engine.request import ContextLengthError, FinishReason, Prompt, Request
-from xushi.engine.sampling import Sampled, request_uniforms, sample, sampling_key
+from xushi.engine.sampling import request_uniforms, sample, sampling_key
 from xushi.engine.scores import LOGITS_PER_CALL, PromptScores, want_every_row
 from xushi.model import Deepseek, LatentCache
 
@@ -220,7 +220,7 @@ class Engine:
             request_uniforms([request._key for request in progressed], counters),
         )
         for row, request in enumerate(progressed):
-            _record(request, sampled, row)
+            request._record(sampled, row)
             if request.routed_experts is not None:
                 request.routed_experts += (
                     [routed[row]]
@@ -392,12 +392,3 @@ class Engine:
         if prompt.kept is not None:
             self._kept.drop(prompt.kept)
         self._prefilling = [other for other in self._prefilling if other is not prompt]
-
-
-def _record(request: Request, sampled: Sampled, row: int) -> None:
-    """Give the request its token, unless it only wants its prompt computed."""
-    if request._limit:
-        request.token_ids.append(sampled.tokens[row])
-        request.logprobs.append(sampled.logprobs[row])
-        request.sampling_logprobs.append(sampled.sampling_logprobs[row])
-        request.top_logprobs.append(sampled.top_logprobs[row])

@@ -11,7 +11,7 @@ from torch import Tensor
 from xushi.base.errors import BadInput
 from xushi.engine.kept import KeptSequence
 from xushi.engine.params import SamplingParams
-from xushi.engine.sampling import Alternatives
+from xushi.engine.sampling import Alternatives, Sampled
 from xushi.engine.scores import PromptScores
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -88,4 +88,12 @@ class Request:
     _keep: bool = False
     _sequence: int | None = None  # its id in the cache, from joining until finished
     _prompt: Prompt | None = None  # until finished
-    _kept: KeptSequence | None = None  # once finished, until extended or released
+    _kept: KeptSequence | None = None  # once finished, until extended or release
+
+    def _record(self, sampled: Sampled, row: int) -> None:
+        """Take row `row`'s token, unless only the prompt is wanted."""
+        if self._limit:
+            self.token_ids.append(sampled.tokens[row])
+            self.logprobs.append(sampled.logprobs[row])
+            self.sampling_logprobs.append(sampled.sampling_logprobs[row])
+            self.top_logprobs.append(sampled.top_logprobs[row])d
