@@ -2,11 +2,21 @@
 
 import random
 from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tokenizers
 
+from xushi.base.files import sha256_json
+from xushi.base.tracking import Tracking
+from xushi.data import DataConfig, SourceConfig, load_summary
+from xushi.report import words
+from xushi.report.page import page_of
+from xushi.report.read import Run
+from xushi.run.place import RunPlace
+from xushi.run.stages.data import Data
 from xushi.tokenizer import Tokenizer
 from xushi.tokenizer import tokenizer as tokenizer_module
 
@@ -84,3 +94,88 @@ class _Watched:
     ) -> list[tokenizers.Encoding]:
         self.lengths.extend(map(len, texts))
         return self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+
+
+WORDS = [
+    "model",
+    "data",
+    "train",
+    "token",
+    "layer",
+    "expert",
+    "head",
+    "cache",
+    "batch",
+    "step",
+    "loss",
+    "rate",
+]
+
+
+def write_notes(directory: Path, count: int) -> None:
+    """Notes with a text of their own each."""
+    directory.mkdir()
+    for number in range(count):
+        text = "\n".join(
+            " ".join(random.Random(f"{number}/{line}").choices(WORDS, k=9)) for line in range(12)
+        )
+        (directory / f"{number:05}.txt").write_text(text + "\n", encoding="utf-8")
+
+
+def data_stage(notes: Path, run: Path) -> dict[str, Any]:
+    """The results of the data stage on `notes`."""
+    config = DataConfig(
+        sequence_length=64, sources=[SourceConfig(name="notes", kind="text", glob=str(notes))]
+    )
+    stage = Data(SimpleNamespace(data=config, environment=None))  # type: ignore[arg-type]
+    return stage.run(RunPlace(run, Tracking(None))).flat()
+
+
+def headline(results: dict[str, Any]) -> str:
+    measured = {"evaluate.bits_per_byte": 1.0, "evaluate.bits_per_byte_xz": 2.0}
+    return words.headline(Run(Path(), results | measured, {}, "", None))
+
+
+COPIES = {
+    "line feed": lambda text: text + "\n",
+    "carriage returns": lambda text: text.replace("\n", "\r\n"),
+    "byte order mark": lambda text: "\ufeff" + text,
+    "indented": lambda text: text.replace("\n", "\n    "),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_near_copies_across_the_hold_out_are_measured_and_told(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = tmp_path / "notes"
+    write_notes(notes, 60)
+    alone = data_stage(notes, tmp_path / "alone")
+    assert alone["data.heldout_overlap"] < 0.01
+    assert headline(alone).endswith("on text it never saw.")
+    assert capsys.readouterr().err == ""
+    for path in list(notes.iterdir()):
+        copy = COPIES[kind](path.read_text(encoding="utf-8"))
+        (notes / f"copy of {path.name}").write_bytes(copy.encode())
+    copied = data_stage(notes, tmp_path / "copied")
+    assert copied["data.heldout_overlap"] > 0.5
+    assert "of it stands in the training text too" in headline(copied)
+    share = f"{copied['data.heldout_overlap']:.1%}"
+    assert f"data: {share} of the held-out text stands in the training text" in (
+        capsys.readouterr().err
+    )
+
+
+def test_what_is_held_out_is_counted_and_not_listed(tmp_path: Path) -> None:
+    """Results and report stay short however many documents there are."""
+    write_notes(tmp_path / "few", 300)
+    results = data_stage(tmp_path / "few", tmp_path / "run")
+    summary = load_summary(tmp_path / "run" / "data" / "corpus")
+    groups = summary.heldout_groups
+    assert results["data.heldout_groups"] == len(groups) > 12
+    assert results["data.heldout_groups_named"] == ", ".join(groups[:12])
+    assert results["data.heldout_groups_sha256"] == sha256_json(groups)
+    assert all(len(str(value)) < 1000 for value in results.values())
+    page = page_of(Run(tmp_path, results, {}, "", None))
+    assert f"{groups[11]} and {len(groups) - 12} more." in page
+    assert groups[12] not in page
