@@ -128,7 +128,7 @@ def test_the_page_shows_the_day_of_the_first_event(
         tracking.event("data", "started")
     tracking.close()
     monkeypatch.undo()
-    assert _page(directory).one("span", "day").text == "2023-11-14"
+    assert _page(directory).one("span", "day").text == "· 2023-11-14"
 
 
 def test_a_stage_that_was_started_over_stands_where_it_ran_last(tmp_path: Path) -> None:

@@ -330,7 +330,7 @@ def test_the_text_names_what_is_held_out_and_its_hash(shown: Shown) -> None:
     groups = shown.results["data.heldout_groups_named"]
     assert groups and f"Held out whole: {groups}." in text
     assert len(groups.split(", ")) == shown.results["data.heldout_groups"]
-    shared = re.search(r"(\S+ %) of the held-out text stands in the training", plain(text))
+    shared = re.search(r"\.(\d[\d.]* %) of the held-out text stands in the training", plain(text))
     assert shared is not None and says(shared[1], shown.results["data.heldout_overlap"])
     assert f"SHA-256 {shown.results['data.sha256']}" in text
 

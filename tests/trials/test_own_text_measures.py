@@ -1,7 +1,9 @@
 """What a user's own text asks of the program: lines of any length, near-copies, many files."""
 
 import random
+import re
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +15,10 @@ from xushi.base.files import sha256_json
 from xushi.base.tracking import Tracking
 from xushi.data import DataConfig, SourceConfig, load_summary
 from xushi.report import words
+from xushi.report.charts import Axes, Series, line_chart
 from xushi.report.page import page_of
 from xushi.report.read import Run
+from xushi.report.style import STYLE
 from xushi.run.place import RunPlace
 from xushi.run.stages.data import Data
 from xushi.tokenizer import Tokenizer
@@ -179,3 +183,43 @@ def test_what_is_held_out_is_counted_and_not_listed(tmp_path: Path) -> None:
     page = page_of(Run(tmp_path, results, {}, "", None))
     assert f"{groups[11]} and {len(groups) - 12} more." in page
     assert groups[12] not in page
+
+
+def tick_extents(chart: str, container: int) -> list[tuple[float, float]]:
+    """Left and right end of each label below a chart that is shown in a container so wide; text of
+    7 pixels a character, and 46 pixels left of the plot.
+    """
+    right = re.search(r"--right:(\d+)px", chart)
+    assert right is not None
+    plot = container - 46 - int(right[1])
+    extents = []
+    for shown_from, anchor, place, text in re.findall(
+        r'class="tick from(\d+)" text-anchor="(\w+)" x="([\d.]+)%" y="\d+">([^<]+)<', chart
+    ):
+        if int(shown_from) <= container:
+            left = float(place) / 100 * plot
+            left -= {"start": 0, "middle": 0.5, "end": 1}[anchor] * 7 * len(text)
+            extents.append((left, left + 7 * len(text)))
+    return extents
+
+
+@pytest.mark.parametrize("name", ["", "next token", "xz -9 after the text"])
+@pytest.mark.parametrize("end", [7, 99, 120, 1013, 5400, 98_765, 894_000, 4_510_000, 12_000_001])
+def test_ticks_do_not_overlap_on_a_phone_or_a_screen(name: str, end: int) -> None:
+    series = Series(name, [(0.004 * end, 1.0), (end, 2.0)])
+    chart = line_chart([series], Axes("loss", "tokens", "nats"))
+    counts = []
+    for container in (280, 325, 420, 500, 640, 1000):
+        extents = tick_extents(chart, container)
+        assert extents, container
+        for before, after in pairwise(extents):
+            assert before[1] + 5 < after[0], (container, extents)
+        counts.append(len(extents))
+    assert counts == sorted(counts) and counts[-1] >= 3
+
+
+def test_the_date_is_not_broken_and_has_a_line_of_its_own_on_a_phone() -> None:
+    """At 40rem and less the name and the date of a run are below the mark and the button."""
+    phone = STYLE.partition("@media (max-width:40rem)")[2].partition("@media print")[0]
+    assert ".day{white-space:nowrap}" in STYLE
+    assert "flex-wrap:wrap" in phone and ".kicker .run{order:1;flex-basis:100%}" in phone
