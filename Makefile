@@ -11,6 +11,7 @@ VERSIONS := pyproject.toml constraints.txt
 # Of pip's words one dot per package is left, and its errors: a newcomer can do nothing about its warnings.
 define install
 	@echo "installing $(1) into $(VENV) (a few minutes the first time)"
+	@tools/cpu_torch.sh $(RUN)
 	@set -o pipefail; $(RUN) -m pip install --disable-pip-version-check --root-user-action=ignore --progress-bar off \
 	  --no-color -e '$(2)' -c constraints.txt \
 	  2> >(grep -v '^WARNING:' >&2) | awk '/^ *Collecting /{printf "."; fflush()} \

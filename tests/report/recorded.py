@@ -21,7 +21,8 @@ def _interval(*names: str) -> set[str]:
 SHOWN = {
     *(f"control.{name}" for name in ("steps",)),
     *(f"data.{name}" for name in ("bytes", "documents", "heldout_bytes", "heldout_fraction")),
-    *(f"data.{name}" for name in ("heldout_groups", "heldout_rule", "sha256", "train_tokens")),
+    *(f"data.{name}" for name in ("heldout_rule", "heldout_overlap", "sha256", "train_tokens")),
+    *(f"data.heldout_groups{name}" for name in ("", "_named")),
     *(f"evaluate.bits_per_byte{name}" for name in ("", "_gzip", "_xz", "_zstd", "_xz_primed")),
     "evaluate.xz_primed_training_bytes",
     "export.max_logit_difference",
@@ -49,6 +50,7 @@ SHOWN = {
 }
 # Keys that are in "Every number" alone.
 NUMBERS_ONLY = {
+    "data.heldout_groups_sha256",
     "data.files",
     "data.heldout_tokens",
     "evaluate.ratio_to_xz",

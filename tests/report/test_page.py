@@ -128,7 +128,7 @@ def test_the_page_shows_the_day_of_the_first_event(
         tracking.event("data", "started")
     tracking.close()
     monkeypatch.undo()
-    assert _page(directory).one("span", "day").text == "2023-11-14"
+    assert _page(directory).one("span", "day").text == "· 2023-11-14"
 
 
 def test_a_stage_that_was_started_over_stands_where_it_ran_last(tmp_path: Path) -> None:
@@ -230,20 +230,22 @@ def test_curves_run_over_the_tokens_that_each_step_recorded_else_over_steps(
 
 
 @pytest.mark.parametrize(
-    ("rule", "groups", "expected"),
+    ("rule", "groups", "named", "expected"),
     [
-        ("groups", "a/one, a/two", "text trained on: a/one, a/two."),
-        (
-            "groups",
-            ", ".join(f"g/{i}" for i in range(15)),
-            "g/10, g/11 and 3 more.",
-        ),
-        ("groups", ", ".join(f"g/{i}" for i in range(12)), "g/10, g/11."),
-        ("tails", "", "The tail of every document is held out."),
+        ("groups", 2, "a/one, a/two", "Held out whole: a/one, a/two."),
+        ("groups", 6501, "a/one, a/two", "Held out whole: a/one, a/two and 6\u202f499 more."),
+        ("tails", 0, "", "The tail of every document is held out."),
     ],
 )
-def test_what_is_held_out(tmp_path: Path, rule: str, groups: str, expected: str) -> None:
-    results = {"data.bytes": 5, "data.heldout_rule": rule, "data.heldout_groups": groups}
+def test_what_is_held_out(
+    tmp_path: Path, rule: str, groups: int, named: str, expected: str
+) -> None:
+    results = {
+        "data.bytes": 5,
+        "data.heldout_rule": rule,
+        "data.heldout_groups": groups,
+        "data.heldout_groups_named": named,
+    }
     text = _page(write_run(tmp_path, results)).one(id="data").text
     assert expected in text
 
@@ -267,7 +269,7 @@ def test_hostile_text_stays_text(full_run: Build, tmp_path: Path) -> None:
     )
     directory = full_run(tmp_path / "demo")
     texts = ("run.name", "machine.cpu", "run.recipe_hash", "run.version", "run.without")
-    texts += ("data.sha256", "data.heldout_groups", "rl.tasks_are", "rl.longer_tasks_are")
+    texts += ("data.sha256", "data.heldout_groups_named", "rl.tasks_are", "rl.longer_tasks_are")
     results = _results(directory) | {f"strange.{evil}": evil, f"seconds.{evil}": 1.0}
     results |= dict.fromkeys(texts, evil)
     (directory / "results.json").write_text(json.dumps(results))

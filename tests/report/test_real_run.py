@@ -214,15 +214,17 @@ def test_the_headline_and_the_sentences_below(shown: Shown) -> None:
     model = results["evaluate.bits_per_byte"]
     xz = results["evaluate.bits_per_byte_xz"]
     match = re.fullmatch(
-        r"In (.+) on one CPU thread, raw text became a reasoning model: it (.+) on text it never "
-        r"saw(?: \(.+\))? and answers (.+) of unseen tasks right\.",
+        r"In (.+) on one CPU thread, raw text became a reasoning model: it (.+) on (?:text it "
+        r"never saw|held-out text \((.+) of it stands in the training text too\)) and answers (.+) of unseen tasks right\.",
         plain(shown.page.one("h1").text),
     )
     assert match is not None
     assert says(match[1], results["seconds.total"])
-    assert says(match[3], results["rl.greedy_after"])
+    assert (match[3] is None) == (results["data.heldout_overlap"] < 0.01)
+    assert match[3] is None or says(match[3], results["data.heldout_overlap"])
+    assert says(match[4], results["rl.greedy_after"])
     if abs(model - xz) < 0.01:
-        assert match[2] == "is level with xz -9"
+        assert match[2].startswith("is level with xz -9 (")
     elif model < xz:
         assert says(match[2].removeprefix("beats xz -9 by "), 1 - model / xz)
     else:
@@ -325,8 +327,11 @@ def test_every_grid_of_facts(shown: Shown) -> None:
 
 def test_the_text_names_what_is_held_out_and_its_hash(shown: Shown) -> None:
     text = shown.section("data").text
-    groups = shown.results["data.heldout_groups"]
-    assert groups and f"none of their text trained on: {groups}." in text
+    groups = shown.results["data.heldout_groups_named"]
+    assert groups and f"Held out whole: {groups}." in text
+    assert len(groups.split(", ")) == shown.results["data.heldout_groups"]
+    shared = re.search(r"\.(\d[\d.]* %) of the held-out text stands in the training", plain(text))
+    assert shared is not None and says(shared[1], shown.results["data.heldout_overlap"])
     assert f"SHA-256 {shown.results['data.sha256']}" in text
 
 

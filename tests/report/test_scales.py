@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xushi.report.scales import linear, runs, smooth, thin, tick_text
+from xushi.report.scales import TickLabel, linear, runs, shown_from, smooth, thin, tick_text
 
 VALUES = st.floats(-1e9, 1e9, allow_nan=False)
 ANY = st.floats(allow_nan=True, allow_infinity=True, width=32)
@@ -89,3 +89,20 @@ def test_smoothing_does_not_move_a_straight_line() -> None:
 )
 def test_tick_text(value: float, step: float, text: str) -> None:
     assert tick_text(value, step) == text
+
+
+def test_labels_that_would_overlap_are_left_out_evenly_and_return_with_the_width() -> None:
+    labels = [TickLabel("100 k", place) for place in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    # 5 characters of 7 pixels and 6 between them need 41; a fifth of a plot is 34.8 in a chart of
+    # 280 pixels with 106 beside it, and 62.8 in one of 420.
+    assert shown_from(labels, 106.0) == [280, 420, 280, 420, 280]
+    assert shown_from(labels, 74.0) == [280] * 5  # a fifth is 41.2
+    assert shown_from(labels, 76.0) == [280, 420, 280, 420, 280]
+    assert shown_from(labels, 700.0) == [280, None, None, None, None]
+    assert shown_from([], 0.0) == []
+
+
+def test_labels_at_the_edges_stay_inside_the_plot() -> None:
+    assert TickLabel("1234", 0.03).extent(100.0) == (3.0, 31.0)
+    assert TickLabel("1234", 0.5).extent(100.0) == (36.0, 64.0)
+    assert TickLabel("1234", 0.97).extent(100.0) == (69.0, 97.0)

@@ -14,8 +14,8 @@ from .recorded import plain, run_of
     [
         (1.50, "it beats xz -9 by 6.2 % on text it never saw."),
         (1.589, "it beats xz -9 by 0.7 % on text it never saw."),
-        (1.591, "it is level with xz -9 on text it never saw (1.59 against 1.60 bits per byte)."),
-        (1.609, "it is level with xz -9 on text it never saw (1.61 against 1.60 bits per byte)."),
+        (1.591, "it is level with xz -9 (1.59 against 1.60 bits per byte) on text it never saw."),
+        (1.609, "it is level with xz -9 (1.61 against 1.60 bits per byte) on text it never saw."),
         (1.611, "it needs 0.7 % more bits than xz -9 on text it never saw."),
         (1.65, "it needs 3.1 % more bits than xz -9 on text it never saw."),
     ],
@@ -23,8 +23,24 @@ from .recorded import plain, run_of
 def test_headline_says_who_wins_and_calls_a_hundredth_of_a_bit_level(
     model: float, expected: str
 ) -> None:
-    run = run_of({"evaluate.bits_per_byte": model, "evaluate.bits_per_byte_xz": 1.6})
+    results = {"evaluate.bits_per_byte": model, "evaluate.bits_per_byte_xz": 1.6}
+    run = run_of(results | {"data.heldout_overlap": 0.0099})
     assert plain(words.headline(run)) == f"Raw text became a language model: {expected}"
+    shared = "held-out text (1 % of it stands in the training text too)"
+    run = run_of(results | {"data.heldout_overlap": 0.01})
+    assert plain(words.headline(run)).endswith(expected.replace("text it never saw", shared))
+    run = run_of(results)  # nobody measured it
+    assert plain(words.headline(run)).endswith(
+        expected.replace("text it never saw", "held-out text")
+    )
+
+
+def test_overlap_is_told_if_it_was_measured() -> None:
+    assert words.overlap(run_of({})) == ""
+    assert plain(words.overlap(run_of({"data.heldout_overlap": 0.806}))) == (
+        "80.6 % of the held-out text stands in the training text too, in stretches of at least 50 "
+        "characters, whatever their white space."
+    )
 
 
 def test_headline_of_a_run_that_has_only_begun() -> None:
@@ -34,7 +50,7 @@ def test_headline_of_a_run_that_has_only_begun() -> None:
         "In 1 min 35 s on one CPU thread, raw text became a language model."
     )
     measured = run_of({"evaluate.bits_per_byte": 2.0})
-    assert words.headline(measured).endswith("it needs 2.00 bits per byte on text it never saw.")
+    assert words.headline(measured).endswith("it needs 2.00 bits per byte on held-out text.")
     broken = run_of({"evaluate.bits_per_byte": float("nan"), "seconds.total": float("inf")})
     assert words.headline(broken) == "Raw text became a language model."
 
@@ -58,7 +74,7 @@ def test_headline_gives_the_rate_after_reinforcement_learning_else_the_rate_ther
         }
     )
     assert plain(words.headline(tuned)) == (
-        "Raw text became a language model: it beats xz -9 by 50 % on text it never saw and answers "
+        "Raw text became a language model: it beats xz -9 by 50 % on held-out text and answers "
         "10 % of unseen tasks right."
     )
 

@@ -71,6 +71,8 @@ def test_long_texts_encode_the_same_in_chunks(tokenizer: Tokenizer, text: str, l
 def test_long_texts_are_cut_into_chunks() -> None:
     assert list(module._chunks("ab\n  cd\nef\n\ngh", 1)) == ["ab\n  cd\n", "ef\n\n", "gh"]
     assert list(module._chunks("", 1)) == [""]
+    assert list(module._chunks("abc  de\tf!\n x", 2)) == ["abc", "  de", "\tf!\n x"]
+    assert list(module._chunks("a12b12", 1)) == ["a1", "2", "b1", "2"]
 
 
 @given(texts=st.lists(MIXED, max_size=5))

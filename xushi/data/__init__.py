@@ -19,6 +19,7 @@ from xushi.data.corpus import (
     training_texts,
 )
 from xushi.data.documents import Document, find_documents, make_document, read_documents
+from xushi.data.overlap import NOTABLE, heldout_overlap
 from xushi.data.packing import Span, byte_span
 from xushi.data.shared import (
     corpus_key,
@@ -31,6 +32,7 @@ from xushi.data.shared import (
 from xushi.data.tokens import TokenManifest, load_manifest, tokenize_corpus
 
 __all__ = [
+    "NOTABLE",
     "CorpusSummary",
     "DataConfig",
     "Document",
@@ -48,6 +50,7 @@ __all__ = [
     "find_documents",
     "heldout_batches",
     "heldout_bytes",
+    "heldout_overlap",
     "joined_hash",
     "load_manifest",
     "load_summary",

@@ -88,7 +88,7 @@ class Request:
     _keep: bool = False
     _sequence: int | None = None  # its id in the cache, from joining until finished
     _prompt: Prompt | None = None  # until finished
-    _kept: KeptSequence | None = None  # once finished, until extended or release
+    _kept: KeptSequence | None = None  # once finished, until extended or released
 
     def _record(self, sampled: Sampled, row: int) -> None:
         """Take row `row`'s token, unless only the prompt is wanted."""
@@ -96,4 +96,4 @@ class Request:
             self.token_ids.append(sampled.tokens[row])
             self.logprobs.append(sampled.logprobs[row])
             self.sampling_logprobs.append(sampled.sampling_logprobs[row])
-            self.top_logprobs.append(sampled.top_logprobs[row])d
+            self.top_logprobs.append(sampled.top_logprobs[row])

@@ -13,10 +13,20 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from xushi.report.numbers import digits, escape
-from xushi.report.scales import Point, Scale, linear, runs, thin, tick_text
+from xushi.report.scales import (
+    Point,
+    Scale,
+    TickLabel,
+    linear,
+    runs,
+    shown_from,
+    thin,
+    tick_text,
+)
 
 WIDTH = 1000.0
 _LABEL_GAP = 15.0
+_LEFT = 46.0  # pixels left of a plot, at most (style.py)
 _ROW = 43.0
 _HEADING = 36.0
 _FIRST_HEADING = 22.0
@@ -117,7 +127,8 @@ def line_chart(series: Sequence[Series], axes: Axes, references: Sequence[Refere
         f'<div class="chart lines"><p class="axis">{escape(axes.y_label)}</p>'
         f'<svg class="plot" role="img" aria-label="{escape(axes.title)}" height="{axes.height}" '
         f'style="--right:{margin:.0f}px" {_domain(plane, axes)}>'
-        + _grid(plane)
+        + _y_grid(plane)
+        + _x_ticks(plane, _LEFT + margin)
         + "".join(_reference(plane.y(one.value)) for one in levels)
         + f'<svg width="100%" height="{axes.height}" viewBox="0 0 1000 {axes.height}" '
         'preserveAspectRatio="none">'
@@ -247,10 +258,6 @@ def _dots(one: Series, plane: _Plane) -> str:
     )
 
 
-def _grid(plane: _Plane) -> str:
-    return _y_grid(plane) + _x_ticks(plane)
-
-
 def _y_grid(plane: _Plane) -> str:
     ticks = plane.y_scale.ticks
     step = ticks[1] - ticks[0] if len(ticks) > 1 else abs(ticks[0]) or 1.0
@@ -262,19 +269,16 @@ def _y_grid(plane: _Plane) -> str:
     )
 
 
-def _x_ticks(plane: _Plane) -> str:
+def _x_ticks(plane: _Plane, beside: float) -> str:
     ticks = plane.x_scale.ticks
-    steps = [b - a for a, b in pairwise(ticks)]
-    parts = []
-    for tick in ticks:
-        place = 100 * plane.x_scale(tick)
-        text = tick_text(tick, min(steps, default=abs(tick) or 1.0))
-        anchor = "end" if place > 96 else "start" if place < 4 else "middle"
-        parts.append(
-            f'<text class="tick" text-anchor="{anchor}" x="{place:.2f}%" '
-            f'y="{plane.height + 18}">{text}</text>'
-        )
-    return "".join(parts)
+    step = min((b - a for a, b in pairwise(ticks)), default=abs(ticks[0]) or 1.0)
+    labels = [TickLabel(tick_text(tick, step), plane.x_scale(tick)) for tick in ticks]
+    return "".join(
+        f'<text class="tick from{width}" text-anchor="{label.anchor}" '
+        f'x="{100 * label.place:.2f}%" y="{plane.height + 18}">{label.text}</text>'
+        for label, width in zip(labels, shown_from(labels, beside), strict=True)
+        if width is not None
+    )
 
 
 def _reference(y: float) -> str:

@@ -71,12 +71,12 @@ def _header(run: Run, name: str) -> str:
     day = ""
     if began is not None:
         date = datetime.fromtimestamp(began, UTC)
-        day = f' · <span class="day">{date:%Y-%m-%d}</span>'
+        day = f' <span class="day">· {date:%Y-%m-%d}</span>'
     sentences = (words.control_run(run), words.reinforcement(run), words.yardstick(run))
     return (
         '<header><div class="kicker"><span class="mark">xushi</span>'
         '<span class="hanzi" lang="zh-Hans"><span class="void">虚</span>实</span>'
-        f"<span>{escape(name)}{day}</span>"
+        f'<span class="run">{escape(name)}{day}</span>'
         '<button id="theme" type="button" hidden>light / dark</button></div>'
         f"<h1>{escape(words.headline(run))}</h1>"
         + "".join(paragraph(sentence, "lede") for sentence in sentences)

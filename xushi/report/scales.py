@@ -122,6 +122,53 @@ def tick_text(value: float, step: float) -> str:
     return _plain(value, step)
 
 
+@dataclass(frozen=True)
+class TickLabel:
+    """A tick's text below a plot at `place`, from 0 to 1; those at the edges stay inside."""
+
+    text: str
+    place: float
+
+    @property
+    def anchor(self) -> str:
+        """Which part of the text is at `place`: SVG's text-anchor."""
+        return "end" if self.place > 0.96 else "start" if self.place < 0.04 else "middle"
+
+    def extent(self, width: float) -> tuple[float, float]:
+        """Left and right end in pixels on a plot of `width` pixels."""
+        length = PIXELS_PER_CHARACTER * len(self.text)
+        left = self.place * width - length * {"start": 0.0, "middle": 0.5, "end": 1.0}[self.anchor]
+        return left, left + length
+
+
+CHART_WIDTHS = (280, 420, 640)
+"""Widths of a chart in pixels from which more of its ticks are shown; the style sheet has them."""
+PIXELS_PER_CHARACTER = 7.0
+LABEL_SPACE = 6.0
+
+
+def shown_from(labels: Sequence[TickLabel], beside: float) -> list[int | None]:
+    """For each label the first of `CHART_WIDTHS` at which it is shown; None: at none.
+
+    Every n-th label is shown, with the least n for which none overlap. `beside` is what is left and
+    right of the plot, in pixels.
+    """
+    shown: list[int | None] = [None] * len(labels)
+    stride = 1
+    for width in reversed(CHART_WIDTHS):
+        first = stride
+        while _overlap(labels[::stride], max(1.0, width - beside)):
+            stride += first
+        for number in range(0, len(labels), stride):
+            shown[number] = width
+    return shown
+
+
+def _overlap(labels: Sequence[TickLabel], width: float) -> bool:
+    extents = [label.extent(width) for label in labels]
+    return any(b[0] < a[1] + LABEL_SPACE for a, b in itertools.pairwise(extents))
+
+
 def _plain(value: float, step: float) -> str:
     decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step > 0 else 2
     if decimals > 4 and value:

@@ -117,7 +117,7 @@ def heldout_figure(run: Run) -> str:
     if levels:
         caption += " Dashed: what compressors need for all of it."
     caption += above_frame(points, frame_top(lines, axes, levels)) + not_finite(points)
-    return figure(line_chart(lines, axes, levels), caption, "Text it never saw")
+    return figure(line_chart(lines, axes, levels), caption, "Held-out text")
 
 
 def compression_section(run: Run) -> str:

@@ -2,12 +2,10 @@
 
 from typing import Any
 
-from xushi.report import stages
+from xushi.report import stages, words
 from xushi.report.elements import fact_grid, paragraph, section, stage_time
 from xushi.report.numbers import count, digits, duration, escape, memory, percent, raw, size
 from xushi.report.read import Run
-
-_GROUPS_SHOWN = 12
 
 
 def story_section(run: Run, body: str) -> str:
@@ -59,7 +57,10 @@ def data_section(run: Run) -> str:
     )
     digest = run.text("data.sha256")
     body = (
-        grid + paragraph(_heldout(run)) + paragraph(f"SHA-256 {digest}" if digest else "", "hash")
+        grid
+        + paragraph(_heldout(run))
+        + paragraph(words.overlap(run))
+        + paragraph(f"SHA-256 {digest}" if digest else "", "hash")
     )
     return section("data", "The text", body, stage_time(run, "data"))
 
@@ -68,15 +69,11 @@ def _heldout(run: Run) -> str:
     """What the held-out text is: whole groups by name, or the tail of every document."""
     if run.text("data.heldout_rule") == "tails":
         return "The tail of every document is held out."
-    names = [name for name in run.text("data.heldout_groups").split(", ") if name]
-    if not names:
+    named = run.text("data.heldout_groups_named")
+    if not named:
         return ""
-    more = len(names) - _GROUPS_SHOWN
-    return (
-        "Held out whole, with none of their text trained on: "
-        + ", ".join(names[:_GROUPS_SHOWN])
-        + (f" and {count(more)} more." if more > 0 else ".")
-    )
+    more = int(run.number("data.heldout_groups") or 0) - len(named.split(", "))
+    return f"Held out whole: {named}" + (f" and {count(more)} more." if more > 0 else ".")
 
 
 def machine_section(run: Run) -> str:

@@ -111,7 +111,10 @@ margin:1.4rem 0}
 overflow-wrap:anywhere}
 figure{margin:1.5rem 0 1.7rem;break-inside:avoid}h3+figure{margin-top:.7rem}
 figcaption{margin-top:.5rem;max-width:42rem}
-.chart{position:relative}.chart.lines{padding-bottom:44px}.chart.cells{padding-bottom:24px}
+.chart{position:relative;container-type:inline-size}.from420,.from640{display:none}
+@container (min-width:420px){.from420{display:inline}}
+@container (min-width:640px){.from640{display:inline}}
+.chart.lines{padding-bottom:44px}.chart.cells{padding-bottom:24px}
 .axis{font-size:.78rem;color:var(--soft);margin:0 0 .65rem;line-height:1.3;max-width:none}
 svg{display:block;overflow:visible}svg svg{overflow:hidden}
 svg.plot{--left:46px;margin-left:var(--left);width:calc(100% - var(--left) - var(--right,16px))}
@@ -190,7 +193,7 @@ main,header,footer{padding-left:1.1rem;padding-right:1.1rem}section{margin-top:3
 .pair{grid-template-columns:1fr;gap:.9rem}.numbers{columns:1}
 .figures{grid-template-columns:auto auto}
 .figure b{font-size:1.3rem}dl.facts{grid-template-columns:repeat(auto-fill,minmax(8rem,1fr))}
-.kicker{gap:.6rem}
+.kicker{gap:.2rem .6rem;flex-wrap:wrap}.kicker .run{order:1;flex-basis:100%}
 .sample .asked{flex-wrap:wrap;gap:.2rem 1rem}svg.plot{--left:38px}}
 @media print{body{font-size:10pt;background:none}header{padding-top:0}
 button,.tip,.cross{display:none!important}

@@ -3,6 +3,7 @@
 Plain text; whoever puts it into a page escapes it. A sentence whose numbers are missing is "".
 """
 
+from xushi.data.overlap import NOTABLE, WINDOW
 from xushi.report.numbers import count, digits, duration, percent
 from xushi.report.read import Run
 
@@ -44,15 +45,34 @@ def _text_clause(run: Run) -> str:
     if model is None:
         return ""
     if xz is None or xz <= 0:
-        return f"needs {digits(model)} bits per byte on text it never saw"
+        return f"needs {digits(model)} bits per byte on {_heldout(run)}"
     if abs(model - xz) < LEVEL:
-        return (
-            f"is level with {XZ} on text it never saw ({digits(model)} against {digits(xz)} bits "
-            "per byte)"
-        )
+        against = f"{digits(model)} against {digits(xz)} bits per byte"
+        return f"is level with {XZ} ({against}) on {_heldout(run)}"
     if model < xz:
-        return f"beats {XZ} by {percent(1 - model / xz)} on text it never saw"
-    return f"needs {percent(model / xz - 1)} more bits than {XZ} on text it never saw"
+        return f"beats {XZ} by {percent(1 - model / xz)} on {_heldout(run)}"
+    return f"needs {percent(model / xz - 1)} more bits than {XZ} on {_heldout(run)}"
+
+
+def _heldout(run: Run) -> str:
+    """What the held-out text is to the model, as far as that was measured."""
+    shared = run.number("data.heldout_overlap")
+    if shared is None:
+        return "held-out text"
+    if shared < NOTABLE:
+        return "text it never saw"
+    return f"held-out text ({percent(shared)} of it stands in the training text too)"
+
+
+def overlap(run: Run) -> str:
+    """How much of the held-out text stands in the training text."""
+    shared = run.number("data.heldout_overlap")
+    if shared is None:
+        return ""
+    return (
+        f"{percent(shared)} of the held-out text stands in the training text too, in stretches of "
+        f"at least {WINDOW} characters, whatever their white space."
+    )
 
 
 def _task_clause(run: Run) -> str:

@@ -19,6 +19,7 @@ from xushi.base.errors import BadInput, XushiError
 from xushi.base.files import write_atomic, write_json
 from xushi.tokenizer.config import SPECIAL_TOKENS, TOOL_TOKENS, smallest_vocabulary
 from xushi.tokenizer.template import chat_template
+from xushi.tokenizer.unbroken import UnbrokenText
 from xushi.tokenizer.vocabulary import Beginning, ToolIds, Vocabulary, token_bytes
 
 if TYPE_CHECKING:
@@ -37,9 +38,12 @@ _WORD = (
 
 # The library needs dozens of bytes of memory per byte of a text, so a long text is encoded in
 # chunks.
-_CHUNK_CHARACTERS = 1 << 20
+_CHUNK_CHARACTERS = 1 << 16
+# Training takes time in proportion to the square of a pre-token's length (of what the pre-tokenizer
+# cuts out), so it learns from blocks of a long one. Encoding has no blocks: other programs do not.
+_TRAINING_BLOCKS = r"(?m).{1,256}"  # (?m) is Oniguruma's way to have . match a line feed
 _GET_AGAIN = "copy it again, or remove stages/tokenizer.json of its run and run the recipe again"
-_BORDER = re.compile(r"\n(?=\S)")
+_BORDER = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?=[ \t])|(?<=[0-9])(?!\Z)")
 
 
 class Tokenizer(Vocabulary):
@@ -103,9 +107,8 @@ class Tokenizer(Vocabulary):
                 f"{len(special)} special tokens",
                 f"set it to {smallest} or more",
             )
-        backend = _train(
-            (chunk for text in texts for chunk in _chunks(encodable(text))), vocab_size, special
-        )
+        chunks = (part for text in texts for part in _training_chunks(encodable(text)))
+        backend = _train(chunks, vocab_size, special)
         reached = backend.get_vocab_size()
         if reached < vocab_size:
             raise BadInput(
@@ -124,13 +127,20 @@ class Tokenizer(Vocabulary):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on the threads of the library."""
-        chunks = [list(_chunks(encodable(text))) for text in texts]
-        encodings = iter(
-            self._backend.encode_batch_fast(
-                [chunk for parts in chunks for chunk in parts], add_special_tokens=False
-            )
+        chunks = [list(_chunks(encodable(text), _CHUNK_CHARACTERS)) for text in texts]
+        ordinary = [chunk for parts in chunks for chunk in parts if not _is_long(chunk)]
+        encodings = iter(self._backend.encode_batch_fast(ordinary, add_special_tokens=False))
+        unbroken = UnbrokenText(
+            self._backend, self.byte_lengths, _CHUNK_CHARACTERS, _CHUNK_CHARACTERS // 16
         )
-        return [[token for _ in parts for token in next(encodings).ids] for parts in chunks]
+        return [
+            [
+                token
+                for chunk in parts
+                for token in (unbroken.encode(chunk) if _is_long(chunk) else next(encodings).ids)
+            ]
+            for parts in chunks
+        ]
 
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of `text` after bos, with which every training document begins."""
@@ -213,9 +223,9 @@ def _train(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> "to
 
     backend = Backend(models.BPE())
     split = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (_DIGIT, _CJK, _WORD)]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    blocks = pre_tokenizers.Split(Regex(_TRAINING_BLOCKS), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, blocks, to_bytes])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -225,6 +235,7 @@ def _train(texts: Iterable[str], vocab_size: int, special: Sequence[str]) -> "to
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
     backend.train_from_iterator(texts, trainer=trainer)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, to_bytes])
     return backend
 
 
@@ -261,9 +272,22 @@ def encodable(text: str) -> str:
     return text
 
 
-def _chunks(text: str, limit: int = _CHUNK_CHARACTERS) -> Iterator[str]:
-    """Cut a long text where the pre-tokenizer always cuts: after a line feed that no white space
-    follows.
+def _is_long(chunk: str) -> bool:
+    """Whether a chunk has a line too long to be encoded whole."""
+    return len(chunk) > 2 * _CHUNK_CHARACTERS
+
+
+def _training_chunks(text: str) -> Iterator[str]:
+    """Chunks to learn from; those with a long line are cut anywhere."""
+    for chunk in _chunks(text, _CHUNK_CHARACTERS):
+        size = _CHUNK_CHARACTERS if _is_long(chunk) else max(1, len(chunk))
+        for start in range(0, len(chunk), size):
+            yield chunk[start : start + size]
+
+
+def _chunks(text: str, limit: int) -> Iterator[str]:
+    """Cut a long text where the pre-tokenizer always cuts: between a line feed and what is no white
+    space, between what is no white space and a space or tab, and behind a digit.
     """
     start = 0
     while border := _BORDER.search(text, start + limit):

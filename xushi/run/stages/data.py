@@ -2,7 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from xushi.data import ExtraSource, load_summary, make_document, obtain_corpus
+from xushi.base.files import sha256_json
+from xushi.base.progress import say
+from xushi.data import (
+    NOTABLE,
+    ExtraSource,
+    heldout_overlap,
+    load_summary,
+    make_document,
+    obtain_corpus,
+)
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results, Stage
 
@@ -10,6 +19,7 @@ if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
 
 TRANSCRIPTS = "transcripts"  # the name of the environment's source
+GROUPS_NAMED = 12
 
 
 class CorpusFigures(Results):
@@ -22,7 +32,10 @@ class CorpusFigures(Results):
     heldout_bytes: int
     heldout_fraction: float
     heldout_rule: str
-    heldout_groups: str  # their names, separated by commas
+    heldout_overlap: float  # the share of the held-out text that training has too
+    heldout_groups: int
+    heldout_groups_named: str  # the first of their names, separated by commas
+    heldout_groups_sha256: str  # of the JSON list of their names, which corpus/summary.json has
 
 
 class DataResults(Results):
@@ -38,6 +51,7 @@ class Data(Stage):
     title = "Data"
     section = "data"
     required = True
+    version = 2
     facts = (
         Fact("data.bytes", "{} of text", "size"),
         Fact("data.documents", "{} documents"),
@@ -68,6 +82,9 @@ class Data(Stage):
         """Read, divide and write the corpus, or link the one that another run made of the same."""
         obtain_corpus(self.config, self._transcripts(), place.corpus)
         summary = load_summary(place.corpus)
+        overlap = heldout_overlap(place.corpus)
+        if overlap >= NOTABLE:
+            say(f"data: {overlap:.1%} of the held-out text stands in the training text too")
         return DataResults(
             data=CorpusFigures(
                 bytes=summary.bytes,
@@ -77,7 +94,10 @@ class Data(Stage):
                 heldout_bytes=summary.heldout_bytes,
                 heldout_fraction=summary.heldout_bytes / summary.bytes,
                 heldout_rule=summary.rule,
-                heldout_groups=", ".join(summary.heldout_groups),
+                heldout_overlap=overlap,
+                heldout_groups=len(summary.heldout_groups),
+                heldout_groups_named=", ".join(summary.heldout_groups[:GROUPS_NAMED]),
+                heldout_groups_sha256=sha256_json(summary.heldout_groups),
             )
         )
 

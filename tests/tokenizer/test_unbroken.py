@@ -1,0 +1,72 @@
+"""Windows give the ids of the whole text, whatever the text and wherever they end."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xushi.tokenizer import Tokenizer
+from xushi.tokenizer.unbroken import UnbrokenText
+
+# Runs that one pre-token can be made of, and characters at which a pre-token ends in its own way.
+KINDS = [
+    "ACGT", "a", "ab", "abc", "aé.", " ", "\n", " \n", "!", "!\n", "! \n", "天地玄黄", "\0", "\0a",
+    " a", "\u0301a", "!?。é", "0a", " \u2028\t\r\n", "aé。 \n1天\0", "👨\u200d👩",
+]  # fmt: skip
+RUNS = st.one_of(
+    st.builds(lambda kind, times: kind * times, st.sampled_from(KINDS), st.integers(1, 40)),
+    st.sampled_from(KINDS).flatmap(lambda kind: st.text(kind, max_size=120)),
+)
+
+
+@pytest.fixture(scope="module")
+def wide() -> Tokenizer:
+    """With long tokens of every kind of run, so that they lie across many places to cut."""
+    random_runs = random.Random(5)
+    text = ["".join(random_runs.choices(kind, k=160)) + kind * 9 for kind in KINDS]
+    return Tokenizer.train(text + text, 900)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    text=st.lists(RUNS, max_size=6).map("".join),
+    window=st.sampled_from([4, 10, 30, 80]),
+    overlap=st.sampled_from([1, 4, 20]),
+)
+def test_windows_give_the_ids_of_the_whole(
+    wide: Tokenizer, text: str, window: int, overlap: int
+) -> None:
+    whole = wide._backend.encode(text, add_special_tokens=False).ids
+    assert UnbrokenText(wide._backend, wide.byte_lengths, window, overlap).encode(text) == whole
+
+
+@pytest.mark.parametrize("kind", ["ACGT", "a", "abc", "天地玄黄", "!", "\0", "\u0301a", "é"])
+def test_one_pre_token_is_read_in_windows_of_bounded_length(wide: Tokenizer, kind: str) -> None:
+    """The longest text that the library is given does not grow with the pre-token."""
+    text = "".join(random.Random(7).choices(kind, k=6000))
+    given = _Counting(wide)
+    ids = UnbrokenText(given, wide.byte_lengths, window=500, overlap=300).encode(text)
+    assert ids == wide._backend.encode(text, add_special_tokens=False).ids
+    assert max(given.lengths) <= 1100  # a window that was doubled once, and what leads into it
+    assert sum(given.lengths) <= 6 * len(text)
+
+
+@pytest.mark.parametrize("head", [".", "\0", " ", " !", "\t"])
+def test_a_pre_token_keeps_its_kind_from_window_to_window(wide: Tokenizer, head: str) -> None:
+    """`.abc` ends before é, where a word goes on; the windows in the middle begin with a letter."""
+    text = head + "ab" * 200 + "é" * 200 + "!" * 200 + "\n" * 9 + "  x"
+    whole = wide._backend.encode(text, add_special_tokens=False).ids
+    assert UnbrokenText(wide._backend, wide.byte_lengths, 90, 40).encode(text) == whole
+
+
+class _Counting:
+    """A backend that notes the length of each text that it encodes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._backend = tokenizer._backend
+        self.lengths: list[int] = []
+
+    def encode(self, text: str, add_special_tokens: bool) -> object:
+        self.lengths.append(len(text))
+        return self._backend.encode(text, add_special_tokens=add_special_tokens)
