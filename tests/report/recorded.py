@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xushi.base.messages import Message
+from xushi.data.left_out import REASONS
 from xushi.report.read import Run
 
 
@@ -51,6 +52,7 @@ SHOWN = {
 NUMBERS_ONLY = {
     "data.files",
     "data.heldout_tokens",
+    *(f"data.left_out.{reason}" for reason in REASONS),
     "evaluate.ratio_to_xz",
     "export.models",
     "rl.verifier_errors_after",

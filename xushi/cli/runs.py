@@ -1,4 +1,4 @@
-"""Commands about runs: run, launch, replay, report, export-metrics."""
+"""Commands about runs: train, run, launch, replay, report, export-metrics."""
 
 import json
 import sys
@@ -19,8 +19,17 @@ from xushi.cli.app import (
 )
 
 OutOption = Annotated[Path | None, typer.Option(help="the run directory; runs/<name> if left out")]
-TextOption = Annotated[
-    str | None, typer.Option(help="train on these files instead of the recipe's sources")
+PathsArgument = Annotated[
+    list[str], typer.Argument(help="files, directories or patterns such as '~/notes/**/*.md'")
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="leave out what matches, such as 'drafts/*' or '*.log'"),
+]
+NameOption = Annotated[str, typer.Option(help="the run's name")]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="whose model and training to take; recipes/demo.toml"),
 ]
 StagesOption = Annotated[
     str | None, typer.Option(help="comma-separated: data,tokenizer,pretrain[,sft[,rl]]")
@@ -50,12 +59,37 @@ SharedOutOption = Annotated[
 ]
 
 
+@app.command()
+def train(
+    paths: PathsArgument,
+    exclude: ExcludeOption = None,
+    name: NameOption = "text",
+    out: OutOption = None,
+    recipe: ModelOption = None,
+    assignments: SetOption = None,
+    update: UpdateOption = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model on your own text, measure and export it. The same command continues after an
+    interruption, also if the text changed.
+    """
+    from xushi.run.own_text import OwnText, own_text_recipe
+
+    asked = OwnText(paths, recipe or default_recipe(), exclude or [], assignments or [], name)
+    directory = out or _default_directory(asked.recipe_with({}))
+    loaded, update = own_text_recipe(asked, directory, update)
+    if dry_run:
+        _print_plan(loaded, as_json)
+    else:
+        _run(loaded, directory, update, as_json)
+
+
 @app.command("run")
 def run_command(
     recipe: RecipeArgument = None,
     assignments: SetOption = None,
     out: OutOption = None,
-    text: TextOption = None,
     stages: StagesOption = None,
     without: WithoutOption = None,
     update: UpdateOption = False,
@@ -70,7 +104,6 @@ def run_command(
     loaded = load_recipe(
         recipe or default_recipe(),
         assignments or [],
-        text,
         [part.strip() for part in stages.split(",")] if stages is not None else None,
         without,
     )

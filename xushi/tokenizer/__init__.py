@@ -4,12 +4,13 @@ from xushi.tokenizer.chat import chat_examples, encode_chat, encode_outputs
 from xushi.tokenizer.config import TokenizerConfig
 from xushi.tokenizer.reply import parse_assistant, parse_tool_calls
 from xushi.tokenizer.streaming import StreamDecoder
-from xushi.tokenizer.tokenizer import Tokenizer
+from xushi.tokenizer.tokenizer import Tokenizer, TooFewMerges
 
 __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "TokenizerConfig",
+    "TooFewMerges",
     "chat_examples",
     "encode_chat",
     "encode_outputs",

@@ -99,6 +99,16 @@ class Stage(ABC):
     def run(self, place: RunPlace) -> Results:
         """Do the work. Where `together` holds, all processes call this alike."""
 
+    def files_read(self, place: RunPlace) -> str:
+        """The hash of the files outside of the run directory that `run` has read; "" for none."""
+        return ""
+
+    def files_changed(self, place: RunPlace) -> str:
+        """How those files differ from what a finished `run` has read, in a phrase; "" if they do
+        not.
+        """
+        return ""
+
     def check_layout(self, layout: Layout) -> None:
         """Raise `BadInput` if the stage cannot run on these processes. Asked before all stages."""
         return

@@ -1,8 +1,12 @@
 """The data stage: sources are read, cleaned, held out and written down as a corpus."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+from xushi.base.progress import say
 from xushi.data import ExtraSource, load_summary, make_document, obtain_corpus
+from xushi.data.left_out import LeftOut, counts, sentence
+from xushi.data.read_files import ReadFiles, difference, look_at
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results, Stage
 
@@ -10,6 +14,16 @@ if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
 
 TRANSCRIPTS = "transcripts"  # the name of the environment's source
+
+
+class LeftOutFigures(Results):
+    """What is left out, by reason (see `xushi.data.left_out.REASONS`)."""
+
+    counts: dict[str, int]
+
+    def flat(self) -> dict[str, Any]:
+        """One key for each reason."""
+        return dict(self.counts)
 
 
 class CorpusFigures(Results):
@@ -23,6 +37,7 @@ class CorpusFigures(Results):
     heldout_fraction: float
     heldout_rule: str
     heldout_groups: str  # their names, separated by commas
+    left_out: LeftOutFigures
 
 
 class DataResults(Results):
@@ -66,8 +81,12 @@ class Data(Stage):
 
     def run(self, place: RunPlace) -> DataResults:
         """Read, divide and write the corpus, or link the one that another run made of the same."""
-        obtain_corpus(self.config, self._transcripts(), place.corpus)
+        files = look_at(self.config)
+        obtain_corpus(self.config, self._transcripts(), place.corpus, files)
+        files.write(place.read_files)
         summary = load_summary(place.corpus)
+        left_out = [source.left_out for source in summary.sources]
+        tell_left_out(left_out)
         return DataResults(
             data=CorpusFigures(
                 bytes=summary.bytes,
@@ -78,8 +97,25 @@ class Data(Stage):
                 heldout_fraction=summary.heldout_bytes / summary.bytes,
                 heldout_rule=summary.rule,
                 heldout_groups=", ".join(summary.heldout_groups),
+                left_out=LeftOutFigures(counts=counts(left_out)),
             )
         )
+
+    def reads(self) -> dict[str, Any]:
+        """Where the files lie is no part of it: what they hold is told by `files_read`."""
+        kept = super().reads()
+        for source in kept["config"]["sources"]:
+            del source["glob"]
+        return kept
+
+    def files_read(self, place: RunPlace) -> str:
+        """The hash of the text files."""
+        return ReadFiles.read(place.read_files).hash
+
+    def files_changed(self, place: RunPlace) -> str:
+        """Which of the text files are not as they were."""
+        before = ReadFiles.read(place.read_files)
+        return difference(before, look_at(self.config, before))
 
     def _transcripts(self) -> dict[str, ExtraSource]:
         """Worked episodes as plain text, each a document of its own.
@@ -98,3 +134,10 @@ class Data(Stage):
             for index in range(self.environment.transcripts)
         ]
         return {TRANSCRIPTS: ExtraSource(documents, self.environment.transcript_weight)}
+
+
+def tell_left_out(sources: Iterable[Iterable[LeftOut]]) -> None:
+    """Say what the sources leave out: a line for each reason."""
+    for left_out in sources:
+        for each in left_out:
+            say(sentence(each))
