@@ -311,7 +311,10 @@ def _holds_runs(folder: Path) -> bool:
         return True
     if folder.name != "runs":
         return False
-    return any(is_run(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+    try:
+        return any(is_run(folder / name) for name in os.listdir(folder))
+    except PermissionError:
+        return False
 
 
 def run_above(path: Path) -> Path | None:
