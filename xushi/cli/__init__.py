@@ -2,6 +2,7 @@
 before it is needed.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -57,6 +58,9 @@ def guarded(action: Callable[[], Any]) -> int:
 def main() -> None:
     """The console script."""
     code = 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the locale cannot print is escaped, as it is on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if len(sys.argv) == 1:
         sys.argv.append("--help")
 

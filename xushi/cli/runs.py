@@ -121,12 +121,14 @@ def _default_directory(recipe: Any) -> Path:
 
 
 def _print_plan(recipe: Any, as_json: bool) -> None:
-    from xushi.run import describe
+    from xushi.run import describe, plan_sentence
 
     plan = describe(recipe)
     if as_json:
         print(json.dumps(plan))
         return
+    print(plan_sentence(plan))
+    print()
     print(recipe.to_toml())
     print_table(plan)
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from xushi.data.left_out import REASONS, in_short
 from xushi.report import stages
 from xushi.report.elements import fact_grid, paragraph, section, stage_time
 from xushi.report.numbers import count, digits, duration, escape, memory, percent, raw, size
@@ -59,9 +60,19 @@ def data_section(run: Run) -> str:
     )
     digest = run.text("data.sha256")
     body = (
-        grid + paragraph(_heldout(run)) + paragraph(f"SHA-256 {digest}" if digest else "", "hash")
+        grid
+        + paragraph(_heldout(run))
+        + paragraph(_left_out(run))
+        + paragraph(f"SHA-256 {digest}" if digest else "", "hash")
     )
     return section("data", "The text", body, stage_time(run, "data"))
+
+
+def _left_out(run: Run) -> str:
+    """What the sources leave out, by reason."""
+    counts = {reason: int(run.number(f"data.left_out.{reason}") or 0) for reason in REASONS}
+    told = in_short(counts)
+    return f"Left out: {told}." if told else ""
 
 
 def _heldout(run: Run) -> str:

@@ -13,6 +13,7 @@ from xushi.base.errors import BadInput, Failed
 from xushi.base.files import disk_errors, read_json, write_atomic, write_json
 from xushi.base.tracking import Tracking
 from xushi.data.files import OWNER  # the run's format and its recipe's hash
+from xushi.data.names import written
 from xushi.run.place import RUN_FORMAT, RunPlace
 from xushi.run.recipe import Recipe, load_recipe
 from xushi.run.stages.data import Data
@@ -24,6 +25,13 @@ LOCK = ".lock"
 @contextlib.contextmanager
 def own(directory: Path) -> Iterator[None]:
     """Hold the run directory against a second process; the lock ends with the process."""
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:  # pyarrow and safetensors take no such path
+        raise BadInput(
+            f"the run directory {written(directory)} cannot be used: its name is not UTF-8",
+            "choose another --out, or in a locale without UTF-8 set PYTHONUTF8=1",
+        ) from None
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)

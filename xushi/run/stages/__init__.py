@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from xushi.run.place import RunPlace, StageRecord, read_record, stage_key
-from xushi.run.stages.base import Fact, Results, Stage
+from xushi.run.stages.base import Costs, Fact, Results, Stage
 from xushi.run.stages.control import Control
 from xushi.run.stages.data import Data
 from xushi.run.stages.evaluate import Evaluate
@@ -29,6 +29,7 @@ RECIPE_STAGES = tuple(stage.name for stage in STAGES if stage.in_recipe)
 __all__ = [
     "RECIPE_STAGES",
     "STAGES",
+    "Costs",
     "Fact",
     "Results",
     "Stage",

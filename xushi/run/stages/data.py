@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from xushi.base.progress import say
-from xushi.data import ExtraSource, load_summary, make_document, obtain_corpus
+from xushi.data import CorpusSummary, ExtraSource, load_summary, make_document, obtain_corpus
 from xushi.data.left_out import LeftOut, counts, sentence
 from xushi.data.read_files import ReadFiles, difference, look_at
 from xushi.run.place import RunPlace
-from xushi.run.stages.base import Fact, Results, Stage
+from xushi.run.stages.base import Costs, Fact, Results, Stage
 
 if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
@@ -82,9 +82,8 @@ class Data(Stage):
     def run(self, place: RunPlace) -> DataResults:
         """Read, divide and write the corpus, or link the one that another run made of the same."""
         files = look_at(self.config)
-        obtain_corpus(self.config, self._transcripts(), place.corpus, files)
+        summary = self.make(place, files)
         files.write(place.read_files)
-        summary = load_summary(place.corpus)
         left_out = [source.left_out for source in summary.sources]
         tell_left_out(left_out)
         return DataResults(
@@ -100,6 +99,15 @@ class Data(Stage):
                 left_out=LeftOutFigures(counts=counts(left_out)),
             )
         )
+
+    def make(self, place: RunPlace, files: ReadFiles) -> CorpusSummary:
+        """The corpus, of the files that `look_at` has just found."""
+        obtain_corpus(self.config, self._transcripts(), place.corpus, files)
+        return load_summary(place.corpus)
+
+    def seconds(self, costs: Costs) -> float:
+        """As measured."""
+        return costs.data
 
     def reads(self) -> dict[str, Any]:
         """Where the files lie is no part of it: what they hold is told by `files_read`."""

@@ -6,7 +6,7 @@ from xushi.base.tracking import BatchRecord
 from xushi.envs import Environment
 from xushi.model import Batch
 from xushi.run.place import RunPlace
-from xushi.run.stages.base import Fact, Results
+from xushi.run.stages.base import Costs, Fact, Results
 from xushi.run.stages.checks import check_length, check_model_training
 from xushi.run.stages.lengths import (
     check_episode_length,
@@ -63,11 +63,11 @@ class SFT(TrainingStage):
         check_length(f"{cls.name}.sequence_length", recipe.sft.sequence_length, recipe.model)
         check_episode_length(recipe)
 
-    def seconds(self, per_token: float) -> float:
+    def seconds(self, costs: Costs) -> float:
         """The mean length of some demonstrations stands for all."""
         environment, share = self.environment.make(), self.config.thinking_share
         tokens = mean_demonstration_tokens(environment, share)
-        return self.config.steps * self.config.batch_examples * tokens * per_token
+        return self.config.steps * self.config.batch_examples * tokens * costs.training_token
 
     def data(self, place: RunPlace) -> Data:
         """Demonstrations, fresh ones at every step; the cursor counts them."""
