@@ -181,7 +181,7 @@ class Evaluate(ModelStage):
             return play_greedily(model, tokenizer, environment, self.config, self.seed, think=think)
 
         def measure(model: Deepseek, when: str) -> None:
-            say(f"{self.name}: answers to {self.config.tasks:,} tasks ({when} RL)")
+            say(f"{self.name}: answers to {self.config.tasks:,} tasks")
             episodes = greedy(model, scored)
             rates[f"greedy_{when}"] = accuracy(episodes)
             samples[when] = [shown(episode) for episode in episodes[:SAMPLES_SHOWN]]
