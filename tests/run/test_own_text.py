@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xushi.base.errors import XushiError
+from xushi.base.tracking import Tracking
+from xushi.run.directory import claim
 from xushi.run.own_text import (
     MOST_EPOCHS,
     OwnText,
@@ -15,7 +17,10 @@ from xushi.run.own_text import (
     fit_to_text,
     own_text_recipe,
 )
+from xushi.run.place import RunPlace, StageRecord, write_record
 from xushi.run.recipe import Recipe, load_recipe
+from xushi.run.stages import keys_of, records_of
+from xushi.run.stages.data import Data
 from xushi.tokenizer import TooFewMerges
 
 from .conftest import MINIATURE
@@ -104,7 +109,7 @@ def test_a_default_is_lowered_too() -> None:
 def test_a_large_text_changes_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = recipe_for(text_of(tmp_path / "book", 1_000_000))
+    recipe = recipe_for(text_of(tmp_path / "book", 60_000))
     asked = load_recipe(MINIATURE, [])
     assert (recipe.tokenizer, recipe.pretrain) == (asked.tokenizer, asked.pretrain)
     assert "->" not in capsys.readouterr().err
@@ -165,3 +170,89 @@ def test_several_paths_and_what_they_exclude(tmp_path: Path) -> None:
     recipe = recipe_for(notes, str(book), exclude=("notes/drafts",))
     assert recipe.data.sources[0].globs == [notes, str(book)]
     assert recipe.tokenizer.vocab_size == 263 + 70  # of 7,000 bytes: the draft is not read
+
+
+# A run that has begun
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    directory = tmp_path / "notes"
+    directory.mkdir()
+    for number in range(4):
+        (directory / f"{number}.md").write_text(words(2000, number))
+    return directory
+
+
+def asked_for(notes: Path, *sets: str) -> OwnText:
+    return OwnText([str(notes)], MINIATURE, [], list(sets))
+
+
+def begin(asked: OwnText, run: Path, done: int) -> Recipe:
+    """A run whose first stages are done, the first of them truly."""
+    recipe, _ = own_text_recipe(asked, run, update=False)
+    run.mkdir()
+    claim(recipe, run, update=False)
+    place = RunPlace(run, Tracking(None))
+    stages = recipe.run_stages()
+    for stage in stages[:done]:
+        files = ""
+        if isinstance(stage, Data):
+            stage.run(place)
+            files = stage.files_read(place)
+        key = keys_of(stages, records_of(stages, place))[stage.name]
+        write_record(place, stage.name, StageRecord(key, 1.0, {}, files))
+    return recipe
+
+
+ALL = 5
+
+
+@pytest.mark.parametrize(
+    ("done", "change", "kept", "update"),
+    [
+        (0, "line", False, True),  # nothing is read yet: the text as it is now
+        (1, "line", True, False),
+        (ALL - 1, "line", True, False),
+        (ALL, "line", False, True),
+        (ALL, "none", True, False),
+        (1, "gone", True, False),
+        (ALL, "gone", True, False),
+        (1, "renamed", True, False),
+        (ALL, "renamed", True, False),
+    ],
+)
+def test_what_the_same_command_does(
+    done: int, change: str, kept: bool, update: bool, notes: Path, tmp_path: Path
+) -> None:
+    begun = begin(asked_for(notes), tmp_path / "run", done)
+    place = notes
+    if change == "line":
+        (notes / "0.md").write_text(words(9000))  # fits a larger vocabulary
+    if change in ("gone", "renamed"):
+        other = notes.rename(tmp_path / "renamed")
+        place = other if change == "renamed" else notes
+    recipe, may_update = own_text_recipe(asked_for(place), tmp_path / "run", update=False)
+    assert may_update == update
+    assert (recipe.tokenizer == begun.tokenizer) == kept
+    assert (recipe.hash_without_places == begun.hash_without_places) == kept
+    assert recipe.data.sources[0].globs == [str(place)]
+    claim(recipe, tmp_path / "run", may_update)
+
+
+def test_update_reads_the_text_as_it_is(notes: Path, tmp_path: Path) -> None:
+    begun = begin(asked_for(notes), tmp_path / "run", 1)
+    (notes / "0.md").write_text(words(9000))
+    recipe, update = own_text_recipe(asked_for(notes), tmp_path / "run", update=True)
+    assert update and recipe.tokenizer.vocab_size > begun.tokenizer.vocab_size
+
+
+def test_another_command_is_another_run(notes: Path, tmp_path: Path) -> None:
+    begin(asked_for(notes), tmp_path / "run", 1)
+    (other := tmp_path / "other").mkdir()
+    (other / "0.md").write_text(words(9000))
+    for asked in (asked_for(notes, "seed=1"), asked_for(other), asked_for(notes, "name=mine")):
+        recipe, update = own_text_recipe(asked, tmp_path / "run", update=False)
+        assert not update
+        with pytest.raises(XushiError, match="made by another recipe or text"):
+            claim(recipe, tmp_path / "run", update)
