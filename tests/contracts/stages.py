@@ -19,7 +19,7 @@ from xushi.data import TokenDataset, batch_hash, training_texts
 from xushi.model import Batch, next_token_loss
 from xushi.run.place import RunPlace
 from xushi.run.recipe import Recipe
-from xushi.run.stages import Results, Stage, TrainingStage
+from xushi.run.stages import Costs, Results, Stage, TrainingStage
 from xushi.train import (
     OptimizationConfig,
     Step,
@@ -128,8 +128,9 @@ class Denoise(TrainingStage):
         self.config: DenoiseConfig = recipe.denoise  # type: ignore[attr-defined]
         self.sequence_length = recipe.data.sequence_length
 
-    def seconds(self, per_token: float) -> float:
-        return self.config.steps * self.config.rows * self.sequence_length * per_token
+    def seconds(self, costs: Costs) -> float:
+        tokens = self.config.steps * self.config.rows * self.sequence_length
+        return tokens * costs.training_token
 
     def step(self, place: RunPlace) -> Step:
         dataset = TokenDataset.open(place.tokens, derive(self.seed, self.name) >> 1, None)

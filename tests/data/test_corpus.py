@@ -46,7 +46,10 @@ def test_what_is_written(tmp_path: Path) -> None:
     summary = build_corpus(config(tmp_path / "in"), {}, tmp_path / "corpus")
     assert summary == load_summary(tmp_path / "corpus")
     assert (summary.files, summary.documents, summary.rule) == (62, 60, "groups")
-    assert (summary.sources[0].empty, summary.sources[0].duplicates) == (1, 1)
+    assert [(each.reason, each.count, each.examples) for each in summary.sources[0].left_out] == [
+        ("empty", 1, ["empty.txt"]),
+        ("duplicates", 1, ["1/twin.txt"]),
+    ]
     train, heldout = (
         list(read_documents(tmp_path / "corpus", name)) for name in ("train", "heldout")
     )
@@ -77,7 +80,8 @@ def test_duplicates_are_found_across_sources(tmp_path: Path) -> None:
         sequence_length=16,
     )
     summary = build_corpus(both, {}, tmp_path / "corpus")
-    assert [(s.documents, s.duplicates) for s in summary.sources] == [(60, 0), (10, 60)]
+    assert [s.documents for s in summary.sources] == [60, 10]
+    assert [[each.count for each in s.left_out] for s in summary.sources] == [[], [60]]
 
 
 def test_same_input_same_bytes_wherever_it_lies(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from xushi.base.errors import XushiError
 from xushi.data import SourceConfig
+from xushi.data.left_out import LeftOut
 from xushi.data.sources import SourceDocuments, read_source
 
 
@@ -64,10 +65,11 @@ def test_directory_takes_text_files_and_counts_the_rest(tmp_path: Path) -> None:
     assert paths(found) == ["a.unknown", "a/z.txt", "b.md", "code.py", "long.log"]
     assert found.documents[1].text == "z\r\n"
     assert found.files == 5
-    assert found.notes == [
-        "3 hidden files and directories skipped",
-        "1 broken links and special files skipped",
-        "2 files skipped that are not text",
+    assert [(each.reason, each.count, each.examples) for each in found.left_out] == [
+        ("hidden", 3, [".git", ".hidden"]),
+        ("special", 1, ["broken.txt"]),
+        ("binary", 1, ["image.png"]),
+        ("not_utf8", 1, ["latin.bin"]),
     ]
 
 
@@ -107,16 +109,26 @@ def test_glob_that_matches_nothing(tmp_path: Path) -> None:
 def test_source_without_text(tmp_path: Path) -> None:
     write(tmp_path, {"image.png": b"\x89PNG\0"})
     with pytest.raises(
-        XushiError, match=r"source s has no text \(1 files skipped that are not text\)"
+        XushiError, match=r"source s has no text; left out: binary files: 1 \(image\.png\)"
     ):
         read(glob=str(tmp_path))
 
 
 def test_not_utf8_names_file_and_line(tmp_path: Path) -> None:
     write(tmp_path, {"a.txt": b"fine\nfine\ncaf\xe9\n"})
-    for glob in (tmp_path, tmp_path / "*.txt"):
-        with pytest.raises(XushiError, match=r"a\.txt is not UTF-8 \(byte 13, line 3\)"):
-            read(glob=str(glob))
+    with pytest.raises(XushiError, match=r"a\.txt is not UTF-8 \(byte 13, line 3\)"):
+        read(glob=str(tmp_path / "a.txt"))
+
+
+def test_one_file_that_is_not_utf8_among_others_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, {"a.txt": b"caf\xe9", "b.txt": "b", "c.md": "汉字".encode("gbk")})
+    for glob in (tmp_path, tmp_path / "*", tmp_path / "**" / "*"):
+        found = read(glob=str(glob))
+        assert paths(found) == ["b.txt"] and found.files == 1
+        assert found.left_out == [LeftOut(reason="not_utf8", count=2, examples=["a.txt", "c.md"])]
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(XushiError, match=r"no text; left out: files that are not UTF-8: 2"):
+        read(glob=str(tmp_path))
 
 
 @pytest.mark.skipif(
@@ -202,7 +214,10 @@ def test_packages(site: Path) -> None:
         ("zebra/z.py", "alpha"),
     ]
     assert {d.lang for d in found.documents} == {"python"}
-    assert found.files == 3 and found.notes == ["1 files excluded by pattern"]
+    assert found.files == 3
+    assert found.left_out == [
+        LeftOut(reason="excluded", count=1, examples=["words/tests/test_w.py"])
+    ]
 
 
 def test_bad_packages(site: Path) -> None:
@@ -214,7 +229,7 @@ def test_bad_packages(site: Path) -> None:
     with pytest.raises(XushiError, match="'only-data' has no Python source"):
         read("packages", packages=["only-data"])
     install(site, "broken", {"broken.py": b"\xff"})
-    with pytest.raises(XushiError, match=r"broken\.py is not UTF-8"):
+    with pytest.raises(XushiError, match=r"no text; left out: files that are not UTF-8: 1"):
         read("packages", packages=["broken"])
     (site / "broken.py").unlink()
     with pytest.raises(XushiError, match=r"broken\.py cannot be read"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xushi.base.messages import Message
+from xushi.data.left_out import REASONS
 from xushi.report.read import Run
 
 
@@ -53,6 +54,7 @@ NUMBERS_ONLY = {
     "data.heldout_groups_sha256",
     "data.files",
     "data.heldout_tokens",
+    *(f"data.left_out.{reason}" for reason in REASONS),
     "evaluate.ratio_to_xz",
     "export.models",
     "rl.verifier_errors_after",

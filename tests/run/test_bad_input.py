@@ -17,9 +17,9 @@ import pytest
 from xushi.base.errors import XushiError
 from xushi.base.tracking import Tracking
 from xushi.engine import LLM, SamplingParams
-from xushi.run import run
+from xushi.run.own_text import OwnText, own_text_recipe
 from xushi.run.place import RunPlace, read_record
-from xushi.run.recipe import load_recipe
+from xushi.run.recipe import Recipe, load_recipe
 from xushi.train.checkpoint import latest_checkpoint
 
 from .conftest import MINIATURE, ROOT, XUSHI, Chain, xushi, xushi_here
@@ -118,7 +118,7 @@ VAST = "1" + "0" * 400
         (["run", MINIATURE, "--out", "FILE"], "FILE cannot be written: File exists"),
         (["run", MINIATURE, "--out", "FILE/x/y"], "FILE/x/y cannot be written: Not a directory"),
         (["run", MINIATURE, "--out", LONG], "is too long a name"),
-        (["run", MINIATURE, "--text", LONG * 20, "--dry-run"], "--text: glob: must have at most"),
+        (["train", LONG * 20, "--dry-run"], "is too long a name"),
         (["run", MINIATURE, "--dry-run", "--set", f"pretrain.steps={VAST}"], "must be at most"),
         (["launch", MINIATURE, "--slurm", "--out", "FILE/x"], "x.sbatch cannot be written"),
         (["launch", MINIATURE, "--slurm", "--nodes", VAST], "'--nodes'"),
@@ -152,24 +152,25 @@ def test_a_rank_that_is_none_gets_two_lines_too(rank: str, monkeypatch: pytest.M
     assert not Path("nowhere").exists()
 
 
-def text_run(tmp_path: Path, pattern: str | Path) -> None:
-    recipe = load_recipe(MINIATURE, [], str(pattern), ["data", "tokenizer", "pretrain"])
-    run(recipe, tmp_path / "runs" / Path(pattern).stem.strip("*"))
+def text_recipe(path: Path, *sets: str) -> Recipe:
+    asked = OwnText([str(path)], MINIATURE, [], list(sets))
+    return own_text_recipe(asked, path.parent / "run", update=False)[0]
 
 
 def test_text_that_cannot_be_used(tmp_path: Path) -> None:
+    """All of it is refused before a run directory is made."""
     with pytest.raises(XushiError, match="no file matches"):
-        text_run(tmp_path, tmp_path / "no" / "*.txt")
+        text_recipe(tmp_path / "no" / "*.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 2000)
     with pytest.raises(XushiError, match=r"latin\.txt"):
-        text_run(tmp_path, tmp_path / "latin.txt")
+        text_recipe(tmp_path / "latin.txt")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(XushiError):
-        text_run(tmp_path, tmp_path / "empty.txt")
+        text_recipe(tmp_path / "empty.txt")
     (tmp_path / "short.txt").write_text("the same words again and again\n" * 200)
     with pytest.raises(XushiError, match="vocab"):  # 512 tokens are more than so few words allow
-        text_run(tmp_path, tmp_path / "short.txt")
-    assert not list((tmp_path / "runs").rglob("tokenizer.json"))
+        text_recipe(tmp_path / "short.txt", "tokenizer.vocab_size=512")
+    assert not (tmp_path / "run").exists()
 
 
 def test_directories_that_are_not_this_runs(chain: Chain, tmp_path: Path) -> None:

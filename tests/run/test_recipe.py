@@ -1,6 +1,4 @@
-"""A recipe is read, overridden, fitted to a text, written down and read again, and is the same all
-the way.
-"""
+"""A recipe is read, overridden, written down and read again, and is the same all the way."""
 
 import subprocess
 import sys
@@ -19,7 +17,6 @@ from xushi.base.errors import XushiError
 from xushi.base.messages import Message
 from xushi.envs import DigitSum
 from xushi.run.recipe import Recipe, load_recipe
-from xushi.run.recipe_text import MOST_EPOCHS, fit_to_text
 from xushi.run.stages import RECIPE_STAGES
 from xushi.run.stages.lengths import fewest_tokens
 from xushi.tokenizer import Tokenizer, chat_examples
@@ -241,104 +238,3 @@ def test_the_length_of_a_worked_answer_is_counted_right() -> None:
     words = [Message("user", "how many 12 cats?"), Message("assistant", "two, or so", "12 cats")]
     [(ids, _)] = chat_examples(tokenizer, words)
     assert fewest_tokens(words) <= len(ids)
-
-
-def text_of(directory: Path, size: int) -> str:
-    directory.mkdir(exist_ok=True)
-    (directory / "note.txt").write_text("x" * size)
-    return str(directory)
-
-
-def test_a_small_text_gets_a_vocabulary_and_steps_that_fit_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = load_recipe(MINIATURE, [], text_of(tmp_path / "notes", 10_000), TEXT_STAGES)
-    assert recipe.tokenizer.vocab_size == 263 + 100
-    assert 1 <= recipe.pretrain.steps <= MOST_EPOCHS * 10_000 // recipe.pretrain.batch_tokens
-    assert recipe.pretrain.warmup_steps <= recipe.pretrain.steps // 10
-    assert [(source.name, source.kind) for source in recipe.data.sources] == [("text", "text")]
-    assert recipe.name == "text" and recipe.environment is None
-    said = capsys.readouterr().err
-    assert (
-        "tokenizer.vocab_size 512 -> 363" in said
-        and f"-> {recipe.pretrain.steps}" in said
-        and "--set" in said
-    )
-
-
-@given(st.integers(1, 4_000_000), st.integers(1, 4_000_000))
-def test_more_text_never_fits_less_and_never_more_than_the_recipe_says(
-    tmp_path_factory: pytest.TempPathFactory, one: int, other: int
-) -> None:
-    asked = load_recipe(MINIATURE, [])
-    fitted = []
-    for size in sorted((one, other)):
-        tokenizer, pretrain = (
-            {"vocab_size": 512},
-            {"steps": 200, "batch_tokens": 1024, "warmup_steps": 5},
-        )
-        fit_to_text(tokenizer, pretrain, size, True)
-        fitted.append((tokenizer["vocab_size"], pretrain["steps"]))
-    assert (
-        fitted[0] <= fitted[1] <= (512, asked.pretrain.steps if asked.pretrain.steps > 200 else 200)
-    )
-    assert fitted[0][0] >= 263 and fitted[0][1] >= 1
-
-
-def test_what_a_text_changes_is_told_and_never_raised(capsys: pytest.CaptureFixture[str]) -> None:
-    size = 100_000
-    for every, warmup in ((5, 0), (5000, 5000)):
-        asked = {"steps": 10_000, "batch_tokens": 1024}
-        asked |= {"evaluate_every": every, "warmup_steps": warmup}
-        pretrain = dict(asked)
-        fit_to_text({}, pretrain, size, True)
-        told = capsys.readouterr().err
-        changed = {key for key in asked if pretrain[key] != asked[key]}
-        assert all(pretrain[key] < asked[key] for key in changed) and "steps" in changed
-        assert all(f"pretrain.{key} {asked[key]} -> {pretrain[key]}" in told for key in changed)
-        assert told.count("->") == len(changed) == (1 if every == 5 else 3)
-    # What the recipe leaves out has the default, which is lowered too.
-    left_out = {"steps": 10_000, "batch_tokens": 1024}
-    fit_to_text({}, left_out, 20_000, True)
-    assert left_out["evaluate_every"] == left_out["steps"] // 10
-
-
-def test_a_large_text_changes_nothing_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = load_recipe(MINIATURE, [], text_of(tmp_path / "book", 1_000_000), TEXT_STAGES)
-    asked = load_recipe(MINIATURE, [])
-    assert (recipe.tokenizer, recipe.pretrain) == (asked.tokenizer, asked.pretrain)
-    assert capsys.readouterr().err == ""
-
-
-def test_set_has_the_last_word_on_a_text(tmp_path: Path) -> None:
-    recipe = load_recipe(
-        MINIATURE,
-        ["pretrain.steps=77", "tokenizer.vocab_size=300", "name=mine"],
-        text_of(tmp_path / "notes", 10_000),
-        TEXT_STAGES,
-    )
-    assert (recipe.pretrain.steps, recipe.tokenizer.vocab_size, recipe.name) == (77, 300, "mine")
-
-
-def test_a_text_before_reasoning_keeps_the_environment_and_its_steps(tmp_path: Path) -> None:
-    recipe, asked = (
-        load_recipe(MINIATURE, [], text_of(tmp_path / "notes", 10_000)),
-        load_recipe(MINIATURE, []),
-    )
-    assert recipe.environment == asked.environment and recipe.pretrain == asked.pretrain
-    assert recipe.stages == list(RECIPE_STAGES)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [("", "--text is empty"), ("nowhere/*.md", "no file matches"), ("nothing", "has no text")],
-)
-def test_a_text_that_is_none(
-    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "nothing").mkdir()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(XushiError, match=said):
-        load_recipe(MINIATURE, [], text, TEXT_STAGES)

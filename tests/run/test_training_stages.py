@@ -9,6 +9,7 @@ import torch
 from xushi.base.tracking import Tracking
 from xushi.run.place import RunPlace
 from xushi.run.recipe import load_recipe
+from xushi.run.stages import Costs
 from xushi.run.stages.control import Control
 from xushi.run.stages.rl import RL
 from xushi.run.stages.training import end_mean, training_seconds
@@ -88,10 +89,24 @@ def test_rl_runs_on_the_first_process_alone_where_layers_are_spread() -> None:
 
 
 def test_an_estimate_grows_with_what_it_counts() -> None:
-    """Pretraining's is exact in tokens; that of RL counts every answer."""
+    """Pretraining's is exact in tokens, those measured on included; that of RL counts every
+    answer.
+    """
+    costs = Costs(1e-3, 1e-4, 1.0, 2.0, 3.0, 10_000, 50_000_000)
     stages = {stage.name: stage for stage in load_recipe(MINIATURE, []).run_stages()}
-    assert stages["pretrain"].seconds(1e-3) == pytest.approx(200 * 1024 * 1e-3)
+    # 200 steps, 2,048 held-out tokens every 30 of them and at the end
+    pretrain = 200 * 1024 * 1e-3 + 7 * 2048 * 1e-4
+    assert stages["pretrain"].seconds(costs) == pytest.approx(pretrain)
     doubled = load_recipe(MINIATURE, ["rl.samples=16", "sft.steps=320"]).run_stages()
     more = {stage.name: stage for stage in doubled}
     for name in ("rl", "sft"):
-        assert more[name].seconds(1e-3) == pytest.approx(2 * stages[name].seconds(1e-3)) != 0
+        assert more[name].seconds(costs) == pytest.approx(2 * stages[name].seconds(costs)) != 0
+    assert (stages["data"].seconds(costs), stages["tokenizer"].seconds(costs)) == (1.0, 2.0)
+    assert stages["export"].seconds(costs) == pytest.approx(2 * (0.5 + 1.0))
+    alone = load_recipe(MINIATURE, [], stages=["data", "tokenizer", "pretrain"])
+    evaluate = {stage.name: stage for stage in alone.run_stages()}["evaluate"]
+    assert evaluate.seconds(costs) == pytest.approx(10_000 * 1e-4 + 3.0)
+    # greedy, forced, longer and 8 samples, before and after, and the control's greedy ones
+    answers = (2 + 8) * 2 + 1 + 1
+    tokens = (stages["evaluate"].seconds(costs) - 4.0) / (answers * 100 * 1e-3)
+    assert tokens == pytest.approx(round(tokens)) and tokens > 5

@@ -33,12 +33,10 @@ def test_chinese_text_trains_exports_and_is_reported(tmp_path: Path) -> None:
         (texts / f"卷{number}.txt").write_text(f"卷{number}\n" + "\n".join(lines), encoding="utf-8")
     out = tmp_path / "run"
     done = xushi_here(
-        "run",
-        MINIATURE,
-        "--text",
+        "train",
         texts,
-        "--stages",
-        "data,tokenizer,pretrain",
+        "--recipe",
+        MINIATURE,
         "--out",
         out,
         "--set",

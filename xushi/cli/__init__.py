@@ -3,6 +3,7 @@ before it is needed.
 """
 
 import errno
+import io
 import os
 import re
 import sys
@@ -69,6 +70,9 @@ def guarded(action: Callable[[], Any]) -> int:
 def main() -> None:
     """The console script."""
     code = 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the locale cannot print is escaped, as it is on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if len(sys.argv) == 1:
         sys.argv.append("--help")
 

@@ -1,4 +1,4 @@
-"""Commands about runs: run, launch, replay, report, export-metrics."""
+"""Commands about runs: train, run, launch, replay, report, export-metrics."""
 
 import json
 import sys
@@ -19,8 +19,17 @@ from xushi.cli.app import (
 )
 
 OutOption = Annotated[Path | None, typer.Option(help="the run directory; runs/<name> if left out")]
-TextOption = Annotated[
-    str | None, typer.Option(help="train on these files instead of the recipe's sources")
+PathsArgument = Annotated[
+    list[str], typer.Argument(help="files, directories or patterns such as '~/notes/**/*.md'")
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="leave out what matches, such as 'drafts/*' or '*.log'"),
+]
+NameOption = Annotated[str, typer.Option(help="the run's name")]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="whose model and training to take; recipes/demo.toml"),
 ]
 StagesOption = Annotated[
     str | None, typer.Option(help="comma-separated: data,tokenizer,pretrain[,sft[,rl]]")
@@ -55,12 +64,37 @@ SharedOutOption = Annotated[
 ]
 
 
+@app.command()
+def train(
+    paths: PathsArgument,
+    exclude: ExcludeOption = None,
+    name: NameOption = "text",
+    out: OutOption = None,
+    recipe: ModelOption = None,
+    assignments: SetOption = None,
+    update: UpdateOption = False,
+    dry_run: DryRunOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model on your own text, measure and export it. The same command continues after an
+    interruption, also if the text changed.
+    """
+    from xushi.run.own_text import OwnText, own_text_recipe
+
+    asked = OwnText(paths, recipe or default_recipe(), exclude or [], assignments or [], name)
+    directory = out or _default_directory(asked.recipe_with({}))
+    loaded, update = own_text_recipe(asked, directory, update)
+    if dry_run:
+        _print_plan(loaded, as_json)
+    else:
+        _run(loaded, directory, update, as_json)
+
+
 @app.command("run")
 def run_command(
     recipe: RecipeArgument = None,
     assignments: SetOption = None,
     out: OutOption = None,
-    text: TextOption = None,
     stages: StagesOption = None,
     without: WithoutOption = None,
     update: UpdateOption = False,
@@ -75,7 +109,6 @@ def run_command(
     loaded = load_recipe(
         recipe or default_recipe(),
         assignments or [],
-        text,
         [part.strip() for part in stages.split(",")] if stages is not None else None,
         without,
     )
@@ -93,12 +126,14 @@ def _default_directory(recipe: Any) -> Path:
 
 
 def _print_plan(recipe: Any, as_json: bool) -> None:
-    from xushi.run import describe
+    from xushi.run import describe, plan_sentence
 
     plan = describe(recipe)
     if as_json:
         print(json.dumps(plan))
         return
+    print(plan_sentence(plan))
+    print()
     print(recipe.to_toml())
     print_table(plan)
 

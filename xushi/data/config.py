@@ -1,7 +1,7 @@
 """The recipe's `data` table: sources of text, their weights, sequence length, held-out share."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,19 +13,23 @@ def canonical_package(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+Pattern = Annotated[str, Field(min_length=1, max_length=4096)]
+
+
 class SourceConfig(StrictConfig):
     """One source of documents.
 
     `glob` (text, jsonl, parquet): a pattern with `~` and `**`, a file, or a directory, which means
-    all text files under it; relative to the current directory. `packages`: names of installed
-    Python distributions. `field`: the text's key (jsonl) or column (parquet). `weight`: how often
-    its tokens are seen, relative to a source of weight 1. `exclude`: `fnmatch` patterns on the
-    posix path inside the source (`*` also matches `/`).
+    all text files under it; relative to the current directory; or a list of these. `packages`:
+    names of installed Python distributions. `field`: the text's key (jsonl) or column (parquet).
+    `weight`: how often its tokens are seen, relative to a source of weight 1. `exclude`: `fnmatch`
+    patterns on the posix path inside the source, or on a directory of it (`*` also matches `/`).
+    Paths and patterns are as `names.written` writes them.
     """
 
     name: str = Field(max_length=100)
     kind: Literal["text", "jsonl", "parquet", "packages"]
-    glob: str | None = Field(None, max_length=4096)
+    glob: Pattern | list[Pattern] | None = Field(None, max_length=100_000)
     packages: list[str] = Field(default_factory=list, max_length=10_000)
     field: str = Field("text", max_length=1000)
     weight: float = Field(1.0, ge=1e-6, le=1e6)  # a source that should have no weight is left out
@@ -40,6 +44,11 @@ class SourceConfig(StrictConfig):
                 "named after it"
             )
         return name
+
+    @property
+    def globs(self) -> list[str]:
+        """The entries of `glob`."""
+        return [self.glob] if isinstance(self.glob, str) else list(self.glob or [])
 
     @model_validator(mode="after")
     def _one_place(self) -> "SourceConfig":

@@ -22,10 +22,13 @@ from xushi.base.files import directory_in_place, read_json, write_json
 from xushi.data.config import DataConfig
 from xushi.data.documents import MAKE_AGAIN, Document, read_documents, write_documents
 from xushi.data.holdout import Holdout, group_of, hold_out, place_of
+from xushi.data.left_out import LeftOut, LeftOutList
 from xushi.data.sources import SourceDocuments, read_source
 
 # A step's version is raised when it decides differently on the same documents.
 _VERSIONS = {"not_empty": 1, "exact_duplicates": 1, "holdout": 1}
+# The steps that drop documents, and the reason that is told.
+_LEFT_OUT_BY = {"not_empty": "empty", "exact_duplicates": "duplicates"}
 
 
 class Decision(NamedTuple):
@@ -55,7 +58,9 @@ class ExtraSource:
 
 
 class SourceSummary(StrictConfig):
-    """Counts for one source. `documents` and `bytes` count the documents that were not dropped."""
+    """Counts for one source. `documents` and `bytes` count the documents that were not dropped;
+    `left_out` counts what is no document and what was dropped.
+    """
 
     name: str
     kind: str
@@ -65,9 +70,7 @@ class SourceSummary(StrictConfig):
     bytes: int
     heldout_documents: int
     heldout_bytes: int
-    empty: int
-    duplicates: int
-    notes: list[str]
+    left_out: list[LeftOut]
 
 
 class CorpusSummary(StrictConfig):
@@ -214,23 +217,24 @@ def _source_summaries(
     summaries = []
     for source in config.sources:
         files = found[source.name]
-        steps = [dropped.get(document.uid) for document in files.documents]
+        left_out = LeftOutList(files.left_out)
+        for document in files.documents:
+            if (step := dropped.get(document.uid)) in _LEFT_OUT_BY:
+                left_out.add(_LEFT_OUT_BY[step], place_of(document))
         held = [document for document in divided.heldout if document.source == source.name]
         trained = [document for document in divided.train if document.source == source.name]
-        kept = len(steps) - steps.count("not_empty") - steps.count("exact_duplicates")
+        kept = [d for d in files.documents if dropped.get(d.uid) not in _LEFT_OUT_BY]
         summaries.append(
             SourceSummary(
                 name=source.name,
                 kind=source.kind,
                 weight=source.weight,
                 files=files.files,
-                documents=kept,
+                documents=len(kept),
                 bytes=_size(trained) + _size(held),
                 heldout_documents=len(held),
                 heldout_bytes=_size(held),
-                empty=steps.count("not_empty"),
-                duplicates=steps.count("exact_duplicates"),
-                notes=files.notes,
+                left_out=left_out.listed(),
             )
         )
     return summaries + [_extra_summary(name, extra[name]) for name in sorted(extra)]
@@ -246,9 +250,7 @@ def _extra_summary(name: str, source: ExtraSource) -> SourceSummary:
         bytes=_size(source.documents),
         heldout_documents=0,
         heldout_bytes=0,
-        empty=0,
-        duplicates=0,
-        notes=[],
+        left_out=[],
     )
 
 

@@ -10,35 +10,43 @@ import importlib.metadata
 import importlib.resources
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from xushi import __version__
 from xushi.base.artifacts import Artifacts
 from xushi.base.errors import BadInput, Failed
 from xushi.base.files import sha256_file, sha256_json
-from xushi.data.config import DataConfig, SourceConfig
+from xushi.data.config import DataConfig
 from xushi.data.corpus import ExtraSource, build_corpus, training_texts
 from xushi.data.documents import MAKE_AGAIN
-from xushi.data.sources import find_files, unreadable
+from xushi.data.read_files import ReadFiles, difference, look_at
 from xushi.data.tokens import tokenize_corpus
 
 if TYPE_CHECKING:
     from xushi.tokenizer import Tokenizer
 
 
-def obtain_corpus(config: DataConfig, extra: Mapping[str, ExtraSource], directory: Path) -> bool:
+def obtain_corpus(
+    config: DataConfig,
+    extra: Mapping[str, ExtraSource],
+    directory: Path,
+    files: ReadFiles | None = None,
+) -> bool:
     """Put the corpus that `build_corpus` writes at `directory`.
 
-    Returns whether it was built now.
+    `files`: the sources' files as `look_at` has just found them. Returns whether it was built now.
     """
-    key = corpus_key(config, extra)
+    read = files or look_at(config)
 
     def build(aside: Path) -> None:
         build_corpus(config, extra, aside)
-        if corpus_key(config, extra) != key:
-            raise Failed("the text changed while it was read", "run the same command again")
+        if changed := difference(read, look_at(config, read)):
+            raise Failed(
+                f"the text changed while it was read: {changed}",
+                "run the same command again, or exclude what other programs write to",
+            )
 
-    return Artifacts().obtain(key, build, directory)
+    return Artifacts().obtain(corpus_key(config, extra, read), build, directory)
 
 
 def obtain_tokenizer(corpus: Path, vocab_size: int, directory: Path, tools: bool = False) -> bool:
@@ -70,17 +78,22 @@ def obtain_tokens(
     return Artifacts().obtain(key, encode, directory)
 
 
-def corpus_key(config: DataConfig, extra: Mapping[str, ExtraSource]) -> str:
+def corpus_key(
+    config: DataConfig, extra: Mapping[str, ExtraSource], files: ReadFiles | None = None
+) -> str:
     """The key of a corpus.
 
     It depends on the sources' files with their paths inside the source, on what is left out of
     them, on the config without the location of the files, and on the extra documents.
     """
+    read = files or look_at(config)
     return "corpus-" + sha256_json(
         {
             "code": _code("data"),
             "config": config.model_dump(exclude={"sources", "sequence_length"}),
-            "sources": [_source(source) for source in config.sources],
+            "sources": [source.model_dump(exclude={"glob"}) for source in config.sources],
+            "files": read.hash,
+            "left_out": [[each.model_dump() for each in one.left_out] for one in read.sources],
             "extra": {
                 name: {
                     "weight": source.weight,
@@ -116,22 +129,6 @@ def tokens_key(corpus: Path, tokenizer: "Tokenizer", sequence_length: int) -> st
             "sequence_length": sequence_length,
         }
     )
-
-
-def _source(source: SourceConfig) -> dict[str, Any]:
-    found = find_files(source)
-    return {
-        "config": source.model_dump(exclude={"glob"}),
-        "notes": found.notes,
-        "files": [(file.meta, _sha256(file.path)) for file in found.files],
-    }
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return sha256_file(path)
-    except OSError as error:
-        raise unreadable(path, error) from None
 
 
 def _hashes(directory: Path, pattern: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from xushi.data.left_out import REASONS, in_short
 from xushi.report import stages, words
 from xushi.report.elements import fact_grid, paragraph, section, stage_time
 from xushi.report.numbers import count, digits, duration, escape, memory, percent, raw, size
@@ -60,9 +61,17 @@ def data_section(run: Run) -> str:
         grid
         + paragraph(_heldout(run))
         + paragraph(words.overlap(run))
+        + paragraph(_left_out(run))
         + paragraph(f"SHA-256 {digest}" if digest else "", "hash")
     )
     return section("data", "The text", body, stage_time(run, "data"))
+
+
+def _left_out(run: Run) -> str:
+    """What the sources leave out, by reason."""
+    counts = {reason: int(run.number(f"data.left_out.{reason}") or 0) for reason in REASONS}
+    told = in_short(counts)
+    return f"Left out: {told}." if told else ""
 
 
 def _heldout(run: Run) -> str:

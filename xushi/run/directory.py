@@ -12,16 +12,27 @@ from typing import Any
 from xushi import __version__
 from xushi.base.errors import BadInput, Failed
 from xushi.base.files import disk_errors, read_json, remove_partials, write_atomic, write_json
+from xushi.base.tracking import Tracking
+from xushi.data.files import OWNER  # the run's format and its recipe's hash
+from xushi.data.names import written
 from xushi.run.place import RUN_FORMAT, RunPlace
-from xushi.run.recipe import Recipe
+from xushi.run.recipe import Recipe, load_recipe
+from xushi.run.stages.data import Data
 
-OWNER = "run.json"  # the run's format and its recipe's hash
+RECIPE = "recipe.toml"  # written after the owner, so that a start without it has made nothing
 LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def own(directory: Path) -> Iterator[None]:
     """Hold the run directory against a second process; the lock ends with the process."""
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:  # pyarrow and safetensors take no such path
+        raise BadInput(
+            f"the run directory {written(directory)} cannot be used: its name is not UTF-8",
+            "choose another --out, or in a locale without UTF-8 set PYTHONUTF8=1",
+        ) from None
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -36,6 +47,28 @@ def own(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def kept_recipe(directory: Path) -> Recipe | None:
+    """The recipe that a run directory was made by; None if there is none that can be read."""
+    file = directory / RECIPE
+    if not (directory / OWNER).exists() or not file.exists():
+        return None
+    try:
+        return load_recipe(file, [])
+    except BadInput:
+        return None
+
+
+def is_same_elsewhere(recipe: Recipe, kept: Recipe, directory: Path) -> bool:
+    """Whether `recipe` differs from the run's only in where its text lies, which is the same."""
+    place = RunPlace(directory, Tracking(None))
+    if recipe.hash_without_places != kept.hash_without_places or not place.read_files.exists():
+        return False
+    try:
+        return not Data(recipe).files_changed(place)
+    except BadInput:  # it is not there
+        return False
 
 
 def claim(recipe: Recipe, directory: Path, update: bool) -> None:
@@ -58,7 +91,7 @@ def claim(recipe: Recipe, directory: Path, update: bool) -> None:
     for name, source in recipe.files.items():
         if source.resolve() != (directory / name).resolve():
             write_atomic(directory / name, source.read_bytes())
-    write_atomic(directory / "recipe.toml", recipe.to_toml())
+    write_atomic(directory / RECIPE, recipe.to_toml())
 
 
 def start_over(place: RunPlace, stage: str, key: str, later: Sequence[str]) -> None:
@@ -99,9 +132,12 @@ def _check_owner(file: Path, recipe: Recipe, update: bool) -> None:
     directory = file.parent
     table = read_json(file, "choose another --out, or remove the directory")
     _check_format(file, table)
-    if table.get("recipe_hash") != recipe.hash and not update:
+    if update or table.get("recipe_hash") == recipe.hash or not (directory / RECIPE).exists():
+        return  # without a recipe, a start was killed before it made anything
+    kept = kept_recipe(directory)
+    if kept is None or not is_same_elsewhere(recipe, kept, directory):
         raise BadInput(
-            f"{directory} was made by another recipe (its own is {directory / 'recipe.toml'})",
+            f"{directory} was made by another recipe or text (its own is {directory / RECIPE})",
             "choose another --out, or add --update to run the stages that changed again",
         )
 

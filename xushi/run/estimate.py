@@ -2,14 +2,14 @@
 and now.
 """
 
-import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 
 from xushi.base.errors import BadInput
-from xushi.base.machine import GIB, chosen_device, inspect
+from xushi.base.machine import GIB, chosen_device, inspect, peak_memory_bytes
+from xushi.data.left_out import in_short
 from xushi.plan import (
     count_parameters,
     kv_cache_bytes_per_token,
@@ -17,9 +17,13 @@ from xushi.plan import (
     training_memory_bytes,
 )
 from xushi.plan.memory import TrainingMemory
-from xushi.run.benchmark import Shape, training_step
+from xushi.run.benchmark import Shape
+from xushi.run.costs import forward_token_seconds, measure_text, training_token_seconds
 from xushi.run.recipe import Recipe
+from xushi.run.stages import Costs
+from xushi.run.stages.control import Control
 from xushi.run.stages.pretrain import Pretrain
+from xushi.run.stages.rl import RL
 from xushi.train import MICROBATCHES_PER_STAGE, Layout, PretrainConfig, chosen_dtype
 
 KEPT_OR_RECOMPUTED: tuple[Literal["keep", "recompute"], ...] = ("keep", "recompute")
@@ -28,41 +32,87 @@ KEPT_OR_RECOMPUTED: tuple[Literal["keep", "recompute"], ...] = ("keep", "recompu
 def describe(recipe: Recipe) -> dict[str, Any]:
     """The plan of a run as flat keys.
 
-    Takes some seconds: it times steps with activations kept and recomputed.
+    Takes some seconds, and as long as it takes to read the text: it times steps with activations
+    kept and recomputed, and the other stages on a part of the text.
     """
-    config = recipe.sized_model
-    counts = count_parameters(config)
     device = chosen_device(recipe.device)
-    shape = Shape(recipe.name, config, recipe.pretrain, recipe.data.sequence_length)
-    memory = {
-        choice: _memory(recipe, recipe.pretrain, recipe.pretrain.batch_tokens, device, choice).total
-        for choice in KEPT_OR_RECOMPUTED
-    }
-    torch.set_num_threads(recipe.threads or inspect().usable_cores)
-    step = {
-        choice: _step_seconds(shape.but(activations=choice), device)
-        for choice in KEPT_OR_RECOMPUTED
-    }
-    activations = recipe.pretrain.activations
-    per_token = step[activations] / recipe.pretrain.batch_tokens
-    estimates = {stage.name: stage.seconds(per_token) for stage in recipe.run_stages()}
     return {
         "run.name": recipe.name,
         "run.stages": ", ".join(recipe.stages),
         "run.without": recipe.without or "",
         "machine.dtype": chosen_dtype(recipe.pretrain.dtype, device),
+        **_model_facts(recipe),
+        **_measured(recipe, device),
+    }
+
+
+def _model_facts(recipe: Recipe) -> dict[str, Any]:
+    config = recipe.sized_model
+    counts = count_parameters(config)
+    return {
         "model.parameters_total": counts.total,
         "model.parameters_mtp": counts.mtp,
         "model.parameters_active": counts.active,
         "model.parameters_active_without_embedding": counts.active_without_embedding,
         "model.kv_cache_bytes_per_token": kv_cache_bytes_per_token(config),
-        "model.train_flops_per_token": train_flops_per_token(config, shape.length),
-        "memory.training_bytes": memory[activations],
-        **{f"memory.training_bytes_{choice}": value for choice, value in memory.items()},
-        **{f"seconds.step_{choice}": value for choice, value in step.items()},
-        **{f"seconds.{name}": value for name, value in estimates.items() if value},
-        "seconds.training": sum(estimates.values()),
+        "model.train_flops_per_token": train_flops_per_token(config, recipe.data.sequence_length),
     }
+
+
+def _measured(recipe: Recipe, device: str) -> dict[str, Any]:
+    """Time and memory, of parts of the run that are tried here and now."""
+    torch.set_num_threads(recipe.threads or inspect().usable_cores)
+    shape = Shape(recipe.name, recipe.sized_model, recipe.pretrain, recipe.data.sequence_length)
+    text = measure_text(recipe)
+    chosen = recipe.pretrain.activations
+    token = {chosen: training_token_seconds(shape, device)}
+    forward = forward_token_seconds(shape, device)
+    # This process has now held what the run will hold, but for the compressors.
+    whole = peak_memory_bytes() + text.primed_bytes
+    (other,) = set(KEPT_OR_RECOMPUTED) - {chosen}
+    token[other] = training_token_seconds(shape.but(activations=other), device)
+    weights = 4 * count_parameters(recipe.sized_model).total_with_mtp
+    costs = Costs(token[chosen], forward, *text.costs, weights)
+    seconds = {stage.name: stage.seconds(costs) for stage in recipe.run_stages()}
+    if Control.name in seconds:  # it takes as long as reinforcement learning
+        seconds[Control.name] = seconds[RL.name]
+    memory = {
+        choice: _memory(recipe, recipe.pretrain, recipe.pretrain.batch_tokens, device, choice).total
+        for choice in KEPT_OR_RECOMPUTED
+    }
+    batch = recipe.pretrain.batch_tokens
+    return {
+        "memory.whole_bytes": whole,
+        "memory.training_bytes": memory[chosen],
+        **{f"memory.training_bytes_{choice}": memory[choice] for choice in KEPT_OR_RECOMPUTED},
+        **{f"seconds.step_{choice}": token[choice] * batch for choice in KEPT_OR_RECOMPUTED},
+        **{f"seconds.{name}": value for name, value in seconds.items() if value},
+        "seconds.total": sum(seconds.values()),
+        "data.bytes": text.summary.bytes,
+        **{f"data.left_out.{reason}": count for reason, count in text.left_out.items()},
+    }
+
+
+def plan_sentence(plan: dict[str, Any]) -> str:
+    """The plan in one sentence: time, memory, and what the text leaves out."""
+    left_out = in_short(
+        {
+            key.removeprefix("data.left_out."): value
+            for key, value in plan.items()
+            if key.startswith("data.left_out.")
+        }
+    )
+    return (
+        f"It takes about {_duration(plan['seconds.total'])} and "
+        f"{plan['memory.whole_bytes'] / GIB:.1f} GiB of memory for {plan['data.bytes']:,} bytes of "
+        f"text, and leaves out {left_out or 'nothing'}."
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
 def _memory(
@@ -140,13 +190,3 @@ def _bytes_per_process(recipe: Recipe, layout: Layout, pretrain: PretrainConfig)
     if layout.data * stages > 1:
         made = 4 * count_parameters(recipe.sized_model).total_with_mtp
     return max(made, share + activations + parts.logits)
-
-
-def _step_seconds(shape: Shape, device: str) -> float:
-    """The faster of two full optimizer steps on random tokens, after one that warms up."""
-    step, tokens, times = training_step(shape, device), shape.tokens(), []
-    for _ in range(3):
-        began = time.perf_counter()
-        step(tokens)
-        times.append(time.perf_counter() - began)
-    return min(times[1:])

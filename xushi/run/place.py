@@ -1,12 +1,12 @@
 """A run directory: where each stage's files are, and the records of the stages that are done.
 
 A stage is done when `stages/<name>.json` holds the key of its inputs: the hash of what it reads of
-the recipe and of the keys of the stages before it. The file is written last, so a kill leaves the
-stage undone.
+the recipe, of the keys of the stages before it and of the files outside of the run directory that
+those have read. The file is written last, so a kill leaves the stage undone.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from xushi.base.tracking import Tracking
 from xushi.tokenizer import Tokenizer
 from xushi.train import Layout
 
-RUN_FORMAT = 2  # raised when the meaning of a run directory's files changes
+RUN_FORMAT = 3  # raised when the meaning of a run directory's files changes
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class RunPlace:
         return self.path("data", "corpus")
 
     @property
+    def read_files(self) -> Path:
+        """The files that the corpus was made from, as they were."""
+        return self.path("data", "read-files.json")
+
+    @property
     def tokens(self) -> Path:
         """The corpus as token shards."""
         return self.path("data", "tokens")
@@ -52,15 +57,23 @@ class RunPlace:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What a finished stage left: its key, the seconds it took, its numbers for results.json."""
+    """What a finished stage left: its key, the seconds it took, its numbers for results.json, and
+    the hash of the files outside of the run directory that it has read; empty for none.
+    """
 
     key: str
     seconds: float
     results: dict[str, Any]
+    files: str = ""
+
+    @property
+    def after(self) -> str:
+        """What the key of the next stage is chained with."""
+        return sha256_json([self.key, self.files]) if self.files else self.key
 
 
 def stage_key(name: str, reads: Mapping[str, Any], before: str) -> str:
-    """The hash of a stage's inputs; `before` is the key of the stage before it."""
+    """The hash of a stage's inputs; `before` is `after` of the stage before it."""
     inputs = {"format": RUN_FORMAT, "stage": name, "reads": reads, "before": before}
     try:
         return sha256_json(inputs)
@@ -78,7 +91,7 @@ def read_record(place: RunPlace, name: str) -> StageRecord | None:
         return None
     remedy = "remove it and run the same command again"
     table = read_json(file, remedy)
-    types = {"key": str, "seconds": int | float, "results": dict}
+    types = {"key": str, "seconds": int | float, "results": dict, "files": str}
     if set(table) != set(types) or not all(isinstance(table[key], types[key]) for key in types):
         raise BadInput(f"{file} is not the record of a stage", remedy)
     return StageRecord(**table)
@@ -88,5 +101,5 @@ def write_record(place: RunPlace, name: str, record: StageRecord) -> None:
     """Mark stage `name` as done."""
     write_json(
         place.path("stages", f"{name}.json"),
-        {"key": record.key, "seconds": record.seconds, "results": record.results},
+        asdict(record),
     )

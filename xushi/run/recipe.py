@@ -24,7 +24,6 @@ from xushi.evaluate.config import EvaluateConfig
 from xushi.model.config import ModelConfig
 from xushi.rl.config import RLConfig
 from xushi.run.recipe_files import collect_files, file_specs
-from xushi.run.recipe_text import use_text
 from xushi.run.stages import RECIPE_STAGES, STAGES, Stage, in_order
 from xushi.run.stages.tokenizer import TrainTokenizer
 from xushi.tokenizer.config import TokenizerConfig
@@ -232,9 +231,20 @@ class Recipe(StrictConfig):
 
         layout and device are left out: any number of processes may continue a run.
         """
+        return sha256_json(self._identity())
+
+    @property
+    def hash_without_places(self) -> str:
+        """`hash` without the places of the text: what the files hold says what a run is."""
+        identity = self._identity()
+        for source in identity["recipe"]["data"]["sources"]:
+            del source["glob"]
+        return sha256_json(identity)
+
+    def _identity(self) -> dict[str, Any]:
         table = self.model_dump(mode="json", exclude={"layout", "device"})
         code = {entry: code_of(stage) for entry, stage in self.file_stages.items()}
-        return sha256_json({"recipe": table, "code": code})
+        return {"recipe": table, "code": code}
 
 
 @cache
@@ -325,32 +335,28 @@ def _without_none(value: Any) -> Any:
 def load_recipe(
     path: Path,
     assignments: list[str],
-    text: str | None = None,
     stages: list[str] | None = None,
     without: str | None = None,
 ) -> Recipe:
-    """Read a recipe and apply `--text`, `--stages`, `--without` and last `--set` to it.
-
-    `text` replaces the sources by one of kind text, reads it once to fit vocabulary and steps to
-    its size (see `recipe_text.fit_to_text`), and leaves out the environment unless a later stage
-    needs it.
-    """
+    """Read a recipe and apply `--stages`, `--without` and last `--set` to it."""
     table = read_toml(path)
     if stages is not None:
-        _drop_tables(table, path, stages)
-    if text is not None:
-        use_text(table, text, stages)
-    if stages is not None:
+        drop_file_stages(table, path, stages)
         table["stages"] = stages
     if without is not None:
         table["without"] = without
     for assignment in assignments:
         override(table, assignment)
+    return recipe_of(table, path)
+
+
+def recipe_of(table: dict[str, Any], path: Path) -> Recipe:
+    """The recipe in a table that was read from the file `path`."""
     files = collect_files(table, path.parent)
     return _parse_recipe(table, str(path), files)
 
 
-def _drop_tables(table: dict[str, Any], path: Path, stages: list[str]) -> None:
+def drop_file_stages(table: dict[str, Any], path: Path, stages: list[str]) -> None:
     """Remove the tables of stages from files that the recipe names and `stages` leaves out."""
     named = {"stages": table.get("stages", [])}
     files = collect_files(named, path.parent)

@@ -22,7 +22,7 @@ from xushi.run.directory import check_format
 from xushi.run.facts import op_forms
 from xushi.run.place import RunPlace
 from xushi.run.recipe import Recipe, load_recipe
-from xushi.run.stages import TrainingStage, keys_of
+from xushi.run.stages import TrainingStage, keys_of, records_of
 from xushi.train import LayoutConfig, join
 
 SHOWN = 60  # characters of each item's text; --json has all of them
@@ -77,10 +77,13 @@ def _training_stage(recipe: Recipe, name: str) -> TrainingStage:
 def _check_started(recipe: Recipe, directory: Path, stage: str) -> None:
     """What the store holds of the stage was made by the recipe that the directory has now."""
     marker = directory / "stages" / f"{stage}.started"
-    key = keys_of(recipe.run_stages())[stage]
+    stages = recipe.run_stages()
+    records = records_of(stages, RunPlace(directory, Tracking(None)))
+    key = keys_of(stages, records)[stage]
     if marker.exists() and marker.read_text() != key:
         raise BadInput(
-            f"{directory} was updated to another recipe, and stage {stage} has not run again since",
+            f"{directory} was updated to another recipe or text, and stage {stage} has not run "
+            "again since",
             "run the recipe first",
         )
 

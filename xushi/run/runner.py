@@ -11,7 +11,7 @@ import torch
 
 from xushi import __version__
 from xushi.base.allocator import keep_freed_memory
-from xushi.base.errors import Failed
+from xushi.base.errors import BadInput, Failed
 from xushi.base.files import write_json
 from xushi.base.machine import Machine, chosen_device, inspect
 from xushi.base.progress import say
@@ -19,9 +19,9 @@ from xushi.base.tracking import Tracking
 from xushi.run.directory import claim, own, start_over
 from xushi.run.estimate import check_memory
 from xushi.run.facts import op_forms, run_facts
-from xushi.run.place import RunPlace, StageRecord, read_record, write_record
+from xushi.run.place import RunPlace, StageRecord, read_record, stage_key, write_record
 from xushi.run.recipe import Recipe
-from xushi.run.stages import Stage, keys_of
+from xushi.run.stages import Stage, finished_stages, keys_of
 from xushi.run.stages.pretrain import Pretrain
 from xushi.run.stages.training import training_seconds
 from xushi.train import join, processes_on_this_machine
@@ -33,17 +33,18 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
     """Run `recipe` in `directory` and return its results; the same call continues a killed run.
 
     A directory of another recipe is refused unless `update`, which runs the changed stages again.
+    Where files that a finished stage has read changed, a finished run reads them again, as `update`
+    does; one that is not finished goes on with what it has read.
     Under torchrun all processes call this, and only the first one has results.
     """
-    # A stage that cannot be hashed is refused before anything is made.
-    keys = keys_of(recipe.run_stages())
+    stages = recipe.run_stages()
+    keys_of(stages, {})  # a stage that cannot be hashed is refused before anything is made
     layout = join(recipe.layout, recipe.model, chosen_device(recipe.device), recipe.rows)
-    for stage in recipe.run_stages():
+    for stage in stages:
         stage.check_layout(layout)
     machine = inspect()
     processes_here = processes_on_this_machine()
-    done = read_record(RunPlace(directory, Tracking(None), layout), Pretrain.name)
-    if done is not None and done.key == keys.get(Pretrain.name):
+    if Pretrain.name in finished_stages(stages, RunPlace(directory, Tracking(None), layout)):
         pass  # it needs no memory any more
     elif layout.device == "cuda":  # each process has a GPU of its own
         check_memory(recipe, layout, torch.cuda.get_device_properties(0).total_memory, 1)
@@ -57,7 +58,7 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
         place = RunPlace(directory, Tracking(directory / "tracking.sqlite"), layout)
         try:
             _set_up(recipe, place, machine, processes_here)
-            results = _run_stages(recipe, place)
+            results = _run_stages(recipe, place, update)
         finally:
             place.tracking.close()
         _tell(place, END)
@@ -121,20 +122,23 @@ def _heard(place: RunPlace) -> Any:
         ) from None
 
 
-def _run_stages(recipe: Recipe, place: RunPlace) -> dict[str, Any]:
+def _run_stages(recipe: Recipe, place: RunPlace, update: bool) -> dict[str, Any]:
     began = time.monotonic()
     results: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     stages = recipe.run_stages()
-    keys = keys_of(stages)
-    names = list(keys)
+    names = [stage.name for stage in stages]
+    finished = finished_stages(stages, place) == set(names)
+    before = ""
     for number, stage in enumerate(stages):
-        key = keys[stage.name]
+        key = stage_key(stage.name, stage.reads(), before)
         record = read_record(place, stage.name)
-        if record is not None and record.key == key:
+        done = record is not None and record.key == key
+        if record is not None and done and not _reads_again(stage, place, finished, update):
             say(f"{stage.name}: done before, in {record.seconds:.0f} s")
         else:
-            record = _run_stage(stage, place, key, names[number + 1 :])
+            record = _run_stage(stage, place, key, names[number + 1 :], again=done)
+        before = record.after
         results |= record.results
         seconds[f"seconds.{stage.name}"] = record.seconds
     results |= seconds
@@ -145,10 +149,36 @@ def _run_stages(recipe: Recipe, place: RunPlace) -> dict[str, Any]:
     return results
 
 
-def _run_stage(stage: Stage, place: RunPlace, key: str, later: Sequence[str]) -> StageRecord:
-    """Run one stage; what an attempt with other inputs left is removed first."""
+def _reads_again(stage: Stage, place: RunPlace, finished: bool, update: bool) -> bool:
+    """Whether a stage that is done runs again, since files that it has read changed; tell it."""
+    again = finished or update
+    try:
+        changed = stage.files_changed(place)
+    except BadInput as error:
+        if update:
+            raise
+        again, changed = False, error.problem
+    if not changed:
+        return False
+    if again:
+        say(f"{stage.name}: the files are not as they were read: {changed}")
+    else:
+        say(
+            f"{stage.name}: the files are not as they were read: {changed}; this run goes on with "
+            "what it has read, and --update reads them again"
+        )
+    return again
+
+
+def _run_stage(
+    stage: Stage, place: RunPlace, key: str, later: Sequence[str], again: bool
+) -> StageRecord:
+    """Run one stage; what an attempt with other inputs left is removed first.
+
+    `again`: the stage was done with this key, and files that it has read changed.
+    """
     marker = place.path("stages", f"{stage.name}.started")
-    if not marker.exists() or marker.read_text() != key:
+    if again or not marker.exists() or marker.read_text() != key:
         start_over(place, stage.name, key, later)
     say(f"{stage.name}: started")
     place.tracking.event(stage.name, "started", version=__version__)
@@ -165,7 +195,7 @@ def _run_stage(stage: Stage, place: RunPlace, key: str, later: Sequence[str]) ->
     # A start that was killed left no time of its own, but that of its steps.
     steps = training_seconds(place.tracking, stage.name)
     seconds = max(steps, sum(value for _, value in starts))
-    record = StageRecord(key, seconds, results.flat())
+    record = StageRecord(key, seconds, results.flat(), stage.files_read(place))
     write_record(place, stage.name, record)
     place.tracking.event(stage.name, "finished", seconds=spent)
     say(f"{stage.name}: finished in {spent:.0f} s")

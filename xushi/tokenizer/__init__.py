@@ -5,7 +5,7 @@ from xushi.tokenizer.config import TokenizerConfig
 from xushi.tokenizer.conversation import Conversations
 from xushi.tokenizer.reply import parse_assistant, parse_tool_calls
 from xushi.tokenizer.streaming import StreamDecoder
-from xushi.tokenizer.tokenizer import Tokenizer
+from xushi.tokenizer.tokenizer import Tokenizer, TooFewMerges
 from xushi.tokenizer.vocabulary import Vocabulary
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "TokenizerConfig",
+    "TooFewMerges",
     "Vocabulary",
     "chat_examples",
     "encode_chat",

@@ -46,6 +46,17 @@ _GET_AGAIN = "copy it again, or remove stages/tokenizer.json of its run and run 
 _BORDER = re.compile(r"(?<=\n)(?=\S)|(?<=\S)(?=[ \t])|(?<=[0-9])(?!\Z)")
 
 
+class TooFewMerges(BadInput):
+    """The text does not allow a vocabulary of `wanted`, but one of `reached`."""
+
+    def __init__(self, wanted: int, reached: int) -> None:
+        super().__init__(
+            f"tokenizer.vocab_size={wanted} is larger than the text allows: it gives {reached}",
+            f"set tokenizer.vocab_size to {reached} or less, or add text",
+        )
+        self.reached = reached
+
+
 class Tokenizer(Vocabulary):
     """Made by `train` or `load`. Ids from 0 to `vocab_size` - 1: special tokens, the 256 bytes, and
     merges.
@@ -111,11 +122,7 @@ class Tokenizer(Vocabulary):
         backend = _train(chunks, vocab_size, special)
         reached = backend.get_vocab_size()
         if reached < vocab_size:
-            raise BadInput(
-                f"tokenizer.vocab_size={vocab_size} is larger than the text allows: it gives "
-                f"{reached}",
-                f"set tokenizer.vocab_size to {reached} or less, or add text",
-            )
+            raise TooFewMerges(vocab_size, reached)
         return cls(backend.to_str(pretty=True))
 
     def encode(self, text: str) -> list[int]:

@@ -1,9 +1,9 @@
 """The stages of a run, in order. No other place lists them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from xushi.run.place import stage_key
-from xushi.run.stages.base import Fact, Results, Stage
+from xushi.run.place import RunPlace, StageRecord, read_record, stage_key
+from xushi.run.stages.base import Costs, Fact, Results, Stage
 from xushi.run.stages.control import Control
 from xushi.run.stages.data import Data
 from xushi.run.stages.evaluate import Evaluate
@@ -29,22 +29,42 @@ RECIPE_STAGES = tuple(stage.name for stage in STAGES if stage.in_recipe)
 __all__ = [
     "RECIPE_STAGES",
     "STAGES",
+    "Costs",
     "Fact",
     "Results",
     "Stage",
     "TrainingStage",
+    "finished_stages",
     "in_order",
     "keys_of",
+    "records_of",
 ]
 
 
-def keys_of(stages: Sequence[Stage]) -> dict[str, str]:
-    """The key of each stage, chained with those before it."""
+def keys_of(stages: Sequence[Stage], records: Mapping[str, StageRecord]) -> dict[str, str]:
+    """The key of each stage, chained with those before it and with the files that they have read,
+    as far as `records` tells.
+    """
     keys: dict[str, str] = {}
     before = ""
     for stage in stages:
-        before = keys[stage.name] = stage_key(stage.name, stage.reads(), before)
+        key = keys[stage.name] = stage_key(stage.name, stage.reads(), before)
+        record = records.get(stage.name)
+        before = record.after if record is not None and record.key == key else key
     return keys
+
+
+def records_of(stages: Sequence[Stage], place: RunPlace) -> dict[str, StageRecord]:
+    """The records of the stages that were finished in a run directory, by name."""
+    read = ((stage.name, read_record(place, stage.name)) for stage in stages)
+    return {name: record for name, record in read if record is not None}
+
+
+def finished_stages(stages: Sequence[Stage], place: RunPlace) -> set[str]:
+    """The names of the stages whose records in a run directory are of these very inputs."""
+    records = records_of(stages, place)
+    keys = keys_of(stages, records)
+    return {name for name, record in records.items() if record.key == keys[name]}
 
 
 def in_order(named: Sequence[type[Stage]]) -> tuple[type[Stage], ...]:

@@ -30,6 +30,20 @@ class Fact(NamedTuple):
     unit: Unit = "count"
 
 
+class Costs(NamedTuple):
+    """What was measured here and now before a run, for the estimates of its stages. In seconds,
+    `weights_bytes` and `heldout_tokens` apart.
+    """
+
+    training_token: float  # one token in a training step
+    forward_token: float  # one token in evaluation
+    data: float  # the whole corpus
+    tokenizer: float  # the vocabulary, and the whole corpus in tokens
+    compressors: float  # the corpus, as evaluation compresses it
+    heldout_tokens: int
+    weights_bytes: int
+
+
 class Results(StrictConfig):
     """What a stage measured, in groups: field `steps` of group `rl` is key "rl.steps".
 
@@ -99,6 +113,16 @@ class Stage(ABC):
     def run(self, place: RunPlace) -> Results:
         """Do the work. Where `together` holds, all processes call this alike."""
 
+    def files_read(self, place: RunPlace) -> str:
+        """The hash of the files outside of the run directory that `run` has read; "" for none."""
+        return ""
+
+    def files_changed(self, place: RunPlace) -> str:
+        """How those files differ from what a finished `run` has read, in a phrase; "" if they do
+        not.
+        """
+        return ""
+
     def check_layout(self, layout: Layout) -> None:
         """Raise `BadInput` if the stage cannot run on these processes. Asked before all stages."""
         return
@@ -107,10 +131,8 @@ class Stage(ABC):
         """Whether all processes of `layout` run the stage; else the first one does alone."""
         return False
 
-    def seconds(self, per_token: float) -> float:
-        """The estimated time, from the seconds that one token takes in training; 0: not
-        estimated.
-        """
+    def seconds(self, costs: Costs) -> float:
+        """The estimated time; 0: not estimated."""
         return 0.0
 
 

@@ -1,25 +1,39 @@
 """The data stage: sources are read, cleaned, held out and written down as a corpus."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from xushi.base.files import sha256_json
 from xushi.base.progress import say
 from xushi.data import (
     NOTABLE,
+    CorpusSummary,
     ExtraSource,
     heldout_overlap,
     load_summary,
     make_document,
     obtain_corpus,
 )
+from xushi.data.left_out import LeftOut, counts, sentence
+from xushi.data.read_files import ReadFiles, difference, look_at
 from xushi.run.place import RunPlace
-from xushi.run.stages.base import Fact, Results, Stage
+from xushi.run.stages.base import Costs, Fact, Results, Stage
 
 if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
 
 TRANSCRIPTS = "transcripts"  # the name of the environment's source
 GROUPS_NAMED = 12
+
+
+class LeftOutFigures(Results):
+    """What is left out, by reason (see `xushi.data.left_out.REASONS`)."""
+
+    counts: dict[str, int]
+
+    def flat(self) -> dict[str, Any]:
+        """One key for each reason."""
+        return dict(self.counts)
 
 
 class CorpusFigures(Results):
@@ -36,6 +50,7 @@ class CorpusFigures(Results):
     heldout_groups: int
     heldout_groups_named: str  # the first of their names, separated by commas
     heldout_groups_sha256: str  # of the JSON list of their names, which corpus/summary.json has
+    left_out: LeftOutFigures
 
 
 class DataResults(Results):
@@ -80,8 +95,11 @@ class Data(Stage):
 
     def run(self, place: RunPlace) -> DataResults:
         """Read, divide and write the corpus, or link the one that another run made of the same."""
-        obtain_corpus(self.config, self._transcripts(), place.corpus)
-        summary = load_summary(place.corpus)
+        files = look_at(self.config)
+        summary = self.make(place, files)
+        files.write(place.read_files)
+        left_out = [source.left_out for source in summary.sources]
+        tell_left_out(left_out)
         overlap = heldout_overlap(place.corpus)
         if overlap >= NOTABLE:
             say(f"data: {overlap:.1%} of the held-out text stands in the training text too")
@@ -98,8 +116,34 @@ class Data(Stage):
                 heldout_groups=len(summary.heldout_groups),
                 heldout_groups_named=", ".join(summary.heldout_groups[:GROUPS_NAMED]),
                 heldout_groups_sha256=sha256_json(summary.heldout_groups),
+                left_out=LeftOutFigures(counts=counts(left_out)),
             )
         )
+
+    def make(self, place: RunPlace, files: ReadFiles) -> CorpusSummary:
+        """The corpus, of the files that `look_at` has just found."""
+        obtain_corpus(self.config, self._transcripts(), place.corpus, files)
+        return load_summary(place.corpus)
+
+    def seconds(self, costs: Costs) -> float:
+        """As measured."""
+        return costs.data
+
+    def reads(self) -> dict[str, Any]:
+        """Where the files lie is no part of it: what they hold is told by `files_read`."""
+        kept = super().reads()
+        for source in kept["config"]["sources"]:
+            del source["glob"]
+        return kept
+
+    def files_read(self, place: RunPlace) -> str:
+        """The hash of the text files."""
+        return ReadFiles.read(place.read_files).hash
+
+    def files_changed(self, place: RunPlace) -> str:
+        """Which of the text files are not as they were."""
+        before = ReadFiles.read(place.read_files)
+        return difference(before, look_at(self.config, before))
 
     def _transcripts(self) -> dict[str, ExtraSource]:
         """Worked episodes as plain text, each a document of its own.
@@ -118,3 +162,10 @@ class Data(Stage):
             for index in range(self.environment.transcripts)
         ]
         return {TRANSCRIPTS: ExtraSource(documents, self.environment.transcript_weight)}
+
+
+def tell_left_out(sources: Iterable[Iterable[LeftOut]]) -> None:
+    """Say what the sources leave out: a line for each reason."""
+    for left_out in sources:
+        for each in left_out:
+            say(sentence(each))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from xushi.base.files import write_json
+from xushi.base.progress import say
 from xushi.data import heldout_bytes, training_texts
 from xushi.engine import SamplingParams, generate_ids
 from xushi.envs import Environment
@@ -25,8 +26,9 @@ from xushi.evaluate import (
 )
 from xushi.model import Deepseek
 from xushi.run.place import RunPlace
-from xushi.run.stages.base import Fact, Results
+from xushi.run.stages.base import Costs, Fact, Results
 from xushi.run.stages.control import Control
+from xushi.run.stages.lengths import fewest_tokens
 from xushi.run.stages.pretrain import Pretrain
 from xushi.run.stages.rl import RL
 from xushi.run.stages.training import ModelStage, last_main_stage
@@ -112,6 +114,20 @@ class Evaluate(ModelStage):
         """Always."""
         return True
 
+    def seconds(self, costs: Costs) -> float:
+        """The held-out text by the model and by compressors, and answers as long as the longest.
+
+        A sampled token costs about as much as one of a training step.
+        """
+        text = costs.heldout_tokens * costs.forward_token + costs.compressors
+        if self.environment is None or self.final in (None, self.base):
+            return text
+        greedy = 1 + (self.config.longer is not None)
+        measured = 1 + self.reinforced
+        answers = measured * (greedy + self.config.samples) + 1 + (self.control is not None)
+        tokens = fewest_tokens(self.environment.make().longest_transcript())
+        return text + answers * self.config.tasks * tokens * costs.training_token
+
     def run(self, place: RunPlace) -> EvaluateResults:
         """Measure the base model on text, and the tuned ones on tasks."""
         samples: dict[str, Any] = {}
@@ -126,13 +142,17 @@ class Evaluate(ModelStage):
     def _bits(self, place: RunPlace) -> BitsFigures:
         text = heldout_bytes(place.corpus)
         model = self.trained_model(place, self.base)
+        say(f"{self.name}: {len(text):,} bytes of held-out text, by the model")
         documents = bits_by_document(model, place.tokens, ROWS_AT_ONCE)
         documents.write(place.path(HELDOUT_BITS))
         own = documents.total / len(text)
+        say(f"{self.name}: the same bytes, by compressors")
         others = {name: bits_per_byte(text, name) for name in ("gzip", "xz", "zstd")}
         primed = None
         if self.config.xz_primed:
-            primed = xz_primed("".join(training_texts(place.corpus)).encode(), text)
+            training = "".join(training_texts(place.corpus)).encode()
+            say(f"{self.name}: by xz given {len(training):,} bytes of training text first")
+            primed = xz_primed(training, text)
         return BitsFigures(
             bits_per_byte=own,
             bits_per_byte_gzip=others["gzip"],
@@ -161,6 +181,7 @@ class Evaluate(ModelStage):
             return play_greedily(model, tokenizer, environment, self.config, self.seed, think=think)
 
         def measure(model: Deepseek, when: str) -> None:
+            say(f"{self.name}: answers to {self.config.tasks:,} tasks")
             episodes = greedy(model, scored)
             rates[f"greedy_{when}"] = accuracy(episodes)
             samples[when] = [shown(episode) for episode in episodes[:SAMPLES_SHOWN]]

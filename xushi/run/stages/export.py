@@ -8,7 +8,7 @@ import torch
 from xushi.base.files import directory_in_place, write_json
 from xushi.model import Deepseek, load_pretrained, save_pretrained
 from xushi.run.place import RunPlace
-from xushi.run.stages.base import Fact, Results
+from xushi.run.stages.base import Costs, Fact, Results
 from xushi.run.stages.pretrain import Pretrain
 from xushi.run.stages.training import ModelStage, last_main_stage
 from xushi.tokenizer import Tokenizer
@@ -61,6 +61,10 @@ class Export(ModelStage):
     def wanted(cls, recipe: "Recipe") -> bool:
         """Always."""
         return True
+
+    def seconds(self, costs: Costs) -> float:
+        """The weights are written and read back, at about the speed of a slow disk."""
+        return len(self.models) * (0.5 + 2 * costs.weights_bytes / 100e6)
 
     def run(self, place: RunPlace) -> ExportResults:
         """Write every model, with tokenizer and card, and read each back."""

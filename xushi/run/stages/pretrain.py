@@ -14,7 +14,7 @@ from xushi.data import TokenDataset, find_documents, heldout_batches, load_summa
 from xushi.evaluate import total_bits
 from xushi.model import Batch, Deepseek
 from xushi.run.place import RunPlace
-from xushi.run.stages.base import Fact, Results
+from xushi.run.stages.base import Costs, Fact, Results
 from xushi.run.stages.checks import check_batch, check_model_training
 from xushi.run.stages.data import TRANSCRIPTS
 from xushi.run.stages.training import TrainingStage, end_mean, training_seconds
@@ -69,9 +69,12 @@ class Pretrain(TrainingStage):
         check_batch(recipe.pretrain, recipe.data.sequence_length)
         check_model_training(cls.name, recipe.pretrain, recipe.model)
 
-    def seconds(self, per_token: float) -> float:
-        """All tokens of all steps."""
-        return self.config.tokens(self.sequence_length) * per_token
+    def seconds(self, costs: Costs) -> float:
+        """All tokens of all steps, and the measurements on held-out text between them."""
+        measured = min(self.config.evaluate_tokens, costs.heldout_tokens)
+        measured *= self.config.steps // self.config.evaluate_every + 1
+        trained = self.config.tokens(self.sequence_length)
+        return trained * costs.training_token + measured * costs.forward_token
 
     def dataset(self, place: RunPlace) -> TokenDataset:
         """The training sequences; without the data stage those of the transcripts alone."""

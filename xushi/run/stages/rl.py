@@ -6,7 +6,7 @@ from xushi.base.seeds import derive
 from xushi.base.tracking import BatchRecord
 from xushi.rl import ReinforcementStep, check_layout
 from xushi.run.place import RunPlace
-from xushi.run.stages.base import Fact, Results
+from xushi.run.stages.base import Costs, Fact, Results
 from xushi.run.stages.checks import check_length
 from xushi.run.stages.lengths import fewest_tokens
 from xushi.run.stages.training import TrainingStage, end_mean
@@ -74,11 +74,11 @@ class RL(TrainingStage):
         """All processes, unless they hold different layers: sampling needs a whole model."""
         return layout.pipeline == 1
 
-    def seconds(self, per_token: float) -> float:
+    def seconds(self, costs: Costs) -> float:
         """Every answer is taken to be as long as the longest one."""
         tokens = fewest_tokens(self.environment.make().longest_transcript())
         answers = self.config.steps * self.config.prompts * self.config.samples
-        return answers * tokens * per_token * COST_PER_TRAINED_TOKEN
+        return answers * tokens * costs.training_token * COST_PER_TRAINED_TOKEN
 
     def step(self, place: RunPlace) -> Step:
         """Sample, score, update."""

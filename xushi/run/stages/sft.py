@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from xushi.base.tracking import BatchRecord
 from xushi.model import Batch
 from xushi.run.place import RunPlace
-from xushi.run.stages.base import Fact, Results
+from xushi.run.stages.base import Costs, Fact, Results
 from xushi.run.stages.checks import check_length, check_model_training
 from xushi.run.stages.conversations import (
     demonstration_spans,
@@ -62,10 +62,10 @@ class SFT(TrainingStage):
         check_length(f"{cls.name}.sequence_length", recipe.sft.sequence_length, recipe.model)
         check_episode_length(recipe)
 
-    def seconds(self, per_token: float) -> float:
+    def seconds(self, costs: Costs) -> float:
         """The mean length of some conversations stands for all."""
         tokens = mean_conversation_tokens(self.environment.make(), self.config)
-        return self.config.steps * self.config.batch_examples * tokens * per_token
+        return self.config.steps * self.config.batch_examples * tokens * costs.training_token
 
     def data(self, place: RunPlace) -> Data:
         """Demonstrations, fresh ones at every step; the cursor counts them."""

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from xushi.data import load_manifest, load_summary, obtain_tokenizer, obtain_tokens
 from xushi.run.place import RunPlace
-from xushi.run.stages.base import Fact, Results, Stage
+from xushi.run.stages.base import Costs, Fact, Results, Stage
 from xushi.tokenizer.config import smallest_vocabulary
 
 if TYPE_CHECKING:
@@ -60,6 +60,10 @@ class TrainTokenizer(Stage):
     def wanted(cls, recipe: "Recipe") -> bool:
         """Always: left out as a control, the vocabulary has the single bytes only."""
         return True
+
+    def seconds(self, costs: Costs) -> float:
+        """As measured on a part of the text."""
+        return costs.tokenizer
 
     def run(self, place: RunPlace) -> TokenizerResults:
         """Train the tokenizer and write the corpus as tokens, or link what another run made."""

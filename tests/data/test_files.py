@@ -1,0 +1,239 @@
+"""Which files a source has: what is left out and why, links, runs, several paths, any name."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from xushi.base.errors import BadInput
+from xushi.data import SourceConfig
+from xushi.data.files import find_files, is_run
+from xushi.data.names import written
+
+
+def found(*globs: object, kind: str = "text", **keys: object) -> list[str]:
+    source = SourceConfig(name="s", kind=kind, glob=[str(each) for each in globs], **keys)  # type: ignore[arg-type]
+    return [file.meta["path"] for file in find_files(source).files]
+
+
+def left_out(
+    *globs: object, kind: str = "text", **keys: object
+) -> dict[str, tuple[int, list[str]]]:
+    source = SourceConfig(name="s", kind=kind, glob=[str(each) for each in globs], **keys)  # type: ignore[arg-type]
+    listed = find_files(source).left_out.listed()
+    return {each.reason: (each.count, each.examples) for each in listed}
+
+
+def write(root: Path, *names: str | bytes, data: bytes = b"text") -> None:
+    for name in names:
+        path = os.path.join(os.fsencode(root), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
+
+
+def make_run(directory: Path) -> None:
+    write(directory, "report.txt", "export/base/card.txt")
+    owner = {"format": 3, "recipe_hash": "0", "version": "0"}
+    (directory / "run.json").write_text(json.dumps(owner))
+
+
+# Runs
+
+
+def test_a_run_is_never_text(tmp_path: Path) -> None:
+    write(tmp_path, "a.md", "deep/b.md")
+    make_run(tmp_path / "deep" / "mine")
+    for glob in (tmp_path, tmp_path / "**" / "*", tmp_path / "**" / "*.*"):
+        assert found(glob) == ["a.md", "deep/b.md"]
+        assert left_out(glob)["runs"] == (1, ["deep/mine"])
+    assert found(tmp_path / "*" / "*" / "*.txt") == []
+    assert left_out(tmp_path / "*" / "*" / "*.txt")["runs"] == (1, ["deep/mine/report.txt"])
+
+
+def test_a_directory_of_runs_is_no_text_either(tmp_path: Path) -> None:
+    write(tmp_path, "a.md", "runs/text.log", "other/runs/morning.md")
+    make_run(tmp_path / "runs" / "text")
+    assert found(tmp_path) == ["a.md", "other/runs/morning.md"]
+    assert left_out(tmp_path)["runs"] == (1, ["runs"])
+    assert "runs/text.log" not in found(tmp_path / "*" / "*.log") + found(tmp_path / "**/*.log")
+
+
+def test_what_marks_a_run(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    write(tmp_path / "older", "recipe.toml", "tracking.sqlite")
+    write(tmp_path / "half", "recipe.toml", "a.txt")
+    (tmp_path / "jogging").mkdir()
+    (tmp_path / "jogging" / "run.json").write_text('{"format": "gpx", "km": 5}')
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "run.json").write_text("[1]")
+    names = ("run", "older", "half", "jogging", "list")
+    assert [is_run(tmp_path / name) for name in names] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("inside", ["", "export/base", "report.txt", "*.txt", "**/*.txt"])
+def test_a_path_in_a_run_is_refused(inside: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "mine")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    for place in ("mine", "link"):
+        with pytest.raises(BadInput, match=r"is in the run directory .*mine, which is never text"):
+            found(tmp_path / place / inside)
+
+
+def test_a_link_into_a_run_is_not_followed(tmp_path: Path) -> None:
+    write(tmp_path / "notes", "a.md")
+    make_run(tmp_path / "mine")
+    (tmp_path / "notes" / "card.txt").symlink_to(tmp_path / "mine" / "export" / "base" / "card.txt")
+    (tmp_path / "notes" / "export").symlink_to(tmp_path / "mine" / "export")
+    assert found(tmp_path / "notes") == ["a.md"]
+    assert left_out(tmp_path / "notes")["runs"] == (2, ["card.txt", "export"])
+
+
+def test_tables_in_a_run_can_be_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "mine")
+    write(tmp_path / "mine" / "data", "train.parquet")
+    assert found(tmp_path / "mine" / "data" / "*.parquet", kind="parquet") == ["train.parquet"]
+
+
+# Links
+
+
+def test_every_directory_is_entered_once(tmp_path: Path) -> None:
+    write(tmp_path, "d/a.md", "d/deep/b.md")
+    for name in ("l1", "l2", "deep/up"):
+        (tmp_path / "d" / name).symlink_to(tmp_path / "d")
+    for glob in (tmp_path / "d", tmp_path / "d" / "**" / "*.md", tmp_path / "d" / "**"):
+        assert found(glob) == ["a.md", "deep/b.md"]
+    (tmp_path / "d" / "deep" / "self").symlink_to("self")
+    assert left_out(tmp_path / "d") == {"special": (1, ["deep/self"])}
+
+
+def test_a_link_out_of_the_directory_is_followed_and_one_upwards_is_not(tmp_path: Path) -> None:
+    write(tmp_path, "notes/a.md", "elsewhere/b.md", "secret.md")
+    (tmp_path / "notes" / "0more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "notes" / "up").symlink_to("..")
+    (tmp_path / "elsewhere" / "top").symlink_to("/")
+    assert found(tmp_path / "notes") == ["0more/b.md", "a.md"]
+    assert left_out(tmp_path / "notes") == {"special": (2, ["0more/top", "up"])}
+
+
+def test_a_file_has_its_own_name_and_not_a_links(tmp_path: Path) -> None:
+    write(tmp_path, "z/real.md")
+    (tmp_path / "a.md").symlink_to(tmp_path / "z" / "real.md")
+    (tmp_path / "b").symlink_to(tmp_path / "z")
+    assert found(tmp_path) == ["z/real.md"] == found(tmp_path / "**" / "*.md")
+
+
+# Kinds
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *((f"a.{suffix}", "tables") for suffix in ("jsonl", "json", "csv", "tsv", "html", "ipynb")),
+        *((f"a.{suffix}", "packed") for suffix in ("gz", "txt.gz", "zip", "zst")),
+        *((f"a.{suffix}", "formatted") for suffix in ("pdf", "PDF", "docx")),
+        ("a.parquet", "tables"),
+    ],
+)
+def test_structure_is_left_out_and_refused_by_name(name: str, reason: str, tmp_path: Path) -> None:
+    write(tmp_path, name, "b.md")
+    for glob in (tmp_path, tmp_path / "*"):
+        assert found(glob) == ["b.md"] and left_out(glob) == {reason: (1, [name])}
+    with pytest.raises(BadInput, match="is not read as text") as error:
+        found(tmp_path / name)
+    assert name in error.value.problem and error.value.remedy
+
+
+def test_what_a_file_without_a_known_suffix_holds(tmp_path: Path) -> None:
+    write(tmp_path, "README", "log.1", "empty")
+    (tmp_path / "empty").write_bytes(b"")
+    write(tmp_path, "cut", data=b"a" * 65535 + "é".encode())
+    write(tmp_path, "gbk", data="汉字".encode("gbk"))
+    write(tmp_path, "utf16", data="words".encode("utf-16"))
+    write(tmp_path, "image", data=b"\x89PNG\0\0")
+    assert found(tmp_path) == ["README", "cut", "empty", "log.1"]
+    assert left_out(tmp_path) == {"binary": (1, ["image"]), "not_utf8": (2, ["gbk", "utf16"])}
+
+
+def test_tables_take_their_own_kind(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", "b.ndjson", "c.txt")
+    assert found(tmp_path, kind="jsonl") == ["a.jsonl", "b.ndjson"]
+    assert left_out(tmp_path, kind="jsonl") == {"other_kind": (1, ["c.txt"])}
+    assert found(tmp_path / "c.*", kind="jsonl") == ["c.txt"]  # a pattern says what it means
+
+
+# Names and paths
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    write(tmp_path, b"\xd6\xd0/a.md", b"b\xff.md", "a\\b.md", "诗.md")
+    names = [r"\xd6\xd0/a.md", r"a\\b.md", r"b\xff.md", "诗.md"]
+    assert found(tmp_path) == found(tmp_path / "**") == names
+    directory = written(os.fsdecode(os.fsencode(tmp_path) + b"/\xd6\xd0"))
+    assert found(directory) == ["a.md"]
+    assert found(tmp_path, exclude=[r"b\xff*", r"a\\b.md"]) == [r"\xd6\xd0/a.md", "诗.md"]
+
+
+def test_several_paths_have_one_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "notes/a.md", "notes/.x", "more/notes/a.md", "book.txt")
+    paths = [tmp_path / "notes", tmp_path / "more" / "**" / "*.md", tmp_path / "book.txt"]
+    assert found(*paths) == ["book.txt", "more/notes/a.md", "notes/a.md"]
+    assert left_out(*paths) == {"hidden": (1, ["notes/.x"])}
+    monkeypatch.chdir(tmp_path / "notes")
+    assert found(".", "../more", tmp_path / "book.txt") == found(*paths)
+    # A file that two paths lead to is one file, and a hidden one is counted once.
+    assert found(tmp_path, tmp_path / "notes") == found(tmp_path)
+    assert left_out(tmp_path, tmp_path / "notes") == left_out(tmp_path)
+
+
+def test_names_do_not_tell_where_a_directory_is(tmp_path: Path) -> None:
+    write(tmp_path, "one/a/x.md", "one/b/y.md", "two/a/x.md", "two/b/y.md")
+    one, two = ((tmp_path / name / "a", tmp_path / name / "b") for name in ("one", "two"))
+    assert found(*one) == found(*two) == ["a/x.md", "b/y.md"]
+
+
+def test_what_is_excluded(tmp_path: Path) -> None:
+    write(tmp_path, "a.md", "drafts/b.md", "drafts/deep/c.md", "x/drafts/d.md", "p.pdf")
+    for pattern in ("drafts", "drafts/*"):
+        assert found(tmp_path, exclude=[pattern]) == ["a.md", "x/drafts/d.md"]
+    assert left_out(tmp_path, exclude=["*.md", "*.pdf"]) == {
+        "excluded": (5, ["a.md", "drafts/b.md"])
+    }
+    assert found(tmp_path, exclude=["*drafts"]) == ["a.md"]
+
+
+def test_the_file_that_messages_go_to_is_not_text(tmp_path: Path) -> None:
+    write(tmp_path, "a.md", "log.txt", "copy.txt")
+    kept = os.dup(2)
+    try:
+        with open(tmp_path / "log.txt") as log:
+            os.dup2(log.fileno(), 2)
+            names = found(tmp_path)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+    assert names == ["a.md", "copy.txt"] and "log.txt" in found(tmp_path)
+
+
+def test_what_may_not_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a.md", "closed/b.md", "secret")
+    scandir, real_open = os.scandir, open
+
+    def forbidden(path: object) -> None:
+        if str(path).endswith(("closed", "secret")):
+            raise PermissionError(13, "Permission denied", str(path))
+
+    def scan(path: object) -> object:
+        forbidden(path)
+        return scandir(path)  # type: ignore[call-overload]
+
+    def opened(path: object, *rest: object) -> object:
+        forbidden(path)
+        return real_open(path, *rest)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("os.scandir", scan)
+    monkeypatch.setattr("builtins.open", opened)
+    assert found(tmp_path) == ["a.md"]
+    assert left_out(tmp_path) == {"unreadable": (2, ["closed", "secret"])}

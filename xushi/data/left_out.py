@@ -1,0 +1,177 @@
+"""What a source does not read, counted by reason with two examples; nothing is left out silently.
+
+Not here: how it is decided (`files`, `sources`, `corpus`).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from pydantic import Field
+
+from xushi.base.config import StrictConfig
+
+EXAMPLES = 2
+
+# Files with these suffixes should be text; those with none of all these are looked into.
+TEXT_SUFFIXES = frozenset(
+    [
+        ".c",
+        ".cc",
+        ".cpp",
+        ".css",
+        ".go",
+        ".h",
+        ".hpp",
+        ".java",
+        ".js",
+        ".md",
+        ".org",
+        ".py",
+        ".rs",
+        ".rst",
+        ".sh",
+        ".tex",
+        ".toml",
+        ".ts",
+        ".txt",
+        ".yaml",
+        ".yml",
+    ]
+)
+# What only programs read as text, by the reason it is left out for.
+_SUFFIXES = {
+    "tables": (
+        ".jsonl",
+        ".ndjson",
+        ".json",
+        ".csv",
+        ".tsv",
+        ".parquet",
+        ".arrow",
+        ".html",
+        ".htm",
+        ".xhtml",
+        ".xml",
+        ".svg",
+        ".ipynb",
+        ".rtf",
+        ".sqlite",
+        ".db",
+    ),
+    "packed": (
+        ".gz",
+        ".tgz",
+        ".bz2",
+        ".xz",
+        ".zst",
+        ".lz4",
+        ".zip",
+        ".7z",
+        ".rar",
+        ".tar",
+        ".jar",
+        ".whl",
+    ),
+    "formatted": (
+        ".pdf",
+        ".doc",
+        ".docx",
+        ".odt",
+        ".ppt",
+        ".pptx",
+        ".odp",
+        ".xls",
+        ".xlsx",
+        ".ods",
+        ".epub",
+        ".mobi",
+        ".ps",
+        ".djvu",
+    ),
+}
+NOT_TEXT = {suffix: reason for reason, suffixes in _SUFFIXES.items() for suffix in suffixes}
+
+
+class Reason(NamedTuple):
+    """What is left out for one reason, and what a user can do about it (may be empty)."""
+
+    what: str
+    remedy: str = ""
+
+
+REASONS = {
+    "excluded": Reason("excluded by pattern"),
+    "hidden": Reason("hidden files and directories"),
+    "runs": Reason("run directories of xushi, which are never text"),
+    "special": Reason("broken links, links to a directory above, and special files"),
+    "tables": Reason(
+        "tables and markup, whose structure is not text",
+        "convert them to plain text, or to JSONL or Parquet for a recipe's source of that kind",
+    ),
+    "packed": Reason("compressed files and archives", "unpack them first"),
+    "formatted": Reason("PDF and office documents", "convert them to plain text first"),
+    "binary": Reason("binary files"),
+    "not_utf8": Reason("files that are not UTF-8", "convert them (iconv -t utf-8)"),
+    "unreadable": Reason("files that may not be read", "change their permissions"),
+    "other_kind": Reason("files of another kind than the source's"),
+    "empty": Reason("documents without text"),
+    "duplicates": Reason("documents with the same text as another"),
+}
+"""The keys are those of `data.left_out` in results.json."""
+
+
+class LeftOut(StrictConfig):
+    """How many were left out for one reason of `REASONS`, and the first of them by name."""
+
+    reason: str
+    count: int = Field(ge=1)
+    examples: list[str]
+
+
+class LeftOutList:
+    """Collects names by reason, beginning with what `before` has, and keeps the first ones."""
+
+    def __init__(self, before: Iterable[LeftOut] = ()) -> None:
+        listed = list(before)
+        self._counts = {each.reason: each.count for each in listed}
+        self._examples = {each.reason: list(each.examples) for each in listed}
+
+    def add(self, reason: str, name: str) -> None:
+        """Count one more, by its name inside the source."""
+        assert reason in REASONS
+        self._counts[reason] = self._counts.get(reason, 0) + 1
+        examples = self._examples.setdefault(reason, [])
+        if len(examples) < EXAMPLES:
+            examples.append(name)
+
+    def listed(self) -> list[LeftOut]:
+        """In the order of `REASONS`."""
+        return [
+            LeftOut(reason=reason, count=self._counts[reason], examples=self._examples[reason])
+            for reason in REASONS
+            if reason in self._counts
+        ]
+
+
+def counts(lists: Iterable[Iterable[LeftOut]]) -> dict[str, int]:
+    """The count of every reason, 0 included, over several sources."""
+    totals = dict.fromkeys(REASONS, 0)
+    for left_out in (each for one in lists for each in one):
+        totals[left_out.reason] += left_out.count
+    return totals
+
+
+def sentence(left_out: LeftOut) -> str:
+    """One line: what, how many, examples and what to do."""
+    reason = REASONS[left_out.reason]
+    such_as = "such as " if left_out.count > len(left_out.examples) else ""
+    remedy = f"; {reason.remedy}" if reason.remedy else ""
+    names = " and ".join(left_out.examples)
+    return f"left out: {reason.what}: {left_out.count:,} ({such_as}{names}){remedy}"
+
+
+def in_short(totals: Mapping[str, int]) -> str:
+    """All counts in one phrase: "500 binary files, 3 hidden files and directories"."""
+    return ", ".join(
+        f"{count:,} {REASONS[reason].what}" for reason, count in totals.items() if count
+    )

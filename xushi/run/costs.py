@@ -1,0 +1,143 @@
+"""What a run's text and model cost on this machine, measured on parts before the run.
+
+Not here: what the stages make of it (`Stage.seconds`), and the plan that is printed (`estimate`).
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from xushi.base.tracking import Tracking
+from xushi.data import CorpusSummary, heldout_bytes, training_texts
+from xushi.data.left_out import counts
+from xushi.data.read_files import look_at
+from xushi.evaluate import bits_per_byte, total_bits, xz_primed
+from xushi.evaluate.compressors import PRIMED_MEMORY_BYTES
+from xushi.model import Batch, Deepseek
+from xushi.run.benchmark import Shape, training_step
+from xushi.run.place import RunPlace
+from xushi.run.recipe import Recipe
+from xushi.run.stages.data import Data
+from xushi.run.stages.evaluate import ROWS_AT_ONCE
+from xushi.tokenizer import Tokenizer, TooFewMerges
+
+SAMPLE = 1 << 20  # characters of training text, and bytes of held-out text
+
+
+@dataclass(frozen=True)
+class TextCosts:
+    """The corpus, and the seconds that the stages which read it take. `primed_bytes`: memory that
+    the compressors need.
+    """
+
+    summary: CorpusSummary
+    data: float
+    tokenizer: float
+    compressors: float
+    primed_bytes: int
+    heldout_tokens: int
+
+    @property
+    def costs(self) -> tuple[float, float, float, int]:
+        """The fields of `Costs` that the text decides."""
+        return self.data, self.tokenizer, self.compressors, self.heldout_tokens
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many the sources leave out, by reason."""
+        return counts(source.left_out for source in self.summary.sources)
+
+
+def measure_text(recipe: Recipe) -> TextCosts:
+    """Read the text as the run will (it then lies in the cache), and try a part of it."""
+    with tempfile.TemporaryDirectory(prefix="xushi-") as temporary:
+        place = RunPlace(Path(temporary), Tracking(None))
+        began = time.perf_counter()
+        stage = Data(recipe)
+        summary = stage.make(place, look_at(stage.config))
+        data = time.perf_counter() - began
+        sample = list(_beginning(training_texts(place.corpus)))
+        trained = sum(len(text.encode()) for text in training_texts(place.corpus))
+        heldout = heldout_bytes(place.corpus)[:SAMPLE]
+    size = sum(len(text.encode()) for text in sample)
+    began = time.perf_counter()
+    tokenizer = _tokenizer(sample, recipe.sized_model.vocab_size)
+    tokens = sum(len(ids) for ids in tokenizer.encode_batch(sample))
+    spent = time.perf_counter() - began
+    compressors, primed_bytes = _compressors(recipe, sample, heldout, summary, trained)
+    return TextCosts(
+        summary,
+        data,
+        spent * (trained + summary.heldout_bytes) / size,
+        compressors,
+        primed_bytes,
+        round(summary.heldout_bytes * tokens / size),
+    )
+
+
+def _beginning(texts: Iterator[str]) -> Iterator[str]:
+    """The first texts, of together at most `SAMPLE` characters."""
+    left = SAMPLE
+    for text in texts:
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return
+
+
+def _tokenizer(sample: Sequence[str], vocabulary: int) -> Tokenizer:
+    try:
+        return Tokenizer.train(sample, vocabulary)
+    except TooFewMerges as error:  # a part may allow less than the whole
+        return Tokenizer.train(sample, error.reached)
+
+
+def _compressors(
+    recipe: Recipe, sample: Sequence[str], heldout: bytes, summary: CorpusSummary, trained: int
+) -> tuple[float, int]:
+    """(seconds, bytes of memory) that evaluation's compressors take on the whole corpus."""
+    began = time.perf_counter()
+    for method in ("gzip", "xz", "zstd"):
+        bits_per_byte(heldout, method)
+    seconds = (time.perf_counter() - began) * summary.heldout_bytes / len(heldout)
+    if not recipe.evaluate.xz_primed:
+        return seconds, 0
+    text = "".join(sample).encode()
+    began = time.perf_counter()
+    part = xz_primed(text, heldout)
+    per_byte = (time.perf_counter() - began) / (len(text) + len(heldout))
+    whole = trained + summary.heldout_bytes
+    encoders = part.encoder_bytes * whole // part.dictionary_bytes
+    return seconds + per_byte * whole, min(encoders, PRIMED_MEMORY_BYTES) + 2 * whole
+
+
+def training_token_seconds(shape: Shape, device: str) -> float:
+    """Seconds a token: the faster of two optimizer steps on random tokens, after one to warm up."""
+    step, tokens, times = training_step(shape, device), shape.tokens(), []
+    for _ in range(3):
+        began = time.perf_counter()
+        step(tokens)
+        times.append(time.perf_counter() - began)
+    return min(times[1:]) / shape.settings.batch_tokens
+
+
+def forward_token_seconds(shape: Shape, device: str) -> float:
+    """Seconds a token of evaluation, of a batch as large as evaluation's."""
+    model = Deepseek(shape.config).initialise(0).to(device)
+    stream = torch.Generator().manual_seed(0)
+    size = (ROWS_AT_ONCE, shape.length)
+    tokens = torch.randint(0, shape.config.vocab_size, size, generator=stream)
+    batch = Batch(
+        tokens,
+        targets=tokens.roll(-1, 1),
+        loss_mask=torch.ones_like(tokens, dtype=torch.bool),
+        positions=torch.arange(shape.length).expand_as(tokens),
+        segments=torch.zeros_like(tokens),
+    )
+    began = time.perf_counter()
+    total_bits(model, [batch])
+    return (time.perf_counter() - began) / tokens.numel()
