@@ -11,8 +11,11 @@ from xushi.base.errors import BadInput
 from xushi.model import ModelConfig, from_published
 from xushi.plan import count_parameters
 
-from .published import TABLES, TOKENS, TOLERANCE, difference, ours, small, theirs
+from .published import TABLES, TOKENS, difference, ours, small, theirs
 
+# Some tables are 61 layers deep or 1536 wide: rounding reaches 3e-5. An rms_norm_eps of 1e-5 for
+# 1e-6 changes the logits by 3.5e-4.
+_FAR = 1e-4
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, "", "yarn", "default", "deepseek_v3", [], [1, 2], {}, {"a": 1}),
     *(0, 1, 2, 3, 5, 8, -1, 10**20, 0.0, 0.5, 1.0, 2.0, 64.0, -1.5, 1e-6, float("nan")),
@@ -138,4 +141,4 @@ def verdict(table: dict[str, Any]) -> str:
         return f"WRONG shapes: {str(error)[:300]}"
     with torch.no_grad():
         far = difference(expected, mine(TOKENS).logits)
-    return "equal" if far <= TOLERANCE else f"WRONG logits: {far}"
+    return "equal" if far <= _FAR else f"WRONG logits: {far}"
