@@ -374,6 +374,27 @@ def test_a_build_is_kept_and_a_damaged_one_is_made_again(
     assert {path.suffix for path in (tmp_path / "kernels").iterdir()} == {".so", ".sha256"}
 
 
+@compiled
+@pytest.mark.usefixtures("quick")
+def test_the_seal_is_that_of_what_was_compiled_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the rename and the seal another process puts its own library there: what is sealed is
+    not that one.
+    """
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        real(source, target)
+        if Path(target).suffix == ".so":
+            Path(target).write_bytes(b"another one")
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setenv("XUSHI_CACHE", str(tmp_path))
+    loaded = build.build_and_load("fp32")
+    assert loaded.library is None and "the file is damaged: its hash has changed" in loaded.line
+
+
 AVX2 = frozenset({"avx2", "fma"})
 BROKEN = {
     "no compiler": ("there is no C++ compiler", ()),

@@ -12,6 +12,7 @@ from xushi.base.tracking import Tracking
 from xushi.run.place import RunPlace, StageRecord, read_record, stage_key, write_record
 from xushi.run.recipe import Recipe, load_recipe
 from xushi.run.stages import RECIPE_STAGES, STAGES, Results, Stage
+from xushi.run.stages import keys_of as chained_keys
 from xushi.run.stages.base import Unit
 
 from .conftest import MINIATURE
@@ -97,7 +98,13 @@ def test_where_and_with_how_many_a_run_goes_on_is_not_what_it_is() -> None:
 
 
 def test_keys_are_chained() -> None:
+    """What one stage reads is in the keys of all that follow, and of none before it."""
     assert stage_key("sft", {"steps": 1}, "a") != stage_key("sft", {"steps": 1}, "b")
+    keys = chained_keys(load_recipe(MINIATURE, []).run_stages())
+    others = chained_keys(load_recipe(MINIATURE, ["pretrain.warmup_steps=7"]).run_stages())
+    names = list(keys)
+    assert list(others) == names
+    assert [keys[name] == others[name] for name in names] == [True, True] + [False] * 6
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def test_a_layout_that_cannot_be_is_refused_by_all(tmp_path: Path) -> None:
     _, said = process.communicate(timeout=120)
     assert (
         process.returncode != 0
-        and "layout.expert=3 does not work with layout.data=2 and 8 experts" in said
+        and "layout.expert=3 does not divide the 2 processes that share a batch" in said
     )
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()

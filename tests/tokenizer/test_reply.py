@@ -30,6 +30,9 @@ def test_unfinished_replies(tokenizer: Tokenizer) -> None:
     # Without </think> there is no answer, whatever was written.
     assert parsed(*a, eos) == ("a", "", True)
     assert parsed(think, *r, eos, end, *a) == ("r", "", True)
+    # The first of each decides: what else was written before an answer is not taken back by a mark.
+    assert parsed(think, *r, end, *a, end, *r) == ("r", "ar", False)
+    assert parsed(end, *a, eos, *r, eos) == (None, "a", True)
 
 
 def spelled_ids(tokenizer: Tokenizer, text: str) -> list[int]:

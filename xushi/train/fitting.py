@@ -107,7 +107,7 @@ def _remedy(config: LayoutConfig, model: ModelConfig, processes: int, rows: int)
     if not _problem(config, model, processes, 0):  # the rows alone are at fault
         data = processes // config.pipeline
         found.append(f"take {-(-rows // data) * data} rows (pretrain.batch_tokens)")
-        found.append("set layout.fewest, which allows unequal shares")
+        found.append(f"set layout.fewest={processes}, which allows unequal shares")
     return ", or ".join(found) or "leave the table [layout] out and start one process"
 
 
@@ -124,7 +124,7 @@ def _nearest_keys(
             if config.data is not None:
                 keys["data"] = data
             if config.fewest is not None:
-                keys["fewest"] = min(config.fewest, processes)
+                keys["fewest"] = processes if config.data else min(config.fewest, processes)
             changed = {key: n for key, n in keys.items() if n != own[key]}
             if not _problem(config.model_copy(update=keys), model, processes, rows):
                 fitting.append(
