@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from xushi.base.errors import XushiError
 from xushi.base.files import sha256_file
-from xushi.tokenizer import Tokenizer
+from xushi.base.messages import Message
+from xushi.tokenizer import Tokenizer, encode_chat
 from xushi.tokenizer import tokenizer as module
 from xushi.tokenizer.config import SPECIAL_TOKENS, TOOL_TOKENS
 
@@ -292,7 +293,9 @@ def test_transformers_gives_the_same_ids(
     same()
 
 
-def test_a_reply_begins_with_reasoning_unless_its_message_has_closed_it(with_tools: Tokenizer) -> None:
+def test_a_reply_begins_with_reasoning_unless_its_message_has_closed_it(
+    with_tools: Tokenizer,
+) -> None:
     messages = [Message("user", "a"), Message("assistant", "b", "r")]
     prompt = encode_chat(with_tools, messages[:1])
     answered = encode_chat(with_tools, messages, generation_prompt=False)

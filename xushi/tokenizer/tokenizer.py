@@ -84,6 +84,7 @@ class Tokenizer(Vocabulary):
         self.vocab_size = self._backend.get_vocab_size()
         self.hash = hashlib.sha256(serialized.encode()).hexdigest()
         self._bytes = _token_bytes(self._backend, len(special))
+        self.longest_token = max(map(len, self._bytes))
         self.byte_lengths: npt.NDArray[np.int64] = np.array(
             [len(b) for b in self._bytes], dtype=np.int64
         )
