@@ -17,6 +17,17 @@ define install
 	  /^Installing collected/{printf " writing files"; fflush()} END{print ""}'
 endef
 
+# The tests of the chat page drive the distribution's Chromium. It is installed where that asks nobody: in CI, or as root.
+define chromium
+	@if ! command -v chromium chromium-browser >/dev/null && command -v apt-get >/dev/null \
+	  && { [ -n "$$CI" ] || [ "$$(id -u)" = 0 ]; }; then \
+	  echo "installing chromium for the tests of the chat page"; \
+	  log=$$(mktemp); { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } >$$log 2>&1 \
+	    || { tail -n 3 $$log >&2; echo "chromium could not be installed: the tests of the chat page are left out" >&2; }; \
+	  rm -f $$log; \
+	fi
+endef
+
 .PHONY: help demo test test-slow lint wheel
 
 help:  ## list what make can do
@@ -61,4 +72,5 @@ $(VENV)/.dev: $(VENV)/.made $(VERSIONS)
 
 $(VENV)/.slow: $(VENV)/.dev
 	$(call install,what its long tests need besides,.[test-slow])
+	$(chromium)
 	@touch $@

@@ -37,6 +37,7 @@ settings.load_profile("xushi")
 MAY_BE_SKIPPED = {
     "tests/gpu/test_cuda.py": "a GPU",
     "tests/model/test_gguf_llama_cpp.py": "llama-cpp-python",
+    "tests/serve/test_page.py": "Chromium and playwright",  # its slow tests
 }
 # Groups that take ten seconds and more, the longest first.
 FIRST = (

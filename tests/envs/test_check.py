@@ -8,16 +8,17 @@ import io
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from xushi.base.errors import BadInput
-from xushi.envs import promises
+from xushi.envs import DigitSum, promises
 from xushi.envs.check import PROMISES, Finding, as_lines, check_environment, kept
-from xushi.envs.promises import main
+from xushi.envs.forms import Broken
+from xushi.envs.promises import _check_card, main
 from xushi.run.recipe import EnvironmentTable
 
 SOUND = Path(__file__).parents[1].joinpath("contracts", "game.py").read_text(encoding="utf-8")
@@ -332,3 +333,17 @@ def test_the_command(name: str, tmp_path: Path) -> None:
     else:
         lines = printed.stdout.splitlines()
         assert [line.split()[:2] for line in lines] == [["ok", promise] for promise in NAMES]
+
+
+def test_a_card_in_chinese_is_as_whole_as_the_other() -> None:
+    card = DigitSum().card()
+    _check_card(card)
+    _check_card(replace(card, chinese=None))
+    for broken, problem in (
+        (replace(card, can=""), "leaves can empty"),
+        (replace(card, chinese=replace(card, can="")), "leaves chinese.can empty"),
+        (replace(card, chinese={"can": "x"}), "gave"),
+        (None, "gave None"),
+    ):
+        with pytest.raises(Broken, match=problem):
+            _check_card(broken)

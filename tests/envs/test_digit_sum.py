@@ -243,13 +243,17 @@ def test_the_longest_transcript_is_a_worked_answer_to_the_longest_number():
 
 
 @pytest.mark.parametrize(
-    ("least", "most", "lengths"), [(8, 8, "8 digits"), (4, 10, "4 to 10 digits")]
+    ("least", "most", "lengths", "chinese_tasks"),
+    [(8, 8, "8 digits", "8 位数"), (4, 10, "4 to 10 digits", "4 到 10 位数")],
 )
-def test_the_card_tells_the_lengths_and_asks_a_real_question(least, most, lengths):
+def test_the_card_tells_the_lengths_and_asks_a_real_question(least, most, lengths, chinese_tasks):
     environment = DigitSum(DigitSumConfig(min_digits=least, max_digits=most))
     card = environment.card()
     assert card.tasks == f"numbers of {lengths}" and lengths in card.can and card.cannot
     assert least <= len(card.example) <= most and card.example.isdigit()
+    chinese = card.chinese
+    assert chinese.example == card.example and chinese.cannot and chinese.title
+    assert chinese.tasks in chinese.can and chinese.tasks == chinese_tasks
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ CARD = {
     "can": "It adds digits.",
     "cannot": "<script>alert(1)</script>",
     "example": "83514927",
+    "chinese": {"title": "数位和", "can": "它求数位和。", "cannot": "<b>它不会别的。</b>"},
 }
 
 

@@ -278,16 +278,23 @@ def learned_parts(ids: list[int], mask: list[bool]) -> list[tuple[int, list[int]
 
 
 @settings(max_examples=150, deadline=None)
-@given(messages=tool_conversations(SPELLED), tools=TOOLS)
+@given(messages=tool_conversations(SPELLED), tools=TOOLS, data=st.data())
 def test_examples_are_what_sampling_would_see(
-    with_tools: Tokenizer, messages: list[Message], tools: list[Tool]
+    with_tools: Tokenizer, messages: list[Message], tools: list[Tool], data: st.DataObject
 ) -> None:
-    """Every assistant message is learned once, after exactly the prompt that it would answer."""
+    """Every assistant message is learned once, after exactly the prompt that it would answer; those
+    that are given are not learned.
+    """
+    given_messages = data.draw(st.just(0) | st.integers(0, len(messages)))
     seen = []
-    for ids, mask in chat_examples(with_tools, messages, tools):
+    for ids, mask in chat_examples(with_tools, messages, tools, given_messages):
         seen += [(ids[:place], part) for place, part in learned_parts(ids, mask)]
     # System texts are at the beginning of each example, also those that come late.
-    expected = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    expected = [
+        place
+        for place, message in enumerate(messages)
+        if message.role == "assistant" and place >= given_messages
+    ]
     assert len(seen) == len(expected)
     for place, (prompt, part) in zip(expected, seen, strict=True):
         reply = messages[place]

@@ -60,6 +60,7 @@ def test_unsound_values(changes: dict) -> None:
         (SFTConfig, {"batch_examples": 8}, {"batch_examples": 0}),
         (SFTConfig, {"batch_examples": 8}, {"sequence_length": 0}),
         (SFTConfig, {"batch_examples": 8}, {"thinking_share": 1.1}),
+        (SFTConfig, {"batch_examples": 8}, {"follow_up_share": 1.0}),
     ],
 )
 def test_unsound_sizes(config: type, sound: dict, changes: dict) -> None:

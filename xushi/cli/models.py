@@ -44,14 +44,39 @@ def _loader(template: Path | None, dtype: str, cache_tokens: int | None) -> "Cal
 @app.command()
 def chat(
     directory: ModelArgument,
+    question: Annotated[
+        str | None, typer.Argument(help="answer this alone; without it, chat")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the likeliest token; default: the directory's own, or 0.6"),
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="limit of an answer")] = None,
+    seed: Annotated[int | None, typer.Option(help="the same seed, the same answers")] = None,
+    system: Annotated[str, typer.Option(help="a system message")] = "",
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
     cache_tokens: CacheOption = None,
 ) -> None:
-    """Talk to a model in the terminal."""
+    """Talk to a model in the terminal, or ask it one question.
+
+    Where standard input or output is no terminal, each line of the input is a question, and
+    standard output has the answers alone; the model's thinking goes to standard error.
+    """
     from xushi.serve import chat as terminal_chat
 
-    terminal_chat(directory, template, _loader(template, dtype, cache_tokens))
+    code = terminal_chat(
+        directory,
+        question,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=seed,
+        system=system,
+        template=template,
+        load=_loader(template, dtype, cache_tokens),
+    )
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()

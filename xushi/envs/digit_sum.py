@@ -172,6 +172,18 @@ class DigitSum(Environment):
             cannot="It knows nothing else: anything but a number gets a meaningless answer.",
             example=self.task("test", 0).prompt,
             tasks=f"numbers of {lengths} digits",
+            chinese=self._card_in_chinese(),
+        )
+
+    def _card_in_chinese(self) -> Card:
+        least, most = self.config.min_digits, self.config.max_digits
+        lengths = f"{most}" if least == most else f"{least} 到 {most}"
+        return Card(
+            title="各位数字之和模 10",
+            can=f"给它一个 {lengths} 位数，它求各位数字之和除以 10 的余数，并写出每一步。",
+            cannot="它不会别的：输入若不是数字，回答没有意义。",
+            example=self.task("test", 0).prompt,
+            tasks=f"{lengths} 位数",
         )
 
     def _draw(self, split: str, index: int, attempt: int) -> str:

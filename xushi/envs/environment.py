@@ -57,7 +57,8 @@ class Card:
     """What the report, the chat page and the model card say of an environment.
 
     `title` names it; `can` and `cannot` are sentences about a model trained on it; `example` is a
-    question to try; `tasks` says which tasks these are, such as "numbers of 8 digits".
+    question to try; `tasks` says which tasks these are, such as "numbers of 8 digits". `chinese` is
+    the same in Chinese; the chat page shows the English where there is none.
     """
 
     title: str
@@ -65,6 +66,7 @@ class Card:
     cannot: str
     example: str
     tasks: str
+    chinese: "Card | None" = None
 
 
 class Environment(ABC):

@@ -52,11 +52,7 @@ def declared(probe: Probe, found: type[Environment]) -> str:
         raise Broken(f"tools is {short(tools)}", "make it a sequence of Tool, each with a name")
     check_json([asdict(tool) for tool in tools], "tools")
     card = probe.ask("card", "the environment")
-    if not isinstance(card, Card) or not all(isinstance(each, str) for each in vars(card).values()):
-        raise Broken(f"card() gave {short(card)}", "return a Card whose fields are texts")
-    missing = [key for key, text in vars(card).items() if not text]
-    if missing:
-        raise Broken(f"card() leaves {', '.join(missing)} empty", "fill in every field")
+    _check_card(card)
     return f"{name}, version {version}, {_count(len(tools), 'tool')}, {card.tasks}"
 
 
@@ -232,6 +228,20 @@ def _made(probe: Probe, found: type[Environment]) -> Environment:
             f"it cannot be made without a config: {type(error).__name__}: {short(error)}",
             "implement every abstract method, and give every key of Config a default",
         ) from error
+
+
+def _check_card(card: Any, language: str = "") -> None:
+    """All texts are there; those in Chinese too, where there are any."""
+    texts = {}
+    if isinstance(card, Card):
+        texts = {name: text for name, text in vars(card).items() if name != "chinese"}
+    if not texts or not all(isinstance(text, str) for text in texts.values()):
+        raise Broken(f"card() gave {short(card)}", "return a Card whose fields are texts")
+    missing = [f"{language}{name}" for name, text in texts.items() if not text]
+    if missing:
+        raise Broken(f"card() leaves {', '.join(missing)} empty", "fill in every field")
+    if card.chinese is not None:
+        _check_card(card.chinese, "chinese.")
 
 
 def _check_identity(probe: Probe) -> None:

@@ -15,16 +15,24 @@ REASONING = "reasoning"
 NAMES = (REASONING, BASE)
 
 
-class ModelCard(StrictConfig):
-    """What the chat page and the terminal chat say about a model. All fields are optional.
-
-    `can` and `cannot` are one or two plain sentences; `example` is an input to try.
+class CardTexts(StrictConfig):
+    """What is said about a model in one language: a title, and `can` and `cannot`, one or two plain
+    sentences each.
     """
 
     title: str = ""
     can: str = ""
     cannot: str = ""
+
+
+class ModelCard(CardTexts):
+    """What the chat page and the terminal chat say about a model. All fields are optional.
+
+    `example` is an input to try. The page takes from `chinese` what there is.
+    """
+
     example: str = ""
+    chinese: CardTexts = CardTexts()
 
 
 DEFAULT_CARDS = {
@@ -32,9 +40,16 @@ DEFAULT_CARDS = {
         title="Base",
         can="It continues text of the kind it was trained on.",
         cannot="It cannot chat: it was not trained on conversations.",
+        chinese=CardTexts(
+            title="基础模型",
+            can="它续写与训练文本相似的文字。",
+            cannot="它不会对话：它没有在对话上训练过。",
+        ),
     ),
     REASONING: ModelCard(
-        title="Reasoning", can="It thinks aloud, then answers the kind of task it was trained on."
+        title="Reasoning",
+        can="It thinks aloud, then answers the kind of task it was trained on.",
+        chinese=CardTexts(title="推理模型", can="它先写出思考，再回答它训练过的那类任务。"),
     ),
 }
 

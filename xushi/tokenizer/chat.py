@@ -68,19 +68,23 @@ def encode_outputs(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[in
 
 
 def chat_examples(
-    tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] = ()
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] = (),
+    learned_from: int = 0,
 ) -> list[tuple[list[int], list[bool]]]:
     """Training examples (ids, mask) from a demonstration, each as sampling would have it.
 
+    The first `learned_from` messages are the conversation before it, from which nothing is learned.
     The mask is True on what an assistant must produce: everything after its mark or a tool's
     output, through eos, tool calls included. A user message that drops earlier reasoning begins
     another example, in which only what follows is learned. So each assistant message is learned
     once, after exactly what it would see. Errors as in `encode_chat`.
     """
     examples = []
-    start = 0
-    for end in range(1, len(messages) + 1):
-        if end < len(messages) and not _drops_reasoning(messages, start, end):
+    start = learned_from
+    for end in range(learned_from + 1, len(messages) + 1):
+        if end < len(messages) and not _drops_reasoning(messages, end):
             continue
         text = _Rendering(tokenizer)
         text.conversation(messages[:end], tools, learned_from=start)
@@ -90,10 +94,13 @@ def chat_examples(
     return examples
 
 
-def _drops_reasoning(messages: Sequence[Message], start: int, place: int) -> bool:
-    """Whether the message at `place` removes reasoning of messages from `start` on."""
-    earlier = messages[start:place]
-    return messages[place].role == "user" and any(m.reasoning is not None for m in earlier)
+def _drops_reasoning(messages: Sequence[Message], place: int) -> bool:
+    """Whether the message at `place` removes reasoning: of those since the user message before."""
+    if messages[place].role != "user":
+        return False
+    users = [i for i, message in enumerate(messages[:place]) if message.role == "user"]
+    last = users[-1] if users else 0
+    return any(message.reasoning is not None for message in messages[last:place])
 
 
 def _follows_tool(messages: Sequence[Message], place: int) -> bool:

@@ -138,7 +138,7 @@ class Tokenizer(Vocabulary):
         return [self.bos_id, *self.encode(text)]
 
     def reply_begins(self, prompt_ids: Sequence[int]) -> Beginning:
-        """Reasoning, whatever the reply begins with, unless its message has a `</think>` already."""
+        """Reasoning, whatever the reply begins with, unless the prompt has closed it already."""
         borders = {self.assistant_id, self.think_id, self.eos_id}
         for token in reversed(prompt_ids):
             if token == self.end_think_id:

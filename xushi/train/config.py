@@ -176,5 +176,8 @@ class SFTConfig(ObjectiveConfig):
     batch_examples: int = Field(ge=1, le=100_000_000)
     # The share of demonstrations that show their working; the others are bare answers.
     thinking_share: float = Field(0.2, ge=0, le=1)
+    # The share of demonstrations that follow another one in a conversation. Of these the same share
+    # follows two, and so on, as long as the conversation fits into `sequence_length`.
+    follow_up_share: float = Field(0.3, ge=0, lt=1)
     # Demonstrations are packed into sequences of this many tokens.
     sequence_length: int = Field(128, ge=1, le=10_000_000)

@@ -6,8 +6,9 @@ from xushi.base.tracking import BatchRecord
 from xushi.model import Batch
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results
+from xushi.run.stages.conversations import demonstration_spans, demonstrations
 from xushi.run.stages.rl import RL
-from xushi.run.stages.sft import SFT, demonstration_spans, demonstrations
+from xushi.run.stages.sft import SFT
 from xushi.run.stages.training import TrainingStage, last_main_stage, training_seconds
 from xushi.train import Data, LanguageModelStep, Step
 
@@ -95,4 +96,5 @@ class Control(TrainingStage):
 
     def spans(self, place: RunPlace, record: BatchRecord) -> list[dict[str, Any]]:
         """The demonstrations as text."""
-        return demonstration_spans(self.environment.make(), self.config, record, self.first)
+        environment = self.environment.make()
+        return demonstration_spans(environment, place.tokenizer(), self.config, record, self.first)

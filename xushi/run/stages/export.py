@@ -1,7 +1,7 @@
 """Export: every usable model in the Hugging Face layout, read back and compared."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -86,23 +86,35 @@ class Export(ModelStage):
         write_json(directory / "generation_config.json", generation)
         write_json(directory / "model_card.json", self._card(name))
 
-    def _card(self, name: str) -> dict[str, str]:
+    def _card(self, name: str) -> dict[str, Any]:
         """What the chat page says of a model: what it can do and what not."""
         title = f"{self.run_name}: {name}"
         if name == "reasoning" and self.environment is not None:
             card = self.environment.make().card()
-            return {
+            shown: dict[str, Any] = {
                 "title": title,
                 "can": card.can,
                 "cannot": card.cannot,
                 "example": card.example,
             }
+            if card.chinese is not None:
+                shown["chinese"] = {
+                    "title": f"{self.run_name}：推理",
+                    "can": card.chinese.can,
+                    "cannot": card.chinese.cannot,
+                }
+            return shown
         kind = "Python source" if self.is_code else "text like that it was trained on"
         return {
             "title": title,
             "can": f"It continues {kind}.",
             "cannot": "It cannot answer questions or hold a conversation; it was never shown one.",
             "example": "def __init__(self, " if self.is_code else "",
+            "chinese": {
+                "title": f"{self.run_name}：续写",
+                "can": f"它续写{' Python 源代码' if self.is_code else '与训练文本相似的文字'}。",
+                "cannot": "它不会回答问题，也不会对话：它从未见过对话。",
+            },
         }
 
 

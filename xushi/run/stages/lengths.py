@@ -16,8 +16,6 @@ from xushi.tokenizer import Tokenizer, chat_examples
 if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
 
-SAMPLE = 32  # demonstrations whose mean length stands for all in an estimate
-
 # The tokenizer gives every digit a token of its own; any other run of text has one token at least.
 _RUNS = re.compile(r"\d|[^\d]+")
 
@@ -34,14 +32,6 @@ def fewest_tokens(messages: Sequence[Message]) -> int:
             tokens += 2  # the end of thought and the end of text
             tokens += bool(message.reasoning)  # the begin of thought
     return tokens
-
-
-def mean_demonstration_tokens(environment: Environment, thinking_share: float) -> float:
-    """The mean of `fewest_tokens` over the first demonstrations."""
-    demonstrations = [
-        environment.demonstration("train", index, thinking_share) for index in range(SAMPLE)
-    ]
-    return sum(map(fewest_tokens, demonstrations)) / SAMPLE
 
 
 def check_episode_length(recipe: "Recipe") -> None:

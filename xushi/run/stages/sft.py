@@ -3,19 +3,18 @@
 from typing import TYPE_CHECKING, Any
 
 from xushi.base.tracking import BatchRecord
-from xushi.envs import Environment
 from xushi.model import Batch
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results
 from xushi.run.stages.checks import check_length, check_model_training
-from xushi.run.stages.lengths import (
-    check_episode_length,
-    check_tokens,
-    mean_demonstration_tokens,
+from xushi.run.stages.conversations import (
+    demonstration_spans,
+    demonstrations,
+    mean_conversation_tokens,
 )
+from xushi.run.stages.lengths import check_episode_length, check_tokens
 from xushi.run.stages.training import TrainingStage, end_mean
-from xushi.tokenizer import Tokenizer, chat_examples
-from xushi.train import Data, LanguageModelStep, SFTConfig, Step, pack_examples
+from xushi.train import Data, LanguageModelStep, Step
 
 if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
@@ -64,9 +63,8 @@ class SFT(TrainingStage):
         check_episode_length(recipe)
 
     def seconds(self, per_token: float) -> float:
-        """The mean length of some demonstrations stands for all."""
-        environment, share = self.environment.make(), self.config.thinking_share
-        tokens = mean_demonstration_tokens(environment, share)
+        """The mean length of some conversations stands for all."""
+        tokens = mean_conversation_tokens(self.environment.make(), self.config)
         return self.config.steps * self.config.batch_examples * tokens * per_token
 
     def data(self, place: RunPlace) -> Data:
@@ -96,48 +94,4 @@ class SFT(TrainingStage):
 
     def spans(self, place: RunPlace, record: BatchRecord) -> list[dict[str, Any]]:
         """The demonstrations as text."""
-        return demonstration_spans(self.environment.make(), self.config, record, 0)
-
-
-def demonstrations(
-    environment: Environment, tokenizer: Tokenizer, config: SFTConfig, first: int = 0
-) -> Data:
-    """Demonstrations from number `first` on; an item is one demonstration."""
-
-    def batch(cursor: int, count: int) -> Batch:
-        examples = [
-            example
-            for index in range(first + cursor, first + cursor + count)
-            for example in chat_examples(
-                tokenizer,
-                environment.demonstration("train", index, config.thinking_share),
-                environment.tools,
-            )
-        ]
-        return pack_examples(examples, config.sequence_length, tokenizer.pad_id).batch
-
-    return Data(batch, lambda _: config.batch_examples)
-
-
-def demonstration_spans(
-    environment: Environment, config: SFTConfig, record: BatchRecord, first: int
-) -> list[dict[str, Any]]:
-    """The demonstrations of a step as text."""
-    spans = []
-    for number in range(record.cursor, record.cursor + record.items):
-        task = first + number
-        messages = environment.demonstration("train", task, config.thinking_share)
-        text = "\n".join(
-            f"{message.role}: {message.reasoning or ''}{message.content}" for message in messages
-        )
-        spans.append(
-            {
-                "sequence": number,
-                "source": environment.name,
-                "meta": {"task": task},
-                "first_byte": 0,
-                "end_byte": len(text.encode()),
-                "text": text,
-            }
-        )
-    return spans
+        return demonstration_spans(self.environment.make(), place.tokenizer(), self.config, record)
