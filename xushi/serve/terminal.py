@@ -77,6 +77,8 @@ class Terminal:
         self._max_tokens = max_tokens
         self._seed = seed
         self._asked = 0
+        if max_tokens is not None and max_tokens < 1:
+            raise BadInput(f"max_tokens is {max_tokens}", "give at least 1")
         self._params(COMPLETION_TOKENS)  # refuses what is out of range before a model is loaded
         self._system = system
         self._models: dict[str, LLM] = {}
@@ -243,7 +245,8 @@ class Terminal:
     def _load(self, name: str) -> LLM:
         if name not in self._models:
             self._models[name] = self._open(self._paths[name])
-            self._note(f"{name}: {self._models[name].memory}")
+            if self._interactive:
+                self._note(f"{name}: {self._models[name].memory}")
         return self._models[name]
 
     def _params(self, most: int) -> SamplingParams:
