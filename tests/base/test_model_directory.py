@@ -13,6 +13,7 @@ from xushi.base.model_directory import (
     model_name,
     named_tokens,
     read_templates,
+    sampling_defaults,
     tokenizer_settings,
 )
 
@@ -159,3 +160,13 @@ def test_what_puts_bos_before_a_text() -> None:
         assert begins_with_bos(table, {"add_bos_token": True}, "<s>")
         assert not begins_with_bos(table, {"add_bos_token": True}, None)
     assert not begins_with_bos({"post_processor": template}, {}, "<other>")
+
+
+def test_sampling_defaults(tmp_path: Path) -> None:
+    assert sampling_defaults(tmp_path) == {}
+    put(tmp_path / "generation_config.json", {"temperature": 0.3, "top_p": None, "top_k": 5})
+    assert sampling_defaults(tmp_path) == {"temperature": 0.3}
+    put(tmp_path / "generation_config.json", {"do_sample": True, "temperature": 1, "top_p": 0.9})
+    assert sampling_defaults(tmp_path) == {"temperature": 1, "top_p": 0.9}
+    put(tmp_path / "generation_config.json", {"do_sample": False, "temperature": 0.3})
+    assert sampling_defaults(tmp_path) == {}

@@ -201,7 +201,7 @@ def test_other_kinds_of_tokenizer_are_named(tmp_path: Path) -> None:
         Conversations(tmp_path)
     write_tokenizer(tmp_path)
     edit(tmp_path / "tokenizer.json", model={"type": "Unigram", "vocab": []})
-    with pytest.raises(BadInput, match="its model is .Unigram"):
+    with pytest.raises(BadInput, match=r"its model is .Unigram"):
         Conversations(tmp_path)
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from xushi.base.errors import XushiError
 from xushi.base.files import sha256_file
-from xushi.tokenizer import Tokenizer
+from xushi.base.messages import Message
+from xushi.tokenizer import Tokenizer, encode_chat
 from xushi.tokenizer import tokenizer as module
 from xushi.tokenizer.config import SPECIAL_TOKENS, TOOL_TOKENS
 

@@ -443,9 +443,10 @@ def test_bf16_stays_near_float32(kind: str, tmp_path: Path) -> None:
     narrow, wide = LLM(tmp_path, torch.bfloat16), LLM(tmp_path, torch.float32)
     assert narrow.memory.weight_bytes < 0.8 * wide.memory.weight_bytes
     params = SamplingParams(max_tokens=1, temperature=0)
-    prompts = [[5, 6, 7, 8], [90, 40, 3]]
-    for a, b in zip(narrow.generate(prompts, params), wide.generate(prompts, params), strict=True):
-        # bf16 has 8 bits: 0.004 of each value. Logits are below 1 here, and the few layers'
-        # roundings add up to some times that.
-        assert a.token_ids == b.token_ids or abs(a.logprobs[0] - b.logprobs[0]) < 0.05
-        assert abs(a.logprobs[0] - b.logprobs[0]) < 0.05
+    prompts = [[5 + i, 6, 70 + i, 8] for i in range(40)]
+    pairs = zip(narrow.generate(prompts, params), wide.generate(prompts, params), strict=True)
+    largest = max(abs(a.logprobs[0] - b.logprobs[0]) for a, b in pairs)
+    print(f"{kind}: log-probabilities differ by at most {largest:.4f}")
+    # bf16 keeps 8 bits, 0.004 of each value. The logits here are below 1, and a few layers'
+    # roundings add up to some times that.
+    assert 0 < largest < 0.05

@@ -152,6 +152,16 @@ def _first_added(step: Any) -> str | None:
     return token.get("id") if isinstance(token, dict) else None
 
 
+def sampling_defaults(directory: Path) -> dict[str, Any]:
+    """`temperature` and `top_p` of generation_config.json, as far as it has them and asks for
+    sampling.
+    """
+    table = read_settings(directory, "generation_config.json")
+    if table.get("do_sample") is False:
+        return {}
+    return {key: table[key] for key in ("temperature", "top_p") if table.get(key) is not None}
+
+
 def _named(value: Any, path: Path) -> dict[str, str]:
     """The templates of a file's key `chat_template`: one, or a list of named ones."""
     if value is None:

@@ -47,7 +47,10 @@ def chat(
     question: Annotated[
         str | None, typer.Argument(help="answer this alone; without it, chat")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.6,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the likeliest token; default: the directory's own, or 0.6"),
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="limit of an answer")] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed, the same answers")] = None,
     system: Annotated[str, typer.Option(help="a system message")] = "",

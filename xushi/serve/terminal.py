@@ -16,6 +16,7 @@ from typing import TextIO
 
 from xushi.base.errors import BadInput, XushiError
 from xushi.base.messages import Message
+from xushi.base.model_directory import sampling_defaults
 from xushi.base.seeds import derive
 from xushi.engine import LLM, Delta, SamplingParams
 from xushi.serve.cards import can_chat, find_models, read_card
@@ -55,7 +56,7 @@ class Terminal:
         self,
         directory: Path,
         *,
-        temperature: float = TEMPERATURE,
+        temperature: float | None = None,
         max_tokens: int | None = None,
         seed: int | None = None,
         system: str = "",
@@ -68,12 +69,16 @@ class Terminal:
         self._open = load
         self._interactive = interactive
         self._notes: TextIO = sys.stdout if interactive else sys.stderr
-        self._temperature = temperature
+        own = sampling_defaults(next(iter(self._paths.values())))
+        self._temperature = (
+            own.get("temperature", TEMPERATURE) if temperature is None else temperature
+        )
+        self._top_p = own.get("top_p", TOP_P)
         self._max_tokens = max_tokens
         self._seed = seed
         self._asked = 0
         if max_tokens is not None and max_tokens < 1:
-            raise BadInput(f"max_tokens is {max_tokens}", "give a whole number from 1 up")
+            raise BadInput(f"max_tokens is {max_tokens}", "give at least 1")
         self._params(COMPLETION_TOKENS)  # refuses what is out of range before a model is loaded
         self._system = system
         self._models: dict[str, LLM] = {}
@@ -82,15 +87,15 @@ class Terminal:
         self._last: tuple[str, str] | None = None  # the model of the last question, and its text
         self._before: list[Message] = []  # what came before the last question
         chatting = [name for name, path in self._paths.items() if can_chat(path, template)]
-        others = [name for name in self._paths if name not in chatting]
+        completing = [name for name in self._paths if name not in chatting]
         self._chatting = chatting[0] if chatting else ""
-        self._completing = others[0] if others else ""
-        self.chats = bool(chatting)
+        self._completing = completing[0] if completing else ""
+        self.chats = bool(self._chatting)
         self.exit_code = 0
         if system and not self.chats:
             raise BadInput(
-                "this model has no chat template, so it takes no system message",
-                "leave --system out, or name a template with --template",
+                "a model without a chat template takes no system message",
+                "leave --system out, or give a template with --template FILE",
             )
 
     def greet(self) -> None:
@@ -102,7 +107,7 @@ class Terminal:
             if card.example:
                 self._note(f"  for example: {card.example.rstrip()}")
         if not self.chats:
-            self._note(f"{self._completing} has no chat template: it completes your text.")
+            self._note(f"{self._completing} has no chat template: it continues your text.")
         self._note("/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat.")
 
     def turn(self, line: str) -> bool:
@@ -147,7 +152,7 @@ class Terminal:
 
     def _unknown(self, command: str) -> None:
         if command == "system":
-            raise BadInput("this model takes no system message", "give a text to continue")
+            raise BadInput("this run's model takes no system message", "give a text to continue")
         raise BadInput(
             f"there is no command /{command}",
             "type /help for the list, or put a space before the line to send it",
@@ -174,9 +179,7 @@ class Terminal:
 
     def _complete(self, text: str) -> None:
         if not self._completing:
-            raise BadInput(
-                "there is no base model here", "chat, or give a run whose pretrain stage is done"
-            )
+            raise BadInput("this run has no base model", "run its pretrain stage with xushi run")
         self._last = (self._completing, text)
         llm = self._load(self._completing)
         if self._interactive:
@@ -243,7 +246,7 @@ class Terminal:
         if name not in self._models:
             self._models[name] = self._open(self._paths[name])
             if self._interactive:
-                self._note(str(self._models[name].memory))
+                self._note(f"{name}: {self._models[name].memory}")
         return self._models[name]
 
     def _params(self, most: int) -> SamplingParams:
@@ -256,7 +259,7 @@ class Terminal:
         return SamplingParams(
             most if self._max_tokens is None else self._max_tokens,
             temperature=self._temperature,
-            top_p=TOP_P,
+            top_p=self._top_p,
             seed=seed,
         )
 
@@ -275,7 +278,7 @@ def chat(
     directory: Path,
     question: str | None = None,
     *,
-    temperature: float = TEMPERATURE,
+    temperature: float | None = None,
     max_tokens: int | None = None,
     seed: int | None = None,
     system: str = "",
@@ -287,8 +290,9 @@ def chat(
 
     `max_tokens` limits each answer; without it that is the context, and 200 tokens of a text. The
     first question is sampled with `seed`, later ones with seeds derived from it. Returns the exit
-    code, which is 0 after a chat at a prompt. `load` makes an `LLM` from a model's directory, with
-    `template` if it is given. A directory without a model is a `XushiError`.
+    code, which is 0 after a chat at a prompt. Without a temperature it is that of the directory's
+    generation_config.json, or 0.6. `load` makes an `LLM` from a model's directory, with `template`
+    if that is given. A directory without a model is a `XushiError`.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

@@ -52,6 +52,7 @@ class PublishedTokenizer(Vocabulary):
         spelled = token_bytes(self._backend)
         self._bytes = [b"" if i in self._hidden else text for i, text in enumerate(spelled)]
         self.vocab_size = len(spelled)
+        self.longest_token = max(map(len, spelled))
         self.begins_with_bos = begins_with_bos(table, settings, self.named.get("bos_token"))
 
     def _set_roles(self, directory: Path) -> None:

@@ -99,6 +99,7 @@ class Tokenizer(Vocabulary):
         self.vocab_size = self._backend.get_vocab_size()
         self.hash = hashlib.sha256(serialized.encode()).hexdigest()
         self._bytes = _token_bytes(self._backend, len(special))
+        self.longest_token = max(map(len, self._bytes))
         self.byte_lengths: npt.NDArray[np.int64] = np.array(
             [len(b) for b in self._bytes], dtype=np.int64
         )
@@ -154,7 +155,7 @@ class Tokenizer(Vocabulary):
         return [self.bos_id, *self.encode(text)]
 
     def reply_begins(self, prompt_ids: Sequence[int]) -> Beginning:
-        """Reasoning, whatever the reply begins with, unless its message has a `</think>` already."""
+        """Reasoning, whatever the reply begins with, unless the prompt has closed it already."""
         borders = {self.assistant_id, self.think_id, self.eos_id}
         for token in reversed(prompt_ids):
             if token == self.end_think_id:

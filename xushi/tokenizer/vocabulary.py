@@ -37,7 +37,8 @@ class Vocabulary(ABC):
 
     Attributes: `bos_id`, `think_id`, `end_think_id` (None where the vocabulary has no such token),
     `eos_ids` (each of them ends a text), `tool_ids` (`ToolIds`, None in a vocabulary without tool
-    tokens), `vocab_size` (one more than the largest id).
+    tokens), `vocab_size` (one more than the largest id), `longest_token` (the most bytes of
+    text that become one token).
     """
 
     bos_id: int | None
@@ -46,6 +47,7 @@ class Vocabulary(ABC):
     eos_ids: frozenset[int]
     tool_ids: ToolIds | None
     vocab_size: int
+    longest_token: int
     # Of each id; b"" for tokens that give no text.
     _bytes: Sequence[bytes]
     # Spellings of special tokens, and which of them a reader does not see.
@@ -63,12 +65,6 @@ class Vocabulary(ABC):
     @abstractmethod
     def reply_begins(self, prompt_ids: Sequence[int]) -> Beginning:
         """Where the reply to a conversation's prompt begins."""
-
-    @property
-    def longest_token(self) -> int:
-        """An upper bound of the bytes of text that a token stands for."""
-        names = [len(name.encode()) for name in self._names.values()]
-        return max([*map(len, self._bytes), *names], default=1)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
