@@ -1,6 +1,7 @@
 """Connections that send half a request, and too many of them, on a real server."""
 
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -124,6 +125,6 @@ def test_half_requests_of_more_connections_than_files_do_no_harm(run_directory):
             assert httpx.get(address + "/health", timeout=20).json() == {"status": "ok"}
         assert httpx.get(address + "/health", timeout=20).json() == {"status": "ok"}
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    assert errors == ""
+    assert (process.returncode, errors) == (0, "")

@@ -1,6 +1,8 @@
 """Commands about models: chat, serve, inspect, export."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +48,10 @@ def serve(
         api_key_file=api_key_file,
         queue_limit=queue_limit,
     )
+    # To take torch apart costs the interpreter up to seconds, and a server has nothing to save.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @app.command()
