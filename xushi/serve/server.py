@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from xushi.base.errors import BadInput, Failed
-from xushi.serve.access import Access, is_loopback, names, read_keys
+from xushi.serve.access import Access, clean_origins, is_loopback, read_keys
 from xushi.serve.app import create_app
 from xushi.serve.cards import find_exports
 from xushi.serve.connections import ACCEPTED_AT_ONCE, WAITING_CONNECTIONS, Connection
@@ -80,7 +80,7 @@ def serve(
     exports = find_exports(run_directory)
     with bind(host, port) as listener:
         local = is_loopback(listener.getsockname()[0])
-        app = create_app(exports, queue_limit, Access(local, names(allow_origins), keys))
+        app = create_app(exports, queue_limit, Access(local, clean_origins(allow_origins), keys))
         if not local and not keys:
             print(
                 "warning: whoever reaches this machine may use the models; "
