@@ -87,7 +87,7 @@ RESULTS: dict[str, Any] = {
     "rl.pass4_before_high": 0.9166,
     "rl.pass4_after": 1.0,
     "rl.forced_before": 0.9648,
-    "rl.sft_equal_time": 0.1211,
+    "rl.sft_equal_flops": 0.1211,
     "rl.longer_greedy_before": 0.1094,
     "rl.longer_greedy_after": 0.4375,
     "rl.length_before": 5.37,

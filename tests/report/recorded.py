@@ -38,7 +38,7 @@ SHOWN = {
     *(f"rl.{name}" for name in ("answers", "max_logprob_difference", "reward", "steps")),
     *(f"rl.{name}" for name in ("tasks", "tasks_are", "longer_tasks_are")),
     *_interval("rl.greedy_before", "rl.greedy_after", "rl.avgK_before", "rl.avgK_after"),
-    *_interval("rl.passK_before", "rl.passK_after", "rl.forced_before", "rl.sft_equal_time"),
+    *_interval("rl.passK_before", "rl.passK_after", "rl.forced_before", "rl.sft_equal_flops"),
     *_interval("rl.longer_greedy_before", "rl.longer_greedy_after"),
     *(f"rl.{name}" for name in ("length_before", "length_after")),
     *(f"rl.{name}" for name in ("thinking_before", "thinking_after")),

@@ -70,7 +70,7 @@ def test_a_run_of_pretraining_alone_leaves_sections_out(tmp_path: Path) -> None:
 def test_a_run_without_reinforcement_learning_does_not_speak_of_before_and_after(
     tmp_path: Path,
 ) -> None:
-    gone = ("rl.steps", "seconds.rl", "rl.sft_equal_time")
+    gone = ("rl.steps", "seconds.rl", "rl.sft_equal_flops")
     results = {
         key: value
         for key, value in RESULTS.items()

@@ -576,7 +576,7 @@ def test_the_bars_before_and_after_reinforcement_learning(shown: Shown) -> None:
     ]
     controls = {
         "before RL, made to think": "rl.forced_before",
-        "instead of RL, fine-tuning for the same time": "rl.sft_equal_time",
+        "instead of RL, fine-tuning for as many FLOPs": "rl.sft_equal_flops",
     }
     expected += [("Controls, greedy", label, key) for label, key in controls.items()]
     assert [(row.group, row.label) for row in rows] == [
@@ -616,7 +616,7 @@ def test_what_is_said_of_reinforcement_learning(shown: Shown) -> None:
     assert plain(shown.page.all("p", "lede")[0].text) in verdict
     match = re.search(r"fine-tuning ends at (.+?), against (.+?) with", verdict)
     assert match is not None
-    assert says(match[1], results["rl.sft_equal_time"])
+    assert says(match[1], results["rl.sft_equal_flops"])
     assert says(match[2], results["rl.greedy_after"])
     match = re.search(r"trained on, it went from (\S+ %) to (\S+ %)", verdict)
     assert match is not None

@@ -142,13 +142,13 @@ def test_no_gain_is_claimed_where_there_is_none() -> None:
     )
 
 
-def test_the_control_of_equal_time_in_both_directions() -> None:
-    assert "gained nothing" in words.equal_time(_rl(0.1, 0.8, sft_equal_time=0.85))
-    assert "gained nothing" in words.equal_time(_rl(0.1, 0.8, sft_equal_time=0.8))
-    assert plain(words.equal_time(_rl(0.1, 0.8, sft_equal_time=0.2))) == (
-        "The same time spent on more fine-tuning ends at 20 %, against 80 % with the reward."
+def test_the_control_of_equal_flops_in_both_directions() -> None:
+    assert "gained nothing" in words.equal_flops(_rl(0.1, 0.8, sft_equal_flops=0.85))
+    assert "gained nothing" in words.equal_flops(_rl(0.1, 0.8, sft_equal_flops=0.8))
+    assert plain(words.equal_flops(_rl(0.1, 0.8, sft_equal_flops=0.2))) == (
+        "As many FLOPs spent on more fine-tuning end at 20 %, against 80 % with the reward."
     )
-    assert words.equal_time(_rl(0.1, 0.8)) == ""
+    assert words.equal_flops(_rl(0.1, 0.8)) == ""
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,8 @@ def test_the_figures(fine_tuned, tokenizer, rollout) -> None:
         -sum(sum(b.logprobs) for b in rollout.branches) / sum(e.tokens for e in rollout.episodes),
         rel=1e-5,
     )
+    assert figures["target_tokens"] == sum(e.tokens for e in rollout.episodes)
+    assert figures["tokens"] == sum(len(b.ids) - 1 for b in rollout.branches)
     assert figures["truncated"] == sum(e.finish_reason == "length" for e in rollout.episodes) / 48
     assert figures["verifier_errors"] == int((~rollout.counted_PS).sum())
     agree = [

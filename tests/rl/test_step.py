@@ -14,13 +14,14 @@ import torch
 from xushi.base.errors import XushiError
 from xushi.base.tracking import Tracking
 from xushi.envs import Score
+from xushi.plan import train_flops_per_token
 from xushi.rl import ReinforcementStep, RLConfig, grpo_loss, policy
 from xushi.rl import step as module
 from xushi.rl.rollout import Rollout, Sampler
 from xushi.train import Layout, Training, TrainingState, latest_checkpoint
 from xushi.train.training import Replayed
 
-from .conftest import CONFIG
+from .conftest import CONFIG, SHAPE
 
 
 class Killed(Exception):
@@ -191,6 +192,12 @@ def test_figures_and_batches_are_tracked_at_every_step(training, tracking, tmp_p
         "router.1.max_violation",
     } <= names
     assert all(math.isfinite(value) for name in names for _, value in tracking.series("rl", name))
+    tokens, flops = (tracking.series("rl", name) for name in ("tokens", "flops"))
+    for (_, count), (_, spent) in zip(tokens, flops, strict=True):
+        context = round(count / (CONFIG.prompts * CONFIG.samples))
+        # Learning takes three forward passes and sampling one.
+        passes = train_flops_per_token(SHAPE, context, mtp=False) / 3 * 4
+        assert spent == pytest.approx(count * passes)
     records = tracking.batches("rl", 2)
     assert [(record.cursor, record.items) for record in records] == [(0, 6), (6, 6)]
     assert records[0].hash != records[1].hash

@@ -32,7 +32,7 @@ KEYS = {
         for when in ("before", "after")
     ),
     "rl.forced_before",
-    "rl.sft_equal_time",
+    "rl.sft_equal_flops",
     "seconds.total",
     "memory.peak_bytes",
     "data.sha256",
@@ -76,7 +76,7 @@ def test_rewards_elicit_thinking(chain: Chain) -> None:
     assert results["rl.forced_before"] > 0.8  # though the model could
     assert results["rl.greedy_after"] >= 0.95
     assert results["rl.greedy_after_low"] > results["rl.greedy_before_high"]
-    assert results["rl.sft_equal_time"] < 0.5  # and mere further fine-tuning does not do it
+    assert results["rl.sft_equal_flops"] < 0.5  # and mere further fine-tuning does not do it
     assert results["rl.length_after"] > results["rl.length_before"]
     assert results["rl.max_logprob_difference"] < 1e-4  # sampler and trainer are one model
 

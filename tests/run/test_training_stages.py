@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from xushi.base.tracking import Tracking
+from xushi.plan import train_flops_per_token
 from xushi.run.place import RunPlace
-from xushi.run.recipe import load_recipe
-from xushi.run.stages import Costs
+from xushi.run.recipe import Recipe, load_recipe
+from xushi.run.stages import Costs, keys_of
 from xushi.run.stages.control import Control
 from xushi.run.stages.rl import RL
 from xushi.run.stages.training import end_mean, training_seconds
+from xushi.tokenizer import Tokenizer, chat_examples
 from xushi.train import Layout
 from xushi.train.checkpoint import Checkpoint, save_checkpoint
 
@@ -46,22 +48,45 @@ def test_the_mean_at_the_end_is_that_of_the_last_tenth(place, values, mean) -> N
     assert end_mean(place.tracking, "pretrain", "loss") == mean
 
 
-def test_the_control_takes_as_long_as_rl_took(place) -> None:
-    """160 steps of fine-tuning took 80 seconds and RL 18.6: 37 steps, and not the 160 of
-    fine-tuning.
-    """
-    write(place.tracking, "sft", "seconds", [0.5] * 160)
-    write(place.tracking, "rl", "seconds", [0.775] * 24)
-    control = Control(load_recipe(MINIATURE, []))
-    assert training_seconds(place.tracking, "rl") == pytest.approx(18.6)
-    assert control.steps(place) == 37
-    write(place.tracking, "rl", "seconds", [9.0] * 24)
-    assert control.steps(place) == 37  # decided once: a resumed run does the same work
+def sft_step_flops(recipe: Recipe) -> float:
+    """What a step of fine-tuning costs, counted from the demonstrations themselves."""
+    tokenizer = Tokenizer.train([], recipe.sized_model.vocab_size)
+    environment = recipe.environment.make()
+    lengths = [
+        len(ids) - 1
+        for index in range(160 * 64, 161 * 64)  # those after fine-tuning's
+        for ids, _ in chat_examples(
+            tokenizer, environment.demonstration("train", index, recipe.sft.thinking_share)
+        )
+    ]
+    assert len(lengths) == 64
+    context = round(sum(lengths) / 64)
+    return sum(lengths) * train_flops_per_token(recipe.sized_model, context)
+
+
+def test_the_control_takes_as_many_flops_as_rl_took(place) -> None:
+    recipe = load_recipe(MINIATURE, ["tokenizer.vocab_size=263"])
+    Tokenizer.train([], 263).save(place.path("tokenizer"))
+    step = sft_step_flops(recipe)
+    write(place.tracking, "rl", "flops", [step * 1.55] * 24)
+    for clock in (0.1, 77.0):  # the clock does not matter
+        write(place.tracking, "rl", "seconds", [clock] * 24)
+        write(place.tracking, "sft", "seconds", [clock * 3] * 160)
+        place.tracking.begin("control", f"key {clock}")
+        assert Control(recipe).steps(place) == 37  # 24 times 1.55
+    write(place.tracking, "rl", "flops", [step * 9] * 24)
+    assert Control(recipe).steps(place) == 37  # decided once: a resumed run does the same work
     place.tracking.begin("control", "another key")
-    assert control.steps(place) == 432  # another attempt decides anew
+    assert Control(recipe).steps(place) == 216  # another attempt decides anew
 
 
-def test_without_times_the_control_is_as_long_as_fine_tuning(place) -> None:
+def test_the_seconds_of_a_stage_are_those_of_its_steps(place) -> None:
+    write(place.tracking, "rl", "seconds", [0.775] * 24)
+    assert training_seconds(place.tracking, "rl") == pytest.approx(18.6)
+    assert training_seconds(place.tracking, "sft") == 0
+
+
+def test_without_a_record_the_control_is_as_long_as_fine_tuning(place) -> None:
     assert Control(load_recipe(MINIATURE, [])).steps(place) == 160
 
 
@@ -71,6 +96,21 @@ def test_without_a_store_the_steps_are_those_of_the_last_checkpoint(stage, name,
     save_checkpoint(place.checkpoints(name), Checkpoint(7, {"model": {"a": torch.ones(1)}}, {}))
     found = stage(load_recipe(MINIATURE, [])).results(place).flat()
     assert found[f"{name}.steps"] == 7
+
+
+def test_the_control_is_a_choice() -> None:
+    names = [stage.name for stage in load_recipe(MINIATURE, []).run_stages()]
+    assert "control" in names
+    off = load_recipe(MINIATURE, ["evaluate.control=false"])
+    assert [stage.name for stage in off.run_stages()] == [n for n in names if n != "control"]
+    demo = MINIATURE.parent.parent / "recipes" / "demo.toml"
+    assert "control" not in [stage.name for stage in load_recipe(demo, []).run_stages()]
+    assert "control" in [
+        stage.name for stage in load_recipe(demo, ["evaluate.control=true"]).run_stages()
+    ]
+    # Turning it on does not train anything else again.
+    one, other = (keys_of(recipe.run_stages()) for recipe in (off, load_recipe(MINIATURE, [])))
+    assert [name for name in one if one[name] != other[name]] == ["evaluate", "export"]
 
 
 def test_the_control_goes_on_with_demonstrations_that_were_not_seen() -> None:

@@ -251,7 +251,7 @@ def _headline(results: dict[str, Any]) -> None:
         "rl.greedy_before",
         "rl.greedy_after",
         "rl.forced_before",
-        "rl.sft_equal_time",
+        "rl.sft_equal_flops",
         "seconds.total",
     ):
         if key in results:

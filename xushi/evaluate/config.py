@@ -19,5 +19,7 @@ class EvaluateConfig(StrictConfig):
     samples: int = Field(8, ge=1, le=100_000)  # answers to each task for avg@k and pass@k
     max_tokens: int = Field(32, ge=1, le=10_000_000)  # that a model may write in one episode
     xz_primed: bool = True  # also xz after the training text: about a second per MB of it
+    # Also fine-tune for as many FLOPs as RL took instead of RL, and score that model.
+    control: bool = False
     environment: dict[str, Any] = Field(default_factory=dict)
     longer: dict[str, Any] | None = None

@@ -198,8 +198,8 @@ def _rates_chart(run: Run) -> str:
     for name, group in _rates(run):
         bars += _bar(run, f"rl.{name}_before", Bar(before, 0.0, tone=5, group=group))
         bars += _bar(run, f"rl.{name}_after", Bar(after, 0.0, tone=0, group=group))
-    equal_time = "instead of RL, fine-tuning for the same time"
-    for key, label in (("rl.forced_before", forced), ("rl.sft_equal_time", equal_time)):
+    equal_flops = "instead of RL, fine-tuning for as many FLOPs"
+    for key, label in (("rl.forced_before", forced), ("rl.sft_equal_flops", equal_flops)):
         bars += _bar(run, key, Bar(label, 0.0, tone=1, group="Controls, greedy"))
     title = "Share of right answers"
     return bar_chart(bars, title=title, write=percent, maximum=1.0)
@@ -230,7 +230,7 @@ def _rates_caption(run: Run) -> str:
 
 
 def _what_it_shows(run: Run) -> str:
-    sentences = [words.reinforcement(run), words.equal_time(run), words.longer(run)]
+    sentences = [words.reinforcement(run), words.equal_flops(run), words.longer(run)]
     if not any(sentences):
         return ""
     caution = (

@@ -150,19 +150,19 @@ def _change(verdict: str, before: float, after: float) -> str:
     )
 
 
-def equal_time(run: Run) -> str:
-    """The control: fine-tuning continued for as long as reinforcement learning took."""
-    control = run.number("rl.sft_equal_time")
+def equal_flops(run: Run) -> str:
+    """The control: fine-tuning continued for as many FLOPs as reinforcement learning took."""
+    control = run.number("rl.sft_equal_flops")
     after = run.number("rl.greedy_after")
     if control is None or after is None:
         return ""
     if control >= after:
         return (
-            f"Fine-tuning for as long as reinforcement learning took reaches {percent(control)}: "
-            "on this task the reward gained nothing over more imitation."
+            "Fine-tuning for as many FLOPs as reinforcement learning took reaches "
+            f"{percent(control)}: on this task the reward gained nothing over more imitation."
         )
     return (
-        f"The same time spent on more fine-tuning ends at {percent(control)}, against "
+        f"As many FLOPs spent on more fine-tuning end at {percent(control)}, against "
         f"{percent(after)} with the reward."
     )
 

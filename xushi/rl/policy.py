@@ -125,7 +125,8 @@ def _figures(
         "loss": float(loss.detach()),
         "tasks": float(len(rollout.rewards_PS)),
         "episodes": float(len(episodes)),
-        "tokens": float(len(logprobs)),
+        "sampled": float(len(logprobs)),
+        "tokens": float(sum(len(branch.ids) - 1 for branch in branches)),
         "reward": float(rollout.rewards_PS.double().sum()),  # 0 where the verifier failed
         "counted": float(rollout.counted_PS.sum()),
         "surprise": -float(model_N.double().sum()),
@@ -138,10 +139,11 @@ def _figures(
     whole = {name: sum(part[name] for part, _ in gathered) for name in sums}
     return {
         "loss": whole["loss"],
-        "target_tokens": whole["tokens"],
+        "tokens": whole["tokens"],
+        "target_tokens": whole["sampled"],
         "reward": whole["reward"] / max(1.0, whole["counted"]),
-        "length": whole["tokens"] / whole["episodes"],
-        "entropy": whole["surprise"] / whole["tokens"],
+        "length": whole["sampled"] / whole["episodes"],
+        "entropy": whole["surprise"] / whole["sampled"],
         "truncated": whole["truncated"] / whole["episodes"],
         "verifier_errors": whole["errors"],
         "with_signal": whole["with_signal"] / whole["tasks"],

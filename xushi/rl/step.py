@@ -12,7 +12,8 @@ from typing import Any
 from xushi.base.errors import BadInput
 from xushi.data import joined_hash, row_hashes
 from xushi.envs import Environment
-from xushi.model import Batch, Deepseek
+from xushi.model import Batch, Deepseek, ModelConfig
+from xushi.plan import train_flops_per_token
 from xushi.rl.config import RLConfig
 from xushi.rl.policy import PolicyLoss, policy_loss
 from xushi.rl.rollout import Sampler, share_of
@@ -59,6 +60,7 @@ class ReinforcementStep(Step):
         loss = _step_loss(policy, config)
         updated, problem = guarded_update(state, config, number, loss)
         figures = policy.figures | updated
+        figures["flops"] = _flops(state.model.config, config, figures["tokens"])
         return StepResult(
             figures,
             problem,
@@ -98,6 +100,15 @@ class ReinforcementStep(Step):
             f"no group of the last {LIMIT_WITHOUT_SIGNAL} steps had both right and wrong answers, "
             f"so there is nothing to learn from ({advice})"
         )
+
+
+def _flops(model: ModelConfig, config: RLConfig, tokens: float) -> float:
+    """FLOPs of a step whose episodes have `tokens` tokens together, questions included.
+
+    Learning is a forward and a backward pass, and sampling is another forward pass.
+    """
+    context = round(tokens / (config.prompts * config.samples))
+    return tokens * train_flops_per_token(model, context, mtp=False) * 4 / 3
 
 
 def check_layout(config: RLConfig, layout: Layout) -> None:

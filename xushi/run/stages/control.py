@@ -1,15 +1,16 @@
-"""The control of reinforcement learning: fine-tuning continued for as long as it took."""
+"""The control of reinforcement learning: fine-tuning continued for as many FLOPs as it took."""
 
 from typing import TYPE_CHECKING, Any
 
 from xushi.base.tracking import BatchRecord
 from xushi.model import Batch
+from xushi.plan import train_flops_per_token
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Fact, Results
 from xushi.run.stages.conversations import demonstration_spans, demonstrations
 from xushi.run.stages.rl import RL
 from xushi.run.stages.sft import SFT
-from xushi.run.stages.training import TrainingStage, last_main_stage, training_seconds
+from xushi.run.stages.training import TrainingStage, last_main_stage, model_config
 from xushi.train import Data, LanguageModelStep, Step
 
 if TYPE_CHECKING:
@@ -29,10 +30,9 @@ class ControlResults(Results):
 
 
 class Control(TrainingStage):
-    """Fine-tuning continued for as long as RL took: what mere further training would give.
+    """Fine-tuning continued for as many FLOPs as RL took: what mere further training would give.
 
-    The number of steps follows from measured times once and is kept, so that a resumed run does the
-    same work.
+    A run has it if `evaluate.control` says so.
     """
 
     name = "control"
@@ -44,7 +44,7 @@ class Control(TrainingStage):
     facts = (
         Fact(
             "control.steps",
-            "{} more steps of fine-tuning, for as long as reinforcement learning took",
+            "{} more steps of fine-tuning, as many FLOPs as reinforcement learning took",
         ),
     )
 
@@ -57,8 +57,8 @@ class Control(TrainingStage):
 
     @classmethod
     def wanted(cls, recipe: "Recipe") -> bool:
-        """Where there is something to compare."""
-        return SFT.wanted(recipe) and RL.wanted(recipe)
+        """Where it is asked for and there is something to compare."""
+        return recipe.evaluate.control and SFT.wanted(recipe) and RL.wanted(recipe)
 
     @property
     def first(self) -> int:
@@ -66,14 +66,21 @@ class Control(TrainingStage):
         return self.config.steps * self.config.batch_examples
 
     def steps(self, place: RunPlace) -> int:
-        """As many as take the time of RL, by the first process's clock."""
+        """As many as take the FLOPs of RL. Decided once: the tracking store may be moved away."""
         tracking = place.tracking
-        own = training_seconds(tracking, SFT.name) / self.config.steps
-        other = training_seconds(tracking, RL.name)
-        # Without times, as after the tracking store was moved away, as long as fine-tuning was.
-        wanted = max(1, round(other / own)) if own and other else self.config.steps
+        spent = sum(flops for _, flops in tracking.series(RL.name, "flops"))
+        # Without a record, as after the store was moved away, as many as fine-tuning had.
+        wanted = max(1, round(spent / self._step_flops(place))) if spent else self.config.steps
         kept = tracking.decide(self.name, "steps", wanted) if place.layout.is_first else 0
         return int(place.layout.team.broadcast(kept))
+
+    def _step_flops(self, place: RunPlace) -> float:
+        """FLOPs of a step, from the demonstrations of the first one."""
+        examples = self.config.batch_examples
+        tokens = int((self.data(place).batches(0, examples).segments >= 0).sum())
+        model = model_config(self.model, place.tokenizer())
+        context = round(tokens / examples)
+        return tokens * train_flops_per_token(model, context, bool(self.config.mtp_weight))
 
     def data(self, place: RunPlace) -> Data:
         """Demonstrations that fine-tuning has not seen."""

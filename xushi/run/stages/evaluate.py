@@ -202,7 +202,7 @@ class Evaluate(ModelStage):
             measure(self.trained_model(place, RL.name), "after")
         if self.control is not None:
             control = self.trained_model(place, self.control)
-            rates["sft_equal_time"] = accuracy(greedy(control, scored))
+            rates["sft_equal_flops"] = accuracy(greedy(control, scored))
         return figures
 
     def _completions(self, place: RunPlace) -> list[dict[str, str]]:
