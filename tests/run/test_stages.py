@@ -100,8 +100,8 @@ def test_where_and_with_how_many_a_run_goes_on_is_not_what_it_is() -> None:
 def test_keys_are_chained() -> None:
     """What one stage reads is in the keys of all that follow, and of none before it."""
     assert stage_key("sft", {"steps": 1}, "a") != stage_key("sft", {"steps": 1}, "b")
-    keys = chained_keys(load_recipe(MINIATURE, []).run_stages())
-    others = chained_keys(load_recipe(MINIATURE, ["pretrain.warmup_steps=7"]).run_stages())
+    keys = chained_keys(load_recipe(MINIATURE, []).run_stages(), {})
+    others = chained_keys(load_recipe(MINIATURE, ["pretrain.warmup_steps=7"]).run_stages(), {})
     names = list(keys)
     assert list(others) == names
     assert [keys[name] == others[name] for name in names] == [True, True] + [False] * 6

@@ -12,9 +12,10 @@ from xushi.run.place import RunPlace
 from xushi.run.recipe import Recipe, load_recipe
 from xushi.run.stages import Costs, keys_of
 from xushi.run.stages.control import Control
+from xushi.run.stages.conversations import conversation
 from xushi.run.stages.rl import RL
 from xushi.run.stages.training import end_mean, training_seconds
-from xushi.tokenizer import Tokenizer, chat_examples
+from xushi.tokenizer import Tokenizer, chat_examples, encode_chat
 from xushi.train import Layout
 from xushi.train.checkpoint import Checkpoint, save_checkpoint
 
@@ -52,13 +53,16 @@ def sft_step_flops(recipe: Recipe) -> float:
     """What a step of fine-tuning costs, counted from the demonstrations themselves."""
     tokenizer = Tokenizer.train([], recipe.sized_model.vocab_size)
     environment = recipe.environment.make()
-    lengths = [
-        len(ids) - 1
-        for index in range(160 * 64, 161 * 64)  # those after fine-tuning's
-        for ids, _ in chat_examples(
-            tokenizer, environment.demonstration("train", index, recipe.sft.thinking_share)
+    lengths = []
+    for index in range(160 * 64, 161 * 64):  # those after fine-tuning's
+        before, own = conversation(
+            environment,
+            recipe.sft,
+            index,
+            lambda messages: len(encode_chat(tokenizer, messages, generation_prompt=False)),
         )
-    ]
+        examples = chat_examples(tokenizer, [*before, *own], (), len(before))
+        lengths.append(sum(len(ids) - 1 for ids, _ in examples))
     assert len(lengths) == 64
     context = round(sum(lengths) / 64)
     return sum(lengths) * train_flops_per_token(recipe.sized_model, context)
@@ -109,7 +113,7 @@ def test_the_control_is_a_choice() -> None:
         stage.name for stage in load_recipe(demo, ["evaluate.control=true"]).run_stages()
     ]
     # Turning it on does not train anything else again.
-    one, other = (keys_of(recipe.run_stages()) for recipe in (off, load_recipe(MINIATURE, [])))
+    one, other = (keys_of(recipe.run_stages(), {}) for recipe in (off, load_recipe(MINIATURE, [])))
     assert [name for name in one if one[name] != other[name]] == ["evaluate", "export"]
 
 

@@ -13,7 +13,8 @@ def canonical_package(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-Pattern = Annotated[str, Field(min_length=1, max_length=4096)]
+LONGEST_PATTERN = 4096  # Linux's longest path
+Pattern = Annotated[str, Field(min_length=1, max_length=LONGEST_PATTERN)]
 
 
 class SourceConfig(StrictConfig):

@@ -13,11 +13,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from xushi.base.config import override, read_toml
+from xushi.base.config import override, read_toml, shorten
 from xushi.base.errors import BadInput
 from xushi.base.progress import say
 from xushi.base.tracking import Tracking
 from xushi.data import load_summary, obtain_corpus, training_texts
+from xushi.data.config import LONGEST_PATTERN
 from xushi.data.names import written
 from xushi.run.directory import is_same_elsewhere, kept_recipe
 from xushi.run.place import RunPlace
@@ -90,6 +91,9 @@ class OwnText:
     def _source(self) -> dict[str, Any]:
         if not all(path.strip() for path in self.paths):
             raise BadInput("a PATH is empty", "give a file, a directory or a pattern")
+        for path in [*self.paths, *self.exclude]:
+            if len(path) > LONGEST_PATTERN:
+                raise BadInput(f"{shorten(path)} is too long a name", "give a shorter path")
         # Absolute, so that the run can be continued from another directory.
         globs = [written(os.path.abspath(os.path.expanduser(path))) for path in self.paths]
         exclude = [written(pattern) for pattern in self.exclude]
