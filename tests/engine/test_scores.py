@@ -113,6 +113,17 @@ def test_requests_of_one_prompt_share_scores_and_get_their_own_tokens(model):
         assert dict(top).get(token, logprob) == pytest.approx(logprob, abs=1e-6)
 
 
+def test_several_requests_may_only_want_their_prompt(model):
+    engine = Engine(model, EOS, slots=14)
+    [prompt] = prompts_of(14)
+    requests = engine.add_group(prompt, [SCORE, SCORE, SCORE])
+    assert engine.step() == requests
+    for request in requests:
+        assert (request.token_ids, request.finish_reason) == ([], "length")
+        assert_scored(model, prompt, request.prompt_scores, 3)
+    assert engine.idle_slots == 14 and not engine.has_work
+
+
 def test_a_prompt_as_long_as_the_context_can_be_scored_and_not_continued(model):
     context = model.config.max_position_embeddings
     [prompt] = prompts_of(context)

@@ -13,11 +13,14 @@ from .test_clients import installed
 
 @pytest.mark.slow
 def test_no_described_request_is_a_server_error(address):
+    checks = "not_a_server_error,content_type_conformance,response_schema_conformance"
+    options = (
+        f"--checks {checks} --mode all --max-examples 25 --generation-deterministic --no-color"
+    )
+    more = "--suppress-health-check all --request-timeout 60"
+    run = [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json"]
     done = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json"]
-        + ["--checks", "not_a_server_error,content_type_conformance,response_schema_conformance"]
-        + ["--mode", "all", "--max-examples", "25", "--generation-deterministic", "--no-color"]
-        + ["--suppress-health-check", "all", "--request-timeout", "60"],
+        [*run, *options.split(), *more.split()],
         capture_output=True,
         text=True,
         timeout=400,

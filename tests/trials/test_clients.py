@@ -9,11 +9,14 @@ from operator import itemgetter
 import numpy as np
 import pytest
 import torch
+from openai import AuthenticationError, OpenAI
 
 from xushi.engine import LLM, SamplingParams
 from xushi.model import load_pretrained
+from xushi.serve import create_app, find_exports
+from xushi.serve.access import Access
 
-from ..serve.conftest import address, app, client, http, run_directory  # noqa: F401
+from ..serve.conftest import address, app, client, http, run_directory, running  # noqa: F401
 
 QUESTION = [{"role": "user", "content": "数字之和是多少？"}]
 
@@ -345,3 +348,27 @@ def test_what_only_a_tool_would_need_is_refused_by_name(http):  # noqa: F811
     answer = http.post("/v1/chat/completions", content=json.dumps(body))
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "messages.1.tool_calls"
+
+
+def test_a_page_of_the_web_reads_and_computes_nothing(http):  # noqa: F811
+    """A name that is made to lead to this machine, and a form or script of another page."""
+    asked = {"model": "base", "prompt": "数", "max_tokens": 1}
+    assert http.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    assert http.get("/", headers={"Host": "evil.example:8000"}).status_code == 403
+    plain = http.post("/v1/completions", json=asked, headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 415
+    origin = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
+    assert http.post("/v1/completions", json=asked, headers=origin).status_code == 403
+    assert http.post("/v1/completions", json=asked).status_code == 200
+
+
+def test_keys_as_clients_send_them(run_directory):  # noqa: F811
+    served = create_app(find_exports(run_directory), access=Access(keys=("sk-one", "sk-two")))
+    with running(served) as (address, _):  # noqa: F811
+        for key in ("sk-one", "sk-two"):
+            with OpenAI(base_url=address + "/v1", api_key=key, max_retries=0) as client:
+                assert len(client.models.list().data) == 2
+        with OpenAI(base_url=address + "/v1", api_key="sk-three", max_retries=0) as client:
+            with pytest.raises(AuthenticationError) as caught:
+                client.completions.create(model="base", prompt="数")
+            assert caught.value.code == "invalid_api_key"

@@ -88,8 +88,8 @@ async def _completion_job(model: Served, body: CompletionBody) -> Job:
     if scored and scores > MOST_SCORES:
         raise ApiError(
             400,
-            f"the request asks for {scores} log-probabilities of its prompts, and {MOST_SCORES} are "
-            "allowed; send fewer prompts, or lower logprobs or n",
+            f"the request asks for {scores} log-probabilities of its prompts, and {MOST_SCORES} "
+            "are allowed; send fewer prompts, or lower logprobs or n",
             "logprobs",
             "invalid_value",
         )
