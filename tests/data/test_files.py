@@ -122,7 +122,11 @@ def test_a_file_has_its_own_name_and_not_a_links(tmp_path: Path) -> None:
     write(tmp_path, "z/real.md")
     (tmp_path / "a.md").symlink_to(tmp_path / "z" / "real.md")
     (tmp_path / "b").symlink_to(tmp_path / "z")
-    assert found(tmp_path) == ["z/real.md"] == found(tmp_path / "**" / "*.md")
+    write(tmp_path, "m/other.md")
+    for name in ("n", "zz"):
+        (tmp_path / name).symlink_to(tmp_path / "m")
+    names = ["m/other.md", "z/real.md"]
+    assert found(tmp_path) == names == found(tmp_path / "**" / "*.md")
 
 
 # Kinds

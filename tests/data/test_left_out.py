@@ -30,17 +30,17 @@ def test_a_list_goes_on_from_another_and_leaves_it_as_it_is() -> None:
 def test_every_reason_has_a_count() -> None:
     totals = counts([listed("a", "b"), listed("c"), listed("d", reason="empty")])
     assert totals == dict.fromkeys(REASONS, 0) | {"binary": 3, "empty": 1}
-    assert in_short(totals) == "3 binary files, 1 documents without text"
+    assert in_short(totals) == "3 binary files, 1 document without text"
 
 
 def test_one_line_says_what_how_many_which_and_what_to_do() -> None:
     (three,) = listed("a.pdf", "b.pdf", "c.pdf", reason="formatted")
     assert sentence(three) == (
-        "left out: PDF and office documents: 3 (such as a.pdf and b.pdf); "
-        "convert them to plain text first"
+        "left out: 3 PDF and office documents (such as a.pdf and b.pdf); "
+        "convert to plain text first"
     )
     (one,) = listed("a.bin")
-    assert sentence(one) == "left out: binary files: 1 (a.bin)"
+    assert sentence(one) == "left out: 1 binary file (a.bin)"
 
 
 def test_every_suffix_has_a_reason_with_a_remedy() -> None:

@@ -81,6 +81,8 @@ def test_what_changed_is_said(notes: Path) -> None:
     (notes / "c.md").rename(notes / "d.md")
     now = look_at(config(notes), before)
     assert difference(before, now) == "2 changed (a.md, …), 1 new (d.md), 1 gone (c.md)"
+    (notes / "a.md").rename(notes / "e.md")
+    assert difference(now, look_at(config(notes), now)) == "1 new (e.md), 1 gone (a.md)"
 
 
 def test_neither_place_nor_time_is_a_change(notes: Path, tmp_path: Path) -> None:
@@ -93,11 +95,15 @@ def test_neither_place_nor_time_is_a_change(notes: Path, tmp_path: Path) -> None
         assert difference(before, look_at(config(tmp_path / place), before)) == ""
 
 
-def test_files_of_several_sources_are_told_apart(notes: Path, tmp_path: Path) -> None:
+def test_files_of_several_sources_are_told_apart(
+    notes: Path, tmp_path: Path, hashed: list[str]
+) -> None:
     shutil.copytree(notes, other := tmp_path / "other")
     before = settled(look_at(config(notes, other)))
     (other / "a.md").write_text("other")
+    hashed.clear()
     now = look_at(config(notes, other), before)
+    assert hashed == ["a.md"]
     assert difference(before, now) == "1 changed (s1/a.md)"
     assert difference(before, look_at(config(other, notes), before)) == "1 changed (s0/a.md)"
 

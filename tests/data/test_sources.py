@@ -109,7 +109,7 @@ def test_glob_that_matches_nothing(tmp_path: Path) -> None:
 def test_source_without_text(tmp_path: Path) -> None:
     write(tmp_path, {"image.png": b"\x89PNG\0"})
     with pytest.raises(
-        XushiError, match=r"source s has no text; left out: binary files: 1 \(image\.png\)"
+        XushiError, match=r"source s has no text; left out: 1 binary file \(image\.png\)"
     ):
         read(glob=str(tmp_path))
 
@@ -127,7 +127,7 @@ def test_one_file_that_is_not_utf8_among_others_is_left_out(tmp_path: Path) -> N
         assert paths(found) == ["b.txt"] and found.files == 1
         assert found.left_out == [LeftOut(reason="not_utf8", count=2, examples=["a.txt", "c.md"])]
     (tmp_path / "b.txt").unlink()
-    with pytest.raises(XushiError, match=r"no text; left out: files that are not UTF-8: 2"):
+    with pytest.raises(XushiError, match=r"no text; left out: 2 files that are not UTF-8"):
         read(glob=str(tmp_path))
 
 
@@ -229,7 +229,7 @@ def test_bad_packages(site: Path) -> None:
     with pytest.raises(XushiError, match="'only-data' has no Python source"):
         read("packages", packages=["only-data"])
     install(site, "broken", {"broken.py": b"\xff"})
-    with pytest.raises(XushiError, match=r"no text; left out: files that are not UTF-8: 1"):
+    with pytest.raises(XushiError, match=r"no text; left out: 1 file that is not UTF-8"):
         read("packages", packages=["broken"])
     (site / "broken.py").unlink()
     with pytest.raises(XushiError, match=r"broken\.py cannot be read"):

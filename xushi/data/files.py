@@ -119,8 +119,7 @@ def _reason_against(source: SourceConfig, path: Path, meant: str) -> str | None:
 def refused(path: Path, reason: str) -> BadInput:
     """The error for a file that a source names and that is left out of directories."""
     return BadInput(
-        f"{written(path)} is not read as text: it would be left out of a directory as one of the "
-        f"{REASONS[reason].what}",
+        f"{written(path)} is not read as text: it is a {REASONS[reason].one}",
         REASONS[reason].remedy or "leave it out",
     )
 

@@ -93,29 +93,41 @@ NOT_TEXT = {suffix: reason for reason, suffixes in _SUFFIXES.items() for suffix 
 
 
 class Reason(NamedTuple):
-    """What is left out for one reason, and what a user can do about it (may be empty)."""
+    """What is left out for one reason, as one and as several, and what a user can do about it."""
 
-    what: str
+    one: str
+    several: str
     remedy: str = ""
+
+    def counted(self, count: int) -> str:
+        """ "1 binary file", "2 binary files"."""
+        return f"{count:,} {self.one if count == 1 else self.several}"
 
 
 REASONS = {
-    "excluded": Reason("excluded by pattern"),
-    "hidden": Reason("hidden files and directories"),
-    "runs": Reason("run directories of xushi, which are never text"),
-    "special": Reason("broken links, links to a directory above, and special files"),
+    "excluded": Reason("file excluded by a pattern", "files excluded by patterns"),
+    "hidden": Reason("hidden file or directory", "hidden files and directories"),
+    "runs": Reason("run directory of xushi", "run directories of xushi"),
+    "special": Reason("broken link or special file", "broken links and special files"),
     "tables": Reason(
-        "tables and markup, whose structure is not text",
-        "convert them to plain text, or to JSONL or Parquet for a recipe's source of that kind",
+        "table or markup file",
+        "table and markup files",
+        "convert to plain text, or to JSONL or Parquet for a recipe's source of that kind",
     ),
-    "packed": Reason("compressed files and archives", "unpack them first"),
-    "formatted": Reason("PDF and office documents", "convert them to plain text first"),
-    "binary": Reason("binary files"),
-    "not_utf8": Reason("files that are not UTF-8", "convert them (iconv -t utf-8)"),
-    "unreadable": Reason("files that may not be read", "change their permissions"),
-    "other_kind": Reason("files of another kind than the source's"),
-    "empty": Reason("documents without text"),
-    "duplicates": Reason("documents with the same text as another"),
+    "packed": Reason("compressed file", "compressed files", "unpack first"),
+    "formatted": Reason(
+        "PDF or office document", "PDF and office documents", "convert to plain text first"
+    ),
+    "binary": Reason("binary file", "binary files"),
+    "not_utf8": Reason(
+        "file that is not UTF-8", "files that are not UTF-8", "convert with iconv -t utf-8"
+    ),
+    "unreadable": Reason(
+        "file that may not be read", "files that may not be read", "change the permissions"
+    ),
+    "other_kind": Reason("file of another kind", "files of another kind"),
+    "empty": Reason("document without text", "documents without text"),
+    "duplicates": Reason("document with the text of another", "documents with the text of another"),
 }
 """The keys are those of `data.left_out` in results.json."""
 
@@ -162,16 +174,14 @@ def counts(lists: Iterable[Iterable[LeftOut]]) -> dict[str, int]:
 
 
 def sentence(left_out: LeftOut) -> str:
-    """One line: what, how many, examples and what to do."""
+    """One line: how many of what, examples and what to do."""
     reason = REASONS[left_out.reason]
     such_as = "such as " if left_out.count > len(left_out.examples) else ""
     remedy = f"; {reason.remedy}" if reason.remedy else ""
     names = " and ".join(left_out.examples)
-    return f"left out: {reason.what}: {left_out.count:,} ({such_as}{names}){remedy}"
+    return f"left out: {reason.counted(left_out.count)} ({such_as}{names}){remedy}"
 
 
 def in_short(totals: Mapping[str, int]) -> str:
     """All counts in one phrase: "500 binary files, 3 hidden files and directories"."""
-    return ", ".join(
-        f"{count:,} {REASONS[reason].what}" for reason, count in totals.items() if count
-    )
+    return ", ".join(REASONS[reason].counted(count) for reason, count in totals.items() if count)

@@ -20,7 +20,7 @@ from xushi.base.tracking import Tracking
 from xushi.data import load_summary, obtain_corpus, training_texts
 from xushi.data.config import LONGEST_PATTERN
 from xushi.data.names import written
-from xushi.run.directory import is_same_elsewhere, kept_recipe
+from xushi.run.directory import kept_recipe
 from xushi.run.place import RunPlace
 from xushi.run.recipe import Recipe, drop_file_stages, recipe_of
 from xushi.run.stages import finished_stages
@@ -113,7 +113,7 @@ def own_text_recipe(asked: OwnText, directory: Path, update: bool) -> tuple[Reci
     kept = None if update else kept_recipe(directory)
     if kept is not None:
         again = asked.recipe_with({key: _value(kept, key) for key in FITTED})
-        if again.hash == kept.hash or is_same_elsewhere(again, kept, directory):
+        if again.hash == kept.hash:
             if _goes_on(again, directory):
                 return again, False
             update = True
