@@ -3,13 +3,13 @@
 Not here: text (llm).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 from xushi.base.errors import BadInput
 from xushi.engine.engine import Engine
 from xushi.engine.params import SamplingParams
-from xushi.engine.request import Request
+from xushi.engine.request import EndTokens, Request
 from xushi.model import Deepseek
 
 
@@ -17,7 +17,7 @@ def generate_ids(
     model: Deepseek,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams | Sequence[SamplingParams],
-    eos_id: int | Collection[int],
+    eos_id: EndTokens,
     *,
     concurrency: int = 256,
     weights_version: int = 0,

@@ -5,7 +5,7 @@ One thread owns an engine. Not here: text and stop strings (text, llm), threads 
 """
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from xushi.base.errors import BadInput
 from xushi.engine.kept import KeptSequences
 from xushi.engine.params import SamplingParams
-from xushi.engine.request import ContextLengthError, FinishReason, Prompt, Request
+from xushi.engine.request import ContextLengthError, EndTokens, FinishReason, Prompt, Request
 from xushi.engine.sampling import request_uniforms, sample, sampling_key
 from xushi.engine.scores import LOGITS_PER_CALL, PromptScores, want_every_row
 from xushi.model import Deepseek, LatentCache
@@ -40,13 +40,8 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: Deepseek,
-        eos_ids: int | Collection[int],
-        slots: int,
-        weights_version: int = 0,
+        self, model: Deepseek, eos_ids: EndTokens, slots: int, weights_version: int = 0
     ) -> None:
-        """Each of `eos_ids` ends a request."""
         self.model = model
         self.eos_ids = frozenset([eos_ids] if isinstance(eos_ids, int) else eos_ids)
         self.slots = slots

@@ -3,6 +3,7 @@
 Not here: when anything of it changes (engine).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +15,7 @@ from xushi.engine.params import SamplingParams
 from xushi.engine.sampling import Alternatives, Sampled
 from xushi.engine.scores import PromptScores
 
+EndTokens = int | Collection[int]  # each of the ids ends a request
 FinishReason = Literal["stop", "length", "abort"]
 
 

@@ -27,7 +27,7 @@ _THEIRS = (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _WORD)
 # xushi's differs in two patterns. It takes digits one by one, which changes nothing, since none of
 # its merges joins two digits. And it delimits Chinese and Japanese by scripts, not by code points.
 _OURS = (r"\p{N}", r"[\p{Han}\p{Hiragana}\p{Katakana}]+", _WORD)
-_NOTES = {
+_NOTES: dict[tuple[str, ...], str] = {
     _THEIRS: "the model's own",
     _OURS: "the closest that llama.cpp knows; Japanese with 々 and rare characters may split "
     "differently",
@@ -44,8 +44,30 @@ def add_tokenizer(
     """
     path = directory / "tokenizer.json"
     table = read_json(path, "give a directory with a tokenizer, such as runs/NAME/export/base")
+    patterns, tokens = _add_vocabulary(writer, config, table, path)
     settings = tokenizer_settings(directory)
     named = named_tokens(settings, directory)
+    # Every training document of xushi's begins with bos, and its engine puts it before a text.
+    # llama.cpp does not add a second one if a chat template has written it.
+    add_bos = patterns == _OURS or begins_with_bos(table, settings, named.get("bos_token"))
+    left_out = _add_special_tokens(writer, config, directory, tokens, named, add_bos)
+    templates = read_templates(directory)
+    if templates:
+        writer.add_chat_template(
+            [{"name": name, "template": text} for name, text in templates.items()]
+        )
+    return {
+        "pre_tokenizer": PRE_TOKENIZER,
+        "pre_tokenizer_note": _NOTES[patterns],
+        "chat_templates": ", ".join(templates) or "none: the directory has none",
+        "end_tokens_left_out": left_out,
+    }
+
+
+def _add_vocabulary(
+    writer: "gguf.GGUFWriter", config: ModelConfig, table: dict[str, Any], path: Path
+) -> tuple[tuple[str, ...], list[str]]:
+    """Add tokens and merges; returns the pre-tokenizer's patterns and the tokens."""
     try:
         patterns = _patterns(table)
         tokens, types = _tokens(table, config.vocab_size, path)
@@ -68,21 +90,7 @@ def add_tokenizer(
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    # Every training document of xushi's begins with bos, and its engine puts it before a text.
-    # llama.cpp does not add a second one if a chat template has written it.
-    add_bos = patterns == _OURS or begins_with_bos(table, settings, named.get("bos_token"))
-    left_out = _add_special_tokens(writer, config, directory, tokens, named, add_bos)
-    templates = read_templates(directory)
-    if templates:
-        writer.add_chat_template(
-            [{"name": name, "template": text} for name, text in templates.items()]
-        )
-    return {
-        "pre_tokenizer": PRE_TOKENIZER,
-        "pre_tokenizer_note": _NOTES[patterns],
-        "chat_templates": ", ".join(templates) or "none: the directory has none",
-        "end_tokens_left_out": left_out,
-    }
+    return patterns, tokens
 
 
 def _add_special_tokens(

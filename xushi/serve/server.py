@@ -86,16 +86,14 @@ def serve(
         app = create_app(
             models, queue_limit, Access(local, clean_origins(allow_origins), keys), load
         )
-        for name, worker in app.state.workers.items():
-            print(describe(name, worker.llm))
+        print(*(describe(name, each.llm) for name, each in app.state.workers.items()), sep="\n")
         if not local and not keys:
             print(
                 "warning: whoever reaches this machine may use the models; "
                 "give --api-key-file, or --host 127.0.0.1 for this machine only",
                 file=sys.stderr,
             )
-        shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{listener.getsockname()[1]}"
+        address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         print(
             f"serving {', '.join(models)} of {directory}\n"
             f"  page  {address}/\n"

@@ -69,16 +69,12 @@ class Terminal:
         self._open = load
         self._interactive = interactive
         self._notes: TextIO = sys.stdout if interactive else sys.stderr
-        own = sampling_defaults(next(iter(self._paths.values())))
-        self._temperature = (
-            own.get("temperature", TEMPERATURE) if temperature is None else temperature
-        )
-        self._top_p = own.get("top_p", TOP_P)
-        self._max_tokens = max_tokens
-        self._seed = seed
+        own = {"temperature": TEMPERATURE, "top_p": TOP_P}
+        own |= sampling_defaults(next(iter(self._paths.values())))
+        self._temperature = own["temperature"] if temperature is None else temperature
+        self._top_p = own["top_p"]
+        self._max_tokens, self._seed = max_tokens, seed
         self._asked = 0
-        if max_tokens is not None and max_tokens < 1:
-            raise BadInput(f"max_tokens is {max_tokens}", "give at least 1")
         self._params(COMPLETION_TOKENS)  # refuses what is out of range before a model is loaded
         self._system = system
         self._models: dict[str, LLM] = {}
@@ -87,9 +83,8 @@ class Terminal:
         self._last: tuple[str, str] | None = None  # the model of the last question, and its text
         self._before: list[Message] = []  # what came before the last question
         chatting = [name for name, path in self._paths.items() if can_chat(path, template)]
-        completing = [name for name in self._paths if name not in chatting]
-        self._chatting = chatting[0] if chatting else ""
-        self._completing = completing[0] if completing else ""
+        self._chatting = next(iter(chatting), "")
+        self._completing = next((name for name in self._paths if name not in chatting), "")
         self.chats = bool(self._chatting)
         self.exit_code = 0
         if system and not self.chats:
@@ -251,13 +246,16 @@ class Terminal:
 
     def _params(self, most: int) -> SamplingParams:
         """Those of the next question. The first one has the seed itself."""
+        limit = most if self._max_tokens is None else self._max_tokens
+        if limit < 1:
+            raise BadInput(f"max_tokens is {limit}", "give at least 1")
         seed = self._seed
         if seed is None:
             seed = secrets.randbits(63)
         elif self._asked:
             seed = derive(seed, "question", self._asked)
         return SamplingParams(
-            most if self._max_tokens is None else self._max_tokens,
+            limit,
             temperature=self._temperature,
             top_p=self._top_p,
             seed=seed,
@@ -308,6 +306,11 @@ def chat(
         template=template,
         load=load,
     )
+    return _run(terminal, question, interactive)
+
+
+def _run(terminal: Terminal, question: str | None, interactive: bool) -> int:
+    """Answer what is asked; returns the exit code."""
     if question is not None:
         if not question.strip():
             raise BadInput("the question is empty", "give a text, or leave it out to chat")
