@@ -616,7 +616,7 @@ def test_deepseek_ref_is_what_its_class_says(name: str) -> None:
 FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
     "NVFP4 of ModelOpt": (
         lambda d: edit(d, quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}),
-        "ModelOpt (NVFP4 and others) (NVFP4)",
+        "ModelOpt NVFP4 is not implemented",
     ),
     "NVFP4 without a method": (
         lambda d: edit(d, quantization_config={"quant_algo": "NVFP4"}),
@@ -636,7 +636,7 @@ FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
                 "format": "nvfp4-pack-quantized",
             },
         ),
-        "compressed-tensors (nvfp4-pack-quantized)",
+        "compressed-tensors nvfp4-pack-quantized",
     ),
     "NVFP4 by its tensors": (
         lambda d: change(d, **{"model.layers.0.mlp.up_proj.weight_scale_2": torch.ones(1)}),

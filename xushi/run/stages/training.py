@@ -52,11 +52,11 @@ class ModelStage(Stage):
                 f"{place.checkpoints(stage)} holds no checkpoint",
                 f"remove {place.path('stages', stage + '.json')} and run the same command again",
             )
-        _fill(model, checkpoint)
+        fill(model, checkpoint)
         return model
 
 
-def _fill(model: Deepseek, checkpoint: SavedCheckpoint) -> None:
+def fill(model: Deepseek, checkpoint: SavedCheckpoint) -> None:
     """Fill the model from a checkpoint, one tensor at a time."""
     state = model.state_dict()
     if other := set(state).symmetric_difference(checkpoint.names("model")):
