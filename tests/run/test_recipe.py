@@ -342,3 +342,10 @@ def test_a_text_that_is_none(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(XushiError, match=said):
         load_recipe(MINIATURE, [], text, TEXT_STAGES)
+
+
+def test_passes_over_a_text_are_counted_in_tokens() -> None:
+    """A million bytes are about 500,000 tokens: eight passes are 4,000 batches of 1,000."""
+    pretrain = {"steps": 1_000_000, "batch_tokens": 1000}
+    fit_to_text({}, pretrain, 1_000_000, alone=True)
+    assert pretrain["steps"] == 4000
