@@ -128,7 +128,10 @@ def wide(model: Deepseek) -> Deepseek:
 def test_documents_are_those_of_the_corpus(
     corpus: Path, tokens: Path, model: Deepseek, tokenizer: Tokenizer
 ) -> None:
-    found = bits_by_document(model, tokens, 3)
+    done: list[int] = []
+    found = bits_by_document(model, tokens, 3, done.append)
+    sequences = HeldoutText.open(tokens).packed.sequences
+    assert done == [*range(3, sequences, 3), sequences]
     held = list(read_documents(corpus, "heldout"))
     assert len(held) > 5 and found.uids == [document.uid for document in held]
     assert found.bytes_D.tolist() == [len(document.text.encode()) for document in held]

@@ -66,14 +66,44 @@ def test_one_turn_calls_generate_ids_once(model, tokenizer, monkeypatch) -> None
     """With the prompts as they come: the slots and the sharing of prompts follow from that."""
     calls = []
 
-    def watched(model_, prompts, params, **keywords):
+    def watched(model_, prompts, params, finished, **keywords):
         calls.append((len(prompts), [p.seed for p in params], keywords))
-        return generate_ids(model_, prompts, params, **keywords)
+        return generate_ids(model_, prompts, params, finished=finished, **keywords)
 
     monkeypatch.setattr(module, "generate_ids", watched)
     params = params_of(6, 4)
     play(model, tokenizer, DIGITS, tasks_of(DIGITS, 2, 3), params)
     assert calls == [(6, [p.seed for p in params], {"eos_id": tokenizer.eos_id, "routing": False})]
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_the_end_of_each_episode_is_told(
+    tools, model, tokenizer, talkative, with_tools, monkeypatch
+) -> None:
+    """Where a sequence is all of an episode, as soon as it has ended and not when all have."""
+    steps = 0
+    step = Engine.step
+
+    def counted(engine: Engine) -> object:
+        nonlocal steps
+        steps += 1
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    ended: list[int] = []
+    tasks, limits = tasks_of(DIGITS, 8, 1), range(2, 10)
+    params = [SamplingParams(max_tokens=limit, seed=limit) for limit in limits]
+    if tools:
+        environment = Tools()
+        tasks = tasks_of(environment, 3, 2)
+        params = params_of(6, 24)
+        play(talkative, with_tools, environment, tasks, params, ended=lambda: ended.append(steps))
+        assert len(ended) == 6
+        return
+    episodes = play(model, tokenizer, DIGITS, tasks, params, ended=lambda: ended.append(steps))
+    assert len(ended) == 8 and ended == sorted(ended)
+    # The first step reads the question and samples the first token of all of them.
+    assert ended == sorted(episode.tokens for episode in episodes)
 
 
 def test_greedy_takes_the_most_probable_token(model, tokenizer) -> None:
@@ -112,7 +142,7 @@ def scripted(monkeypatch, tokenizer, answers: list[list[int]]) -> list[tuple[lis
     """Let generate_ids return these tokens, call by call; what it was asked: prompt, seed, limit."""
     asked: list[tuple[list[int], int, int]] = []
 
-    def fake(model, prompts, params, **keywords):
+    def fake(model, prompts, params, finished, **keywords):
         requests = generate_ids(model, prompts, params, **keywords)
         for prompt, each, request in zip(prompts, params, requests, strict=True):
             asked.append((list(prompt), each.seed, each.max_tokens))
@@ -120,6 +150,8 @@ def scripted(monkeypatch, tokenizer, answers: list[list[int]]) -> list[tuple[lis
             request.token_ids[:] = ids
             request.logprobs[:] = request.sampling_logprobs[:] = [-1.0] * len(ids)
             request.finish_reason = "stop" if ids[-1] == tokenizer.eos_id else "length"
+        for number, request in enumerate(requests):
+            finished(number, request)
         return requests
 
     monkeypatch.setattr(module, "generate_ids", fake)

@@ -44,9 +44,9 @@ def asked(monkeypatch) -> list[tuple[Task, Any, bool]]:
     """What was played, with which parameters, and whether it was made to think."""
     calls: list[tuple[Task, Any, bool]] = []
 
-    def watched(model, tokenizer, environment, tasks, params, *, think=False):
+    def watched(model, tokenizer, environment, tasks, params, *, ended, think=False):
         calls.extend((task, each, think) for task, each in zip(tasks, params, strict=True))
-        return play(model, tokenizer, environment, tasks, params, think=think)
+        return play(model, tokenizer, environment, tasks, params, think=think, ended=ended)
 
     monkeypatch.setattr(module, "play", watched)
     return calls
@@ -60,7 +60,11 @@ def test_tasks_are_the_first_of_the_test_split() -> None:
 
 @pytest.mark.parametrize("think", [False, True])
 def test_greedy_is_one_episode_of_each_test_task(think, model, tokenizer, asked) -> None:
-    episodes = play_greedily(model, tokenizer, ENVIRONMENT, CONFIG, 5, think=think)
+    ended: list[None] = []
+    episodes = play_greedily(
+        model, tokenizer, ENVIRONMENT, CONFIG, 5, think=think, ended=lambda: ended.append(None)
+    )
+    assert len(ended) == CONFIG.tasks
     assert [each.task for each in episodes] == evaluation_tasks(ENVIRONMENT, 4)
     assert [(task, each.temperature, each.max_tokens) for task, each, _ in asked] == [
         (task, 0.0, 6) for task in evaluation_tasks(ENVIRONMENT, 4)
@@ -70,7 +74,9 @@ def test_greedy_is_one_episode_of_each_test_task(think, model, tokenizer, asked)
 
 def test_sampled_is_k_episodes_of_each_test_task(model, tokenizer, asked) -> None:
     """At temperature 1, and no two with the same draws."""
-    rows = play_sampled(model, tokenizer, ENVIRONMENT, CONFIG, 5)
+    ended: list[None] = []
+    rows = play_sampled(model, tokenizer, ENVIRONMENT, CONFIG, 5, lambda: ended.append(None))
+    assert len(ended) == CONFIG.tasks * CONFIG.samples
     tasks = evaluation_tasks(ENVIRONMENT, 4)
     assert [[each.task for each in row] for row in rows] == [[task] * 3 for task in tasks]
     assert {(each.temperature, each.max_tokens, think) for _, each, think in asked} == {

@@ -4,6 +4,7 @@ fail it.
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -51,6 +52,16 @@ def hashes(directory: Path) -> dict[str, str]:
 def test_every_number_is_there(chain: Chain) -> None:
     assert set(chain.results) >= KEYS
     assert chain.results["export.max_logit_difference"] == 0.0
+
+
+def test_evaluation_shows_how_far_it_is(chain: Chain) -> None:
+    """The last line of a stage's progress comes when everything is done, and says so."""
+    recipe = load_recipe(MINIATURE, [])
+    tasks, samples = recipe.evaluate.tasks, recipe.evaluate.samples
+    # Before and after: greedy, sampled, longer ones; then made to think, and the control.
+    episodes = 2 * tasks * (1 + samples + 1) + 2 * tasks
+    assert re.search(rf"^evaluate +{episodes}/{episodes}  answers  0 s left$", chain.said, re.M)
+    assert re.search(r"^evaluate +(\d+)/\1  sequences of held-out text", chain.said, re.M)
 
 
 def test_pretraining_learnt_the_text(chain: Chain) -> None:

@@ -3,7 +3,7 @@
 Not here: text (llm).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from xushi.base.errors import BadInput
@@ -22,12 +22,14 @@ def generate_ids(
     concurrency: int = 256,
     weights_version: int = 0,
     routing: bool = False,
+    finished: Callable[[int, Request], None] | None = None,
 ) -> list[Request]:
     """Continue every prompt; returns finished requests in the order of `prompts`.
 
     `params` is one for all prompts, or one per prompt. With one for all, equal prompts get equal
     tokens, because they share a seed. Equal neighbouring prompts are computed once. The cache has
-    room for `concurrency` requests of the largest size. Errors as in `Engine.add`.
+    room for `concurrency` requests of the largest size. `finished` is called with the number of a
+    prompt and its request, as soon as it has finished. Errors as in `Engine.add`.
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(each) != len(prompts):
@@ -46,6 +48,21 @@ def generate_ids(
     for _, group in groupby(zip(prompts, each, strict=True), key=lambda pair: list(pair[0])):
         pairs = list(group)
         requests += engine.add_group(pairs[0][0], [p for _, p in pairs], routing)
+    _run(engine, requests, finished)
+    return requests
+
+
+def _run(
+    engine: Engine,
+    requests: Sequence[Request],
+    finished: Callable[[int, Request], None] | None,
+) -> None:
+    """Step until all have finished, and tell of each as soon as it has."""
+    waiting: Sequence[int] = range(len(requests)) if finished else ()
     while engine.has_work:
         engine.step()
-    return requests
+        ended = [number for number in waiting if requests[number].finish_reason is not None]
+        waiting = [number for number in waiting if requests[number].finish_reason is None]
+        for number in ended:
+            assert finished is not None
+            finished(number, requests[number])

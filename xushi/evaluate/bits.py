@@ -93,15 +93,22 @@ class DocumentBits:
 
 
 @torch.no_grad()
-def bits_by_document(model: Deepseek, tokens: Path, batch_size: int) -> DocumentBits:
+def bits_by_document(
+    model: Deepseek,
+    tokens: Path,
+    batch_size: int,
+    done: Callable[[int], None] = lambda _: None,
+) -> DocumentBits:
     """What `model` needs for each held-out document of the directory `tokens`, in one pass.
 
     Every target token belongs to the document it is from, eos included, so two models (or two
-    tokenizers) on the same corpus can be compared in pairs of documents.
+    tokenizers) on the same corpus can be compared in pairs of documents. `done` is called after
+    each batch with the number of sequences so far.
     """
     heldout = HeldoutText.open(tokens)
     nats_D = np.zeros(len(heldout.uids))
     nats = 0.0
+    rows = 0
     for batch, documents_BT in heldout.batches(batch_size):
         log_p_N = _log_probabilities(model, batch)
         assert log_p_N is not None, "a model that evaluation has loaded is whole"
@@ -112,6 +119,8 @@ def bits_by_document(model: Deepseek, tokens: Path, batch_size: int) -> Document
             weights=-log_p_N.cpu().numpy()[is_target_N],
             minlength=len(nats_D),
         )
+        rows += batch.rows
+        done(rows)
     return DocumentBits(heldout.uids, heldout.bytes_D, nats_D / math.log(2), nats / math.log(2))
 
 

@@ -5,7 +5,7 @@ An episode depends on the weights, its task and its seed alone, but for rounding
 the batch. Not here: what is learned from an episode (rl), and rates over many (measure).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -76,6 +76,7 @@ def play(
     *,
     routing: bool = False,
     think: bool = False,
+    ended: Callable[[], None] = lambda: None,
 ) -> list[Episode]:
     """One episode for each pair of a task and its parameters, in their order.
 
@@ -83,7 +84,7 @@ def play(
     `seed`, turn t > 0 with derive(seed, "turn", t). Equal neighbouring tasks share the computation
     of their question. With `think` every turn is made to begin with reasoning. With `routing`
     branches have their experts. An episode that is cut off is scored as it is; the answer that was
-    cut off has no content and calls no tool.
+    cut off has no content and calls no tool. `ended` is called at the end of each episode.
     """
     players = [
         _Player(tokenizer, environment, task, each, think)
@@ -94,18 +95,39 @@ def play(
     if environment.tools:
         slots = max(context, min(len(players) * context, MOST_SLOTS))
         sequences = _TurnSampler(Engine(model, tokenizer.eos_id, slots), routing)
+
+    def take(player: _Player, request: Request) -> None:
+        player.take(request, context)
+        if player.finish_reason:
+            ended()
+
     playing = players
     while playing:  # one turn of each
         if sequences is not None:
-            requests = sequences.sample(playing)
+            for player, request in zip(playing, sequences.sample(playing), strict=True):
+                take(player, request)
         else:
-            prompts = [player.prompt for player in playing]
-            each = [player.turn_params() for player in playing]
-            requests = generate_ids(model, prompts, each, eos_id=tokenizer.eos_id, routing=routing)
-        for player, request in zip(playing, requests, strict=True):
-            player.take(request, context)
+            _sample_turn(model, tokenizer, playing, routing, take)
         playing = [player for player in playing if not player.finish_reason]
     return [player.episode() for player in players]
+
+
+def _sample_turn(
+    model: Deepseek,
+    tokenizer: Tokenizer,
+    playing: Sequence["_Player"],
+    routing: bool,
+    take: Callable[["_Player", Request], None],
+) -> None:
+    """Sample the next turn of each, whose prompt is a sequence of its own."""
+    generate_ids(
+        model,
+        [player.prompt for player in playing],
+        [player.turn_params() for player in playing],
+        eos_id=tokenizer.eos_id,
+        routing=routing,
+        finished=lambda number, request: take(playing[number], request),
+    )
 
 
 def examples_of(episode: Episode) -> list[tuple[list[int], list[bool]]]:

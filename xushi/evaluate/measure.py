@@ -4,7 +4,7 @@ All tasks are of the test split. Not here: how an episode is played (episodes) a
 is computed (statistics).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +54,14 @@ def play_greedily(
     seed: int,
     *,
     think: bool = False,
+    ended: Callable[[], None] = lambda: None,
 ) -> list[Episode]:
     """One episode for each of `config.tasks`, of the most probable tokens; with `think` every turn
-    is made to begin with reasoning.
+    is made to begin with reasoning. `ended` is called at the end of each episode.
     """
     tasks = evaluation_tasks(environment, config.tasks)
     params = [_params(config, 0.0, seed, task, 0) for task in tasks]
-    return play(model, tokenizer, environment, tasks, params, think=think)
+    return play(model, tokenizer, environment, tasks, params, think=think, ended=ended)
 
 
 def play_sampled(
@@ -69,13 +70,17 @@ def play_sampled(
     environment: Environment,
     config: EvaluateConfig,
     seed: int,
+    ended: Callable[[], None] = lambda: None,
 ) -> list[list[Episode]]:
-    """`config.samples` episodes for each of `config.tasks`, at temperature 1."""
+    """`config.samples` episodes for each of `config.tasks`, at temperature 1. `ended` is called at
+    the end of each.
+    """
     tasks = evaluation_tasks(environment, config.tasks)
     each = [(task, sample) for task in tasks for sample in range(config.samples)]
     stream = derive(seed, "evaluate")
     params = [_params(config, 1.0, stream, task, sample) for task, sample in each]
-    episodes = play(model, tokenizer, environment, [task for task, _ in each], params)
+    tasks_each = [task for task, _ in each]
+    episodes = play(model, tokenizer, environment, tasks_each, params, ended=ended)
     starts = range(0, len(episodes), config.samples)
     return [episodes[start : start + config.samples] for start in starts]
 

@@ -2,19 +2,21 @@
 RL.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from xushi.base.files import write_json
-from xushi.base.progress import say
-from xushi.data import heldout_bytes, training_texts
+from xushi.base.progress import StepProgress, say
+from xushi.data import HeldoutText, heldout_bytes, training_texts
 from xushi.engine import SamplingParams, generate_ids
 from xushi.envs import Environment
 from xushi.evaluate import (
     Episode,
     Rate,
+    Sampled,
     accuracy,
     bits_by_document,
     bits_per_byte,
@@ -68,6 +70,14 @@ class AnswerFigures(Results):
     longer_tasks_are: str | None
     rates: dict[str, Rate] = Field(default_factory=dict)
     means: dict[str, float] = Field(default_factory=dict)
+
+    def add_sampled(self, sampled: Sampled, k: int, when: str) -> None:
+        """Add what k samples of each task gave."""
+        self.rates[f"avg{k}_{when}"] = sampled.average
+        self.rates[f"pass{k}_{when}"] = sampled.any_right
+        self.means[f"length_{when}"] = sampled.tokens
+        self.means[f"thinking_{when}"] = sampled.thinking
+        self.means[f"verifier_errors_{when}"] = sampled.verifier_errors
 
     def flat(self) -> dict[str, Any]:
         """A rate has three keys: its own name, and that name with _low and _high."""
@@ -134,7 +144,11 @@ class Evaluate(ModelStage):
         bits = self._bits(place)
         answers = None
         if self.environment is not None and self.final not in (None, self.base):
-            answers = self._answers(place, samples)
+            played = itertools.count(1)
+            with StepProgress(self.name, self._episodes()) as progress:
+                answers = self._answers(
+                    place, samples, lambda: progress.update(next(played), "answers")
+                )
         samples["base"] = self._completions(place)
         write_json(place.path("samples.json"), samples)
         return EvaluateResults(evaluate=bits, rl=answers)
@@ -142,8 +156,14 @@ class Evaluate(ModelStage):
     def _bits(self, place: RunPlace) -> BitsFigures:
         text = heldout_bytes(place.corpus)
         model = self.trained_model(place, self.base)
-        say(f"{self.name}: {len(text):,} bytes of held-out text, by the model")
-        documents = bits_by_document(model, place.tokens, ROWS_AT_ONCE)
+        sequences = HeldoutText.open(place.tokens).packed.sequences
+        with StepProgress(self.name, sequences) as progress:
+            documents = bits_by_document(
+                model,
+                place.tokens,
+                ROWS_AT_ONCE,
+                lambda done: progress.update(done, "sequences of held-out text"),
+            )
         documents.write(place.path(HELDOUT_BITS))
         own = documents.total / len(text)
         say(f"{self.name}: the same bytes, by compressors")
@@ -163,13 +183,22 @@ class Evaluate(ModelStage):
             ratio_to_xz=own / others["xz"],
         )
 
-    def _answers(self, place: RunPlace, samples: dict[str, Any]) -> AnswerFigures:
-        """Every measurement on the environment; the episodes to show go into `samples`."""
+    def _episodes(self) -> int:
+        """How many episodes `_answers` plays."""
+        each = 1 + self.config.samples + (self.config.longer is not None)
+        greedy = 1 + (self.control is not None)  # made to think, and the control
+        return self.config.tasks * ((1 + self.reinforced) * each + greedy)
+
+    def _answers(
+        self, place: RunPlace, samples: dict[str, Any], ended: Callable[[], None]
+    ) -> AnswerFigures:
+        """Every measurement on the environment; the episodes to show go into `samples`. `ended` is
+        called at the end of each episode.
+        """
         assert self.environment is not None
         scored = self.environment.make(self.config.environment)
-        longer = None
-        if self.config.longer is not None:
-            longer = self.environment.make(self.config.longer)
+        changes = self.config.longer
+        longer = None if changes is None else self.environment.make(changes)
         figures = AnswerFigures(
             tasks=self.config.tasks,
             tasks_are=scored.card().tasks,
@@ -178,20 +207,16 @@ class Evaluate(ModelStage):
         rates, tokenizer = figures.rates, place.tokenizer()
 
         def greedy(model: Deepseek, environment: Environment, think: bool = False) -> list[Episode]:
-            return play_greedily(model, tokenizer, environment, self.config, self.seed, think=think)
+            return play_greedily(
+                model, tokenizer, environment, self.config, self.seed, think=think, ended=ended
+            )
 
         def measure(model: Deepseek, when: str) -> None:
-            say(f"{self.name}: answers to {self.config.tasks:,} tasks")
             episodes = greedy(model, scored)
             rates[f"greedy_{when}"] = accuracy(episodes)
             samples[when] = [shown(episode) for episode in episodes[:SAMPLES_SHOWN]]
-            sampled = summarise(play_sampled(model, tokenizer, scored, self.config, self.seed))
-            k = self.config.samples
-            rates[f"avg{k}_{when}"] = sampled.average
-            rates[f"pass{k}_{when}"] = sampled.any_right
-            figures.means[f"length_{when}"] = sampled.tokens
-            figures.means[f"thinking_{when}"] = sampled.thinking
-            figures.means[f"verifier_errors_{when}"] = sampled.verifier_errors
+            sampled = play_sampled(model, tokenizer, scored, self.config, self.seed, ended)
+            figures.add_sampled(summarise(sampled), self.config.samples, when)
             if longer is not None:
                 rates[f"longer_greedy_{when}"] = accuracy(greedy(model, longer))
 
