@@ -134,6 +134,7 @@ class Evaluate(ModelStage):
         bits = self._bits(place)
         answers = None
         if self.environment is not None and self.final not in (None, self.base):
+            say(f"{self.name}: answers to {self.config.tasks:,} tasks")
             answers = self._answers(place, samples)
         samples["base"] = self._completions(place)
         write_json(place.path("samples.json"), samples)
@@ -181,7 +182,6 @@ class Evaluate(ModelStage):
             return play_greedily(model, tokenizer, environment, self.config, self.seed, think=think)
 
         def measure(model: Deepseek, when: str) -> None:
-            say(f"{self.name}: answers to {self.config.tasks:,} tasks")
             episodes = greedy(model, scored)
             rates[f"greedy_{when}"] = accuracy(episodes)
             samples[when] = [shown(episode) for episode in episodes[:SAMPLES_SHOWN]]
