@@ -192,7 +192,7 @@ def begin(asked: OwnText, run: Path, done: int) -> Recipe:
     """A run whose first stages are done, the first of them truly."""
     recipe, _ = own_text_recipe(asked, run, update=False)
     run.mkdir()
-    claim(recipe, run, update=False)
+    claim(recipe, run, update=False, asked=asked.hash)
     place = RunPlace(run, Tracking(None))
     stages = recipe.run_stages()
     for stage in stages[:done]:
@@ -248,11 +248,27 @@ def test_update_reads_the_text_as_it_is(notes: Path, tmp_path: Path) -> None:
 
 
 def test_another_command_is_another_run(notes: Path, tmp_path: Path) -> None:
-    begin(asked_for(notes), tmp_path / "run", 1)
+    begin(asked_for(notes, "pretrain.steps=3"), tmp_path / "run", 1)
     (other := tmp_path / "other").mkdir()
     (other / "0.md").write_text(words(9000))
-    for asked in (asked_for(notes, "seed=1"), asked_for(other), asked_for(notes, "name=mine")):
+    same, fewer = "pretrain.steps=3", "pretrain.steps=2"
+    for asked in (
+        asked_for(notes, same, "seed=1"),
+        asked_for(other, same),
+        asked_for(notes, fewer),
+        asked_for(notes),
+    ):
         recipe, update = own_text_recipe(asked, tmp_path / "run", update=False)
         assert not update
         with pytest.raises(XushiError, match="made by another recipe or text"):
             claim(recipe, tmp_path / "run", update)
+
+
+@pytest.mark.parametrize("wrong", ["tokenizer=5", "data=5", "data.sources=3", "pretrain.steps='x'"])
+def test_a_wrong_setting_is_told_and_nothing_else_happens(
+    wrong: str, notes: Path, tmp_path: Path
+) -> None:
+    begin(asked_for(notes), tmp_path / "run", 1)
+    for run in ("run", "new"):
+        with pytest.raises(XushiError, match=wrong.partition("=")[0]):
+            own_text_recipe(asked_for(notes, wrong), tmp_path / run, update=False)

@@ -87,7 +87,7 @@ def train(
     if dry_run:
         _print_plan(loaded, as_json)
     else:
-        _run(loaded, directory, update, as_json)
+        _run(loaded, directory, update, as_json, asked.hash)
 
 
 @app.command("run")
@@ -138,12 +138,12 @@ def _print_plan(recipe: Any, as_json: bool) -> None:
     print_table(plan)
 
 
-def _run(recipe: Any, directory: Path, update: bool, as_json: bool) -> None:
+def _run(recipe: Any, directory: Path, update: bool, as_json: bool, asked: str = "") -> None:
     from xushi.report import write_report
     from xushi.run import run
 
     try:
-        results = run(recipe, directory, update)
+        results = run(recipe, directory, update, asked)
         if results is None:
             return  # a process that is not the first
         page = write_report(directory)

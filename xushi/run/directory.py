@@ -49,13 +49,16 @@ def own(directory: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def kept_recipe(directory: Path) -> Recipe | None:
-    """The recipe that a run directory was made by; None if there is none that can be read."""
+def kept_recipe(directory: Path, asked: str = "") -> Recipe | None:
+    """The recipe that a run directory was made by; None if there is none that can be read, or if
+    the run was begun by another command than `asked`.
+    """
     file = directory / RECIPE
     if not (directory / OWNER).exists() or not file.exists():
         return None
     try:
-        return load_recipe(file, [])
+        owner = read_json(directory / OWNER, "")
+        return load_recipe(file, []) if asked in ("", owner.get("asked")) else None
     except BadInput:
         return None
 
@@ -71,8 +74,9 @@ def is_same_elsewhere(recipe: Recipe, kept: Recipe, directory: Path) -> bool:
         return False
 
 
-def claim(recipe: Recipe, directory: Path, update: bool) -> None:
-    """Make a fresh directory this recipe's, or check that it is.
+def claim(recipe: Recipe, directory: Path, update: bool, asked: str = "") -> None:
+    """Make a fresh directory this recipe's, or check that it is. `asked` is kept beside the recipe:
+    the hash of the command that it was made for.
 
     The owner's file is written first, by one rename: a directory in which a kill left nothing else
     belongs to nobody or to this recipe.
@@ -87,7 +91,7 @@ def claim(recipe: Recipe, directory: Path, update: bool) -> None:
     _remove_partials(directory)
     (directory / "results.json").unlink(missing_ok=True)  # they may be another recipe's
     owner = {"format": RUN_FORMAT, "recipe_hash": recipe.hash, "version": __version__}
-    write_json(file, owner)
+    write_json(file, owner | {"asked": asked})
     for name, source in recipe.files.items():
         if source.resolve() != (directory / name).resolve():
             write_atomic(directory / name, source.read_bytes())

@@ -15,6 +15,7 @@ from typing import Any
 
 from xushi.base.config import override, read_toml, shorten
 from xushi.base.errors import BadInput
+from xushi.base.files import sha256_json
 from xushi.base.progress import say
 from xushi.base.tracking import Tracking
 from xushi.data import load_summary, obtain_corpus, training_texts
@@ -58,6 +59,12 @@ class OwnText:
     exclude: list[str]
     assignments: list[str]
     name: str = "text"
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of everything that is asked for, but for where the text lies."""
+        table = repr(read_toml(self.recipe))
+        return sha256_json([table, self.exclude, self.assignments, self.name])
 
     def recipe_with(self, fitted: dict[str, Any]) -> Recipe:
         """The recipe with these values of `FITTED`, but for those that --set gives."""
@@ -110,7 +117,8 @@ def own_text_recipe(asked: OwnText, directory: Path, update: bool) -> tuple[Reci
     Where a run of the same command has read its text, that text decides what is chosen, unless the
     run is finished and the text changed since, or `update` is given.
     """
-    kept = None if update else kept_recipe(directory)
+    asked.recipe_with({})  # what is wrong with it is told first
+    kept = None if update else kept_recipe(directory, asked.hash)
     if kept is not None:
         again = asked.recipe_with({key: _value(kept, key) for key in FITTED})
         if again.hash == kept.hash:

@@ -29,12 +29,14 @@ from xushi.train import join, processes_on_this_machine
 END = "end"  # broadcast in place of a stage's name when the run is over
 
 
-def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any] | None:
+def run(
+    recipe: Recipe, directory: Path, update: bool = False, asked: str = ""
+) -> dict[str, Any] | None:
     """Run `recipe` in `directory` and return its results; the same call continues a killed run.
 
     A directory of another recipe is refused unless `update`, which runs the changed stages again.
     Where files that a finished stage has read changed, a finished run reads them again, as `update`
-    does; one that is not finished goes on with what it has read.
+    does; one that is not finished goes on with what it has read. `asked`: see `claim`.
     Under torchrun all processes call this, and only the first one has results.
     """
     stages = recipe.run_stages()
@@ -54,7 +56,7 @@ def run(recipe: Recipe, directory: Path, update: bool = False) -> dict[str, Any]
         _follow(recipe, RunPlace(directory, Tracking(None), layout))
         return None
     with own(directory):
-        claim(recipe, directory, update)
+        claim(recipe, directory, update, asked)
         place = RunPlace(directory, Tracking(directory / "tracking.sqlite"), layout)
         try:
             _set_up(recipe, place, machine, processes_here)
