@@ -99,10 +99,12 @@ def test_requests_of_one_prompt_share_scores_and_get_their_own_tokens(model):
     params = [
         SamplingParams(4, seed=1, ignore_eos=True, top_logprobs=2, prompt_logprobs=True),
         SamplingParams(4, seed=2, ignore_eos=True),
+        SamplingParams(0, top_logprobs=5, prompt_logprobs=True),
     ]
-    first, second = engine.add_group(prompt, params)
+    first, second, third = engine.add_group(prompt, params)
     run(engine)
-    assert_scored(model, prompt, first.prompt_scores, 2)
+    assert_scored(model, prompt, first.prompt_scores, 5)
+    assert third.prompt_scores is first.prompt_scores
     assert second.prompt_scores is None and second.top_logprobs == [[], [], [], []]
     after = forward(model, [*prompt, *first.token_ids])[len(prompt) - 1 : -1]
     for row, top, token, logprob in zip(
@@ -122,6 +124,22 @@ def test_several_requests_may_only_want_their_prompt(model):
         assert (request.token_ids, request.finish_reason) == ([], "length")
         assert_scored(model, prompt, request.prompt_scores, 3)
     assert engine.idle_slots == 14 and not engine.has_work
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_prompt_holds_all_its_slots_until_it_is_done(model, monkeypatch, steps):
+    """A request that would need one slot too many waits."""
+    monkeypatch.setattr(engine_module, "SMALLEST_CHUNK", 1)
+    monkeypatch.setattr(engine_module, "SCORES_PER_CALL", 1)
+    engine = Engine(model, EOS, slots=10)
+    first = engine.add(*prompts_of(6), SCORE)
+    for _ in range(steps):
+        engine.step()
+    second = engine.add([5, 6, 7], SamplingParams(3, ignore_eos=True))  # 5 slots
+    while first.finish_reason is None:
+        assert second not in engine.step()
+    run(engine)
+    assert len(second.token_ids) == 3 and engine.idle_slots == 10
 
 
 def test_a_prompt_as_long_as_the_context_can_be_scored_and_not_continued(model):

@@ -229,10 +229,15 @@ def test_echo_scores_without_generating(client, http, base):  # noqa: F811
     assert "".join(chunk.choices[0].text for chunk in streamed) == text
     parts = [chunk.choices[0].logprobs for chunk in streamed]
     assert [one for part in parts if part for one in part.tokens] == logprobs.tokens
-    plain = post(http, "completions", {**asked, "logprobs": None, "max_tokens": None, "n": 2})
-    texts = [choice["text"] for choice in plain.json()["choices"]]
-    assert all(each.startswith(text) and len(each) > len(text) for each in texts)
-    assert plain.json()["choices"][0]["logprobs"] is None
+    longer = {**asked, "max_tokens": 9, "seed": 1, "n": 2}
+    plain = client.completions.create(**{**longer, "echo": False}).choices
+    echoed = client.completions.create(**longer).choices
+    assert [each.text for each in echoed] == [text + each.text for each in plain]
+    texts = ["", ""]
+    for chunk in client.completions.create(**{**longer, "logprobs": None}, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+        assert chunk.choices[0].logprobs is None
+    assert texts == [each.text for each in echoed]
 
 
 def test_every_prompt_of_a_request_is_echoed_with_its_own_scores(http, base):  # noqa: F811
