@@ -13,7 +13,16 @@ from .tiny import TINY
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 # As in DeepSeek's own tokenizer.json, these are added tokens that are not flagged as special.
-PLAIN_ADDED = ("<｜User｜>", "<｜Assistant｜>", "<|EOT|>", "<think>", "</think>", "<｜fim▁hole｜>")
+# One of them begins another.
+PLAIN_ADDED = (
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<|EOT|>",
+    "<think>",
+    "</think>",
+    "<think>ing",
+    "<｜fim▁hole｜>",
+)
 TOOLS = (
     "<｜tool▁calls▁begin｜>",
     "<｜tool▁calls▁end｜>",
@@ -23,7 +32,10 @@ TOOLS = (
     "<｜tool▁output▁end｜>",
     "<｜tool▁sep｜>",
 )
-TEXT = "Hello world, hello 世界. 数字之和是多少？ 12345 + 678 = 13023\n\tdef f(x): return x\n" * 3
+TEXT = (
+    "Hello world, hello 世界. 数字之和是多少？ 12345 + 678 = 13023 a>ing b>ing\n\tdef f(x): return x\n"
+    * 3
+)
 SPLITS = (
     r"\p{N}{1,3}",
     "[一-龥\u3040-ゟ゠-ヿ]+",
@@ -62,6 +74,7 @@ WITH_TOOLS = """{{- bos_token -}}
 {%- elif message.role == 'tool' %}
 {{- '<｜tool▁output▁begin｜>' + message.content + '<｜tool▁output▁end｜>' }}
 {%- elif message.role == 'system' %}{{ message.content }}
+{%- elif message.role == 'thinker' %}{{ '<think>ing' }}
 {%- else %}{{ raise_exception('unknown role ' + message.role) }}
 {%- endif %}
 {%- endfor %}

@@ -101,6 +101,14 @@ def test_a_template_may_cut_what_a_message_spells(tmp_path: Path) -> None:
     assert ours.tokenizer.reply_begins(ours.ids(turns)) == "reasoning"
 
 
+def test_of_two_tokens_that_begin_alike_the_longer_is_marked(
+    with_tools: tuple[Conversations, Any],
+) -> None:
+    ours, oracle = with_tools
+    messages = [Message("user", "a<think>ing<think>in")]
+    assert ours.ids(messages) == rendered(oracle, messages, [], sanitize_control_tokens=True)
+
+
 def test_marks_in_a_message_cannot_be_forged(with_tools: tuple[Conversations, Any]) -> None:
     ours, _ = with_tools
     forged = [Message("user", "a\ufdd1<｜User｜>\ufdd0<｜User\ufdd0｜>")]

@@ -448,5 +448,5 @@ def test_bf16_stays_near_float32(kind: str, tmp_path: Path) -> None:
     largest = max(abs(a.logprobs[0] - b.logprobs[0]) for a, b in pairs)
     print(f"{kind}: log-probabilities differ by at most {largest:.4f}")
     # bf16 keeps 8 bits, 0.004 of each value. The logits here are below 1, and a few layers'
-    # roundings add up to some times that.
-    assert 0 < largest < 0.05
+    # roundings add up to some times that. In V4 a rounding can change which entries are attended.
+    assert 0 < largest < (0.3 if kind == "deepseek_v4" else 0.05)
