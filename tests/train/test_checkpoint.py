@@ -269,7 +269,7 @@ def test_the_newest_are_kept_and_those_of_every_so_many_steps(tmp_path) -> None:
     assert steps(tmp_path) == [30, 60, 80]
 
 
-def test_what_others_put_there_is_neither_read_nor_removed(tmp_path) -> None:
+def test_what_others_put_there_is_neither_read_nor_removed(tmp_path, capsys) -> None:
     """Only directories named as ours are checkpoints: a copy or a note of the user's is neither
     taken for the newest, nor counted, nor removed.
     """
@@ -286,6 +286,7 @@ def test_what_others_put_there_is_neither_read_nor_removed(tmp_path) -> None:
     save_checkpoint(tmp_path, moment(30))
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"step-000000020", "step-000000030", *others}
+    assert not capsys.readouterr().err  # nor taken for damaged, nor tried to be removed
 
 
 def test_what_killed_writers_left_is_removed_with_the_next_checkpoint(tmp_path) -> None:
