@@ -237,6 +237,39 @@ def test_flipped_bits_anywhere_are_two_lines_at_most(whole_store, tmp_path_facto
         assert len(str(error).splitlines()) == 2 and str(path) in error.problem
 
 
+@pytest.mark.parametrize(
+    ("damage", "read"),
+    [
+        ("UPDATE decisions SET value='{'", lambda store: store.decided("run", "threads")),
+        ("UPDATE events SET details='[1'", lambda store: store.events()),
+        ("UPDATE events SET time='noon'", lambda store: store.events()),
+        ("UPDATE metrics SET value='much'", lambda store: store.series("pretrain", "loss")),
+        ("UPDATE metrics SET value='much'", lambda store: list(store.steps_after(0))),
+        ("UPDATE metrics SET step='x'", lambda store: store.series("pretrain", "loss")),
+        ("UPDATE batches SET cursor='x'", lambda store: store.batches("pretrain", 90)),
+    ],
+)
+def test_a_row_that_cannot_be_is_told(whole_store, tmp_path, damage, read):
+    """SQLite takes any value in any column, and has no checksum that would tell a flipped bit."""
+    path = tmp_path / "tracking.sqlite"
+    path.write_bytes(whole_store)
+    with contextlib.closing(Tracking(path)) as store:
+        read(store)
+        store._connection.execute(damage)
+        with pytest.raises(XushiError, match="cannot be used") as error:
+            read(store)
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_a_message_of_several_lines_is_told_in_one(whole_store, tmp_path):
+    """SQLite quotes the statement that it cannot read, which has lines."""
+    path = tmp_path / "tracking.sqlite"
+    path.write_bytes(whole_store.replace(b"CREATE TABLE batches (", b"CREATE TABLE batches `"))
+    with pytest.raises(XushiError, match="malformed database schema") as error:
+        Tracking(path)
+    assert len(str(error.value).splitlines()) == 2
+
+
 def test_the_records_of_a_step_lead_over_what_counted(tmp_path) -> None:
     """Steps 1 to 4; back to 2 with other data; killed in 5 and begun again from 4."""
     store = Tracking(tmp_path / "tracking.sqlite")

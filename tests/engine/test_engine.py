@@ -206,6 +206,31 @@ def test_a_request_that_needs_all_slots_enters(model):
     assert engine.step() == [exact]
 
 
+def test_a_request_enters_beside_a_prompt_that_is_still_being_fed(model, monkeypatch):
+    """What the first holds and may come to hold is counted to the slot while it has no token."""
+    monkeypatch.setattr(engine_module, "SCORES_PER_CALL", 1)
+    monkeypatch.setattr(engine_module, "SMALLEST_CHUNK", 2)
+    p = SamplingParams(max_tokens=3, ignore_eos=True)
+    engine = Engine(model, EOS, slots=8 + 2 + 2 + 2)
+    long = engine.add([2] * 8, p)
+    assert engine.step() == []
+    short = engine.add([2] * 2, p)
+    assert engine.step() == [short] and not long.token_ids
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_eos_ends_a_request_unless_it_is_ignored(model, ignore):
+    greedy = SamplingParams(max_tokens=4, temperature=0, ignore_eos=ignore)
+    first = plain(model, [2, 3], greedy, eos=-1)[0][0]
+    engine = Engine(model, first, slots=100)
+    request = engine.add([2, 3], greedy)
+    run(engine)
+    assert request.token_ids[0] == first
+    assert (len(request.token_ids), request.finish_reason) == (
+        (4, "length") if ignore else (1, "stop")
+    )
+
+
 def test_chunks_keep_to_the_memory_bound(model, monkeypatch):
     """Sequences x new tokens x length, as the model pads them, never pass the bound."""
     scores = []

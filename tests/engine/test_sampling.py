@@ -15,6 +15,16 @@ from xushi.engine import SamplingParams, sample
 from xushi.engine.sampling import request_uniforms, sampling_key
 
 
+@pytest.mark.parametrize("size", [4, 128])
+def test_a_number_on_a_border_is_the_next_tokens(size: int) -> None:
+    """Token i has the interval from the sum before it, included, to its own sum, excluded. Equal
+    tokens have borders that are exact.
+    """
+    numbers = np.arange(1, 4) / 4
+    found = sample(torch.zeros(3, size), [SamplingParams(1)] * 3, numbers)
+    assert found.tokens == [size // 4, size // 2, size * 3 // 4]
+
+
 def oracle(logits: list[float], p: SamplingParams) -> tuple[list[float], list[float]]:
     """Probabilities of every token under the model and under the sampling distribution."""
 

@@ -322,6 +322,7 @@ def test_the_newest_up_to_a_step(tmp_path) -> None:
         save_checkpoint(tmp_path, moment(step))
     assert (
         same(latest_checkpoint(tmp_path, up_to=19), moment(10))
+        and same(latest_checkpoint(tmp_path, up_to=20), moment(20))
         and latest_checkpoint(tmp_path, up_to=9) is None
     )
 

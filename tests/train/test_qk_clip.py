@@ -9,7 +9,8 @@ from xushi.base.errors import BadInput
 from xushi.model import Deepseek, ModelConfig
 from xushi.ops import largest_scores
 from xushi.run.recipe import load_recipe
-from xushi.train import Layout
+from xushi.train import Layout, ObjectiveConfig, TrainingState, training_step
+from xushi.train.guards import Problem
 from xushi.train.qk_clip import clip_scores, watch_scores
 from xushi.train.sharding import shard
 
@@ -104,6 +105,21 @@ def test_the_largest_score_of_many_queries_and_of_a_mask() -> None:
             (0, 2, 3)
         )
         assert torch.allclose(largest_scores(q, k, mask, 0.3), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("problem", [None, Problem("spike", "a jump"), Problem("not finite", "")])
+def test_a_step_clips_unless_its_update_is_left_out(problem: Problem | None, monkeypatch) -> None:
+    """A step that the guard withholds leaves the model as it was."""
+    config = ObjectiveConfig(
+        steps=3, learning_rate=0.01, qk_clip=1e-3, on_spike="skip", dtype="fp32"
+    )
+    state = TrainingState.begin(Deepseek(MODELS["v3"]).initialise(5), config)
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    monkeypatch.setattr(state.guard, "judge", lambda *_: problem)
+    figures, _ = training_step(state, config, 0, batch(0, 3))
+    same = [torch.equal(before[name], t) for name, t in state.model.state_dict().items()]
+    assert all(same) if problem else not any(same[:3])
+    assert any("score" in name for name in figures) == (problem is None), figures.keys()
 
 
 def test_a_recipe_with_it_for_v4_is_refused() -> None:
