@@ -58,17 +58,20 @@ def test_scores_are_those_of_the_forward_pass(model, monkeypatch, chunk):
     monkeypatch.setattr(engine_module, "SMALLEST_CHUNK", chunk)
     monkeypatch.setattr(engine_module, "SCORES_PER_CALL", chunk)
     engine = Engine(model, EOS, slots=400)
-    beside = engine.add(*prompts_of(9), SamplingParams(20, seed=1, ignore_eos=True))
+    greedy = SamplingParams(20, temperature=0, ignore_eos=True)
+    beside = engine.add(*prompts_of(9), greedy)
     engine.step()
     prompts = prompts_of(1, 2, 30, 17, 63)
     scored = [engine.add(prompt, SCORE) for prompt in prompts]
-    plain = engine.add(*prompts_of(12), SamplingParams(3, seed=2, ignore_eos=True))
+    plain = engine.add(*prompts_of(12), greedy)
     run(engine)
     for prompt, request in zip(prompts, scored, strict=True):
         assert (request.token_ids, request.finish_reason) == ([], "length")
         assert_scored(model, prompt, request.prompt_scores, 3)
-    assert len(beside.token_ids) == 20 and beside.prompt_scores is None
-    assert len(plain.token_ids) == 3 and plain.prompt_scores is None
+    for request in (beside, plain):
+        assert request.prompt_scores is None
+        places = forward(model, [*request.prompt_ids, *request.token_ids])
+        assert request.token_ids == places.argmax(-1)[len(request.prompt_ids) - 1 : -1].tolist()
     assert engine.idle_slots == 400
 
 
