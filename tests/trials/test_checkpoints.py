@@ -467,6 +467,17 @@ def test_a_hugging_face_cache_is_read_through_its_links(checkpoint, tmp_path: Pa
         assert "leads out" in refused(snapshot)
 
 
+@pytest.mark.parametrize("place", ["models/snapshots/01", "models--a/other/01", "models--a/01"])
+def test_links_like_a_caches_elsewhere_are_refused(place: str, checkpoint, tmp_path: Path) -> None:
+    directory = tmp_path / "above" / place
+    directory.parent.mkdir(parents=True)
+    checkpoint("deepseek-v3").rename(directory)
+    blob = directory.parent.parent / "blob"
+    (directory / "model.safetensors").rename(blob)
+    (directory / "model.safetensors").symlink_to(blob)
+    assert "leads out" in refused(directory)
+
+
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_stacked_experts_are_read(name: str, tmp_path: Path) -> None:
     """As transformers writes them with save_original_format=False."""
