@@ -15,7 +15,7 @@ from xushi.base.errors import BadInput
 from xushi.model.config import ModelConfig
 from xushi.model.config_keys import OTHER_DRAFTS
 from xushi.model.names import canonical_name, layer_of
-from xushi.model.shards import Stored, shown
+from xushi.model.shards import Stored, same_bytes, shown
 
 # Tensors that other programs wrote and that a model computes from its config.
 _COMPUTED = re.compile(r".*\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
@@ -23,7 +23,6 @@ _STACKED = re.compile(r".*\.experts\.(gate_up_proj|down_proj)(?:\.weight)?")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # The matrix that only an MTP layer has: V3's, and V4's.
 _OF_MTP = (".eh_proj.weight", ".e_proj.weight")
-CHUNK = 2**24  # bytes that are compared at a time
 
 
 @dataclass
@@ -164,7 +163,7 @@ def _leave_out_tied_head(contents: Contents, left_out: Counter[str]) -> None:
     if not contents.config.tie_word_embeddings or not {_HEAD, _EMBEDDING} <= weights.keys():
         return
     head, embedding = weights[_HEAD], weights[_EMBEDDING]
-    if not _equal(head, embedding):
+    if not same_bytes(head, embedding):
         raise BadInput(
             f"{head.file}: {shown(head.name)} differs from {shown(embedding.name)}, but "
             "config.json says tie_word_embeddings=true",
@@ -172,17 +171,3 @@ def _leave_out_tied_head(contents: Contents, left_out: Counter[str]) -> None:
         )
     del weights[_HEAD]
     left_out[f"{shown(head.name)}, equal to {shown(embedding.name)}"] += 1
-
-
-def _equal(first: Stored, second: Stored) -> bool:
-    """Whether two tensors are the same, bit by bit."""
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    with open(first.file, "rb") as one, open(second.file, "rb") as other:
-        one.seek(first.begin)
-        other.seek(second.begin)
-        for done in range(0, first.size, CHUNK):
-            count = min(CHUNK, first.size - done)
-            if one.read(count) != other.read(count):
-                return False
-    return True
