@@ -250,8 +250,8 @@ def grouped(scaling: dict[str, float]) -> dict[str, Any]:
         (grouped({}), "mscale"),
         (grouped({"mscale": 1.0, "mscale_all_dim": 0.707}), "mscale_all_dim"),
         (grouped({"mscale": 0.0, "mscale_all_dim": 0.0}), "mscale"),
-        (grouped({"mscale_all_dim": 1.0, "factor": 0.5}), "factor"),
-        (grouped({"mscale_all_dim": 1.0, "beta_fast": 16.0}), "beta_fast"),
+        (grouped({"mscale": 1.0, "mscale_all_dim": 1.0, "factor": 0.5}), "factor"),
+        (grouped({"mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 16.0}), "beta_fast"),
     ],
 )
 def test_what_llama_cpp_cannot_express_is_refused(

@@ -403,7 +403,8 @@ def test_draft_models_of_another_kind_are_left_out(checkpoint, capsys) -> None:
     edit(directory, dspark_block_size=5)
     capsys.readouterr()
     assert torch.equal(load_pretrained(directory)(TOKENS).logits, before)
-    assert "4 x mtp.*, draft models of another kind" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "4 x mtp.*, draft models of another kind" in said and "nothing reads" not in said
     assert "no MTP layers" in refused(directory, mtp=True)
 
 
@@ -464,6 +465,17 @@ def test_a_hugging_face_cache_is_read_through_its_links(checkpoint, tmp_path: Pa
         (snapshot / "model.safetensors").unlink()
         (snapshot / "model.safetensors").symlink_to(outside)
         assert "leads out" in refused(snapshot)
+
+
+@pytest.mark.parametrize("place", ["models/snapshots/01", "models--a/other/01", "models--a/01"])
+def test_links_like_a_caches_elsewhere_are_refused(place: str, checkpoint, tmp_path: Path) -> None:
+    directory = tmp_path / "above" / place
+    directory.parent.mkdir(parents=True)
+    checkpoint("deepseek-v3").rename(directory)
+    blob = directory.parent.parent / "blob"
+    (directory / "model.safetensors").rename(blob)
+    (directory / "model.safetensors").symlink_to(blob)
+    assert "leads out" in refused(directory)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)

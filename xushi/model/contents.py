@@ -13,8 +13,9 @@ from typing import Any
 
 from xushi.base.errors import BadInput
 from xushi.model.config import ModelConfig
+from xushi.model.config_keys import OTHER_DRAFTS
 from xushi.model.names import canonical_name, layer_of
-from xushi.model.shards import Stored, shown
+from xushi.model.shards import Stored, same_bytes, shown
 
 # Tensors that other programs wrote and that a model computes from its config.
 _COMPUTED = re.compile(r".*\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
@@ -22,9 +23,6 @@ _STACKED = re.compile(r".*\.experts\.(gate_up_proj|down_proj)(?:\.weight)?")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # The matrix that only an MTP layer has: V3's, and V4's.
 _OF_MTP = (".eh_proj.weight", ".e_proj.weight")
-# Keys of a config.json whose mtp.* tensors are draft models of another kind.
-_OTHER_DRAFTS = "dspark_"
-CHUNK = 2**24  # bytes that are compared at a time
 
 
 @dataclass
@@ -51,7 +49,7 @@ def sort_tensors(
     """
     contents = Contents(config)
     left_out: Counter[str] = Counter()
-    other_drafts = config.is_v4 and any(key.startswith(_OTHER_DRAFTS) for key in table)
+    other_drafts = config.is_v4 and any(key.startswith(OTHER_DRAFTS) for key in table)
     for name, tensor in stored.items():
         if _COMPUTED.fullmatch(name):
             left_out[f"*.{name.rpartition('.rotary_emb.')[2]}"] += 1
@@ -124,17 +122,8 @@ def _choose_mtp(
     """
     config = contents.config
     trunk, asked = config.num_hidden_layers, config.num_nextn_predict_layers
-    beyond = {
-        name: layer
-        for name in contents.weights
-        if (layer := layer_of(name)) is not None and layer >= trunk
-    }
-    # A longer trunk's layers are no MTP layers: they belong to another config.json.
-    extra = {
-        layer
-        for name, layer in beyond.items()
-        if name.endswith(_OF_MTP) or contents.weights[name].name.startswith("mtp.")
-    }
+    beyond = {name for name in contents.weights if (layer_of(name) or 0) >= trunk}
+    extra = _mtp_layers(contents, beyond)
     if mtp and not (asked and extra):
         missing = "files hold no MTP layers" if asked else "config.json says that there are none"
         raise BadInput(
@@ -157,13 +146,24 @@ def _choose_mtp(
                 left_out[f"of {len(unwanted)} MTP layers that config.json does not name"] += 1
 
 
+def _mtp_layers(contents: Contents, beyond: set[str]) -> set[int]:
+    """The numbers of the MTP layers among the tensors `beyond` the trunk. The layers of a longer
+    trunk are none: they belong to another config.json.
+    """
+    return {
+        layer_of(name) or 0
+        for name in beyond
+        if name.endswith(_OF_MTP) or contents.weights[name].name.startswith("mtp.")
+    }
+
+
 def _leave_out_tied_head(contents: Contents, left_out: Counter[str]) -> None:
     """Leave out the head's own copy of an embedding that is tied; it must be equal."""
     weights = contents.weights
     if not contents.config.tie_word_embeddings or not {_HEAD, _EMBEDDING} <= weights.keys():
         return
     head, embedding = weights[_HEAD], weights[_EMBEDDING]
-    if not _equal(head, embedding):
+    if not same_bytes(head, embedding):
         raise BadInput(
             f"{head.file}: {shown(head.name)} differs from {shown(embedding.name)}, but "
             "config.json says tie_word_embeddings=true",
@@ -171,17 +171,3 @@ def _leave_out_tied_head(contents: Contents, left_out: Counter[str]) -> None:
         )
     del weights[_HEAD]
     left_out[f"{shown(head.name)}, equal to {shown(embedding.name)}"] += 1
-
-
-def _equal(first: Stored, second: Stored) -> bool:
-    """Whether two tensors are the same, bit by bit."""
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    with open(first.file, "rb") as one, open(second.file, "rb") as other:
-        one.seek(first.begin)
-        other.seek(second.begin)
-        for done in range(0, first.size, CHUNK):
-            count = min(CHUNK, first.size - done)
-            if one.read(count) != other.read(count):
-                return False
-    return True

@@ -84,6 +84,18 @@ def load_pretrained(
             f"{directory} cannot be loaded as {dtype}",
             "give torch.bfloat16, float16, float32 or float64",
         )
+    model, parts = _checked(directory, dtype, mtp)
+    with _memory_errors(directory):
+        allocate(model, device)
+        state = model.state_dict()
+        with torch.no_grad():
+            for part in sorted(parts, key=lambda each: (each.stored.file, each.stored.begin)):
+                _fill(part, state[part.place.parameter], model.config)
+    return model
+
+
+def _checked(directory: Path, dtype: torch.dtype, mtp: bool | None) -> tuple[Deepseek, list[Part]]:
+    """The model without memory and the parts to load, after all checks. Says what is left out."""
     with disk_errors(directory):
         finish_save(directory)
     refuse_adapter(directory)
@@ -100,13 +112,7 @@ def load_pretrained(
     parts = _match(model, contents.weights, contents.scales, block, directory)
     for note in (*notes, *contents.notes):
         say(note)
-    with _memory_errors(directory):
-        allocate(model, device)
-        state = model.state_dict()
-        with torch.no_grad():
-            for part in sorted(parts, key=lambda each: (each.stored.file, each.stored.begin)):
-                _fill(part, state[part.place.parameter], config)
-    return model
+    return model, parts
 
 
 def _largest_header(config: ModelConfig) -> int:
