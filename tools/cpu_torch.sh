@@ -22,5 +22,5 @@ install() {
 install --dry-run "torch==$pin" -c constraints.txt 2> /dev/null | grep -q '^ *Collecting nvidia' || exit 0
 
 echo "there is no NVIDIA GPU: taking the CPU build of PyTorch from $cpu_builds"
-install --quiet --no-deps --index-url "$cpu_builds" "torch==$pin" ||
+install --quiet --no-deps --index-url "$cpu_builds" "torch==$pin" 2> /dev/null ||
   echo "it cannot be had from there: the build with CUDA comes instead, several gigabytes" >&2

@@ -233,7 +233,9 @@ def test_curves_run_over_the_tokens_that_each_step_recorded_else_over_steps(
     ("rule", "groups", "named", "expected"),
     [
         ("groups", 2, "a/one, a/two", "Held out whole: a/one, a/two."),
-        ("groups", 6501, "a/one, a/two", "Held out whole: a/one, a/two and 6\u202f499 more."),
+        ("groups", 1, "a/one, two", "Held out whole: a/one, two."),
+        ("groups", 12, "a/one, two, ...", "Held out whole: a/one, two, ...."),
+        ("groups", 6501, "a/one, two, ...", "Held out whole: a/one, two, ... and 6\u202f489 more."),
         ("tails", 0, "", "The tail of every document is held out."),
     ],
 )

@@ -614,7 +614,7 @@ def test_what_is_said_of_reinforcement_learning(shown: Shown) -> None:
     assert match is not None and says(match[1], results["rl.max_logprob_difference"])
     verdict = plain(section.one("div", "verdict").text)
     assert plain(shown.page.all("p", "lede")[0].text) in verdict
-    match = re.search(r"fine-tuning ends at (.+?), against (.+?) with", verdict)
+    match = re.search(r"fine-tuning end at (.+?), against (.+?) with", verdict)
     assert match is not None
     assert says(match[1], results["rl.sft_equal_flops"])
     assert says(match[2], results["rl.greedy_after"])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xushi.tokenizer import Tokenizer
-from xushi.tokenizer.unbroken import UnbrokenText
+from xushi.tokenizer.unbroken import UnbrokenText, _Window
 
 # Runs that one pre-token can be made of, and characters at which a pre-token ends in its own way.
 KINDS = [
@@ -70,3 +70,16 @@ class _Counting:
     def encode(self, text: str, add_special_tokens: bool) -> object:
         self.lengths.append(len(text))
         return self._backend.encode(text, add_special_tokens=add_special_tokens)
+
+
+def test_windows_are_joined_behind_the_last_token_that_both_have_of_the_text() -> None:
+    window = _Window(0, "abcdefgh", [1, 2, 3, 4], [2, 4, 6, 8], False)
+    # Two tokens lead into the second window, which begins at e. The latter is as long as cd is.
+    same = _Window(4, "efghij", [7, 8, 3, 4, 5], [-2, 0, 2, 4, 6], False)
+    assert window.shared_with(same, 0) == (4, 4)
+    assert window.shared_with(same, 3) == (4, 4)
+    assert window.shared_with(same, 4) is None
+    other = _Window(4, "efghij", [7, 8, 9, 5], [-2, 0, 3, 6], False)
+    assert window.shared_with(other, 0) is None
+    bytes_count = _Window(1, "éx", [5, 6], [2, 3], False)
+    assert _Window(0, "aéx", [4, 5, 6], [1, 3, 4], False).shared_with(bytes_count, 0) == (3, 2)

@@ -7,6 +7,7 @@ from xushi.report import stages, words
 from xushi.report.elements import fact_grid, paragraph, section, stage_time
 from xushi.report.numbers import count, digits, duration, escape, memory, percent, raw, size
 from xushi.report.read import Run
+from xushi.run.stages.data import GROUPS_NAMED
 
 
 def story_section(run: Run, body: str) -> str:
@@ -81,7 +82,7 @@ def _heldout(run: Run) -> str:
     named = run.text("data.heldout_groups_named")
     if not named:
         return ""
-    more = int(run.number("data.heldout_groups") or 0) - len(named.split(", "))
+    more = int(run.number("data.heldout_groups") or 0) - GROUPS_NAMED
     return f"Held out whole: {named}" + (f" and {count(more)} more." if more > 0 else ".")
 
 
