@@ -254,6 +254,17 @@ def test_fp8_checkpoints_as_published(
     assert "quantization_config" not in (tmp_path / "plain" / "config.json").read_text()
 
 
+def test_scales_in_bfloat16(random_model, tiny_of, tmp_path) -> None:
+    """Powers of two, which bfloat16 holds exactly."""
+    save_pretrained(random_model(tiny_of("deepseek_v3"), 1), tmp_path)
+    meant = quantise(tmp_path, (8, 16), exact=True, suffix=".weight_scale_inv")
+    stored = tensors_in(tmp_path / "model.safetensors")
+    halved = {n: t.bfloat16() if n.endswith("_inv") else t for n, t in stored.items()}
+    assert any(t.dtype == E8M0 for t in stored.values())
+    save_file(halved, tmp_path / "model.safetensors")
+    same_as(tmp_path, meant, torch.float32)
+
+
 # The names that DeepSeek's own conversion (inference/convert.py of DeepSeek-V3 and V3.2) gives to
 # the last module of a name.
 CONVERTED = {

@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
 from xushi.base.errors import XushiError
-from xushi.model import Deepseek, ModelConfig, load_pretrained, save_pretrained
-from xushi.model import weights as module
+from xushi.model import Deepseek, ModelConfig, building, load_pretrained, save_pretrained, weights
 from xushi.model.shards import INDEX_FILE, SINGLE_FILE
 
 from .conftest import same, tensors_in
@@ -552,15 +551,15 @@ def test_a_dtype_that_models_are_not_in(dtype: torch.dtype, saved: Path) -> None
 
 
 def test_more_than_the_machine_has(saved: Path, monkeypatch) -> None:
-    small = dataclasses.replace(module.inspect(), memory_total=20_000)
-    monkeypatch.setattr(module, "inspect", lambda: small)
+    small = dataclasses.replace(building.inspect(), memory_total=20_000)
+    monkeypatch.setattr(building, "inspect", lambda: small)
     with pytest.raises(XushiError, match="does not fit into memory") as error:
         load_pretrained(saved)
     assert error.value.exit_code == 1 and "20000" in error.value.problem
 
 
 def test_nothing_is_allocated_for_what_cannot_be_loaded(saved: Path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "_allocate", lambda *_: pytest.fail("memory before the checks"))
+    monkeypatch.setattr(weights, "allocate", lambda *_: pytest.fail("memory before the checks"))
     for name in (
         "a missing tensor",
         "a wrong shape",

@@ -4,14 +4,19 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
+from xushi.base.errors import Failed
 from xushi.base.tracking import Tracking
+from xushi.model import Deepseek
 from xushi.run.place import RunPlace
 from xushi.run.recipe import load_recipe
 from xushi.run.stages.control import Control
-from xushi.run.stages.training import end_mean, training_seconds
-from xushi.train import Layout
+from xushi.run.stages.training import end_mean, fill, training_seconds
+from xushi.train import Layout, latest_checkpoint
+from xushi.train.checkpoint import Checkpoint, save_checkpoint
 
+from ..tiny import TINY
 from .conftest import MINIATURE
 
 
@@ -84,3 +89,17 @@ def test_an_estimate_grows_with_what_it_counts() -> None:
     more = {stage.name: stage for stage in doubled}
     for name in ("rl", "sft"):
         assert more[name].seconds(1e-3) == pytest.approx(2 * stages[name].seconds(1e-3)) != 0
+
+
+def test_a_checkpoint_fills_the_model_it_belongs_to(tmp_path: Path) -> None:
+    """Tensor by tensor; one of another model is refused by the name of a tensor."""
+    model = Deepseek(TINY).initialise(1)
+    tensors = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    save_checkpoint(tmp_path, Checkpoint(1, {"model": tensors}, {}))
+    checkpoint = latest_checkpoint(tmp_path)
+    assert checkpoint is not None
+    fill(model, checkpoint)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
+    other = Deepseek(TINY.model_copy(update={"num_hidden_layers": 3}))
+    with pytest.raises(Failed, match=r"another model's: model\.layers\.2\.eh_proj"):
+        fill(other, checkpoint)

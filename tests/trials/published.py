@@ -85,7 +85,10 @@ def theirs(table: dict[str, Any]) -> PreTrainedModel:
     if table.get("model_type") == "kimi_k2":
         table["model_type"] = "deepseek_v3"  # as transformers' own Kimi-K2.5 reads it
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**table), dtype=torch.float32, attn_implementation="eager"
+        AutoConfig.for_model(**table),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",  # the other asks for sizes that are multiples of 16 bytes
     ).eval()
     stream = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -112,7 +115,9 @@ def rotation(table: dict[str, Any]) -> nn.Module:
 def ours(table: dict[str, Any], weights: dict[str, Tensor]) -> Deepseek:
     """This package's model of a config.json, without MTP, with the given weights."""
     model = Deepseek(from_published(table, "here/config.json").without_mtp())
-    model.load_state_dict(weights)
+    # transformers also lists a tied head, and shared experts of width 0.
+    tied = {"lm_head.weight"} if model.lm_head is None else set()
+    model.load_state_dict({k: v for k, v in weights.items() if k not in tied and v.numel()})
     return model
 
 

@@ -2,18 +2,27 @@
 or refused with a sentence that names the file.
 """
 
+import importlib.util
 import json
 import os
+import random
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from xushi.base.errors import BadInput
 from xushi.model import (
@@ -29,6 +38,8 @@ from xushi.model.rope_fields import rope_fields
 from xushi.model.rotary import RotaryAngles
 from xushi.plan import count_parameters
 
+from ..miniature import ROOT
+from .mutations import mutated, verdict
 from .published import (
     ONE_OF_EACH,
     TABLES,
@@ -392,7 +403,8 @@ def test_draft_models_of_another_kind_are_left_out(checkpoint, capsys) -> None:
     edit(directory, dspark_block_size=5)
     capsys.readouterr()
     assert torch.equal(load_pretrained(directory)(TOKENS).logits, before)
-    assert "4 x mtp.*, draft models of another kind" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "4 x mtp.*, draft models of another kind" in said and "nothing reads" not in said
     assert "no MTP layers" in refused(directory, mtp=True)
 
 
@@ -605,7 +617,7 @@ def test_deepseek_ref_is_what_its_class_says(name: str) -> None:
 FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
     "NVFP4 of ModelOpt": (
         lambda d: edit(d, quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}),
-        "ModelOpt (NVFP4 and others) (NVFP4)",
+        "ModelOpt NVFP4 is not implemented",
     ),
     "NVFP4 without a method": (
         lambda d: edit(d, quantization_config={"quant_algo": "NVFP4"}),
@@ -625,7 +637,7 @@ FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
                 "format": "nvfp4-pack-quantized",
             },
         ),
-        "compressed-tensors (nvfp4-pack-quantized)",
+        "compressed-tensors nvfp4-pack-quantized",
     ),
     "NVFP4 by its tensors": (
         lambda d: change(d, **{"model.layers.0.mlp.up_proj.weight_scale_2": torch.ones(1)}),
@@ -699,3 +711,63 @@ def test_every_way_that_transformers_saves(
     half.save_pretrained(tmp_path / "half", **MODES[mode])
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
     assert loaded_difference(again.eval(), tmp_path / "half") <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_changed_configs_give_transformers_logits_or_are_refused() -> None:
+    """Never something else: docs/model.md lists where the two differ on purpose."""
+    counts: Counter[str] = Counter()
+    for seed in range(300):
+        table, said = mutated(random.Random(seed))
+        result = verdict(table)
+        assert not result.startswith("WRONG"), (seed, said, result)
+        counts[result.partition(":")[0]] += 1
+    assert counts["equal"] >= 50 and counts["refused"] >= 100, counts
+
+
+@pytest.fixture
+def tool() -> ModuleType:
+    """tools/check_published.py, which is no part of the package."""
+    place = ROOT / "tools" / "check_published.py"
+    spec = importlib.util.spec_from_file_location("check_published", place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["check_published"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_comparison_with_transformers(tool, tmp_path: Path, monkeypatch, capsys) -> None:
+    """On a checkpoint with tokenizer that transformers wrote; and where the models differ."""
+    trained = Tokenizer(BPE())
+    trained.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    words = BpeTrainer(vocab_size=300, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    trained.train_from_iterator(["import json", "The capital of France"], words)
+    saved(small("deepseek-v3", vocab_size=320), tmp_path, max_shard_size="100KB")
+    PreTrainedTokenizerFast(tokenizer_object=trained).save_pretrained(tmp_path)
+    arguments = ["check_published.py", str(tmp_path), "--tokens", "6"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert tool.main() == 0
+    written = capsys.readouterr()
+    for who in ("xushi", "transformers"):
+        assert f"{who}: prompt 20 of 20" in written.err
+    result = json.loads(written.out.splitlines()[-1])
+    assert result["prompts"] == 20 == result["prompts_with_the_same_tokens"]
+    assert result["tokens"] == 120 == result["same_tokens"] and result["disagreements"] == []
+    # A log-probability differs by at most twice what a logit does; no logit here exceeds 20.
+    assert 0 < result["largest_difference_of_top_5_log_probabilities"] <= 20 * 2 * TOLERANCE
+
+    def changed(*arguments: Any, **named: Any) -> Deepseek:
+        model = load_pretrained(*arguments, **named)
+        with torch.no_grad():
+            model.head_VD[7] += 1
+        return model
+
+    monkeypatch.setattr(tool, "load_pretrained", changed)
+    result = tool.compared(tmp_path, torch.float32, "cpu", 6)
+    assert 0 < result["same_tokens"] == 120 - len(result["disagreements"])
+    assert result["largest_difference_of_top_5_log_probabilities"] > 0.1
+    assert all(7 in (one["xushi"], one["transformers"]) for one in result["disagreements"])
+    monkeypatch.setattr(sys, "argv", ["check_published.py", str(tmp_path / "nowhere")])
+    assert tool.main() == 2 and "is not a directory" in capsys.readouterr().err

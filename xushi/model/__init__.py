@@ -14,6 +14,7 @@ from xushi.model.published import from_published, read_config, to_published
 
 if TYPE_CHECKING:
     from xushi.model.batch import Batch
+    from xushi.model.building import allocate, model_without_memory
     from xushi.model.cache import FlatTokens, LatentCache
     from xushi.model.deepseek import Decoded, Deepseek, Hidden, Logits
     from xushi.model.objective import (
@@ -40,8 +41,10 @@ __all__ = [
     "LossWeights",
     "ModelConfig",
     "RopeScaling",
+    "allocate",
     "from_published",
     "load_pretrained",
+    "model_without_memory",
     "next_token_loss",
     "preset",
     "pretraining_loss",
@@ -63,6 +66,8 @@ _PLACES = {
     "LossWeights": "objective",
     "next_token_loss": "objective",
     "pretraining_loss": "objective",
+    "allocate": "building",
+    "model_without_memory": "building",
     "load_pretrained": "weights",
     "save_pretrained": "saving",
 }

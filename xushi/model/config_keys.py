@@ -21,6 +21,8 @@ CLASSES = {
     "deepseek_v32": "DeepseekV32ForCausalLM",
     "deepseek_v4": "DeepseekV4ForCausalLM",
 }
+# Keys of a V4 whose mtp.* tensors are draft models of another kind.
+OTHER_DRAFTS = "dspark_"
 # Other names of a field: transformers' `attribute_map`, of all its classes of this line.
 _ALIASES = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
 _ALIASES_OF = {
@@ -162,6 +164,8 @@ def unread_keys(table: dict[str, Any], kind: str) -> list[str]:
             fixed = ABSENT[kind][key]
             if key not in _HARMLESS and value is not None and value != fixed:
                 unread.append(key)
+        elif kind == "deepseek_v4" and key.startswith(OTHER_DRAFTS):
+            continue
         elif key not in {*ModelConfig.model_fields, *_ALIASES_OF[kind], *_READ, *_HARMLESS}:
             unread.append(key)
     return [*unread, *unread_rope_keys(table)]

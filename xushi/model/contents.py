@@ -13,6 +13,7 @@ from typing import Any
 
 from xushi.base.errors import BadInput
 from xushi.model.config import ModelConfig
+from xushi.model.config_keys import OTHER_DRAFTS
 from xushi.model.names import canonical_name, layer_of
 from xushi.model.shards import Stored, shown
 
@@ -22,8 +23,6 @@ _STACKED = re.compile(r".*\.experts\.(gate_up_proj|down_proj)(?:\.weight)?")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # The matrix that only an MTP layer has: V3's, and V4's.
 _OF_MTP = (".eh_proj.weight", ".e_proj.weight")
-# Keys of a config.json whose mtp.* tensors are draft models of another kind.
-_OTHER_DRAFTS = "dspark_"
 CHUNK = 2**24  # bytes that are compared at a time
 
 
@@ -51,7 +50,7 @@ def sort_tensors(
     """
     contents = Contents(config)
     left_out: Counter[str] = Counter()
-    other_drafts = config.is_v4 and any(key.startswith(_OTHER_DRAFTS) for key in table)
+    other_drafts = config.is_v4 and any(key.startswith(OTHER_DRAFTS) for key in table)
     for name, tensor in stored.items():
         if _COMPUTED.fullmatch(name):
             left_out[f"*.{name.rpartition('.rotary_emb.')[2]}"] += 1
@@ -124,17 +123,8 @@ def _choose_mtp(
     """
     config = contents.config
     trunk, asked = config.num_hidden_layers, config.num_nextn_predict_layers
-    beyond = {
-        name: layer
-        for name in contents.weights
-        if (layer := layer_of(name)) is not None and layer >= trunk
-    }
-    # A longer trunk's layers are no MTP layers: they belong to another config.json.
-    extra = {
-        layer
-        for name, layer in beyond.items()
-        if name.endswith(_OF_MTP) or contents.weights[name].name.startswith("mtp.")
-    }
+    beyond = {name for name in contents.weights if (layer_of(name) or 0) >= trunk}
+    extra = _mtp_layers(contents, beyond)
     if mtp and not (asked and extra):
         missing = "files hold no MTP layers" if asked else "config.json says that there are none"
         raise BadInput(
@@ -155,6 +145,17 @@ def _choose_mtp(
             del tensors[name]
             if mtp is None:
                 left_out[f"of {len(unwanted)} MTP layers that config.json does not name"] += 1
+
+
+def _mtp_layers(contents: Contents, beyond: set[str]) -> set[int]:
+    """The numbers of the MTP layers among the tensors `beyond` the trunk. The layers of a longer
+    trunk are none: they belong to another config.json.
+    """
+    return {
+        layer_of(name) or 0
+        for name in beyond
+        if name.endswith(_OF_MTP) or contents.weights[name].name.startswith("mtp.")
+    }
 
 
 def _leave_out_tied_head(contents: Contents, left_out: Counter[str]) -> None:

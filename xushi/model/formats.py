@@ -18,7 +18,7 @@ _METHODS = {
     "gptq": "GPTQ",
     "bitsandbytes": "bitsandbytes",
     "compressed-tensors": "compressed-tensors",
-    "modelopt": "ModelOpt (NVFP4 and others)",
+    "modelopt": "ModelOpt",
     "mlx": "MLX",
 }
 # Endings of names that only one kind of file has.
@@ -73,12 +73,14 @@ def refuse_other_quantisations(directory: Path, table: dict[str, Any]) -> None:
 
 
 def _refuse_method(config: dict[str, Any], where: str) -> None:
-    method = config.get("quant_method")
-    name = _METHODS.get(method, shorten(method)) if isinstance(method, str) else shorten(method)
-    details = config.get("quant_algo", config.get("format"))
-    if method not in (None, "fp8") or details is not None:
-        said = f" ({shown(details)})" if isinstance(details, str) else ""
-        raise BadInput(f"{where}: {name}{said} is not implemented", _REMEDY)
+    method, details = config.get("quant_method"), config.get("quant_algo", config.get("format"))
+    if method in (None, "fp8") and details is None:
+        return
+    name = _METHODS.get(method, shorten(method)) if isinstance(method, str) else ""
+    said = [name, shown(details) if isinstance(details, str) else ""]
+    raise BadInput(
+        f"{where}: {' '.join(said).strip() or shorten(config)} is not implemented", _REMEDY
+    )
 
 
 def _algorithm(config: Any) -> str:

@@ -144,12 +144,25 @@ def _refuse_other_values(table: dict[str, Any], kind: str, where: str) -> None:
             raise BadInput(
                 f"{where}: {key} is {shorten(table[key])}; only {value!r} is implemented", REMEDY
             )
+    _refuse_other_heads(table, kind, where)
+
+
+def _refuse_other_heads(table: dict[str, Any], kind: str, where: str) -> None:
+    """Raise if a key about the heads contradicts the fields that count."""
     heads = 1 if kind == "deepseek_v4" else table.get("num_attention_heads", 128)
     if table.get("num_key_value_heads") not in (None, heads):
         raise BadInput(
             f"{where}: num_key_value_heads is {shorten(table['num_key_value_heads'])}; a {kind} "
             f"has {'one' if kind == 'deepseek_v4' else 'as many as num_attention_heads'}",
             REMEDY,
+        )
+    # transformers' class of V3 rotates head_dim values if a file has it.
+    rotated = table.get("qk_rope_head_dim", 64)
+    if kind == "deepseek_v3" and table.get("head_dim") not in (None, rotated):
+        raise BadInput(
+            f"{where}: head_dim is {shorten(table['head_dim'])}, but qk_rope_head_dim is "
+            f"{shorten(rotated)}",
+            "remove head_dim if the checkpoint was made without it",
         )
 
 

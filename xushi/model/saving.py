@@ -63,9 +63,8 @@ def save_pretrained(
     `transformers` is what transformers writes; transformers loads both. With `mtp=False` the MTP
     layers are left out and config.json says that there are none.
 
-    All files are first written to a temporary directory. Once they are complete they replace an
-    older checkpoint in `path`; what a kill leaves undone, the next load or save there finishes
-    (`finish_save`). Memory: one tensor beyond the model.
+    Once all files are complete they replace an older checkpoint in `path`; what a kill leaves
+    undone, the next load or save there finishes. Memory: one tensor beyond the model.
     """
     directory = Path(path)
     if names not in get_args(Naming):

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from xushi.base.errors import BadInput, Failed
 from xushi.base.files import disk_errors
-from xushi.base.machine import inspect
 from xushi.base.progress import say
+from xushi.model.building import allocate, model_without_memory
 from xushi.model.config import ModelConfig
 from xushi.model.contents import sort_tensors
 from xushi.model.deepseek import Deepseek
@@ -30,7 +30,6 @@ from xushi.model.names import (
     Place,
     places,
     shared_copies,
-    stays_float32,
     written_name,
 )
 from xushi.model.published import read_config
@@ -85,6 +84,18 @@ def load_pretrained(
             f"{directory} cannot be loaded as {dtype}",
             "give torch.bfloat16, float16, float32 or float64",
         )
+    model, parts = _checked(directory, dtype, mtp)
+    with _memory_errors(directory):
+        allocate(model, device)
+        state = model.state_dict()
+        with torch.no_grad():
+            for part in sorted(parts, key=lambda each: (each.stored.file, each.stored.begin)):
+                _fill(part, state[part.place.parameter], model.config)
+    return model
+
+
+def _checked(directory: Path, dtype: torch.dtype, mtp: bool | None) -> tuple[Deepseek, list[Part]]:
+    """The model without memory and the parts to load, after all checks. Says what is left out."""
     with disk_errors(directory):
         finish_save(directory)
     refuse_adapter(directory)
@@ -101,13 +112,7 @@ def load_pretrained(
     parts = _match(model, contents.weights, contents.scales, block, directory)
     for note in (*notes, *contents.notes):
         say(note)
-    with _memory_errors(directory):
-        _allocate(model, device)
-        state = model.state_dict()
-        with torch.no_grad():
-            for part in sorted(parts, key=lambda each: (each.stored.file, each.stored.begin)):
-                _fill(part, state[part.place.parameter], config)
-    return model
+    return model, parts
 
 
 def _largest_header(config: ModelConfig) -> int:
@@ -133,17 +138,13 @@ def _without_memory(
             _ELSEWHERE,
         )
     try:
-        with torch.device("meta"):
-            model = Deepseek(config)
+        return model_without_memory(config, dtype)
     except (RuntimeError, TypeError, ValueError, ArithmeticError) as error:  # impossible sizes
         raise BadInput(
             f"{directory / 'config.json'} describes a model that cannot be built: "
             f"{shown(str(error).partition(chr(10))[0])}",
             "get the file again, it is damaged",
         ) from None
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if stays_float32(name, config) else dtype)
-    return model
 
 
 def _match(
@@ -212,16 +213,6 @@ def _memory_errors(directory: Path) -> Iterator[None]:
             f"the model of {directory} does not fit into memory: {reason}",
             "use a machine with more memory, a smaller dtype or a smaller checkpoint",
         ) from None
-
-
-def _allocate(model: Deepseek, device: torch.device | str) -> None:
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    total = inspect().memory_total
-    if torch.device(device).type == "cpu" and total is not None and needed > total:
-        # Linux may promise memory that it does not have and kill the process that uses it.
-        raise MemoryError(f"it has {needed} bytes, the machine {total}")
-    model.to_empty(device=device)
-    model.make_angles(device)
 
 
 def _fill(part: Part, tensor: Tensor, config: ModelConfig) -> None:

@@ -4,13 +4,17 @@ import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from xushi.base.errors import Failed
 from xushi.base.tracking import BatchRecord, Tracking
-from xushi.model import Batch, Deepseek, ModelConfig
+from xushi.model import Batch, Deepseek, ModelConfig, allocate, model_without_memory
 from xushi.run.place import RunPlace
 from xushi.run.stages.base import Results, Stage
 from xushi.tokenizer import Tokenizer
 from xushi.train import Evaluation, Layout, Step, Training, latest_checkpoint
+from xushi.train.boxes import Box
+from xushi.train.checkpoint import SavedCheckpoint
 
 if TYPE_CHECKING:
     from xushi.run.recipe import Recipe
@@ -38,18 +42,31 @@ class ModelStage(Stage):
     def trained_model(self, place: RunPlace, stage: str | None) -> Deepseek:
         """The model at the end of a training stage; with None freshly initialised."""
         config = model_config(self.model, place.tokenizer())
-        model = Deepseek(config).initialise(self.seed).to(place.layout.device)
+        model = model_without_memory(config)
+        allocate(model, place.layout.device)
         if stage is None:
-            return model
+            return model.initialise(self.seed)
         checkpoint = latest_checkpoint(place.checkpoints(stage))
         if checkpoint is None:
             raise Failed(
                 f"{place.checkpoints(stage)} holds no checkpoint",
                 f"remove {place.path('stages', stage + '.json')} and run the same command again",
             )
-        names = checkpoint.names("model")
-        model.load_state_dict({name: checkpoint.read("model", name) for name in names})
+        fill(model, checkpoint)
         return model
+
+
+def fill(model: Deepseek, checkpoint: SavedCheckpoint) -> None:
+    """Fill the model from a checkpoint, one tensor at a time."""
+    state = model.state_dict()
+    if other := set(state).symmetric_difference(checkpoint.names("model")):
+        raise Failed(
+            f"checkpoint {checkpoint.path} is another model's: {min(other)} is only in one of them",
+            "use the run directory with the recipe that it was made with",
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            tensor.copy_(checkpoint.read("model", name, Box.whole(tuple(tensor.shape))))
 
 
 class TrainingStage(ModelStage):
