@@ -70,7 +70,14 @@ $(VENV)/.dev: $(VENV)/.made $(VERSIONS)
 	$(call install,xushi and what its tests need,.[dev])
 	@touch $@ $(VENV)/.core
 
-$(VENV)/.slow: $(VENV)/.dev
+# Clients of the API whose versions exclude one another: each has a folder with what only it needs.
+CLIENTS := $(wildcard tests/serve/clients/*.txt)
+
+$(VENV)/.slow: $(VENV)/.dev $(CLIENTS)
 	$(call install,what its long tests need besides,.[test-slow])
+	@for list in $(CLIENTS); do name=$$(basename $$list .txt); echo "installing $$name for its tests"; \
+	  rm -rf $(VENV)/clients/$$name; \
+	  $(RUN) -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --no-deps \
+	    --target $(VENV)/clients/$$name -r $$list || exit 1; done
 	$(chromium)
 	@touch $@

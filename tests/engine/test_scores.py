@@ -58,17 +58,20 @@ def test_scores_are_those_of_the_forward_pass(model, monkeypatch, chunk):
     monkeypatch.setattr(engine_module, "SMALLEST_CHUNK", chunk)
     monkeypatch.setattr(engine_module, "SCORES_PER_CALL", chunk)
     engine = Engine(model, EOS, slots=400)
-    beside = engine.add(*prompts_of(9), SamplingParams(20, seed=1, ignore_eos=True))
+    greedy = SamplingParams(20, temperature=0, ignore_eos=True)
+    beside = engine.add(*prompts_of(9), greedy)
     engine.step()
     prompts = prompts_of(1, 2, 30, 17, 63)
     scored = [engine.add(prompt, SCORE) for prompt in prompts]
-    plain = engine.add(*prompts_of(12), SamplingParams(3, seed=2, ignore_eos=True))
+    plain = engine.add(*prompts_of(12), greedy)
     run(engine)
     for prompt, request in zip(prompts, scored, strict=True):
         assert (request.token_ids, request.finish_reason) == ([], "length")
         assert_scored(model, prompt, request.prompt_scores, 3)
-    assert len(beside.token_ids) == 20 and beside.prompt_scores is None
-    assert len(plain.token_ids) == 3 and plain.prompt_scores is None
+    for request in (beside, plain):
+        assert request.prompt_scores is None
+        places = forward(model, [*request.prompt_ids, *request.token_ids])
+        assert request.token_ids == places.argmax(-1)[len(request.prompt_ids) - 1 : -1].tolist()
     assert engine.idle_slots == 400
 
 
@@ -99,10 +102,12 @@ def test_requests_of_one_prompt_share_scores_and_get_their_own_tokens(model):
     params = [
         SamplingParams(4, seed=1, ignore_eos=True, top_logprobs=2, prompt_logprobs=True),
         SamplingParams(4, seed=2, ignore_eos=True),
+        SamplingParams(0, top_logprobs=5, prompt_logprobs=True),
     ]
-    first, second = engine.add_group(prompt, params)
+    first, second, third = engine.add_group(prompt, params)
     run(engine)
-    assert_scored(model, prompt, first.prompt_scores, 2)
+    assert_scored(model, prompt, first.prompt_scores, 5)
+    assert third.prompt_scores is first.prompt_scores
     assert second.prompt_scores is None and second.top_logprobs == [[], [], [], []]
     after = forward(model, [*prompt, *first.token_ids])[len(prompt) - 1 : -1]
     for row, top, token, logprob in zip(
@@ -111,6 +116,33 @@ def test_requests_of_one_prompt_share_scores_and_get_their_own_tokens(model):
         assert [found for found, _ in top] == row.topk(2).indices.tolist()
         assert logprob == pytest.approx(float(row[token]), abs=1e-4)
         assert dict(top).get(token, logprob) == pytest.approx(logprob, abs=1e-6)
+
+
+def test_several_requests_may_only_want_their_prompt(model):
+    engine = Engine(model, EOS, slots=14)
+    [prompt] = prompts_of(14)
+    requests = engine.add_group(prompt, [SCORE, SCORE, SCORE])
+    assert engine.step() == requests
+    for request in requests:
+        assert (request.token_ids, request.finish_reason) == ([], "length")
+        assert_scored(model, prompt, request.prompt_scores, 3)
+    assert engine.idle_slots == 14 and not engine.has_work
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_prompt_holds_all_its_slots_until_it_is_done(model, monkeypatch, steps):
+    """A request that would need one slot too many waits."""
+    monkeypatch.setattr(engine_module, "SMALLEST_CHUNK", 1)
+    monkeypatch.setattr(engine_module, "SCORES_PER_CALL", 1)
+    engine = Engine(model, EOS, slots=10)
+    first = engine.add(*prompts_of(6), SCORE)
+    for _ in range(steps):
+        engine.step()
+    second = engine.add([5, 6, 7], SamplingParams(3, ignore_eos=True))  # 5 slots
+    while first.finish_reason is None:
+        assert second not in engine.step()
+    run(engine)
+    assert len(second.token_ids) == 3 and engine.idle_slots == 10
 
 
 def test_a_prompt_as_long_as_the_context_can_be_scored_and_not_continued(model):

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from xushi.base.errors import XushiError
-from xushi.serve.access import Access, AccessMiddleware, names, read_keys
+from xushi.serve.access import Access, AccessMiddleware, clean_origins, read_keys
 
 MODELS = "/v1/models"
 
@@ -77,6 +77,9 @@ def test_a_local_server_answers_to_its_own_names(host, status):
         ({"sec_fetch_site": "none"}, 200),
         ({"origin": "http://localhost:3000", "sec_fetch_site": "same-site"}, 403),
         ({"origin": "http://localhost"}, 403),
+        ({"origin": "http://localhost:80001"}, 403),
+        ({"origin": "http://localhost:3000", "host": "localhost"}, 403),
+        ({"origin": "http://localhost", "host": "localhost"}, 200),
         ({"origin": "https://evil.example", "sec_fetch_site": "cross-site"}, 403),
         ({"origin": "null"}, 403),
         ({"origin": ""}, 403),
@@ -100,7 +103,7 @@ def test_a_link_may_open_the_page():
 
 
 def test_an_allowed_origin_may_ask_and_read():
-    access = Access(origins=names(["https://Chat.example/", "app://obsidian.md"]))
+    access = Access(origins=clean_origins(["https://Chat.example/", "app://obsidian.md"]))
     for origin in ("https://chat.example", "app://obsidian.md"):
         response = asked(access, origin=origin, sec_fetch_site="cross-site")
         assert response.status_code == 200
@@ -189,7 +192,7 @@ def test_every_response_has_a_request_id():
 def test_origins_that_are_none_are_named():
     for wrong in ("localhost:3000", "https://a.example/path", "*", "https://"):
         with pytest.raises(XushiError, match="is not an origin"):
-            Access(origins=names([wrong]))
+            Access(origins=clean_origins([wrong]))
 
 
 def test_keys_are_read_from_a_file_and_the_environment(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xushi.engine import LLM, SamplingParams
-from xushi.serve import responses
+from xushi.serve import completions, responses
 from xushi.serve.protocol import ChatBody, CompletionBody
 
 QUESTION = [{"role": "user", "content": "数字之和是多少？"}]
@@ -420,6 +420,17 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(app, http, bas
         assert (answer.status_code, fault["code"]) == (400, "context_length_exceeded")
         assert "holds 128" in fault["message"] and bool(encoded) == is_encoded
         assert ("has at least" in fault["message"]) != is_encoded
+
+
+def test_the_log_probabilities_of_a_response_are_limited(http, monkeypatch):
+    monkeypatch.setattr(completions, "MOST_SCORES", 2 * 3 * 2 * 4)
+    body = {**TEXT, "prompt": [[5, 6, 7], [8, 9, 10]], "n": 2, "echo": True, "logprobs": 3}
+    assert http.post("/v1/completions", content=json.dumps(body)).status_code == 200
+    for more in ({"prompt": [[5, 6, 7], [8, 9, 10, 11]]}, {"n": 3}, {"logprobs": 4}):
+        answer = http.post("/v1/completions", content=json.dumps({**body, **more}))
+        assert answer.json()["error"]["param"] == "logprobs"
+    plain = {**body, "n": 60, "prompt": "a", "echo": False}
+    assert http.post("/v1/completions", content=json.dumps(plain)).status_code == 200
 
 
 def test_few_prompts_are_encoded_at_once(app, http, monkeypatch):

@@ -1,6 +1,7 @@
 """Connections that send half a request, and too many of them, on a real server."""
 
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
-from xushi.serve import connections
+from xushi.serve import connections, create_app, find_exports
 
 HALF = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
 WHOLE = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -62,9 +63,9 @@ def test_a_slow_answer_is_not_cut_off(app, http, monkeypatch, steps, settles):
         assert answer.read().endswith(b"[DONE]\n\n")
 
 
-def test_the_oldest_idle_connection_leaves_for_a_new_one(address, monkeypatch):
+def test_the_oldest_idle_connection_leaves_for_a_new_one(run_directory, serving, monkeypatch):
     monkeypatch.setattr(connections, "connection_limit", lambda: 3)
-    with ExitStack() as stack:
+    with serving(create_app(find_exports(run_directory))) as (address, _), ExitStack() as stack:
         first, second, third = (connect(address, stack) for _ in range(3))
         for each in (first, second, third):
             each.sendall(HALF)
@@ -124,6 +125,6 @@ def test_half_requests_of_more_connections_than_files_do_no_harm(run_directory):
             assert httpx.get(address + "/health", timeout=20).json() == {"status": "ok"}
         assert httpx.get(address + "/health", timeout=20).json() == {"status": "ok"}
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    assert errors == ""
+    assert (process.returncode, errors) == (0, "")

@@ -89,3 +89,52 @@ def test_control_c_ends_open_streams_before_their_answers_end(run_directory):
     listener.close()
     assert "shutting_down" in "".join(seen)
     assert not any(worker.alive for worker in app.state.workers.values())
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Runs `serve` without serving; returns what the application would be made with."""
+    made = {}
+
+    def create(exports, queue_limit, access):
+        made.update(queue_limit=queue_limit, access=access)
+
+    monkeypatch.setattr(server_module, "create_app", create)
+    monkeypatch.setattr(server_module, "Server", lambda app: app)
+    monkeypatch.setattr(server_module, "run", lambda *_: None)
+    return made
+
+
+def test_what_is_reachable_from_elsewhere_without_a_key_is_warned_of(
+    run_directory, served, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("XUSHI_API_KEYS", raising=False)
+    serve(run_directory, "127.0.0.1", 0)
+    assert served["access"].local and capsys.readouterr().err == ""
+    serve(run_directory, "0.0.0.0", 0)
+    assert not served["access"].local
+    assert "whoever reaches this machine may use the models" in capsys.readouterr().err
+    (tmp_path / "keys").write_text("one\ntwo\n")
+    serve(run_directory, "0.0.0.0", 0, api_key_file=tmp_path / "keys")
+    assert served["access"].keys == ("one", "two") and capsys.readouterr().err == ""
+
+
+def test_options_of_the_server(run_directory, served):
+    serve(run_directory, port=0, allow_origins=["http://localhost:3000/"], queue_limit=7)
+    assert served["access"].origins == ("http://localhost:3000",) and served["queue_limit"] == 7
+    with pytest.raises(XushiError, match="--allow-origin 'here' is not an origin"):
+        serve(run_directory, port=0, allow_origins=["here"])
+    with pytest.raises(XushiError, match="--queue-limit 0 lets nothing in"):
+        serve(run_directory, port=0, queue_limit=0)
+
+
+def test_health_says_which_model_is_in_trouble(run_directory, serving, monkeypatch):
+    app = create_app(find_exports(run_directory))
+    with serving(app) as (address, _):
+        assert httpx.get(address + "/health").json() == {"status": "ok"}
+        worker = app.state.workers["base"]
+        worker.close()
+        worker.join(20)
+        answer = httpx.get(address + "/health")
+        assert answer.status_code == 503
+        assert answer.json() == {"status": "failed", "models": {"base": "its thread has ended"}}

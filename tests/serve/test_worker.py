@@ -337,7 +337,10 @@ def test_closing_ends_jobs_before_the_step_ends(run_directory):
             job = new_job(2)
             worker.submit(job)
             assert await asyncio.to_thread(entered.wait, 20)
+            unread = Event(0, [], None, 5)
+            job.send([unread] * 100)
             worker.close()
+            await asyncio.sleep(0)
             assert (await next_event(job)).is_shutdown
             assert not release.is_set() and worker.unfinished == 0
             release.set()

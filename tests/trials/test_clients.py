@@ -9,11 +9,14 @@ from operator import itemgetter
 import numpy as np
 import pytest
 import torch
+from openai import AuthenticationError, OpenAI
 
 from xushi.engine import LLM, SamplingParams
 from xushi.model import load_pretrained
+from xushi.serve import create_app, find_exports
+from xushi.serve.access import Access
 
-from ..serve.conftest import address, app, client, http, run_directory  # noqa: F401
+from ..serve.conftest import address, app, client, http, run_directory, running  # noqa: F401
 
 QUESTION = [{"role": "user", "content": "数字之和是多少？"}]
 
@@ -226,10 +229,15 @@ def test_echo_scores_without_generating(client, http, base):  # noqa: F811
     assert "".join(chunk.choices[0].text for chunk in streamed) == text
     parts = [chunk.choices[0].logprobs for chunk in streamed]
     assert [one for part in parts if part for one in part.tokens] == logprobs.tokens
-    plain = post(http, "completions", {**asked, "logprobs": None, "max_tokens": None, "n": 2})
-    texts = [choice["text"] for choice in plain.json()["choices"]]
-    assert all(each.startswith(text) and len(each) > len(text) for each in texts)
-    assert plain.json()["choices"][0]["logprobs"] is None
+    longer = {**asked, "max_tokens": 9, "seed": 1, "n": 2}
+    plain = client.completions.create(**{**longer, "echo": False}).choices
+    echoed = client.completions.create(**longer).choices
+    assert [each.text for each in echoed] == [text + each.text for each in plain]
+    texts = ["", ""]
+    for chunk in client.completions.create(**{**longer, "logprobs": None}, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+        assert chunk.choices[0].logprobs is None
+    assert texts == [each.text for each in echoed]
 
 
 def test_every_prompt_of_a_request_is_echoed_with_its_own_scores(http, base):  # noqa: F811
@@ -345,3 +353,27 @@ def test_what_only_a_tool_would_need_is_refused_by_name(http):  # noqa: F811
     answer = http.post("/v1/chat/completions", content=json.dumps(body))
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "messages.1.tool_calls"
+
+
+def test_a_page_of_the_web_reads_and_computes_nothing(http):  # noqa: F811
+    """A name that is made to lead to this machine, and a form or script of another page."""
+    asked = {"model": "base", "prompt": "数", "max_tokens": 1}
+    assert http.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    assert http.get("/", headers={"Host": "evil.example:8000"}).status_code == 403
+    plain = http.post("/v1/completions", json=asked, headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 415
+    origin = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
+    assert http.post("/v1/completions", json=asked, headers=origin).status_code == 403
+    assert http.post("/v1/completions", json=asked).status_code == 200
+
+
+def test_keys_as_clients_send_them(run_directory):  # noqa: F811
+    served = create_app(find_exports(run_directory), access=Access(keys=("sk-one", "sk-two")))
+    with running(served) as (address, _):  # noqa: F811
+        for key in ("sk-one", "sk-two"):
+            with OpenAI(base_url=address + "/v1", api_key=key, max_retries=0) as client:
+                assert len(client.models.list().data) == 2
+        with OpenAI(base_url=address + "/v1", api_key="sk-three", max_retries=0) as client:
+            with pytest.raises(AuthenticationError) as caught:
+                client.completions.create(model="base", prompt="数")
+            assert caught.value.code == "invalid_api_key"

@@ -1,6 +1,8 @@
 """Commands about models: chat, serve, inspect, export."""
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -111,6 +113,10 @@ def serve(
         queue_limit=queue_limit,
         load=_loader(template, dtype, cache_tokens),
     )
+    # To take torch apart costs the interpreter up to seconds, and a server has nothing to save.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 @app.command()

@@ -222,6 +222,6 @@ def _identity(headers: Headers) -> str:
     return given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
 
 
-def names(values: Iterable[str]) -> tuple[str, ...]:
+def clean_origins(values: Iterable[str]) -> tuple[str, ...]:
     """Origins as a browser writes them: in lower case, without a slash at the end."""
     return tuple(value.lower().rstrip("/") for value in values)

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from xushi.serve.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     LARGEST_BODY,
+    MOST_SCORES,
     ApiError,
     ChatBody,
     CompletionBody,
@@ -83,6 +84,15 @@ async def _completion_job(model: Served, body: CompletionBody) -> Job:
     prompts = [await model.prompt(prompt) for prompt in body.prompt]
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     scored = body.echo and body.logprobs is not None
+    scores = sum(map(len, prompts)) * body.n * (1 + (body.logprobs or 0))
+    if scored and scores > MOST_SCORES:
+        raise ApiError(
+            400,
+            f"the request asks for {scores} log-probabilities of its prompts, and {MOST_SCORES} "
+            "are allowed; send fewer prompts, or lower logprobs or n",
+            "logprobs",
+            "invalid_value",
+        )
     params = body.params(len(prompts), max_tokens, secrets.randbits(63), body.logprobs or 0, scored)
     job = Job(list(zip(prompts, params, strict=True)), chat=False)
     model.check(job, "prompt")

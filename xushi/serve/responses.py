@@ -242,6 +242,8 @@ async def _events(job: Job) -> AsyncIterator[Event | None]:
             )
         left -= event.finish_reason is not None
         yield event
+        # Where events wait already, the loop would not learn that the client has left.
+        await asyncio.sleep(0)
 
 
 def _sse(table: dict[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from xushi.base.errors import BadInput, Failed
 from xushi.engine import LLM
-from xushi.serve.access import Access, is_loopback, names, read_keys
+from xushi.serve.access import Access, clean_origins, is_loopback, read_keys
 from xushi.serve.app import create_app
 from xushi.serve.cards import find_models
 from xushi.serve.connections import ACCEPTED_AT_ONCE, WAITING_CONNECTIONS, Connection
@@ -83,7 +83,9 @@ def serve(
     models = find_models(directory)
     with bind(host, port) as listener:
         local = is_loopback(listener.getsockname()[0])
-        app = create_app(models, queue_limit, Access(local, names(allow_origins), keys), load)
+        app = create_app(
+            models, queue_limit, Access(local, clean_origins(allow_origins), keys), load
+        )
         print(*(describe(name, each.llm) for name, each in app.state.workers.items()), sep="\n")
         if not local and not keys:
             print(

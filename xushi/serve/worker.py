@@ -100,10 +100,15 @@ class Job:
         raise IndexError(choice)
 
     def send(self, events: "list[Event | Failure]") -> None:
-        """Put events into the queue. Any thread may call it."""
+        """Put events into the queue. Any thread may call it. A shutdown does not wait until what
+        came before it is read.
+        """
 
         def put() -> None:
             for event in events:
+                if event is _SHUTDOWN:
+                    while not self.events.empty():
+                        self.events.get_nowait()
                 self.events.put_nowait(event)
 
         try:
