@@ -163,7 +163,10 @@ def test_a_conversation_has_its_history_and_survives_a_reload(visit, check):
     assert tab.locator("details .text").text_content() == "8 1 "
     check(tab.locator("details")).not_to_have_attribute("open", "")
     check(tab.locator("#said")).to_contain_text("Answer: <b>9</b>")
+    tab.click("summary")
+    tab.evaluate("document.querySelector('.turn').dataset.same = 'yes'")
     ask(tab, check, "11111111")
+    check(tab.locator(".turn[data-same] details[open] .text")).to_be_visible()  # not drawn again
     assert contents(bodies[1]) == ["83514927", "<b>9</b>", "11111111"]
     assert [message["role"] for message in bodies[1]["messages"]] == ["user", "assistant", "user"]
     tab.reload()
@@ -240,6 +243,27 @@ def test_a_text_goes_on_after_a_stop(visit, check, steps, way):
     check(tab.locator(".turn")).to_have_count(1)
     after = tab.locator(".turn .here").text_content()
     assert after.startswith(before) and len(after) > len(before)
+
+
+@IN_BROWSER
+def test_the_language_and_the_model_can_change_during_an_answer(visit, check, steps):
+    tab = visit()
+    tab.click("#models button:nth-child(2)")
+    tab.fill("#input", "import os")
+    tab.keyboard.press("Control+Enter")
+    steps.let(40)
+    check(tab.locator(".turn .here")).not_to_be_empty()
+    before = tab.locator(".turn .here").text_content()
+    tab.click("#language")
+    check(tab.locator("#send")).to_have_text("停止")
+    steps.let(40)
+    check(tab.locator(".turn .here")).not_to_have_text(before)
+    tab.click("#models button:nth-child(1)")  # ends the answer
+    check(tab.locator("#send")).to_have_text("发送")
+    check(tab.locator(".turn")).to_have_count(0)
+    tab.click("#models button:nth-child(2)")
+    check(tab.locator(".note")).to_have_text("已停止。")
+    assert tab.locator(".turn .here").text_content().startswith(before)
 
 
 @IN_BROWSER
