@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from xushi.engine import Request
-from xushi.serve import create_app, find_exports
+from xushi.serve import create_app, find_models
 from xushi.serve.responses import ResponseFormat
 from xushi.serve.worker import Job
 
@@ -41,7 +41,7 @@ def hang_up(address, generator):
 
 @pytest.mark.slow
 def test_clients_that_hang_up_leave_nothing_behind(run_directory, serving, settles, caplog):
-    app = create_app(find_exports(run_directory))
+    app = create_app(find_models(run_directory))
     worker = app.state.workers["base"]
     failures = []
 

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
-from xushi.serve import connections, create_app, find_exports
+from xushi.serve import connections, create_app, find_models
 
 HALF = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
 WHOLE = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -65,7 +65,7 @@ def test_a_slow_answer_is_not_cut_off(app, http, monkeypatch, steps, settles):
 
 def test_the_oldest_idle_connection_leaves_for_a_new_one(run_directory, serving, monkeypatch):
     monkeypatch.setattr(connections, "connection_limit", lambda: 3)
-    with serving(create_app(find_exports(run_directory))) as (address, _), ExitStack() as stack:
+    with serving(create_app(find_models(run_directory))) as (address, _), ExitStack() as stack:
         first, second, third = (connect(address, stack) for _ in range(3))
         for each in (first, second, third):
             each.sendall(HALF)

@@ -129,7 +129,7 @@ def test_options_of_the_server(run_directory, served):
 
 
 def test_health_says_which_model_is_in_trouble(run_directory, serving, monkeypatch):
-    app = create_app(find_exports(run_directory))
+    app = create_app(find_models(run_directory))
     with serving(app) as (address, _):
         assert httpx.get(address + "/health").json() == {"status": "ok"}
         worker = app.state.workers["base"]

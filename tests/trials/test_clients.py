@@ -13,7 +13,7 @@ from openai import AuthenticationError, OpenAI
 
 from xushi.engine import LLM, SamplingParams
 from xushi.model import load_pretrained
-from xushi.serve import create_app, find_exports
+from xushi.serve import create_app, find_models
 from xushi.serve.access import Access
 
 from ..serve.conftest import address, app, client, http, run_directory, running  # noqa: F401
@@ -368,7 +368,7 @@ def test_a_page_of_the_web_reads_and_computes_nothing(http):  # noqa: F811
 
 
 def test_keys_as_clients_send_them(run_directory):  # noqa: F811
-    served = create_app(find_exports(run_directory), access=Access(keys=("sk-one", "sk-two")))
+    served = create_app(find_models(run_directory), access=Access(keys=("sk-one", "sk-two")))
     with running(served) as (address, _):  # noqa: F811
         for key in ("sk-one", "sk-two"):
             with OpenAI(base_url=address + "/v1", api_key=key, max_retries=0) as client:
