@@ -23,6 +23,7 @@ SHOWN = {
     *(f"control.{name}" for name in ("steps",)),
     *(f"data.{name}" for name in ("bytes", "documents", "heldout_bytes", "heldout_fraction")),
     *(f"data.{name}" for name in ("heldout_groups", "heldout_rule", "sha256", "train_tokens")),
+    *(f"data.left_out.{reason}" for reason in REASONS),
     *(f"evaluate.bits_per_byte{name}" for name in ("", "_gzip", "_xz", "_zstd", "_xz_primed")),
     "evaluate.xz_primed_training_bytes",
     "export.max_logit_difference",
@@ -52,7 +53,6 @@ SHOWN = {
 NUMBERS_ONLY = {
     "data.files",
     "data.heldout_tokens",
-    *(f"data.left_out.{reason}" for reason in REASONS),
     "evaluate.ratio_to_xz",
     "export.models",
     "rl.verifier_errors_after",
