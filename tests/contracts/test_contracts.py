@@ -182,7 +182,7 @@ def test_a_file_that_cannot_be_is_told(file: str) -> None:
 def test_a_dry_run_has_its_cost(folder: Path) -> None:
     plan = describe(extended(folder=folder))
     assert "stages.py:Denoise" in plan["run.stages"]
-    each = plan["seconds.pretrain"] / (12 * 1024)
+    each = plan["seconds.step_keep"] / 1024  # a step has 1,024 tokens
     assert plan["seconds.denoise"] == pytest.approx(6 * 8 * 64 * each)
     assert "seconds.word_count" not in plan
 

@@ -148,6 +148,8 @@ def test_structure_is_left_out_and_refused_by_name(name: str, reason: str, tmp_p
     with pytest.raises(BadInput, match="is not read as text") as error:
         found(tmp_path / name)
     assert name in error.value.problem and error.value.remedy
+    kind = Path(name).suffix.removeprefix(".")
+    assert (f'kind = "{kind}"' in error.value.remedy) == (kind in ("jsonl", "parquet"))
 
 
 def test_what_a_file_without_a_known_suffix_holds(tmp_path: Path) -> None:

@@ -67,12 +67,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
         "memory.training_bytes",
         "memory.training_bytes_recompute",
         "seconds.step_recompute",
-        "seconds.training",
+        "memory.whole_bytes",
+        "seconds.evaluate",
+        "seconds.total",
     ):
         assert said in done.stdout
     assert not (tmp_path / "run").exists()
     plan = json.loads(xushi_here("run", MINIATURE, "--dry-run", "--json").stdout)
-    assert plan["seconds.training"] > 0
+    assert plan["seconds.total"] > plan["seconds.rl"] > 0
 
 
 def test_doctor_speaks_json() -> None:

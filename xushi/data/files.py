@@ -118,10 +118,11 @@ def _reason_against(source: SourceConfig, path: Path, meant: str) -> str | None:
 
 def refused(path: Path, reason: str) -> BadInput:
     """The error for a file that a source names and that is left out of directories."""
-    return BadInput(
-        f"{written(path)} is not read as text: it is a {REASONS[reason].one}",
-        REASONS[reason].remedy or "leave it out",
-    )
+    remedy = REASONS[reason].remedy or "leave it out"
+    for kind, suffixes in TABLE_SUFFIXES.items():
+        if path.suffix.lower() in suffixes:
+            remedy = f'name it in a recipe, in a source with kind = "{kind}" (docs/data.md)'
+    return BadInput(f"{written(path)} is not read as text: it is a {REASONS[reason].one}", remedy)
 
 
 def _look_into(path: Path) -> str | None:
