@@ -192,6 +192,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new(
     for last in range(1000):
         place, count = tmp_path / str(last), 0
         save_pretrained(old, place, shard_bytes=sizes[0])
+        before = set(os.listdir(place))
 
         def counted(step: Callable) -> Callable:
             def do(*arguments, **named):
@@ -217,6 +218,10 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new(
             return False
 
         finished = not killed(partial(save_pretrained, new, place, shard_bytes=sizes[1]))
+        if (place / "config.json").exists():  # other readers take what they see for whole
+            moving = place / ".saving.moving"
+            assert not moving.exists() or os.listdir(moving) == []
+            assert not (place / module.COMPLETE).exists() or before <= set(os.listdir(place))
         if last % 2:
             killed(partial(load_pretrained, place))
         model = load_pretrained(place)
