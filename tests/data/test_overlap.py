@@ -65,6 +65,25 @@ def test_copies_with_other_white_space_are_shared() -> None:
     assert shared_fraction([text], []) == 0.0
 
 
+def test_the_compared_form() -> None:
+    assert normalised("\ufeff \n a\ufeffb\r\n\t  C ") == "ab C"
+    assert normalised(" \ufeff ") == ""
+
+
+@pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1])
+def test_a_text_of_about_a_window_is_shared_with_its_copy(length: int) -> None:
+    text = "x" + "".join(random.Random(4).choices("abcdefgh", k=length - 1))
+    assert shared_fraction([text], ["before", text + "\n"]) == 1.0
+    # A text shorter than a window is compared whole.
+    assert shared_fraction([text], [text + "y"]) == (length >= WINDOW)
+
+
+def test_bytes_are_those_of_utf_8() -> None:
+    text = "a\x7f\x80é\u07ff\u0800अ天\uffff😀"
+    lengths = overlap._utf8_lengths(overlap._code_points(text))
+    assert lengths.tolist() == [len(character.encode()) for character in text]
+
+
 def test_what_is_shared_is_the_part_that_was_copied() -> None:
     letters = "".join(random.Random(3).choices("abcdefghijklmnop", k=2000))
     assert shared_fraction([letters], ["-" + letters[500:900] + "-"]) == 400 / 2000

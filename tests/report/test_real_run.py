@@ -328,7 +328,7 @@ def test_every_grid_of_facts(shown: Shown) -> None:
 def test_the_text_names_what_is_held_out_and_its_hash(shown: Shown) -> None:
     text = shown.section("data").text
     groups = shown.results["data.heldout_groups_named"]
-    assert groups and f"Held out whole: {groups}." in text
+    assert groups and f"held out whole: {groups}." in text
     assert len(groups.split(", ")) == shown.results["data.heldout_groups"]
     shared = re.search(r"\.(\d[\d.]* %) of the held-out text stands in the training", plain(text))
     assert shared is not None and says(shared[1], shown.results["data.heldout_overlap"])

@@ -83,3 +83,16 @@ def test_windows_are_joined_behind_the_last_token_that_both_have_of_the_text() -
     assert window.shared_with(other, 0) is None
     bytes_count = _Window(1, "éx", [5, 6], [2, 3], False)
     assert _Window(0, "aéx", [4, 5, 6], [1, 3, 4], False).shared_with(bytes_count, 0) == (3, 2)
+
+
+def test_two_characters_lead_into_a_window() -> None:
+    """Line ends belong to the marks before them; after a space alone they would be white space,
+    which goes on behind them.
+    """
+    spaces = "".join(random.Random(8).choices(" \n", k=3000))
+    tokenizer = Tokenizer.train([spaces], 300)
+    text = " " + "!" * 100 + "\n" * 100 + "  \n \n x"
+    whole = tokenizer._backend.encode(text, add_special_tokens=False).ids
+    for window in range(30, 90, 7):
+        unbroken = UnbrokenText(tokenizer._backend, tokenizer.byte_lengths, window, 12)
+        assert unbroken.encode(text) == whole

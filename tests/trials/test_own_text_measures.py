@@ -181,7 +181,8 @@ def test_what_is_held_out_is_counted_and_not_listed(tmp_path: Path) -> None:
     assert results["data.heldout_groups_sha256"] == sha256_json(groups)
     assert all(len(str(value)) < 1000 for value in results.values())
     page = page_of(Run(tmp_path, results, {}, "", None))
-    assert f"{groups[11]} and {len(groups) - 12} more." in page
+    assert f"{len(groups)} groups are held out whole, such as {groups[0]}, " in page
+    assert f"{groups[11]}." in page
     assert groups[12] not in page
 
 

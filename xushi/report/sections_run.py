@@ -80,10 +80,11 @@ def _heldout(run: Run) -> str:
     if run.text("data.heldout_rule") == "tails":
         return "The tail of every document is held out."
     named = run.text("data.heldout_groups_named")
-    if not named:
+    groups = run.number("data.heldout_groups")
+    if not named or groups is None:
         return ""
-    more = int(run.number("data.heldout_groups") or 0) - GROUPS_NAMED
-    return f"Held out whole: {named}" + (f" and {count(more)} more." if more > 0 else ".")
+    those = "One group is" if groups == 1 else f"{count(groups)} groups are"
+    return f"{those} held out whole{', such as' if groups > GROUPS_NAMED else ':'} {named}."
 
 
 def machine_section(run: Run) -> str:
