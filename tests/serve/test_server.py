@@ -96,7 +96,7 @@ def served(monkeypatch):
     """Runs `serve` without serving; returns what the application would be made with."""
     made = {}
 
-    def create(exports, queue_limit, access):
+    def create(models, queue_limit, access, load):
         made.update(queue_limit=queue_limit, access=access)
 
     monkeypatch.setattr(server_module, "create_app", create)
