@@ -456,6 +456,9 @@ def test_a_hugging_face_cache_is_read_through_its_links(checkpoint, tmp_path: Pa
         file.rename(model / "blobs" / f"blob{number}")
         (snapshot / file.name).symlink_to(f"../../blobs/blob{number}")
     load_pretrained(snapshot)
+    with pytest.raises(BadInput) as error:
+        load_pretrained(model)
+    assert error.value.remedy.endswith(str(snapshot))
     linked = tmp_path / "link"
     linked.symlink_to(snapshot)
     load_pretrained(linked)

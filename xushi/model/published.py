@@ -211,7 +211,10 @@ def read_config(path: str | Path) -> ModelConfig:
     on standard error.
     """
     file = Path(path) / "config.json"
-    table = read_json(file, "give a directory in the Hugging Face layout, its files undamaged")
+    remedy = "give a directory in the Hugging Face layout, its files undamaged"
+    if not file.exists() and (snapshots := sorted((Path(path) / "snapshots").glob("*"))):
+        remedy = f"give the directory of a snapshot, such as {snapshots[-1]}"
+    table = read_json(file, remedy)
     config = from_published(table, str(file))
     if unread := unread_keys(table, config.model_type):
         more = f" and {len(unread) - _MOST_NAMED} more" if len(unread) > _MOST_NAMED else ""
