@@ -3,6 +3,7 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -96,8 +97,9 @@ def served(monkeypatch):
     """Runs `serve` without serving; returns what the application would be made with."""
     made = {}
 
-    def create(exports, queue_limit, access):
+    def create(models, queue_limit, access, load):
         made.update(queue_limit=queue_limit, access=access)
+        return SimpleNamespace(state=SimpleNamespace(workers={}))
 
     monkeypatch.setattr(server_module, "create_app", create)
     monkeypatch.setattr(server_module, "Server", lambda app: app)
