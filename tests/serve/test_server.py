@@ -3,6 +3,7 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -98,6 +99,7 @@ def served(monkeypatch):
 
     def create(models, queue_limit, access, load):
         made.update(queue_limit=queue_limit, access=access)
+        return SimpleNamespace(state=SimpleNamespace(workers={}))
 
     monkeypatch.setattr(server_module, "create_app", create)
     monkeypatch.setattr(server_module, "Server", lambda app: app)
