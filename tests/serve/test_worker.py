@@ -254,8 +254,11 @@ def test_an_engine_that_cannot_be_restarted_fails_its_jobs_and_lives(run_directo
         told = threading.Event()
         step, restart = worker._engine.step, worker._engine.restart
 
+        tries = []
+
         def no_memory():
             assert told.wait(20), "the client must be told before the restart"
+            tries.append(1)
             raise MemoryError
 
         worker._engine.step, worker._engine.restart = broken, no_memory
@@ -267,6 +270,8 @@ def test_an_engine_that_cannot_be_restarted_fails_its_jobs_and_lives(run_directo
             told.set()
             assert await asyncio.to_thread(settles, lambda: worker.trouble is not None)
             assert worker.trouble == "it could not be restarted after a fault"
+            await asyncio.sleep(0.05)
+            assert len(tries) == 1, "it is tried again with the next request only"
             worker._engine.step = step
             worker.submit(second)
             assert isinstance(await next_event(second), Failure)
