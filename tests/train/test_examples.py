@@ -87,3 +87,11 @@ def test_rows_are_filled_in_order() -> None:
     assert {name: tensor.dtype for name, tensor in batch._asdict().items()} == {
         name: torch.bool if name == "loss_mask" else torch.int64 for name in batch._fields
     }
+
+
+def test_a_row_is_filled_to_its_last_token() -> None:
+    """Two examples of three inputs each are a whole row of six; a longer one begins the next."""
+    example = ([1, 2, 3, 4], [False, True, True, True])
+    packed = pack_examples([example, example, ([1, 2], [False, True])], 6, pad_id=0)
+    assert packed.starts == [0, 3, 6]
+    assert packed.batch.segments.tolist() == [[0, 0, 0, 1, 1, 1], [0, -1, -1, -1, -1, -1]]
