@@ -66,12 +66,11 @@ class OwnText:
         return sha256_json([table, self.exclude, self.assignments, self.name])
 
     def recipe_with(self, fitted: dict[str, Any]) -> Recipe:
-        """The recipe with these values of `FITTED`, but for those that --set gives."""
+        """The recipe with these values of `FITTED`, by dotted key."""
         table = self.table()
         for key, value in fitted.items():
-            if not self.sets(key):
-                section, _, name = key.partition(".")
-                table[section][name] = value
+            section, _, name = key.partition(".")
+            table[section][name] = value
         return recipe_of(table, self.recipe)
 
     def table(self) -> dict[str, Any]:
