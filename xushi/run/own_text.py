@@ -102,8 +102,9 @@ class OwnText:
         return {"name": "text", "kind": "text", "glob": globs, "exclude": exclude}
 
     def sets(self, key: str) -> bool:
-        """Whether --set gives the key."""
-        return any(each.partition("=")[0].strip() == key for each in self.assignments)
+        """Whether --set gives the key, or a whole table that it is in."""
+        given = (each.partition("=")[0].strip() for each in self.assignments)
+        return any(key == each or key.startswith(f"{each}.") for each in given)
 
 
 def own_text_recipe(asked: OwnText, directory: Path, update: bool) -> tuple[Recipe, bool]:
