@@ -120,6 +120,8 @@ def test_set_has_the_last_word_and_is_fitted_around(tmp_path: Path) -> None:
     sets = ("pretrain.steps=77", "tokenizer.vocab_size=300", "name=mine")
     recipe = recipe_for(notes, sets=sets)
     assert (recipe.pretrain.steps, recipe.tokenizer.vocab_size, recipe.name) == (77, 300, "mine")
+    table = recipe_for(notes, sets=("tokenizer={vocab_size=400}",))
+    assert table.tokenizer.vocab_size == 400
     smaller = recipe_for(notes, sets=("pretrain.batch_tokens=512",))
     assert smaller.pretrain.steps == MOST_EPOCHS * 10_000 // (2 * 512)
 

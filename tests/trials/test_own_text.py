@@ -72,7 +72,7 @@ class User:
 
 @pytest.fixture
 def user(tmp_path: Path) -> User:
-    environment = {**os.environ, "XUSHI_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     user = User(tmp_path / "home", environment)
     draw = random.Random(0)
     for number in range(30):
@@ -214,23 +214,22 @@ def test_a_mixed_folder_is_trained_on_in_any_locale(mixed: User) -> None:
 # Plans
 
 
-def plan(user: User, *words: str | Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("XUSHI_CACHE", user.environment["XUSHI_CACHE"])
+def plan(user: User, *words: str | Path) -> str:
     done = xushi_here("train", *words, *SETTINGS, *STEPS, "--dry-run", "--out", user.run)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_a_plan_begins_with_one_sentence(mixed: User, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = plan(mixed, mixed.notes, monkeypatch=monkeypatch).splitlines()[0]
+def test_a_plan_begins_with_one_sentence(mixed: User) -> None:
+    first = plan(mixed, mixed.notes).splitlines()[0]
     assert first.startswith("It takes about ") and " of memory" in first
     assert "leaves out 1 hidden file or directory" in first
     assert "5 PDF and office documents" in first and first.endswith(".")
     assert not mixed.run.exists()
 
 
-def test_a_plan_for_programs(mixed: User, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: dict[str, Any] = json.loads(plan(mixed, mixed.notes, "--json", monkeypatch=monkeypatch))
+def test_a_plan_for_programs(mixed: User) -> None:
+    told: dict[str, Any] = json.loads(plan(mixed, mixed.notes, "--json"))
     stages = ("data", "tokenizer", "pretrain", "evaluate", "export")
     assert all(told[f"seconds.{stage}"] > 0 for stage in stages)
     assert told["seconds.total"] == pytest.approx(sum(told[f"seconds.{s}"] for s in stages))

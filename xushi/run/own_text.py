@@ -67,12 +67,11 @@ class OwnText:
         return sha256_json([table, self.exclude, self.assignments, self.name])
 
     def recipe_with(self, fitted: dict[str, Any]) -> Recipe:
-        """The recipe with these values of `FITTED`, but for those that --set gives."""
+        """The recipe with these values of `FITTED`, by dotted key."""
         table = self.table()
         for key, value in fitted.items():
-            if not self.sets(key):
-                section, _, name = key.partition(".")
-                table[section][name] = value
+            section, _, name = key.partition(".")
+            table[section][name] = value
         return recipe_of(table, self.recipe)
 
     def table(self) -> dict[str, Any]:
@@ -107,8 +106,9 @@ class OwnText:
         return {"name": "text", "kind": "text", "glob": globs, "exclude": exclude}
 
     def sets(self, key: str) -> bool:
-        """Whether --set gives the key."""
-        return any(each.partition("=")[0].strip() == key for each in self.assignments)
+        """Whether --set gives the key, or a whole table that it is in."""
+        given = (each.partition("=")[0].strip() for each in self.assignments)
+        return any(key == each or key.startswith(f"{each}.") for each in given)
 
 
 def own_text_recipe(asked: OwnText, directory: Path, update: bool) -> tuple[Recipe, bool]:
