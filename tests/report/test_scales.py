@@ -102,6 +102,12 @@ def test_labels_that_would_overlap_are_left_out_evenly_and_return_with_the_width
     assert shown_from([], 0.0) == []
 
 
+def test_a_label_of_a_narrow_chart_is_there_in_a_wide_one_too() -> None:
+    """Every second of nine fits 370 pixels and every third 150, where every fourth is shown."""
+    labels = [TickLabel("100 k", place / 10) for place in range(1, 10)]
+    assert shown_from(labels, 270.0) == [280, None, 640, None, 420, None, 640, None, 420]
+
+
 def test_labels_at_the_edges_stay_inside_the_plot() -> None:
     assert TickLabel("1234", 0.03).extent(100.0) == (3.0, 31.0)
     assert TickLabel("1234", 0.5).extent(100.0) == (36.0, 64.0)

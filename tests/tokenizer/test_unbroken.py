@@ -89,10 +89,21 @@ def test_two_characters_lead_into_a_window() -> None:
     """Line ends belong to the marks before them; after a space alone they would be white space,
     which goes on behind them.
     """
-    spaces = "".join(random.Random(8).choices(" \n", k=3000))
-    tokenizer = Tokenizer.train([spaces], 300)
+    tokenizer = Tokenizer.train(
+        ["\n  \n  \n   \n" * 100], 266
+    )  # no token has two line feeds in a row
     text = " " + "!" * 100 + "\n" * 100 + "  \n \n x"
     whole = tokenizer._backend.encode(text, add_special_tokens=False).ids
     for window in range(30, 90, 7):
         unbroken = UnbrokenText(tokenizer._backend, tokenizer.byte_lengths, window, 12)
         assert unbroken.encode(text) == whole
+
+
+@pytest.mark.parametrize("run", [" ", "a"])
+def test_a_window_that_grew_is_small_again(wide: Tokenizer, run: str) -> None:
+    text = "x\n" + run * 3000 + "\n" + "word, " * 500
+    given = _Counting(wide)
+    ids = UnbrokenText(given, wide.byte_lengths, window=100, overlap=200).encode(text)
+    assert ids == wide._backend.encode(text, add_special_tokens=False).ids
+    assert max(given.lengths) > 200
+    assert max(given.lengths[-10:]) == 100
