@@ -190,7 +190,7 @@ def test_a_dry_run_has_its_cost(folder: Path) -> None:
 def test_an_environment_with_a_tool_goes_through_every_stage(tmp_path: Path) -> None:
     """The game of game.py: its vocabulary has tool tokens, its card is the model's, its run has it."""
     directory = tmp_path / "run"
-    results = run(load_recipe(HERE / "game.toml", []), directory)
+    results = run(load_recipe(HERE / "game.toml", ["evaluate.control=true"]), directory)
     assert results is not None
     names = [stage.name for stage in load_recipe(directory / "recipe.toml", []).run_stages()]
     assert [f"seconds.{name}" in results for name in names] == [True] * 8
