@@ -267,6 +267,19 @@ def test_the_language_and_the_model_can_change_during_an_answer(visit, check, st
 
 
 @IN_BROWSER
+def test_a_reload_during_an_answer_stops_it(visit, check, steps):
+    tab = visit()
+    tab.click("#models button:nth-child(2)")
+    tab.fill("#input", "import os")
+    tab.keyboard.press("Control+Enter")
+    check(tab.locator("#send")).to_have_text("Stop")
+    tab.reload()
+    tab.click("#models button:nth-child(2)")
+    check(tab.locator(".note")).to_have_text("Stopped.")
+    check(tab.locator(".turn .prompt")).to_have_text("import os")
+
+
+@IN_BROWSER
 def test_an_error_keeps_what_was_written(visit, check):
     tab = visit()
     bodies = replies(tab, NINE, "cut", refusal("queue_full"), NINE)
