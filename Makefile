@@ -79,6 +79,6 @@ $(VENV)/.slow: $(VENV)/.dev $(CLIENTS)
 	@for list in $(CLIENTS); do name=$$(basename $$list .txt); echo "installing $$name for its tests"; \
 	  rm -rf $(VENV)/clients/$$name; \
 	  $(RUN) -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --no-deps \
-	    --target $(VENV)/clients/$$name -r $$list || exit 1; done
+	    --target $(VENV)/clients/$$name -r $$list 2> >(grep -v '^WARNING:' >&2) || exit 1; done
 	$(chromium)
 	@touch $@
