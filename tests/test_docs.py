@@ -186,7 +186,7 @@ def test_commands_have_these_options(words: list[str]) -> None:
 def test_the_synopsis_names_the_options_that_there_are() -> None:
     """docs/run.md has a line for each command, with its options and no others."""
     text = (ROOT / "docs" / "run.md").read_text(encoding="utf-8")
-    synopsis = re.search(r"^```\n(xushi run .*?)^```", text, re.M | re.S)
+    synopsis = re.search(r"^```\n(xushi train .*?)^```", text, re.M | re.S)
     assert synopsis is not None
     told: dict[str, set[str]] = {}
     for part in re.split(r"xushi |·", synopsis[1]):

@@ -11,6 +11,7 @@ from xushi.base.tracking import BatchRecord
 from xushi.envs import DigitSum
 from xushi.model import Batch
 from xushi.run.recipe import load_recipe
+from xushi.run.stages import Costs
 from xushi.run.stages.conversations import (
     conversation,
     demonstration_spans,
@@ -152,4 +153,5 @@ def test_an_estimate_counts_the_conversation() -> None:
     recipe = load_recipe(ROOT / "recipes" / "demo.toml", ["sft.follow_up_share=0"])
     more = load_recipe(ROOT / "recipes" / "demo.toml", ["sft.follow_up_share=0.9"])
     stages = [{s.name: s for s in each.run_stages()}["sft"] for each in (recipe, more)]
-    assert stages[1].seconds(1.0) > 2 * stages[0].seconds(1.0) > 0
+    costs = Costs(1e-3, 1e-4, 1.0, 2.0, 3.0, 10_000, 50_000_000)
+    assert stages[1].seconds(costs) > 2 * stages[0].seconds(costs) > 0

@@ -2,6 +2,7 @@
 that its key names. How answers are sampled and counted is tested in tests/evaluate.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,11 +25,13 @@ def digits(environment: Any) -> tuple[int, int]:
     return environment.config.min_digits, environment.config.max_digits
 
 
-def greedy(model, tokenizer, environment, config, seed, *, think=False) -> list[Any]:
+def greedy(model, tokenizer, environment, config, seed, *, think=False, ended) -> list[Any]:
+    ended()
     return [("greedy", model, digits(environment), "made to think" if think else "as it likes")]
 
 
-def sampled(model, tokenizer, environment, config, seed) -> Any:
+def sampled(model, tokenizer, environment, config, seed, ended) -> Any:
+    ended()
     return "sampled", model, digits(environment)
 
 
@@ -53,7 +56,10 @@ def test_every_rate_is_of_the_model_and_the_tasks_that_it_names(
     stage: Evaluate, tmp_path: Path
 ) -> None:
     samples: dict[str, Any] = {}
-    figures = stage._answers(RunPlace(tmp_path, Tracking(None)), samples)
+    ended: list[None] = []
+    place = RunPlace(tmp_path, Tracking(None))
+    figures = stage._answers(place, samples, lambda: ended.append(None))
+    assert len(ended) == 2 * 3 + 2  # each measurement is told of
     wanted = {}
     for when, model in (("before", "sft"), ("after", "rl")):
         wanted[f"greedy_{when}"] = ("greedy", model, SCORED, "as it likes")
@@ -62,7 +68,7 @@ def test_every_rate_is_of_the_model_and_the_tasks_that_it_names(
         wanted[f"longer_greedy_{when}"] = ("greedy", model, LONGER, "as it likes")
         assert samples[when] == [wanted[f"greedy_{when}"]]
     wanted["forced_before"] = ("greedy", "sft", SCORED, "made to think")
-    wanted["sft_equal_time"] = ("greedy", "control", SCORED, "as it likes")
+    wanted["sft_equal_flops"] = ("greedy", "control", SCORED, "as it likes")
     assert figures.rates == wanted
     assert figures.means == {
         f"{name}_{when}": value
@@ -78,10 +84,13 @@ def test_bits_are_the_pretrained_models_beside_each_compressors(
 ) -> None:
     asked = []
 
-    def bits(model: Any, tokens: Path, rows: int) -> Any:
+    def bits(model: Any, tokens: Path, rows: int, progress: Callable[[int], None]) -> Any:
         asked.append(model)
+        progress(5)
         return SimpleNamespace(total=6.0, write=lambda path: asked.append(path.name))
 
+    packed = SimpleNamespace(packed=SimpleNamespace(sequences=5))
+    monkeypatch.setattr(module, "HeldoutText", SimpleNamespace(open=lambda tokens: packed))
     monkeypatch.setattr(module, "heldout_bytes", lambda corpus: b"abc")
     monkeypatch.setattr(module, "training_texts", lambda corpus: ["what ", "was read"])
     monkeypatch.setattr(module, "bits_by_document", bits)

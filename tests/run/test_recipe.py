@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from xushi.base.config import read_toml
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 from xushi.base.messages import Message
 from xushi.envs import DigitSum
 from xushi.run.recipe import Recipe, load_recipe
@@ -204,6 +204,10 @@ def test_every_number_of_a_recipe_is_bounded_where_it_is_declared() -> None:
     for key, kind, limits in found:
         if key == "model.compress_ratios":
             assert "max_length" in limits  # its numbers are checked against the two rates
+        elif key == "model.eos_token_id":  # a number or a list: each has its own bounds
+            for wrong in ("-1", "10_000_001", "[]", "[-1]"):
+                with pytest.raises(BadInput, match="eos_token_id"):
+                    load_recipe(MINIATURE, [f"{key}={wrong}"])
         elif kind is list:
             assert "max_length" in limits, key
         else:

@@ -95,7 +95,7 @@ def test_what_training_ends_with() -> None:
         ({"batch_tokens_first": 8}, "needs both"),
         ({"batch_ramp_steps": 3}, "needs both"),
         ({"batch_tokens_first": 16, "batch_ramp_steps": 3}, "at most batch_tokens"),
-        ({"schedule": "cosine", "decay_fraction": 0.2}, "has no decay_fraction"),
+        ({"schedule": "cosine", "decay_fraction": 0.2}, "decay_fraction=0.2 has no meaning"),
         ({"schedule": "cosine", "warmup_steps": 10}, "more steps than warmup_steps"),
         ({"final_rate": 1.5}, r"final_rate\n.*less than or equal to 1 "),
         ({"mtp_late_fraction": -1.0}, r"mtp_late_fraction\n.*greater than or equal to 0 "),
