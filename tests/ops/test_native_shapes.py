@@ -86,7 +86,8 @@ def loss_and_gradients(
 @given(case=cases())
 def test_any_shape(case: tuple[ModelConfig, int, int]) -> None:
     """Compares norms. Allowed are 2^13 float32 roundings, as many as the longest sum has terms, and
-    a dozen roundings to bfloat16.
+    a dozen roundings to bfloat16, or twice what the plain form loses in bfloat16: some gradients
+    are the small rest of large terms, such as that of a latent of one channel before its norm.
     """
     config, length, seed = case
     pinned: list[torch.Tensor] = []
@@ -96,7 +97,9 @@ def test_any_shape(case: tuple[ModelConfig, int, int]) -> None:
         half = loss_and_gradients(config, length, seed, torch.bfloat16, pinned)
         patch.setenv("XUSHI_OPS", "pytorch")
         plain = loss_and_gradients(config, length, seed, None, pinned)
+        plain_half = loss_and_gradients(config, length, seed, torch.bfloat16, pinned)
     whole = torch.stack([tensor.norm() for tensor in plain[1:]]).norm()
-    for got, rough, want in zip(fast, half, plain, strict=True):
+    for got, rough, want, peer in zip(fast, half, plain, plain_half, strict=True):
         assert (got - want).norm() <= 2.0**-11 * (want.norm() + 1e-2 * whole)
-        assert (rough - want).norm() <= 12 * 2.0**-8 * (want.norm() + 0.1 * whole)
+        roundings = 12 * 2.0**-8 * (want.norm() + 0.1 * whole)
+        assert (rough - want).norm() <= max(roundings, 2 * (peer - want).norm())
