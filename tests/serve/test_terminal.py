@@ -279,3 +279,13 @@ def test_the_greeting_says_what_each_model_can_do(run_directory, capsys):
     out = capsys.readouterr().out
     assert "It adds digits." in out
     assert "/help" in out and "83514927" in out
+
+
+def test_a_model_that_only_continues_a_text_says_so(run_directory, capsys):
+    """Also where it is asked once; the text alone is on standard output."""
+    chat(run_directory / "export" / "base", "12", max_tokens=3, seed=1)
+    printed = capsys.readouterr()
+    assert "base has no chat template: it continues your text." in printed.err
+    assert "template" not in printed.out
+    chat(run_directory, "12", max_tokens=3, seed=1)
+    assert "template" not in capsys.readouterr().err

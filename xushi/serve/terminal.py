@@ -101,9 +101,13 @@ class Terminal:
             self._note(" ".join(part for part in parts if part))
             if card.example:
                 self._note(f"  for example: {card.example.rstrip()}")
+        self.say_if_it_only_continues()
+        self._note("/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat.")
+
+    def say_if_it_only_continues(self) -> None:
+        """Say that there is no model here that answers."""
         if not self.chats:
             self._note(f"{self._completing} has no chat template: it continues your text.")
-        self._note("/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat.")
 
     def turn(self, line: str) -> bool:
         """Obey or answer one line; False where it ends the chat. An error is printed and the
@@ -311,6 +315,8 @@ def chat(
 
 def _run(terminal: Terminal, question: str | None, interactive: bool) -> int:
     """Answer what is asked; returns the exit code."""
+    if not interactive:
+        terminal.say_if_it_only_continues()
     if question is not None:
         if not question.strip():
             raise BadInput("the question is empty", "give a text, or leave it out to chat")
