@@ -1,4 +1,4 @@
-"""Commands about models: chat, serve, inspect, export."""
+"""Commands about models: chat, serve, evaluate, inspect, export."""
 
 import json
 import os
@@ -13,6 +13,8 @@ from xushi.base.errors import BadInput
 from xushi.cli.app import JsonOption, app, print_table
 
 if TYPE_CHECKING:
+    import torch
+
     from xushi.engine import LLM
 
 
@@ -31,16 +33,22 @@ CacheOption = Annotated[
 ]
 
 
-def _loader(template: Path | None, dtype: str, cache_tokens: int | None) -> "Callable[[Path], LLM]":
-    """Opens a model's directory with the options of the command line."""
+def _dtype(name: str) -> "torch.dtype | None":
+    """The dtype of a name on the command line."""
     import torch
 
+    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
+    if name not in dtypes:
+        raise BadInput(f"--dtype {name} is not known", f"use one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def _loader(template: Path | None, dtype: str, cache_tokens: int | None) -> "Callable[[Path], LLM]":
+    """Opens a model's directory with the options of the command line."""
     from xushi.engine import LLM
 
-    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
-    if dtype not in dtypes:
-        raise BadInput(f"--dtype {dtype} is not known", f"use one of {', '.join(dtypes)}")
-    return lambda path: LLM(path, dtypes[dtype], cache_tokens, template)
+    chosen = _dtype(dtype)
+    return lambda path: LLM(path, chosen, cache_tokens, template)
 
 
 @app.command()
@@ -117,6 +125,27 @@ def serve(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+@app.command()
+def evaluate(
+    directory: Annotated[
+        Path, typer.Argument(help="a model in Hugging Face's layout, such as runs/demo/export/base")
+    ],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="PATH...", help="text files, directories and patterns")
+    ],
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Bits per byte of text files by a model, beside gzip, xz and zstd."""
+    from xushi.evaluate import evaluate_texts
+
+    found = evaluate_texts(directory, paths, _dtype(dtype))
+    if as_json:
+        print(json.dumps(found))
+    else:
+        print_table(found)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from xushi.evaluate.measure import (
     summarise,
 )
 from xushi.evaluate.statistics import mean_interval, pass_at_k, pass_at_k_interval, wilson
+from xushi.evaluate.texts import bits_of_texts, evaluate_texts
 
 __all__ = [
     "Branch",
@@ -25,7 +26,9 @@ __all__ = [
     "Sampled",
     "accuracy",
     "bits_by_document",
+    "bits_of_texts",
     "bits_per_byte",
+    "evaluate_texts",
     "evaluation_tasks",
     "examples_of",
     "mean_interval",

@@ -92,20 +92,29 @@ class DocumentBits:
             ) from None
 
 
-@torch.no_grad()
 def bits_by_document(
     model: Deepseek,
     tokens: Path,
     batch_size: int,
     done: Callable[[int], None] = lambda _: None,
 ) -> DocumentBits:
-    """What `model` needs for each held-out document of the directory `tokens`, in one pass.
+    """`bits_of_documents` of the held-out text in the directory `tokens`."""
+    return bits_of_documents(model, HeldoutText.open(tokens), batch_size, done)
+
+
+@torch.no_grad()
+def bits_of_documents(
+    model: Deepseek,
+    heldout: HeldoutText,
+    batch_size: int,
+    done: Callable[[int], None] = lambda _: None,
+) -> DocumentBits:
+    """What `model` needs for each document, in one pass.
 
     Every target token belongs to the document it is from, eos included, so two models (or two
     tokenizers) on the same corpus can be compared in pairs of documents. `done` is called after
     each batch with the number of sequences so far.
     """
-    heldout = HeldoutText.open(tokens)
     nats_D = np.zeros(len(heldout.uids))
     nats = 0.0
     rows = 0

@@ -1,0 +1,65 @@
+"""Bits per byte of text files, against the model's own logits and through the command."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from xushi.base.errors import BadInput
+from xushi.evaluate import bits_of_texts, evaluate_texts, texts
+from xushi.model import load_pretrained
+from xushi.tokenizer import Tokenizer
+
+from ..miniature import xushi_here
+
+TEXTS = ["12345 and 67", "", "是的, 12\n" * 30]
+
+
+@pytest.fixture
+def base(chain) -> Path:
+    return chain.directory / "export" / "base"
+
+
+def test_each_text_costs_what_the_logits_say(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 16 tokens: each begins anew, and no text sees another."""
+    monkeypatch.setattr(texts, "WINDOW", 16)
+    model, tokenizer = load_pretrained(base), Tokenizer.load(base)
+    found = bits_of_texts(model, tokenizer, TEXTS)
+    offset = 0
+    for number, text in enumerate(TEXTS):
+        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+        bits, begin = 0.0, 0
+        while begin < len(ids) - 1:  # to the next border of the windows
+            end = min(begin + 16 - (offset + begin) % 16, len(ids) - 1)
+            logits = model(torch.tensor([ids[begin:end]])).logits[0].detach().double().log_softmax(-1)
+            wanted = torch.tensor(ids[begin + 1 : end + 1])
+            bits -= float(logits[range(end - begin), wanted].sum()) / math.log(2)
+            begin = end
+        offset += len(ids) - 1
+        # Two float32 forms of the same sum of some hundred terms.
+        assert found.bits_D[number] == pytest.approx(bits, rel=1e-5, abs=1e-5)
+    assert found.bytes_D.tolist() == [len(text.encode()) for text in TEXTS]
+    assert found.total == pytest.approx(found.bits_D.sum(), rel=1e-5)
+
+
+def test_the_command(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXTS[2])
+    (tmp_path / "b.bin").write_bytes(b"\0\1")
+    done = xushi_here("evaluate", base, tmp_path, "--json")
+    figures = json.loads(done.stdout)
+    assert figures["documents"] == 1 and figures["bytes"] == len(TEXTS[2].encode())
+    assert figures["left_out"] == "1 binary file"
+    model, tokenizer = load_pretrained(base), Tokenizer.load(base)
+    wanted = bits_of_texts(model, tokenizer, [TEXTS[2]]).total / figures["bytes"]
+    assert figures["bits_per_byte"] == pytest.approx(wanted, rel=1e-6)
+    assert figures["bits_per_byte_xz"] > 0 and figures["model"] == "base"
+
+
+def test_what_cannot_be_evaluated(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="nothing"):
+        evaluate_texts(base, [str(tmp_path / "nothing.txt")])
+    (tmp_path / "a.txt").write_text("12")
+    with pytest.raises(BadInput, match=r"config\.json"):
+        evaluate_texts(tmp_path, [str(tmp_path / "a.txt")])

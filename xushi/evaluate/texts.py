@@ -1,0 +1,77 @@
+"""Bits per byte of somebody's own text files, by the model of any directory.
+
+Not here: the held-out text of a run (bits).
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xushi.base.progress import StepProgress
+from xushi.data import HeldoutText, SourceConfig
+from xushi.data.left_out import counts, in_short
+from xushi.data.names import written
+from xushi.data.packing import PackedSource
+from xushi.data.sources import read_source
+from xushi.engine import LLM
+from xushi.evaluate.bits import DocumentBits, bits_of_documents
+from xushi.evaluate.compressors import bits_per_byte
+from xushi.model import Deepseek
+from xushi.tokenizer import Vocabulary
+
+WINDOW = 2048  # tokens that are predicted from one another, or the model's context if it is smaller
+ROWS_AT_ONCE = 4
+
+
+def evaluate_texts(
+    directory: Path, paths: Sequence[str], dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Bits per byte of the text files of `paths` (files, directories and patterns), beside those of
+    compressors, under dotted keys. `directory` holds a model, `dtype` is as for `LLM`.
+
+    What cannot be read as text is left out and counted; paths without any text are a `XushiError`.
+    """
+    globs = [written(os.path.abspath(os.path.expanduser(path))) for path in paths]
+    source = read_source(SourceConfig(name="text", kind="text", glob=globs))
+    texts = [document.text for document in source.documents]
+    llm = LLM(directory, dtype, slots=1)  # nothing is generated, so a cache would be for nothing
+    found = bits_of_texts(llm.engine.model, llm.tokenizer, texts)
+    data = "".join(texts).encode()
+    others = {f"bits_per_byte_{name}": bits_per_byte(data, name) for name in ("gzip", "xz", "zstd")}
+    return {
+        "model": llm.name,
+        "documents": len(texts),
+        "bytes": len(data),
+        "left_out": in_short(counts([source.left_out])),
+        "window_tokens": _window(llm.engine.model),
+        "bits_per_byte": found.total / len(data),
+        **others,
+    }
+
+
+def bits_of_texts(model: Deepseek, tokenizer: Vocabulary, texts: Sequence[str]) -> DocumentBits:
+    """What `model` needs for each text, in windows of `WINDOW` tokens that do not overlap.
+
+    Each text begins with bos, or with an end token where the vocabulary has no bos. The end of a
+    text is not predicted, since models differ in which token that is.
+    """
+    first = min(tokenizer.eos_ids) if tokenizer.bos_id is None else tokenizer.bos_id
+    ids = [[first, *tokenizer.encode(text)] for text in texts]
+    starts = np.cumsum([0, *map(len, ids)])
+    flat = np.array([token for each in ids for token in each], dtype=np.uint32)
+    uids = [number.to_bytes(16, "big") for number in range(len(ids))]
+    sizes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
+    packed = PackedSource(flat, starts, uids, _window(model), first)
+    heldout = HeldoutText(uids, sizes, packed)
+    with StepProgress("evaluate", packed.sequences) as progress:
+        return bits_of_documents(
+            model, heldout, ROWS_AT_ONCE, lambda done: progress.update(done, "windows of text")
+        )
+
+
+def _window(model: Deepseek) -> int:
+    return min(WINDOW, model.config.max_position_embeddings)
