@@ -33,7 +33,9 @@ def test_each_text_costs_what_the_logits_say(base: Path, monkeypatch: pytest.Mon
         bits, begin = 0.0, 0
         while begin < len(ids) - 1:  # to the next border of the windows
             end = min(begin + 16 - (offset + begin) % 16, len(ids) - 1)
-            logits = model(torch.tensor([ids[begin:end]])).logits[0].detach().double().log_softmax(-1)
+            logits = (
+                model(torch.tensor([ids[begin:end]])).logits[0].detach().double().log_softmax(-1)
+            )
             wanted = torch.tensor(ids[begin + 1 : end + 1])
             bits -= float(logits[range(end - begin), wanted].sum()) / math.log(2)
             begin = end
