@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import xushi
 from xushi.base.errors import BadInput, XushiError
+from xushi.base.model_directory import model_name
 from xushi.engine import SamplingParams, generate_ids
 from xushi.model import load_pretrained
 
@@ -92,7 +93,7 @@ def compared(directory: Path, dtype: torch.dtype, device: str, tokens: int) -> d
     for text in told(texts, "transformers"):
         comparison.add(text, scored(model, text.ids, text.start, device))
     return {
-        "checkpoint": directory.resolve().name,
+        "checkpoint": model_name(directory),
         **facts,
         "dtype": str(dtype).removeprefix("torch."),
         "device": device,

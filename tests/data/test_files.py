@@ -1,5 +1,6 @@
 """Which files a source has: what is left out and why, links, runs, several paths, any name."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from xushi.base.errors import BadInput
 from xushi.data import SourceConfig
+from xushi.data import files as module
 from xushi.data.files import find_files, is_run
 from xushi.data.names import written
 
@@ -224,11 +226,11 @@ def test_the_file_that_messages_go_to_is_not_text(tmp_path: Path) -> None:
 
 
 def test_what_may_not_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, "a.md", "closed/b.md", "secret")
+    write(tmp_path, "a.md", "closed/b.md", "secret", "secret.md")
     scandir, real_open = os.scandir, open
 
     def forbidden(path: object) -> None:
-        if str(path).endswith(("closed", "secret")):
+        if str(path).endswith(("closed", "secret", "secret.md")):
             raise PermissionError(13, "Permission denied", str(path))
 
     def scan(path: object) -> object:
@@ -242,4 +244,39 @@ def test_what_may_not_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("os.scandir", scan)
     monkeypatch.setattr("builtins.open", opened)
     assert found(tmp_path) == ["a.md"]
-    assert left_out(tmp_path) == {"unreadable": (2, ["closed", "secret"])}
+    assert left_out(tmp_path) == {"unreadable": (3, ["closed", "secret"])}
+
+
+def test_a_pattern_to_exclude_means_the_same_beside_another_path(tmp_path: Path) -> None:
+    """Names begin at what holds all paths; a pattern is tried from there and within each path."""
+    write(tmp_path, "notes/drafts/secret.md", "notes/a.md", "book.txt")
+    globs = [str(tmp_path / "notes"), str(tmp_path / "book.txt")]
+    for pattern in ("drafts/*", "drafts", "drafts/", "notes/drafts"):
+        source = SourceConfig(name="t", kind="text", glob=globs, exclude=[pattern])
+        assert [file.meta["path"] for file in find_files(source).files] == [
+            "book.txt",
+            "notes/a.md",
+        ]
+
+
+def test_a_mistyped_pattern_is_told_beside_other_paths(tmp_path: Path) -> None:
+    write(tmp_path, "o/a.md", "n/.git/config", "n/b.md")
+    (tmp_path / "empty").mkdir()
+    for wrong in ("n/**/*.mdd", "empty"):
+        globs = [str(tmp_path / "o"), str(tmp_path / wrong)]
+        with pytest.raises(BadInput, match="no file matches"):
+            find_files(SourceConfig(name="t", kind="text", glob=globs))
+
+
+def test_a_folder_that_disappears_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "a.md", "gone/b.md")
+    identity = module._identity
+
+    def vanish(path: Path) -> object:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+        return identity(path)
+
+    monkeypatch.setattr(module, "_identity", vanish)
+    with pytest.raises(BadInput, match="gone disappeared while the text was read"):
+        found(tmp_path)

@@ -2,15 +2,19 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from xushi.base.errors import BadInput
+from xushi.engine import LLM
 from xushi.evaluate import bits_of_texts, evaluate_texts, texts
 from xushi.model import load_pretrained
 from xushi.tokenizer import Tokenizer
+from xushi.tokenizer.config import SPECIAL_TOKENS
+from xushi.tokenizer.published import PublishedTokenizer
 
 from ..miniature import xushi_here
 
@@ -65,3 +69,27 @@ def test_what_cannot_be_evaluated(base: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("12")
     with pytest.raises(BadInput, match=r"config\.json"):
         evaluate_texts(tmp_path, [str(tmp_path / "a.txt")])
+
+
+def test_what_a_text_spells_is_its_own(base: Path, tmp_path: Path) -> None:
+    """Also where the tokenizer of a published model reads a spelled token as that token."""
+    shutil.copytree(base, tmp_path / "model")
+    edited = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    # A digit's own step of the pre-tokenizer, spelled otherwise: no longer xushi's own form.
+    edited["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "[0-9]"
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(edited))
+    tokenizer = LLM(tmp_path / "model", slots=1).tokenizer
+    spelled = SPECIAL_TOKENS[1]
+    assert isinstance(tokenizer, PublishedTokenizer)
+    assert set(tokenizer.encode(f"a{spelled}b")) & tokenizer.eos_ids
+    found = bits_of_texts(load_pretrained(base), tokenizer, [f"a{spelled}b"])
+    own = bits_of_texts(load_pretrained(base), Tokenizer.load(base), [f"a{spelled}b"])
+    assert found.total == pytest.approx(own.total, rel=1e-6)
+
+
+def test_files_without_text(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(BadInput, match="the files have no text"):
+        evaluate_texts(base, [str(tmp_path / "a.txt")])
+    with pytest.raises(BadInput, match="a PATH is empty"):
+        evaluate_texts(base, [""])

@@ -174,3 +174,19 @@ def test_a_full_cache_says_what_to_do_and_works_on() -> None:
     cache.extend([(first, [3])])
     cache.free(first)
     assert cache.available == 3
+
+
+def test_clearing_leaves_nothing_of_a_failed_call() -> None:
+    """NaN would stay NaN where it is masked."""
+    cache = LatentCache(CONFIG, 6)
+    first = cache.allocate()
+    slots = cache.extend([(first, [1, 2, 3])])
+    assert slots is not None
+    for layer in cache.layers:
+        layer[:3] = float("nan")  # those given away, wherever they are
+        layer[-3:] = float("nan")
+    used = set(cache._slots[first])
+    cache.clear()
+    assert cache.available == 6
+    for layer in cache.layers:
+        assert all(not layer[slot].isnan().any() for slot in used)

@@ -11,6 +11,7 @@ from xushi.base.errors import BadInput
 from xushi.base.files import write_json
 from xushi.base.tracking import Tracking
 from xushi.run import directory as module
+from xushi.run import run as run_recipe
 from xushi.run.directory import claim, is_same_elsewhere, kept_recipe, own
 from xushi.run.place import RunPlace, StageRecord, write_record
 from xushi.run.recipe import Recipe, load_recipe
@@ -149,3 +150,24 @@ def test_what_killed_starts_left_is_removed_and_nothing_else(tmp_path: Path) -> 
         claim(recipe, tmp_path, update=False)
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert found == {".lock", "run.json", "recipe.toml", "stages", *others}
+
+
+def test_a_run_of_another_format_is_refused_as_it_is(notes: Path, run: Path) -> None:
+    """Its records have another form, which is not told as damage: nothing is to be removed."""
+    (run / "stages").mkdir()
+    write_json(run / "run.json", {"format": 2, "recipe_hash": "0"})
+    write_json(run / "stages" / "data.json", {"key": "0", "seconds": 1.0, "results": {}})
+    with pytest.raises(BadInput, match="format 2"):
+        run_recipe(recipe_of(notes), run)
+    assert sorted(path.name for path in (run / "stages").iterdir()) == ["data.json"]
+
+
+def test_text_that_became_too_small_leaves_the_finished_run(
+    notes: Path, place: RunPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Data(recipe_of(notes))
+    for file in notes.iterdir():
+        file.write_text("a")
+    with pytest.raises(BadInput):
+        stage.prepare_again(place)
+    assert place.corpus.exists()

@@ -128,7 +128,7 @@ def test_set_has_the_last_word_and_is_fitted_around(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "a PATH is empty"), ("nowhere/*.md", "no file matches"), ("nothing", "has no text")],
+    [("", "a PATH is empty"), ("nowhere/*.md", "no file matches"), ("nothing", "no file matches")],
 )
 def test_a_text_that_is_none(
     text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -274,3 +274,14 @@ def test_a_wrong_setting_is_told_and_nothing_else_happens(
     for run in ("run", "new"):
         with pytest.raises(XushiError, match=wrong.partition("=")[0]):
             own_text_recipe(asked_for(notes, wrong), tmp_path / run, update=False)
+
+
+def test_steps_that_are_given_leave_warm_up_and_measurements(tmp_path: Path) -> None:
+    """They follow from the steps: those of the recipe belong to steps of its size."""
+    (tmp_path / "a.txt").write_text("some words and more of them\n" * 2000)
+    asked = OwnText([str(tmp_path / "a.txt")], MINIATURE, [], ["pretrain.steps=5000"])
+    recipe = own_text_recipe(asked, tmp_path / "run", update=False)[0]
+    given = load_recipe(MINIATURE, [])
+    assert recipe.pretrain.steps == 5000
+    assert recipe.pretrain.evaluate_every == given.pretrain.evaluate_every
+    assert recipe.pretrain.warmup_steps == given.pretrain.warmup_steps

@@ -4,6 +4,7 @@ import json
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
 from xushi.base.errors import XushiError
 from xushi.serve.access import Access, AccessMiddleware, clean_origins, read_keys
@@ -210,3 +211,25 @@ def test_keys_are_read_from_a_file_and_the_environment(tmp_path):
             read_keys(path, {})
     with pytest.raises(XushiError, match="cannot be read"):
         read_keys(tmp_path / "gone", {})
+
+
+def test_a_failed_request_has_its_id_and_the_headers_of_its_origin():
+    """Starlette answers an unexpected error outside of all middleware."""
+
+    async def fails(scope, receive, send):
+        raise RuntimeError("a fault of ours")
+
+    access = Access(origins=("https://a.example",))
+    client = TestClient(
+        AccessMiddleware(fails, access), "http://localhost", raise_server_exceptions=False
+    )
+    headers = {"origin": "https://a.example", "x-request-id": "mine-1"}
+    response = client.get("/v1/models", headers=headers)
+    assert response.status_code == 500 and response.json()["error"]["code"] == "internal_error"
+    assert response.headers["x-request-id"] == "mine-1"
+    assert response.headers["access-control-allow-origin"] == "https://a.example"
+
+
+def test_an_origin_with_its_schemes_own_port_is_the_browsers():
+    given = ["http://localhost:80", "https://A.example:443/", "http://a.example:443"]
+    assert clean_origins(given) == ("http://localhost", "https://a.example", "http://a.example:443")

@@ -6,7 +6,8 @@ import pytest
 from xushi.base.errors import BadInput, XushiError
 from xushi.base.messages import Message
 from xushi.engine import LLM, Delta, SamplingParams
-from xushi.serve import chat
+from xushi.serve import ModelCard, chat
+from xushi.serve import terminal as terminal_module
 from xushi.serve.terminal import NO_ANSWER, TOP_P, Terminal
 
 from ..miniature import xushi_here
@@ -289,3 +290,21 @@ def test_a_model_that_only_continues_a_text_says_so(run_directory, capsys):
     assert "template" not in printed.out
     chat(run_directory, "12", max_tokens=3, seed=1)
     assert "template" not in capsys.readouterr().err
+
+
+def test_a_template_leaves_the_model_that_continues_texts(run_directory, tmp_path, capsys):
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages[0].content }}")
+    made = Terminal(run_directory, template=template)
+    assert (made._chatting, made._completing) == ("reasoning", "base")
+    alone = Terminal(run_directory / "export" / "reasoning")
+    alone.turn("/base x")
+    assert "there is no model here that only completes text" in capsys.readouterr().err
+
+
+def test_a_downloaded_card_cannot_move_the_cursor(run_directory, monkeypatch, capsys):
+    card = ModelCard(title="\x1b]0;owned\x07\x1b[2J", example="\x1b[2J")
+    monkeypatch.setattr(terminal_module, "read_card", lambda name, path: card)
+    Terminal(run_directory).greet()
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err and "owned" in printed.out + printed.err

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from xushi.base.errors import BadInput
+from xushi.tokenizer import rendering as module
 from xushi.tokenizer.rendering import ChatTemplate
 
 MESSAGES = [
@@ -139,3 +140,23 @@ def test_values_arrive_as_they_are() -> None:
         ChatTemplate("{{ v | tojson(ensure_ascii=true) }}", "x").render({"v": values})
     )
     assert given == values and list(given[-1]) == ["b", "a"]
+
+
+def test_a_rendering_that_is_interrupted_leaves_no_answer_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C while the template renders: the next rendering is of its own messages."""
+    template = ChatTemplate("{{ messages[0].content }}", "t")
+    assert template.render({"messages": [{"content": "first"}]}) == "first"
+    exchange = module._exchange
+
+    def interrupted(process: object, line: str) -> str | None:
+        process.stdin.write(line + "\n")  # type: ignore[attr-defined]
+        process.stdin.flush()  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        template.render({"messages": [{"content": "second"}]})
+    monkeypatch.setattr(module, "_exchange", exchange)
+    assert template.render({"messages": [{"content": "third"}]}) == "third"

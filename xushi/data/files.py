@@ -6,6 +6,7 @@ not taken is counted with its reason. Not here: what is in the files (`sources`)
 
 import codecs
 import contextlib
+import errno
 import fnmatch
 import glob
 import importlib.metadata
@@ -64,19 +65,21 @@ def _find_paths(source: SourceConfig) -> SourceFiles:
     found = [_match(source, entry) for entry in source.globs]
     root = found[0].root
     if len(found) > 1:  # names begin at the directory that holds everything
-        root = Path(os.path.commonpath([each.root.absolute() for each in found]))
+        root = Path(os.path.commonpath([os.path.abspath(each.root) for each in found]))
     result = SourceFiles()
     for why, path in sorted({pair for each in found for pair in each.left_out}):
         result.left_out.add(why, _inside(root, path))
-    meant = {path: each.meant for each in found for path in each.paths}
-    for path in _distinct(meant):
-        name = _inside(root, path)
-        if is_excluded(name, source):
+    # A file that is named by itself stays one where a directory of the source has it, too.
+    last = sorted(found, key=lambda each: each.meant == "file")
+    by_path = {path: each for each in last for path in each.paths}
+    for path in _distinct(by_path):
+        name, each = _inside(root, path), by_path[path]
+        if is_excluded(name, source) or is_excluded(_inside(each.root, path), source):
             result.left_out.add("excluded", name)
-        elif (reason := _reason_against(source, path, meant[path])) is not None:
+        elif (reason := _reason_against(source, path, each.meant)) is not None:
             result.left_out.add(reason, name)
         else:
-            result.files.append(SourceFile(path, {"path": name}, meant[path] == "file"))
+            result.files.append(SourceFile(path, {"path": name}, each.meant == "file"))
     result.files.sort(key=lambda file: str(file.meta["path"]))
     return result
 
@@ -85,7 +88,8 @@ def is_excluded(name: str, source: SourceConfig) -> bool:
     """Whether a pattern of `exclude` matches the path `name`, or a directory on it."""
     parts = name.split("/")
     above = ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in source.exclude for path in above)
+    patterns = [pattern.rstrip("/") for pattern in source.exclude]
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns for path in above)
 
 
 def _inside(root: Path, path: Path) -> str:
@@ -110,7 +114,7 @@ def _reason_against(source: SourceConfig, path: Path, meant: str) -> str | None:
         return "other_kind" if other else None
     reason = NOT_TEXT.get(suffix)
     if meant != "file":
-        return reason or (None if suffix in TEXT_SUFFIXES else _look_into(path))
+        return reason or _look_into(path, 0 if suffix in TEXT_SUFFIXES else 1 << 16)
     if reason is not None:
         raise refused(path, reason)
     return None
@@ -125,10 +129,10 @@ def refused(path: Path, reason: str) -> BadInput:
     return BadInput(f"{written(path)} is not read as text: it is a {REASONS[reason].one}", remedy)
 
 
-def _look_into(path: Path) -> str | None:
-    """What the first 64 KiB tell against a file. The last character may be incomplete."""
+def _look_into(path: Path, most: int) -> str | None:
+    """What the first bytes tell against a file; with 0 only whether it may be read."""
     try:
-        return reason_against_bytes(bytes_of(path, 1 << 16), whole=False)
+        return reason_against_bytes(bytes_of(path, most), whole=False)
     except PermissionError:
         return "unreadable"
 
@@ -160,6 +164,11 @@ def bytes_of(path: Path, most: int = -1) -> bytes:
 
 def unreadable(path: Path | str, error: OSError) -> BadInput:
     """The error for a source's file that the system does not let us read."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return BadInput(
+            f"{written(path)} disappeared while the text was read",
+            "run the same command again, or exclude what other programs write to",
+        )
     return BadInput(
         f"{written(path)} cannot be read: {error.strerror}", "check its permissions, or exclude it"
     )
@@ -178,9 +187,7 @@ def _match(source: SourceConfig, entry: str) -> _Found:
         )
     if os.path.isfile(path):
         return _Found("file", path.parent, [path], [])
-    if there:
-        return _walk(path)
-    found = _by_pattern(pattern, root)
+    found = _walk(path) if there else _by_pattern(pattern, root)
     if not found.paths and not found.left_out:
         raise BadInput(
             f"source {source.name}: no file matches {entry!r} (in {written(os.getcwd())})",
@@ -204,14 +211,19 @@ def _by_pattern(pattern: str, root: Path) -> _Found:
             return _Found("pattern", root, [], [])
         found = _walk(root)
         matching = [path for path in found.paths if _fits(path.relative_to(root).parts, parts)]
-        return found._replace(meant="pattern", paths=matching)
+        runs = [each for each in found.left_out if each[0] == "runs"]
+        return _Found("pattern", root, matching, found.left_out if matching else runs)
     paths = [Path(match) for match in glob.glob(pattern) if os.path.isfile(match)]
-    in_runs = [path for path in paths if _run_between(root, path)]
+    in_runs = {
+        path
+        for path in paths
+        if _run_between(root, path) or (run_above(path) and not run_above(root))
+    }
     return _Found(
         "pattern",
         root,
         [path for path in paths if path not in in_runs],
-        [("runs", path) for path in in_runs],
+        [("runs", path) for path in sorted(in_runs)],
     )
 
 
@@ -239,7 +251,10 @@ def _walk(root: Path) -> _Found:
     links: list[Path] = []
     while waiting or links:
         folder = waiting.pop() if waiting else links.pop(0)
-        identity = _identity(folder)
+        try:
+            identity = _identity(folder)
+        except OSError as error:
+            raise unreadable(folder, error) from None
         if identity in entered:
             continue
         entered.add(identity)

@@ -62,7 +62,9 @@ def plan_memory(
         raise BadInput(f"a cache of {slots} tokens holds nothing", "give at least 1")
     wanted = slots or default_slots(config)
     machine = inspect()
-    available = machine.memory_available or machine.memory_total
+    available = machine.memory_available
+    if available is None:
+        available = machine.memory_total
     room = None if available is None else int(available * SHARE)
     least = slots or min(wanted, SMALLEST_CACHE)
     if dtype is None:

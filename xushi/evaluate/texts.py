@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from xushi.base.progress import StepProgress
+from xushi.base.errors import BadInput
+from xushi.base.progress import StepProgress, say
 from xushi.data import HeldoutText, SourceConfig
 from xushi.data.left_out import counts, in_short
 from xushi.data.names import written
@@ -20,7 +21,7 @@ from xushi.data.sources import read_source
 from xushi.engine import LLM
 from xushi.evaluate.bits import DocumentBits, bits_of_documents
 from xushi.evaluate.compressors import bits_per_byte
-from xushi.model import Deepseek
+from xushi.model import Deepseek, read_config
 from xushi.tokenizer import Vocabulary
 
 WINDOW = 2048  # tokens that are predicted from one another, or the model's context if it is smaller
@@ -35,12 +36,18 @@ def evaluate_texts(
 
     What cannot be read as text is left out and counted; paths without any text are a `XushiError`.
     """
+    if not all(path.strip() for path in paths):
+        raise BadInput("a PATH is empty", "give a file, a directory or a pattern")
+    read_config(directory)  # before the text is read, which may take minutes
     globs = [written(os.path.abspath(os.path.expanduser(path))) for path in paths]
     source = read_source(SourceConfig(name="text", kind="text", glob=globs))
     texts = [document.text for document in source.documents]
+    if not any(texts):
+        raise BadInput("the files have no text: 0 bytes", "give files with text")
     llm = LLM(directory, dtype, slots=1)  # nothing is generated, so a cache would be for nothing
     found = bits_of_texts(llm.engine.model, llm.tokenizer, texts)
     data = "".join(texts).encode()
+    say("evaluate: the same bytes, by compressors")
     others = {f"bits_per_byte_{name}": bits_per_byte(data, name) for name in ("gzip", "xz", "zstd")}
     return {
         "model": llm.name,
@@ -59,10 +66,16 @@ def bits_of_texts(model: Deepseek, tokenizer: Vocabulary, texts: Sequence[str]) 
     Each text begins with bos, or with an end token where the vocabulary has no bos. The end of a
     text is not predicted, since models differ in which token that is.
     """
-    first = min(tokenizer.eos_ids) if tokenizer.bos_id is None else tokenizer.bos_id
-    ids = [[first, *tokenizer.encode(text)] for text in texts]
+    first = min(tokenizer.eos_ids, default=None) if tokenizer.bos_id is None else tokenizer.bos_id
+    if first is None:
+        raise BadInput(
+            "the model's files name no token that begins or ends a text",
+            "set eos_token_id in its config.json",
+        )
+    # What a text spells is its own: compressors count these characters, too.
+    ids = [np.array([first, *tokenizer.encode_text(text)], dtype=np.uint32) for text in texts]
     starts = np.cumsum([0, *map(len, ids)])
-    flat = np.array([token for each in ids for token in each], dtype=np.uint32)
+    flat = np.concatenate(ids)
     uids = [number.to_bytes(16, "big") for number in range(len(ids))]
     sizes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
     packed = PackedSource(flat, starts, uids, _window(model), first)

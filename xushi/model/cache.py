@@ -86,10 +86,14 @@ class LatentCache:
         ]
         self._slots: dict[int, list[int]] = {}
         self._next = 0
+        self._touched = 0  # slots from this one on have never been given away
         self.clear()
 
     def clear(self) -> None:
         """Remove all sequences, in any state that a failed call has left."""
+        # Such a call may have left NaN, which stays NaN where it is masked.
+        for layer in self.layers:
+            layer[: self._touched].zero_()
         slots = len(self.layers[0])
         self._slots.clear()
         self._references = [0] * slots
@@ -196,6 +200,7 @@ class LatentCache:
     def _append(self, sequence: int, count: int) -> list[int]:
         """Give `sequence` `count` free slots."""
         new = [self._unused.pop() for _ in range(count)]
+        self._touched = max([self._touched, *(slot + 1 for slot in new)])
         for slot in new:
             self._references[slot] = 1
         self._slots[sequence].extend(new)

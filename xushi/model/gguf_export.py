@@ -60,7 +60,7 @@ def export_gguf(directory: str | Path, path: str | Path, kind: str = "bf16") -> 
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DEEPSEEK2])
     _add_description(writer, config, model_name(directory), kind)
     described = add_tokenizer(writer, config, directory)
-    model = load_pretrained(directory)
+    model = load_pretrained(directory, mtp=False)
     types = {name: _type_of(name, tensor, kind) for name, tensor in gguf_tensors(model)}
     total = _add_tensor_infos(writer, model, types)
     _write_file(writer, path, model, types, total)

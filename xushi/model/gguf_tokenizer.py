@@ -75,7 +75,7 @@ def _add_vocabulary(
             merge if isinstance(merge, str) else " ".join(merge)
             for merge in table["model"]["merges"]
         ]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(
             f"{path} is not of a byte-level BPE tokenizer: {error!r}",
             "use a model with such a tokenizer, as DeepSeek's and xushi's have",

@@ -42,11 +42,6 @@ class TextCosts:
     heldout_tokens: int
 
     @property
-    def costs(self) -> tuple[float, float, float, int]:
-        """The fields of `Costs` that the text decides."""
-        return self.data, self.tokenizer, self.compressors, self.heldout_tokens
-
-    @property
     def left_out(self) -> dict[str, int]:
         """How many the sources leave out, by reason."""
         return counts(source.left_out for source in self.summary.sources)

@@ -20,7 +20,7 @@ from xushi.plan.memory import TrainingMemory
 from xushi.run.benchmark import Shape
 from xushi.run.costs import forward_token_seconds, measure_text, training_token_seconds
 from xushi.run.recipe import Recipe
-from xushi.run.stages import Costs
+from xushi.run.stages import Costs, Stage
 from xushi.run.stages.control import Control
 from xushi.run.stages.pretrain import Pretrain
 from xushi.run.stages.rl import RL
@@ -72,8 +72,16 @@ def _measured(recipe: Recipe, device: str) -> dict[str, Any]:
     (other,) = set(KEPT_OR_RECOMPUTED) - {chosen}
     token[other] = training_token_seconds(shape.but(activations=other), device)
     weights = 4 * count_parameters(recipe.sized_model).total_with_mtp
-    costs = Costs(token[chosen], forward, *text.costs, weights)
-    seconds = {stage.name: stage.seconds(costs) for stage in recipe.run_stages()}
+    costs = Costs(
+        training_token=token[chosen],
+        forward_token=forward,
+        data=text.data,
+        tokenizer=text.tokenizer,
+        compressors=text.compressors,
+        heldout_tokens=text.heldout_tokens,
+        weights_bytes=weights,
+    )
+    seconds = {stage.name: _seconds(stage, costs) for stage in recipe.run_stages()}
     if Control.name in seconds:  # it takes as long as reinforcement learning
         seconds[Control.name] = seconds[RL.name]
     memory = {
@@ -91,6 +99,17 @@ def _measured(recipe: Recipe, device: str) -> dict[str, Any]:
         "data.bytes": text.summary.bytes,
         **{f"data.left_out.{reason}": count for reason, count in text.left_out.items()},
     }
+
+
+def _seconds(stage: Stage, costs: Costs) -> float:
+    """A stage's estimate of its time. A stage may be from somebody's own file."""
+    try:
+        return float(stage.seconds(costs))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise BadInput(
+            f"stage {stage.name} cannot say how long it takes: {error}",
+            "correct its method seconds, which is given xushi.run.stages.Costs",
+        ) from None
 
 
 def plan_sentence(plan: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from xushi.base.tracking import Tracking
 from xushi.data import load_summary, obtain_corpus, training_texts
 from xushi.data.config import LONGEST_PATTERN
 from xushi.data.names import written
-from xushi.run.directory import kept_recipe
+from xushi.run.directory import check_format, kept_recipe
 from xushi.run.place import RunPlace
 from xushi.run.recipe import Recipe, drop_file_stages, recipe_of
 from xushi.run.stages import finished_stages
@@ -118,6 +118,7 @@ def own_text_recipe(asked: OwnText, directory: Path, update: bool) -> tuple[Reci
     run is finished and the text changed since, or `update` is given.
     """
     asked.recipe_with({})  # what is wrong with it is told first
+    check_format(directory)
     kept = None if update else kept_recipe(directory, asked.hash)
     if kept is not None:
         again = asked.recipe_with({key: _value(kept, key) for key in FITTED})
@@ -159,6 +160,8 @@ def _fitted_recipe(asked: OwnText) -> Recipe:
         obtain_corpus(recipe.data, {}, corpus)
         size = load_summary(corpus).bytes
         fitted = fit_to_text(asked.table(), size)
+        if asked.sets("pretrain.steps"):  # the other keys of pretraining follow from the steps
+            fitted = {key: n for key, n in fitted.items() if not key.startswith("pretrain.")}
         fitted = {key: value for key, value in fitted.items() if not asked.sets(key)}
         wanted = fitted.get("tokenizer.vocab_size", recipe.tokenizer.vocab_size)
         if (allowed := allowed_vocabulary(corpus, wanted)) < wanted:

@@ -16,7 +16,7 @@ from xushi.base.files import write_json
 from xushi.base.machine import Machine, chosen_device, inspect
 from xushi.base.progress import say
 from xushi.base.tracking import Tracking
-from xushi.run.directory import claim, own, start_over
+from xushi.run.directory import check_format, claim, own, start_over
 from xushi.run.estimate import check_memory
 from xushi.run.facts import op_forms, run_facts
 from xushi.run.place import RunPlace, StageRecord, read_record, stage_key, write_record
@@ -39,6 +39,7 @@ def run(
     does; one that is not finished goes on with what it has read. `asked`: see `claim`.
     Under torchrun all processes call this, and only the first one has results.
     """
+    check_format(directory)  # first: records of another format would be told as damaged
     stages = recipe.run_stages()
     keys_of(stages, {})  # a stage that cannot be hashed is refused before anything is made
     layout = join(recipe.layout, recipe.model, chosen_device(recipe.device), recipe.rows)
@@ -46,12 +47,11 @@ def run(
         stage.check_layout(layout)
     machine = inspect()
     processes_here = processes_on_this_machine()
-    if Pretrain.name in finished_stages(stages, RunPlace(directory, Tracking(None), layout)):
-        pass  # it needs no memory any more
-    elif layout.device == "cuda":  # each process has a GPU of its own
-        check_memory(recipe, layout, torch.cuda.get_device_properties(0).total_memory, 1)
-    else:
-        check_memory(recipe, layout, machine.memory_total, processes_here)
+    if Pretrain.name not in finished_stages(stages, RunPlace(directory, Tracking(None), layout)):
+        if layout.device == "cuda":  # each process has a GPU of its own
+            check_memory(recipe, layout, torch.cuda.get_device_properties(0).total_memory, 1)
+        else:
+            check_memory(recipe, layout, machine.memory_total, processes_here)
     if not layout.is_first:
         _follow(recipe, RunPlace(directory, Tracking(None), layout))
         return None
@@ -159,7 +159,8 @@ def _reads_again(stage: Stage, place: RunPlace, finished: bool, update: bool) ->
     except BadInput as error:
         if update:
             raise
-        again, changed = False, error.problem
+        say(f"{stage.name}: {error.problem}; what was read before is used")
+        return False
     if not changed:
         return False
     if again:
@@ -179,6 +180,8 @@ def _run_stage(
 
     `again`: the stage was done with this key, and files that it has read changed.
     """
+    if again:
+        stage.prepare_again(place)  # what is wrong with the new files is told before anything goes
     marker = place.path("stages", f"{stage.name}.started")
     if again or not marker.exists() or marker.read_text() != key:
         start_over(place, stage.name, key, later)

@@ -28,6 +28,7 @@ from xushi.serve.protocol import ApiError
 
 KEYS_VARIABLE = "XUSHI_API_KEYS"
 REQUEST_ID = re.compile(r"[!-~]{1,200}")
+_OWN_PORT = re.compile(r"^(http://[^/]*):80$|^(https://[^/]*):443$")
 _KEY = re.compile(r"[!-~]+")
 _ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
@@ -127,13 +128,26 @@ class AccessMiddleware:
                 "vary": "Origin",
             }
 
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
+            started = True
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(added)
             await send(message)
 
         app = self._first_answer(scope["method"], scope["path"], headers) or self._app
-        await app(scope, receive, send_with_headers)
+        try:
+            await app(scope, receive, send_with_headers)
+        except Exception:
+            # starlette's own handler stands outside of this middleware and would add no headers.
+            if not started:
+                failed = ApiError(
+                    500, "the server failed; its log has the error", code="internal_error"
+                )
+                await json_response(failed.body, 500)(scope, receive, send_with_headers)
+            raise  # for the log
 
     def _first_answer(self, method: str, path: str, headers: Headers) -> Response | None:
         """A refusal, or the answer to a browser that asks permission. None lets a request pass."""
@@ -223,5 +237,8 @@ def _identity(headers: Headers) -> str:
 
 
 def clean_origins(values: Iterable[str]) -> tuple[str, ...]:
-    """Origins as a browser writes them: in lower case, without a slash at the end."""
-    return tuple(value.lower().rstrip("/") for value in values)
+    """Origins as a browser writes them: in lower case, without a slash at the end and without the
+    scheme's own port.
+    """
+    cleaned = (value.lower().rstrip("/") for value in values)
+    return tuple(_OWN_PORT.sub(r"\1\2", value) for value in cleaned)

@@ -139,10 +139,3 @@ def _add_error_forms(app: FastAPI) -> None:
     @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, __: ClientDisconnect) -> Response:
         return Response(status_code=CLIENT_GONE)
-
-    @app.exception_handler(Exception)
-    async def failed(_: Request, __: Exception) -> Response:
-        return json_response(
-            ApiError(500, "the server failed; its log has the error", code="internal_error").body,
-            500,
-        )

@@ -4,6 +4,7 @@ Not here: who may ask (access), how many requests wait (worker).
 """
 
 import asyncio
+import itertools
 import resource
 from typing import Any
 
@@ -20,6 +21,8 @@ ACCEPTED_AT_ONCE = 16
 SPARE_FILES = 128
 # How many the operating system holds until they are accepted.
 WAITING_CONNECTIONS = 1024
+# Numbers in the order of time. A clock may show several connections the same time (uvloop's does).
+_ORDER = itertools.count()
 
 
 def connection_limit() -> int:
@@ -41,7 +44,7 @@ class Connection(H11Protocol):
         super().__init__(*arguments, **options)
         self._limit = connection_limit()
         self._headers_timer: asyncio.TimerHandle | None = None
-        self.idle_since = self.loop.time()
+        self.idle_since = next(_ORDER)
 
     @property
     def is_idle(self) -> bool:
@@ -68,7 +71,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         """A request has been answered."""
-        self.idle_since = self.loop.time()
+        self.idle_since = next(_ORDER)
         super().on_response_complete()
 
     def _time_headers(self) -> None:

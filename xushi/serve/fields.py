@@ -15,6 +15,12 @@ from typing import Any
 SHARED: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
+    # vLLM's, which its benchmark and clients of such servers write out.
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "min_tokens": (0,),
 }
 COMPLETIONS = SHARED
 CHAT: Mapping[str, tuple[Any, ...]] = {

@@ -84,7 +84,8 @@ class Terminal:
         self._before: list[Message] = []  # what came before the last question
         chatting = [name for name, path in self._paths.items() if can_chat(path, template)]
         self._chatting = next(iter(chatting), "")
-        self._completing = next((name for name in self._paths if name not in chatting), "")
+        others = [name for name in self._paths if name != self._chatting]
+        self._completing = next((name for name in others if not can_chat(self._paths[name])), "")
         self.chats = bool(self._chatting)
         self.exit_code = 0
         if system and not self.chats:
@@ -98,9 +99,9 @@ class Terminal:
         for name, path in self._paths.items():
             card = read_card(name, path)
             parts = (f"{card.title or name}:", card.can, card.cannot)
-            self._note(" ".join(part for part in parts if part))
+            self._note(_plain(" ".join(part for part in parts if part)))
             if card.example:
-                self._note(f"  for example: {card.example.rstrip()}")
+                self._note(_plain(f"  for example: {card.example.rstrip()}"))
         self.say_if_it_only_continues()
         self._note("/help lists the commands. Ctrl-C stops an answer, Ctrl-D ends the chat.")
 
@@ -178,7 +179,7 @@ class Terminal:
 
     def _complete(self, text: str) -> None:
         if not self._completing:
-            raise BadInput("this run has no base model", "run its pretrain stage with xushi run")
+            raise BadInput("there is no model here that only completes text", "ask without /base")
         self._last = (self._completing, text)
         llm = self._load(self._completing)
         if self._interactive:

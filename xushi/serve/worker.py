@@ -303,8 +303,9 @@ class Worker:
     def _event(self, request: Request, choice: _Choice) -> Event:
         """What a step has added to a request, which is forgotten if it has ended."""
         text = choice.text
-        is_reasoning = bool(request.token_ids) and text.channel == "reasoning"
+        thought = text.reasoning_tokens
         deltas = [delta for token in request.token_ids[-1:] for delta in text.push(token)]
+        is_reasoning = text.reasoning_tokens > thought
         if text.stopped:
             self._engine.abort(request, "stop")
         reason = request.finish_reason

@@ -58,6 +58,7 @@ class Conversations:
                     source, where if name == DEFAULT_TEMPLATE else f"{where}: {name}"
                 )
                 for name, source in sources.items()
+                if name in (DEFAULT_TEMPLATE, TOOL_TEMPLATE)
             }
         self.can_chat = bool(sources)
 

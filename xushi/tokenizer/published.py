@@ -20,7 +20,7 @@ from xushi.base.model_directory import (
     tokenizer_settings,
 )
 from xushi.tokenizer.config import TOOL_TOKENS
-from xushi.tokenizer.tokenizer import encodable
+from xushi.tokenizer.tokenizer import encodable, is_own
 from xushi.tokenizer.vocabulary import Beginning, ToolIds, Vocabulary, token_bytes
 
 if TYPE_CHECKING:
@@ -53,7 +53,11 @@ class PublishedTokenizer(Vocabulary):
         self._bytes = [b"" if i in self._hidden else text for i, text in enumerate(spelled)]
         self.vocab_size = len(spelled)
         self.longest_token = max(map(len, spelled))
-        self.begins_with_bos = begins_with_bos(table, settings, self.named.get("bos_token"))
+        # xushi's own with another template: every training document begins with bos, and no text
+        # may become a special token.
+        self._own = is_own(table)
+        bos = self.named.get("bos_token")
+        self.begins_with_bos = self._own or begins_with_bos(table, settings, bos)
 
     def _set_roles(self, directory: Path) -> None:
         added = self._backend.get_added_tokens_decoder()
@@ -99,7 +103,7 @@ class PublishedTokenizer(Vocabulary):
         transformers 5 reads only the second; transformers 4 and llama.cpp's converter read both.
         """
         begin = [self.bos_id] if self.bos_id is not None and self.begins_with_bos else []
-        return begin + self.encode(text)
+        return begin + (self.encode_text(text) if self._own else self.encode(text))
 
     def reply_begins(self, prompt_ids: Sequence[int]) -> Beginning:
         """Where the last message of the prompt has a `<think>` or a `</think>` the later of them
@@ -190,6 +194,8 @@ def _add_tokens(
     from tokenizers import AddedToken
 
     more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if isinstance(more, dict):  # tokens by the names that this model has for them
+        more = list(more.values())
     try:
         listed = [
             AddedToken(table["content"], **{key: table[key] for key in _FLAGS if key in table})

@@ -114,7 +114,8 @@ def describe(error: Exception) -> str:
     """An exception in one line of at most 300 characters."""
     if isinstance(error, MemoryError):
         return "it takes too much memory"
-    message = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:300]
+    message = "".join(c if c.isprintable() else "?" for c in text)
     number = getattr(error, "lineno", None)
     line = f" (line {number})" if number else ""
     return f"{type(error).__name__}: {message}{line}"

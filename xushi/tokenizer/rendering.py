@@ -74,7 +74,13 @@ class ChatTemplate:
 
     def _ask(self, request: Mapping[str, Any]) -> str:
         assert self._process is not None
-        reply = _exchange(self._process, json.dumps(request))
+        line = json.dumps(request)
+        try:
+            reply = _exchange(self._process, line)
+        except BaseException:  # such as Ctrl-C: its reply would be taken for the next request's
+            _end(self._process)
+            self._process = None
+            raise
         if reply is None:
             _end(self._process)
             self._process = None

@@ -58,6 +58,10 @@ class Vocabulary(ABC):
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone."""
 
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of `text` with all of it read as ordinary characters."""
+        return self.encode(text)
+
     @abstractmethod
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of `text` as the beginning of what a model continues."""

@@ -119,7 +119,7 @@ def _nearest_keys(
     fitting = []
     for stages in _divisors(processes, model.num_hidden_layers):
         data = processes // stages
-        for experts in _divisors(data, data):
+        for experts in _divisors(data, model.n_routed_experts):
             keys = {"pipeline": stages, "expert": experts}
             if config.data is not None:
                 keys["data"] = data

@@ -5,6 +5,7 @@ from somebody's own file is named in a recipe's `stages` as "file.py:Class".
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel
@@ -30,7 +31,8 @@ class Fact(NamedTuple):
     unit: Unit = "count"
 
 
-class Costs(NamedTuple):
+@dataclass(frozen=True)
+class Costs:
     """What was measured here and now before a run, for the estimates of its stages. In seconds,
     `weights_bytes` and `heldout_tokens` apart.
     """
@@ -122,6 +124,12 @@ class Stage(ABC):
         not.
         """
         return ""
+
+    def prepare_again(self, place: RunPlace) -> None:
+        """Called before what a finished `run` made is removed since its files changed: raise if it
+        could not be made again.
+        """
+        return
 
     def check_layout(self, layout: Layout) -> None:
         """Raise `BadInput` if the stage cannot run on these processes. Asked before all stages."""
