@@ -1,13 +1,15 @@
+import shutil
 from dataclasses import replace
 
 import pytest
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 from xushi.base.messages import Message, Tool, ToolCall
 from xushi.engine import LLM, SamplingParams
 from xushi.engine import engine as engine_module
 from xushi.engine.sampling import sample
 from xushi.model import save_pretrained
+from xushi.model.saving import COMPLETE
 from xushi.tokenizer import Tokenizer, encode_chat
 
 QUESTION = [{"role": "user", "content": "数字之和是多少？"}]
@@ -121,3 +123,17 @@ def test_chat_gives_the_calls_that_were_sampled(model, tmp_path, monkeypatch):
     deltas = list(llm.stream_chat(QUESTION, SamplingParams(max_tokens=20)))
     assert "".join(d.text for d in deltas) == "a" + tokenizer.decode(block)
     assert {delta.channel for delta in deltas} == {"content"}
+
+
+def test_a_directory_is_looked_at_before_memory_is_weighed(export, tmp_path):
+    """An adapter alone has its own name, and what a killed save left is finished."""
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
+    with pytest.raises(BadInput, match="holds an adapter"):
+        LLM(tmp_path / "adapter")
+    saved = tmp_path / "saved"
+    shutil.copytree(export, saved)
+    (saved / COMPLETE).mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (saved / name).rename(saved / COMPLETE / name)
+    assert LLM(saved).generate("12", SamplingParams(max_tokens=1))[0].token_ids

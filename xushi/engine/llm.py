@@ -18,7 +18,8 @@ from xushi.engine.memory import plan_memory
 from xushi.engine.params import SamplingParams
 from xushi.engine.request import FinishReason, Request
 from xushi.engine.text import Delta, TextStream
-from xushi.model import load_pretrained, read_config
+from xushi.model import load_pretrained
+from xushi.model.weights import open_directory
 from xushi.tokenizer import Conversations
 
 # Messages, or mappings in the OpenAI form.
@@ -82,7 +83,7 @@ class LLM:
         """
         directory = Path(path)
         self.name = model_name(directory)
-        config = read_config(directory).without_mtp()  # generation uses no MTP layers
+        config = open_directory(directory).without_mtp()  # generation uses no MTP layers
         self._conversations = Conversations(directory, Path(template) if template else None)
         self.tokenizer = self._conversations.tokenizer
         self.can_chat = self._conversations.can_chat

@@ -94,16 +94,24 @@ def load_pretrained(
     return model
 
 
-def _checked(directory: Path, dtype: torch.dtype, mtp: bool | None) -> tuple[Deepseek, list[Part]]:
-    """The model without memory and the parts to load, after all checks. Says what is left out."""
+def open_directory(directory: Path) -> ModelConfig:
+    """The config of a checkpoint directory. What a killed save left is finished first; another
+    format is refused by its name.
+    """
     with disk_errors(directory):
         finish_save(directory)
     refuse_adapter(directory)
     if os.path.lexists(directory / "config.json"):
         checked_file(directory, "config.json", LARGEST_JSON)
     config = read_config(directory)
+    refuse_other_quantisations(directory, read_json(directory, "config.json"))
+    return config
+
+
+def _checked(directory: Path, dtype: torch.dtype, mtp: bool | None) -> tuple[Deepseek, list[Part]]:
+    """The model without memory and the parts to load, after all checks. Says what is left out."""
+    config = open_directory(directory)
     table = read_json(directory, "config.json")
-    refuse_other_quantisations(directory, table)
     block = fp8_block(table, str(directory / "config.json"))
     stored, notes = read_headers(directory, _largest_header(config))
     refuse_other_tensors(stored, directory)
