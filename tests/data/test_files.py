@@ -278,5 +278,5 @@ def test_a_folder_that_disappears_is_told(tmp_path: Path, monkeypatch: pytest.Mo
         return identity(path)
 
     monkeypatch.setattr(module, "_identity", vanish)
-    with pytest.raises(BadInput, match="gone disappeared while the text was read"):
+    with pytest.raises(BadInput, match="gone was listed and is not there any more"):
         found(tmp_path)

@@ -166,8 +166,8 @@ def unreadable(path: Path | str, error: OSError) -> BadInput:
     """The error for a source's file that the system does not let us read."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return BadInput(
-            f"{written(path)} disappeared while the text was read",
-            "run the same command again, or exclude what other programs write to",
+            f"{written(path)} was listed and is not there any more",
+            "run the same command again; if it stays so, exclude it or install its package again",
         )
     return BadInput(
         f"{written(path)} cannot be read: {error.strerror}", "check its permissions, or exclude it"
