@@ -128,7 +128,7 @@ def test_a_renamed_folder_goes_on_under_either_name(user: User) -> None:
     user.killed_in("pretrain", "notes")
     user.notes.rename(user.home / "texts")
     said = user.train("notes")
-    assert "no file matches" in said and "goes on with what it has read" in said
+    assert "no file matches" in said and "what was read before is used" in said
     text = user.text_read()
     said = user.train("texts")  # the same text under another name
     assert said.count("done before") == 5 and user.text_read() == text
