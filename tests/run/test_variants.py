@@ -2,8 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from xushi.run import describe
+from xushi.run.recipe import Recipe
 
 from .conftest import MINIATURE, read_results, xushi, xushi_here
 
@@ -57,7 +61,16 @@ def test_chinese_text_trains_exports_and_is_reported(tmp_path: Path) -> None:
     )
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[dict[str, Any]] = []
+
+    def measured_once(recipe: Recipe) -> dict[str, Any]:
+        plans[:] = plans or [describe(recipe)]
+        return plans[0]
+
+    monkeypatch.setattr("xushi.run.describe", measured_once)
     done = xushi_here("run", MINIATURE, "--dry-run", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for said in (
