@@ -236,6 +236,16 @@ def check_against_transformers(ours: Deepseek, tokens: Tensor, path) -> None:
     pin_reference(reference, choices, [choice.scores_NE.detach() for choice in routing])
     expected = reference(tokens).logits
     got = ours(tokens, pinned=choices).logits
+    check_logits(got, expected, ours, tokens, choices)
+    targets = torch.roll(tokens, -1, 1)
+    for logits in (got, expected):
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    check_gradients(ours, reference, tokens, choices)
+
+
+def check_logits(
+    got: Tensor, expected: Tensor, ours: Deepseek, tokens: Tensor, choices: list[Tensor]
+) -> None:
     difference = (got - expected).abs().max()
     if difference > TOLERANCE * expected.abs().max():
         # Known no better than float32 computes it: four times our own distance from float64.
@@ -244,19 +254,25 @@ def check_against_transformers(ours: Deepseek, tokens: Tensor, path) -> None:
         assert exact_logits.dtype == torch.float64
         assert difference <= 4 * (got - exact_logits).abs().max()
 
-    targets = torch.roll(tokens, -1, 1)
-    for logits in (got, expected):
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-    theirs = {name: p for name, p in reference.named_parameters() if p.numel()}
+
+def trunk_parameters(model: Deepseek) -> dict[str, nn.Parameter]:
+    """Those of all but the MTP layers."""
     beyond = tuple(
-        f"model.layers.{ours.config.num_hidden_layers + depth}."
-        for depth in range(len(ours.mtp_layers))
+        f"model.layers.{model.config.num_hidden_layers + depth}."
+        for depth in range(len(model.mtp_layers))
     )
-    own = {
+    return {
         name: p
-        for name, p in ours.named_parameters()
+        for name, p in model.named_parameters()
         if not name.startswith(beyond or ("no such layer",))
     }
+
+
+def check_gradients(
+    ours: Deepseek, reference: nn.Module, tokens: Tensor, choices: list[Tensor]
+) -> None:
+    theirs = {name: p for name, p in reference.named_parameters() if p.numel()}
+    own = trunk_parameters(ours)
     assert set(theirs) == set(own)
     whole = torch.stack([p.grad.norm() for p in theirs.values() if p.grad is not None]).norm()
     mine, other = (

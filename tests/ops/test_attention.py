@@ -2,6 +2,8 @@
 longer than a block.
 """
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given
@@ -108,38 +110,72 @@ def test_values_and_gradients(
         )
 
 
-def check_rotated(
-    seed, length, nope, rotated, value, documents, interleaved, within, leaves, dtype
-) -> None:
+@dataclass
+class RotatedShapes:
+    """What an example of `rotated_attention` draws besides its seed."""
+
+    length: int
+    nope: int
+    rotated: int
+    value: int
+    documents: int
+    interleaved: bool
+
+
+def check_rotated(seed: int, shapes: RotatedShapes, within, leaves, dtype: torch.dtype) -> None:
     """Against the reference attention on heads assembled by PyTorch, in float64."""
     g = torch.Generator().manual_seed(seed)
+    length, nope, rotated = shapes.length, shapes.nope, shapes.rotated
     # The shared key is a view of a wider tensor.
-    shapes = ((2, nope + rotated), (2, nope + value), (rotated + 3,))
-    inputs = [torch.randn(2, length, *shape, generator=g) for shape in shapes]
-    d_out = torch.randn(2, length, 2, value, generator=g).to(dtype)
+    widths = ((2, nope + rotated), (2, nope + shapes.value), (rotated + 3,))
+    inputs = [torch.randn(2, length, *width, generator=g) for width in widths]
+    d_out = torch.randn(2, length, 2, shapes.value, generator=g).to(dtype)
     inputs = [t.to(dtype) for t in inputs]
     angles = torch.rand(2, length, rotated // 2, generator=g, dtype=torch.float64) * 6
     cos, sin = angles.cos().float(), angles.sin().float()
-    segments = random_segments(2, length, documents, g)
+    segments = random_segments(2, length, shapes.documents, g)
     mask, starts = segment_mask(segments), segment_starts(segments)
     scale = (nope + rotated) ** -0.5
     fast, exact = leaves(dtype, *inputs), leaves(torch.float64, *inputs)
     got = rotated_attention(
-        fast[0], fast[1], fast[2][..., 3:], (cos, sin), interleaved, mask, scale, starts
+        fast[0], fast[1], fast[2][..., 3:], (cos, sin), shapes.interleaved, mask, scale, starts
     )
     heads = expand_heads(
-        exact[0], exact[1], exact[2][..., 3:], (cos.double(), sin.double()), interleaved
+        exact[0], exact[1], exact[2][..., 3:], (cos.double(), sin.double()), shapes.interleaved
     )
     want = causal_attention_reference(*heads, mask, scale).transpose(1, 2)
     got.backward(d_out)
     want.backward(d_out.double())
+    sizes = rotated_sizes(
+        [t.detach() for t in heads], d_out.double().transpose(1, 2), mask, scale, shapes
+    )
+    half = dtype == torch.bfloat16
+    compare_rotated((got.detach(), fast), (want.detach(), exact), sizes, shapes, half, within)
+
+
+@dataclass
+class RotatedSizes:
+    """The sums of absolute terms that errors are measured by: of the output, of the gradients of
+    queries, keys and values by head, and of the largest score.
+    """
+
+    output: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    largest_score: float
+
+
+def rotated_sizes(
+    heads: list[Tensor], do: Tensor, mask: Tensor | None, scale: float, shapes: RotatedShapes
+) -> RotatedSizes:
+    q, k, v = heads
+    length, nope, rotated = shapes.length, shapes.nope, shapes.rotated
     visible = torch.ones(length, length).tril().bool() if mask is None else mask
-    q, k, v = (t.detach() for t in heads)
-    do = d_out.double().transpose(1, 2)
     p = (q @ k.mT * scale).masked_fill(~visible, float("-inf")).softmax(-1)
 
     # A rotated value has terms of both values of its pair, so its size is the pair's sum.
-    def pair(x):
+    def pair(x: Tensor) -> Tensor:
         turned = x[..., nope:].abs()
         both = turned + turned.roll(rotated // 2, -1)
         return torch.cat((x[..., :nope].abs(), both), -1)
@@ -148,59 +184,46 @@ def check_rotated(
     dp = do.abs() @ v.abs().mT
     ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * scale
     dq, dk, dv = ds @ pair(k), ds.mT @ pair(q), p.mT @ do.abs()
+    return RotatedSizes((p @ v.abs()).transpose(1, 2), pair(dq), pair(dk), dv, float(scores.max()))
+
+
+def compare_rotated(got, want, sizes: RotatedSizes, shapes: RotatedShapes, half, within) -> None:
+    """`got` and `want` are (output, leaves with gradients)."""
+    (got, fast), (want, exact) = got, want
+    nope, rotated = shapes.nope, shapes.rotated
     roundings = (
-        (2 * (nope + rotated) + 16) * float(scores.max())
-        + 4 * length
-        + 2 * value
+        (2 * (nope + rotated) + 16) * sizes.largest_score
+        + 4 * shapes.length
+        + 2 * shapes.value
         + nope
         + rotated
         + 32
     )
     # Queries and keys are rounded to bfloat16 too. Each changes a score by 2^-8 of its terms, and
     # the weights by twice that. The gradients of rotated values are also rounded.
-    half = dtype == torch.bfloat16
-    moved = 4 * float(scores.max())
-    within(
-        "output",
-        got.detach(),
-        want.detach(),
-        (p @ v.abs()).transpose(1, 2),
-        roundings,
-        (2 + moved) * half,
-    )
-    worst = [x.abs().amax((1, 3), keepdim=True).transpose(1, 2) for x in (pair(dq), pair(dk))]
-    within(
-        "q",
-        fast[0].grad,
-        exact[0].grad,
-        worst[0].expand_as(exact[0].grad).contiguous(),
-        roundings,
-        (6 + moved) * half,
-    )
-    within(
-        "k",
-        fast[1].grad[..., :nope],
-        exact[1].grad[..., :nope],
-        worst[1].expand_as(exact[1].grad[..., :nope]).contiguous(),
-        roundings,
-        (6 + moved) * half,
-    )
-    within(
-        "v",
-        fast[1].grad[..., nope:],
-        exact[1].grad[..., nope:],
-        dv.transpose(1, 2),
-        roundings,
-        (3 + moved) * half,
-    )
-    within(
-        "rotated k",
-        fast[2].grad,
-        exact[2].grad,
-        worst[1].sum(2).expand_as(exact[2].grad).contiguous(),
-        roundings,
-        (6 + moved) * half,
-    )
+    moved = 4 * sizes.largest_score
+    q, k = (x.abs().amax((1, 3), keepdim=True).transpose(1, 2) for x in (sizes.dq, sizes.dk))
+    keys, exact_keys = fast[1].grad, exact[1].grad
+    for name, found, expected, size, halves in (
+        ("output", got, want, sizes.output, 2),
+        ("q", fast[0].grad, exact[0].grad, q.expand_as(exact[0].grad).contiguous(), 6),
+        (
+            "k",
+            keys[..., :nope],
+            exact_keys[..., :nope],
+            k.expand_as(exact_keys[..., :nope]).contiguous(),
+            6,
+        ),
+        ("v", keys[..., nope:], exact_keys[..., nope:], sizes.dv.transpose(1, 2), 3),
+        (
+            "rotated k",
+            fast[2].grad,
+            exact[2].grad,
+            k.sum(2).expand_as(exact[2].grad).contiguous(),
+            6,
+        ),
+    ):
+        within(name, found, expected, size, roundings, (halves + moved) * half)
 
 
 ROTATED = given(
@@ -218,9 +241,8 @@ ROTATED = given(
 def test_heads_are_rotated(
     seed, length, nope, pairs, value, documents, interleaved, within, leaves
 ) -> None:
-    check_rotated(
-        seed, length, nope, 2 * pairs, value, documents, interleaved, within, leaves, torch.float32
-    )
+    shapes = RotatedShapes(length, nope, 2 * pairs, value, documents, interleaved)
+    check_rotated(seed, shapes, within, leaves, torch.float32)
 
 
 @pytest.mark.usefixtures("compiled_bfloat16")
@@ -228,9 +250,8 @@ def test_heads_are_rotated(
 def test_heads_are_rotated_in_compiled_bfloat16(
     seed, length, nope, pairs, value, documents, interleaved, within, leaves
 ) -> None:
-    check_rotated(
-        seed, length, nope, 2 * pairs, value, documents, interleaved, within, leaves, torch.bfloat16
-    )
+    shapes = RotatedShapes(length, nope, 2 * pairs, value, documents, interleaved)
+    check_rotated(seed, shapes, within, leaves, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("compiled_bfloat16")
