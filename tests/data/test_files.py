@@ -280,3 +280,22 @@ def test_a_folder_that_disappears_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "_identity", vanish)
     with pytest.raises(BadInput, match="gone was listed and is not there any more"):
         found(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOTDIR])
+def test_a_file_that_is_gone_and_one_whose_folder_is_a_file_now(number: int) -> None:
+    error = module.unreadable(Path("deep/a.md"), OSError(number, os.strerror(number)))
+    assert error.problem == "deep/a.md was listed and is not there any more"
+    other = module.unreadable(Path("a.md"), OSError(errno.EIO, os.strerror(errno.EIO)))
+    assert other.problem == "a.md cannot be read: Input/output error"
+
+
+def test_a_file_that_is_named_stays_so_beside_its_directory(tmp_path: Path) -> None:
+    write(tmp_path, "a.md", "b.md")
+    for order in (1, -1):
+        globs = [str(tmp_path), str(tmp_path / "b.md")][::order]
+        files = find_files(SourceConfig(name="t", kind="text", glob=globs)).files
+        assert [(file.meta["path"], file.named) for file in files] == [
+            ("a.md", False),
+            ("b.md", True),
+        ]

@@ -206,6 +206,21 @@ def test_a_request_that_needs_all_slots_enters(model):
     assert engine.step() == [exact]
 
 
+def test_abort_ends_a_prompt_that_is_still_being_fed(model, monkeypatch):
+    monkeypatch.setattr(engine_module, "SCORES_PER_CALL", 1)
+    monkeypatch.setattr(engine_module, "SMALLEST_CHUNK", 4)
+    short = [5, 6]
+    engine = Engine(model, EOS, slots=100)
+    given_up = engine.add([2] * 20, SamplingParams(max_tokens=3, ignore_eos=True))
+    assert engine.step() == [] and given_up.token_ids == []
+    engine.abort(given_up)
+    p = SamplingParams(max_tokens=4, ignore_eos=True)
+    kept = engine.add(short, p)
+    run(engine)
+    assert kept.token_ids == plain(model, short, p)[0]
+    assert engine.idle_slots == 100
+
+
 def test_a_request_enters_beside_a_prompt_that_is_still_being_fed(model, monkeypatch):
     """What the first holds and may come to hold is counted to the slot while it has no token."""
     monkeypatch.setattr(engine_module, "SCORES_PER_CALL", 1)

@@ -12,6 +12,8 @@ from xushi.model import save_pretrained
 from xushi.model.saving import COMPLETE
 from xushi.tokenizer import Tokenizer, encode_chat
 
+from ..published import THINKING, write_model
+
 QUESTION = [{"role": "user", "content": "数字之和是多少？"}]
 
 
@@ -137,3 +139,13 @@ def test_a_directory_is_looked_at_before_memory_is_weighed(export, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (saved / name).rename(saved / COMPLETE / name)
     assert LLM(saved).generate("12", SamplingParams(max_tokens=1))[0].token_ids
+
+
+def test_a_prompt_that_ends_in_reasoning_is_gone_on_with(tmp_path):
+    """The template has written <think>, so what comes first is reasoning, streamed or not."""
+    llm = LLM(write_model(tmp_path, chat_template=THINKING))
+    p = SamplingParams(max_tokens=12, seed=2, ignore_eos=True)
+    whole = llm.chat(QUESTION, p)
+    assert whole.reasoning_content
+    first = next(iter(llm.stream_chat(QUESTION, p)))
+    assert first.channel == "reasoning" and whole.reasoning_content.startswith(first.text)

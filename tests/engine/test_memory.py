@@ -154,3 +154,13 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
     monkeypatch.setattr("xushi.engine.llm.load_pretrained", lambda *_: pytest.fail("was loaded"))
     with pytest.raises(BadInput, match="does not fit"):
         LLM(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("context", "slots"),
+    [(512, 8 * 512), (1 << 14, 1 << 16), (1 << 16, 1 << 16), (1 << 17, 1 << 17)],
+)
+def test_the_default_cache_holds_eight_contexts_within_bounds_and_one_in_any_case(
+    context: int, slots: int
+) -> None:
+    assert default_slots(shape(max_position_embeddings=context)) == slots

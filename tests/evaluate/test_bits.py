@@ -201,3 +201,14 @@ def test_bits_by_document_are_written_and_read(
     pq.write_table(pq.read_table(tokens / "heldout" / "heldout.parquet"), path)
     with pytest.raises(BadInput, match=r"cannot be read"):
         DocumentBits.read(path)
+
+
+def test_columns_without_their_total_are_refused(tmp_path: Path) -> None:
+    """As if another program had written the file again and left out what it does not know."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"uid": pa.array([b"0" * 16], pa.binary(16)), "bytes": [3], "bits": [4.0]}
+    pq.write_table(pa.table(columns), tmp_path / "bits.parquet")
+    with pytest.raises(BadInput, match=r"cannot be read"):
+        DocumentBits.read(tmp_path / "bits.parquet")
