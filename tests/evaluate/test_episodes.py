@@ -366,11 +366,8 @@ def turns_again(model, tokenizer, environment, episode: Episode, params: Samplin
     assert agreed.float().mean() > 0.99  # but for near ties that rounding decides
 
 
-def test_a_cache_for_one_context_is_enough(talkative, with_tools, monkeypatch) -> None:
-    """Kept sequences that do not fit wait outside of it."""
-    environment = Tools()
-    tasks, params = tasks_of(environment, 2, 4), params_of(8, 30)
-    wanted = play(talkative, with_tools, environment, tasks, params)
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[Engine]:
+    """The engines that `play` makes from now on."""
     engines = []
 
     class Watched(Engine):
@@ -379,6 +376,15 @@ def test_a_cache_for_one_context_is_enough(talkative, with_tools, monkeypatch) -
             engines.append(self)
 
     monkeypatch.setattr(module, "Engine", Watched)
+    return engines
+
+
+def test_a_cache_for_one_context_is_enough(talkative, with_tools, monkeypatch) -> None:
+    """Kept sequences that do not fit wait outside of it."""
+    environment = Tools()
+    tasks, params = tasks_of(environment, 2, 4), params_of(8, 30)
+    wanted = play(talkative, with_tools, environment, tasks, params)
+    engines = watched(monkeypatch)
     monkeypatch.setattr(module, "MOST_SLOTS", 1)
     episodes = play(talkative, with_tools, environment, tasks, params)
     (engine,) = engines
@@ -388,7 +394,9 @@ def test_a_cache_for_one_context_is_enough(talkative, with_tools, monkeypatch) -
     ]
 
 
-def test_a_user_turn_after_tools_begins_a_branch(talkative, with_tools) -> None:
+def test_a_user_turn_after_tools_begins_a_branch(talkative, with_tools, monkeypatch) -> None:
+    """What the branch before it held is given back."""
+
     class Mixed(Tools):
         def reply(self, task: Task, transcript: Sequence[Message]) -> Message | None:
             given = super().reply(task, transcript)
@@ -406,6 +414,29 @@ def test_a_user_turn_after_tools_begins_a_branch(talkative, with_tools) -> None:
         for branch in episode.branches:
             expected = log_probabilities(talkative, branch)
             assert torch.allclose(expected, torch.tensor(branch.logprobs), atol=1e-4)
+    engines, place = watched(monkeypatch), episodes.index(several[0])
+    (again,) = play(talkative, with_tools, environment, [tasks[place]], [params[place]])
+    (engine,) = engines
+    assert len(again.branches) == 2
+    assert engine.slots - engine.idle_slots == len(again.branches[1].ids) - 1
+
+
+def test_a_call_that_was_cut_off_after_its_end_is_not_taken(model, with_tools, monkeypatch) -> None:
+    """The block of calls is whole, and the end of the message is missing."""
+    marks = with_tools.tool_ids
+    call = [marks.call_begin, "f", marks.separator, "{}", marks.call_end]
+    ids = spelled(
+        with_tools, with_tools.end_think_id, "a", marks.calls_begin, *call, marks.calls_end
+    )
+    assert parse_assistant(with_tools, ids)[0].tool_calls
+    scripted(monkeypatch, with_tools, [ids])
+    wide = Deepseek(model.config.model_copy(update={"vocab_size": with_tools.vocab_size}))
+    environment = Talk()
+    (episode,) = play(
+        wide.initialise(3), with_tools, environment, [environment.task("test", 4)], params_of(1, 20)
+    )
+    assert episode.finish_reason == "length"
+    assert (episode.answer.content, episode.answer.tool_calls) == ("", ())
 
 
 @pytest.mark.parametrize("limit", [5, 12])
