@@ -54,6 +54,7 @@ def load_reference(model: Deepseek, path) -> nn.Module:
     if model.config.is_v4:
         extra = [f"mtp.{depth}." for depth in range(len(model.mtp_layers))]
     assert all(key.startswith(tuple(extra)) for key in report["unexpected_keys"])
+    reference.compared = True
     return reference.eval()
 
 
@@ -88,7 +89,8 @@ def pin_reference(reference: nn.Module, choices: list[Tensor], scores: list[Tens
     Choices are compared here, layer by layer, on hidden states that follow from our choices, so
     that a difference in one layer excuses nothing in the next. Scores must agree, and the sets of
     experts must be equal except at proven near ties. If they are equal, the gate values computed
-    here must be the reference's own.
+    here must be the reference's own. Nothing is compared if `reference.compared` is false: where
+    the reference computes in bfloat16, or is moved on purpose.
     """
     for gate, chosen, ours in zip(gates_of(reference), choices, scores, strict=True):
 
@@ -105,7 +107,7 @@ def pin_reference(reference: nn.Module, choices: list[Tensor], scores: list[Tens
             if getattr(gate, "norm_topk_prob", hasattr(gate, "score_fn")):
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
             weights = weights * gate.routed_scaling_factor
-            if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            if reference.compared:
                 assert (scores_of(gate, logits) - ours).abs().max() <= TOLERANCE
                 same = (chosen.sort().values == own.sort().values).all(-1)
                 assert all(near_tie(gate, x[n].detach()) for n in torch.where(~same)[0].tolist())
@@ -168,7 +170,8 @@ class Selections:
                 best_left_out = scores.masked_fill(chosen | ~theirs, float("-inf")).amax(-1)
                 differ = (theirs != chosen).any(-1)
                 largest = scores.masked_fill(~allowed, 0).abs().amax(-1)
-                assert ((worst - best_left_out).abs() <= TOLERANCE * largest)[differ].all()
+                if reference.compared:
+                    assert ((worst - best_left_out).abs() <= TOLERANCE * largest)[differ].all()
                 places = torch.arange(count).expand(chosen.shape)
                 picked = places.where(chosen, count).sort(-1).values[..., : own.shape[-1]]
                 # The reference wants a full set: V4's knows -1 for nothing, V3.2's masks what lies
@@ -218,6 +221,7 @@ def moved_by_rounding(reference: nn.Module, tokens: Tensor) -> dict[str, Tensor]
             name: p.grad.clone() for name, p in reference.named_parameters() if p.grad is not None
         }
 
+    reference.compared = False
     still = gradients(None)
     draws = [gradients(torch.Generator().manual_seed(seed)) for seed in range(4)]
     return {
@@ -428,6 +432,7 @@ def test_bfloat16_is_as_near_as_transformers_autocast(random_model, tiny, tmp_pa
         routing = ours.hidden(tokens).routing
         choices = [choice.indices_Nk for choice in routing]
         pin_reference(reference, choices, [choice.scores_NE for choice in routing])
+        reference.compared = False
         exact = logits_and_gradients(ours, tokens, pinned=choices)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             peer = logits_and_gradients(reference, tokens)
