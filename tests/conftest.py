@@ -50,13 +50,13 @@ workers: defaultdict[str, set[str]] = defaultdict(set)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Property tests draw other examples in each run, and a failure prints their seed. The quick
-    tests in CI draw the same ones each time: a change must not fail by what it did not touch.
+    """Property tests draw other examples in each run, and a failure prints their seed. In CI they
+    draw the same ones each time: a change must not fail by what it did not touch.
 
     The session has an empty cache, which workers of pytest-xdist share. Compiled kernels are taken
     from, and kept in, the user's own cache: to compile them takes as long as many tests.
     """
-    fresh = not IN_CI or config.option.markexpr == "slow"
+    fresh = not IN_CI
     settings.register_profile(
         "xushi", deadline=None, max_examples=50, print_blob=True, derandomize=not fresh
     )
