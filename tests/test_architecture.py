@@ -18,9 +18,10 @@ LAYERS = {
     "serve": 6, "rl": 6,
     "run": 7,
     "report": 8,
-    "cli": 9,
+    "ladder": 9,
+    "cli": 10,
 }  # fmt: skip
-FILES = {"__main__": 10}
+FILES = {"__main__": 11}
 
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 LONGEST_FILE = 400

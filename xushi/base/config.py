@@ -51,23 +51,26 @@ _PLAIN = {
 }
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The table in a TOML file; a missing or malformed file is a `XushiError`."""
+def read_toml(
+    path: Path,
+    kind: str = "recipe",
+    example: str = "give the path of a recipe, for example recipes/demo.toml",
+) -> dict[str, Any]:
+    """The table in a TOML file; a missing or malformed file is a `XushiError`, which calls it
+    `kind` and says `example` of what to give.
+    """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BadInput(
-            f"recipe {path} does not exist",
-            "give the path of a recipe, for example recipes/demo.toml",
-        ) from None
+        raise BadInput(f"{kind} {path} does not exist", example) from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(
-            f"recipe {path} cannot be read: {error}",
+            f"{kind} {path} cannot be read: {error}",
             "check the path, its permissions and its encoding (UTF-8)",
         ) from None
     except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
         raise BadInput(
-            f"recipe {path} is not valid TOML: {error}",
+            f"{kind} {path} is not valid TOML: {error}",
             "correct that line; strings need quotes, lists need brackets",
         ) from None
 

@@ -28,9 +28,10 @@ from xushi.cli.app import app
 # In the order of the help.
 from xushi.cli import runs  # isort: skip
 from xushi.cli import models  # isort: skip
+from xushi.cli import ideas  # isort: skip
 from xushi.cli import machine  # isort: skip
 
-__all__ = ["app", "guarded", "machine", "main", "models", "runs"]
+__all__ = ["app", "guarded", "ideas", "machine", "main", "models", "runs"]
 
 
 def guarded(action: Callable[[], Any]) -> int:
