@@ -72,8 +72,8 @@ class Account:
 def account(ledger: Ledger) -> Account:
     """What the ledger holds."""
     results: dict[int, dict[str, Any]] = {}
-    for entry, _, decision in ledger.decisions():
-        results[entry] = decision
+    for number, _, decision in ledger.decisions():
+        results[number] = decision
     paid: set[str] = set()
     lines = []
     for entry in ledger.entries():
