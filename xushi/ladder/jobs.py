@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from xushi.base.errors import BadInput, Failed
-from xushi.base.files import disk_errors, sha256_json
+from xushi.base.files import disk_errors, sha256_file, sha256_json
 from xushi.base.machine import inspect
 from xushi.ladder.ledger import JobRecord, Ledger
 
@@ -26,15 +26,19 @@ from xushi.ladder.ledger import JobRecord, Ledger
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 SECONDS_TO_STOP = 5.0  # between asking a process to end and ending it
 _SECONDS_BETWEEN_LOOKS = 0.05
+_CHANGED = "changed while the idea was tried"
 _LINE_BYTES = 1 << 20  # of the end of the output, in which its last line is looked for
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command, the hash of it and of all that decides its result, and its time limit."""
+    """A command, the hash of it and of all that decides its result, and its time limit. `files`:
+    the hashes of the files that it reads.
+    """
 
     command: list[str]
     hash: str
+    files: Mapping[str, str]
     deadline_seconds: float
     title: str
 
@@ -60,7 +64,7 @@ def make_job(
         "processor": inspect().cpu,
         "repeat": repeat,
     }
-    return Job(command, sha256_json(decides), deadline_seconds, title)
+    return Job(command, sha256_json(decides), files, deadline_seconds, title)
 
 
 class Runner:
@@ -73,6 +77,7 @@ class Runner:
         self._workers = workers
         self._where = where
         self._running: list[_Running] = []
+        self._hashes: dict[tuple[str, int, int, int], str] = {}  # of files, by their state
 
     def __enter__(self) -> "Runner":
         for record in self._ledger.running():  # of a program that was killed
@@ -178,12 +183,34 @@ class Runner:
         printed = None
         if not problem:
             printed, problem = _last_object(self.output(each.job.hash) / "stdout.txt")
+        if changed := self._changed(each.job):
+            printed, problem = None, f"{changed} {_CHANGED}"
         self._ledger.end(each.job.hash, seconds, printed, problem or None)
         record = self._ledger.job(each.job.hash)
         assert record is not None
         return record
 
+    def _changed(self, job: Job) -> str:
+        """The first file of a job that is not what it was when the idea was read; "" if none."""
+        for name, hash in job.files.items():
+            path = self._where / name
+            try:
+                status = path.stat()
+                state = (name, status.st_ino, status.st_size, status.st_mtime_ns)
+                if state not in self._hashes:  # large files are not read again for each job
+                    self._hashes[state] = sha256_file(path)
+            except OSError:
+                return name
+            if self._hashes[state] != hash:
+                return name
+        return ""
+
     def _failure(self, job: Job, record: JobRecord) -> Failed:
+        if record.problem and record.problem.endswith(_CHANGED):
+            return Failed(
+                f"{job.title}: {record.problem}",
+                "run the same command again: with other files it is another question",
+            )
         place = self.output(job.hash)
         lines = _tail(place / "stderr.txt").splitlines() or [""]
         said = f": {lines[-1].strip()[:200]}" if lines[-1].strip() else ""
