@@ -192,3 +192,10 @@ def pairs_to_settle(look: Look, smallest_effect: float) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high
+
+
+def smallest_shown(pairs: int, sd: float, degrees: float, level: float) -> float:
+    """The gain that `pairs` pairs show in four of five cases. `sd` is the spread of a pair's gain,
+    known with `degrees` of freedom; `level` that of the last look.
+    """
+    return (t_quantile(level / 2, degrees) + t_quantile(0.2, degrees)) * sd / math.sqrt(pairs)
