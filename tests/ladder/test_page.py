@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from xushi.ladder.facts import facts
 from xushi.ladder.idea import Idea
 from xushi.ladder.ledger import Ledger
 from xushi.ladder.looks import planned_looks
-from xushi.ladder.page import write_idea_page, write_ledger_page
-from xushi.ladder.verdict import ALPHA, decide, look_at_pairs
+from xushi.ladder.page import _gain_chart, write_idea_page, write_ledger_page
+from xushi.ladder.stream import lord_level
+from xushi.ladder.verdict import ALPHA, Decision, decide, look_at_pairs
+from xushi.report.numbers import digits
 
 BASELINE = [3.5, 3.25, 3.75, 3.625]
 VARIANT = [3.375, 3.0, 3.5, 3.5]
@@ -70,34 +73,52 @@ def idea(**keys: object) -> Idea:
     return Idea.model_validate({**stated, **keys})
 
 
-def add(ledger: Ledger, name: str, stated: Idea, promoted: bool = False) -> int:
-    """An idea with four pairs that judge (seeds 1 to 4) and two that confirm (seeds 11, 12)."""
+def run(ledger: Ledger, entry: int, use: tuple[int, str, str, int], job: str, value: float) -> None:
+    """A run that took 100 seconds and as many as its seed says."""
+    ledger.start(job, ["train"], 1, "")
+    metric = ledger.entries()[entry - 1].idea.metric
+    ledger.end(job, 100.0 + use[3], {metric: value}, None)
+    ledger.use(entry, *use, job)
+
+
+def add(
+    ledger: Ledger,
+    name: str,
+    stated: Idea,
+    promoted: bool = False,
+    own: Sequence[float] = VARIANT,
+    again: float = BASELINE[0],
+) -> int:
+    """An idea with four pairs that judge (seeds 1 to 4) and two that confirm (seeds 11, 12). All
+    ideas share the runs of the baseline.
+    """
     number = ledger.register(name, name, stated, {"train.py": "0a1b"}).number
-    for purpose, seeds in (("judge", (1, 2, 3, 4)), ("confirm", (11, 12)), ("repeat", (1,))):
+    for purpose, seeds in (("judge", (1, 2, 3, 4)), ("confirm", (11, 12))):
         for place, seed in enumerate(seeds):
-            for arm, values in (("baseline", BASELINE), ("variant", VARIANT)):
-                if (purpose, arm) == ("repeat", "variant"):
-                    continue
-                job = f"{name} {purpose} {arm} {seed}"
-                ledger.start(job, ["train"], 1, "")
-                ledger.end(job, 100.0 + seed, {stated.metric: values[place]}, None)
-                ledger.use(number, 0, purpose, arm, seed, job)
+            for arm, values in (("baseline", BASELINE), ("variant", own)):
+                job = f"{arm if arm == 'baseline' else name} {purpose} {seed}"
+                run(ledger, number, (0, purpose, arm, seed), job, values[place])
+    run(ledger, number, (0, "repeat", "baseline", 1), "again", again)
     sign = -1 if stated.higher_is_better else 1
     decision = decide(
         [sign * value for value in BASELINE],
-        [sign * value for value in VARIANT],
+        [sign * value for value in own],
         stated.smallest_effect,
         planned_looks(4),
     )
+    ledger.decide(number, 0, {"verdict": "unsettled", "promoted": False, "rungs": 1})
+    ledger.decide(number, 0, result_of(number, decision, promoted))
+    return number
+
+
+def result_of(number: int, decision: Decision, promoted: bool = False) -> dict[str, object]:
     look = decision.looks[-1]
-    result = {
+    return {
         "entry": number, "verdict": decision.verdict, "reason": decision.reason,
         "promoted": promoted, "difference": look.difference, "low": look.low, "high": look.high,
         "pairs": look.pairs, "p": 0.012345, "level": 0.0234, "e_value": 7.77, "rungs": 1,
         "seconds": 1234.0, "more_pairs": 9 if decision.verdict == "unsettled" else None,
     }  # fmt: skip
-    ledger.decide(number, 0, result)
-    return number
 
 
 def test_the_page_of_an_idea_shows_what_the_ledger_holds(ledger: Ledger) -> None:
@@ -120,8 +141,10 @@ def test_the_page_of_an_idea_shows_what_the_ledger_holds(ledger: Ledger) -> None
 
 
 def test_the_json_of_an_idea_has_the_rules_own_looks(ledger: Ledger) -> None:
-    number = add(ledger, "new", idea())
-    path = write_idea_page(ledger, number, REPEAT).with_suffix(".json")
+    number = add(ledger, "new", idea(), again=3.5625)
+    page = write_idea_page(ledger, number, REPEAT)
+    assert "differs by 0.0625" in Page(page).text
+    path = page.with_suffix(".json")
     found = json.loads(path.read_text(encoding="utf-8"))
     decision = decide(BASELINE, VARIANT, 0.0625, planned_looks(4))
     (rung,) = found["rungs"]
@@ -134,7 +157,7 @@ def test_the_json_of_an_idea_has_the_rules_own_looks(ledger: Ledger) -> None:
     fresh = look_at_pairs(BASELINE[:2], VARIANT[:2], ledger.entries()[0].known[0], ALPHA)
     assert found["confirmation"]["look"] == asdict(fresh)
     assert found["result"] == ledger.decisions()[-1][2]
-    assert (found["repeated"], found["command"]) == ([3.5, 3.5], REPEAT)
+    assert (found["repeated"], found["command"]) == ([3.5, 3.5625], REPEAT)
 
 
 def test_where_higher_is_better_a_rise_is_a_gain(ledger: Ledger) -> None:
@@ -162,6 +185,52 @@ def test_why_it_is_promoted_or_not(
     assert said in text and text.count("promoted: on 4 fresh pairs") == 2
 
 
+def test_each_rung_has_its_own_runs(ledger: Ledger) -> None:
+    number = add(ledger, "new", idea(sizes=[10, 20]))
+    for seed, base, own in ((1, 2.5, 2.75), (2, 2.25, 2.375)):
+        run(ledger, number, (1, "judge", "baseline", seed), f"large {seed}", base)
+        run(ledger, number, (1, "judge", "variant", seed), f"large new {seed}", own)
+    top = decide([2.5, 2.25], [2.75, 2.375], 0.0625, planned_looks(4))
+    ledger.decide(number, 1, {**result_of(number, top), "rungs": 2})
+    low, high = facts(ledger, number).rungs
+    assert [pair.gain for pair in low.pairs] == [0.125, 0.25, 0.25, 0.125]
+    assert [pair.gain for pair in high.pairs] == [-0.25, -0.125] and high.decision == top
+    text = Page(write_idea_page(ledger, number, REPEAT)).text
+    assert "Rung 1: size = 10" in text and "Rung 2: size = 20" in text
+
+
+def test_an_open_question_says_what_would_settle_it(ledger: Ledger) -> None:
+    number = add(ledger, "new", idea(), own=[3.75, 3.0, 3.875, 3.5])
+    text = Page(write_idea_page(ledger, number, REPEAT)).text
+    # A pair of these seeds takes 205 seconds in the mean.
+    assert text.count("about 9 more pairs would settle it, which is 30\u202fmin 45\u202fs") == 2
+
+
+def test_the_gains_chart(ledger: Ledger) -> None:
+    """Points that no line joins, each look's interval, lines at zero and at the smallest effect. The
+    first look's interval is so wide that it is cut off.
+    """
+    (rung,) = facts(ledger, add(ledger, "new", idea(smallest_effect=0.0078125))).rungs
+    first, last = rung.decision.looks
+    chart = _gain_chart(rung, 0.0078125)
+    low, high = map(float, re.findall(r'data-y="(\S+) (\S+)"', chart)[0])
+    assert first.low < low < last.low and last.high < high < first.high
+
+    def value(y: str) -> float:
+        return low + (1 - float(y) / 240) * (high - low)
+
+    tolerance = 0.05 / 240 * (high - low) * 1.01  # places are written with one decimal
+    paths = re.findall(r'<path class="([^"]*)".*? d="([^"]*)"', chart)
+    (spans,) = [d for kind, d in paths if "faint" in kind]
+    ends = [value(y) for y in re.findall(r",(-?[\d.]+)", spans)]
+    assert ends == pytest.approx([first.low, first.high, last.low, last.high], abs=tolerance)
+    assert spans.count("M") == spans.count("L") == 2
+    (pairs,) = [d for kind, d in paths if "t3" in kind]
+    assert pairs.count("M") == 4 and "L" not in pairs
+    lines = re.findall(r'<line class="reference".*?y1="([\d.]+)"', chart)
+    assert [value(y) for y in lines] == pytest.approx([0.0, 0.0078125], abs=tolerance)
+
+
 def test_a_hostile_idea_stays_text(ledger: Ledger) -> None:
     command = f"train {{seed}} {{size}} {shlex.quote(HOSTILE)}"
     stated = idea(question=HOSTILE, metric=HOSTILE, variant=command, sizes=[HOSTILE, 20])
@@ -179,7 +248,7 @@ def test_the_ledgers_page_is_the_account(ledger: Ledger) -> None:
     add(ledger, "other", idea(higher_is_better=True))
     ledger.register("open", "open", idea(pairs=8), {})
     page = Page(write_ledger_page(ledger))
-    # A question costs 2 x (101 + 102 + 103 + 104) + 2 x (111 + 112) + 101 seconds.
+    # Baseline and variant: 2 x (101 + 102 + 103 + 104 + 111 + 112) seconds, and 101 to repeat one.
     cost = "22\u202fmin 47\u202fs"
     rows = {row[0].split("Is")[0]: row for row in page.rows if row[0][:1].isdigit()}
     assert list(rows) == ["1. new", "2. other", "3. open"]
@@ -187,13 +256,15 @@ def test_the_ledgers_page_is_the_account(ledger: Ledger) -> None:
         *("better, promoted", "0.188", "4", "0.012", cost)
     ]
     assert rows["2. other"][1:3] == ["worse", "−0.188"] and rows["3. open"][1] == "open"
-    assert ["in all", "3", "45\u202fmin 34\u202fs"] in page.rows
+    assert ["worse", "1", "10\u202fmin 33\u202fs"] in page.rows  # its own variant alone
+    assert ["in all", "3", "33\u202fmin 20\u202fs"] in page.rows
+    assert digits(lord_level(4, [1]), 2) in page.text
     assert page.links == ["new-1.html"]  # the others have no page
     written = json.loads((ledger.directory / "index.json").read_text(encoding="utf-8"))
     assert [each["result"] and each["result"]["verdict"] for each in written["ideas"]] == [
         *("better", "worse", None)
     ]
-    assert math.isclose(written["seconds"], 2 * 1367.0)
+    assert math.isclose(written["seconds"], 2000.0)
 
 
 def test_an_entry_without_a_result_has_no_page(ledger: Ledger) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -67,17 +68,12 @@ def try_ideas(
     from xushi.base.machine import inspect
     from xushi.ladder import try_idea
 
-    results = []
+    at_once = workers or inspect().usable_cores
     for idea in ideas:
-        at_once = workers or inspect().usable_cores
-        results.append(try_idea(idea, ledger, at_once, Path.cwd()))
-        _write_pages(ledger, results[-1].entry, idea)
-        if not as_json:
-            print(_sentence(results[-1]))
-    if as_json:
-        for result in results:
-            print(json.dumps(_as_json(result)))
-    return EXIT_CODES[results[-1].verdict]
+        result = try_idea(idea, ledger, at_once, Path.cwd())
+        _write_pages(ledger, result.entry, idea)
+        print(json.dumps(_as_json(result)) if as_json else _sentence(result))
+    return EXIT_CODES[result.verdict]
 
 
 @app.command()
@@ -142,13 +138,18 @@ def _judge_logs(
         pairs = [(named[0], named[1])]
     found = [judge(read, baseline, variant, smallest_effect) for baseline, variant in pairs]
     for each in found:
-        print(json.dumps(asdict(each)) if as_json else _line(each))
+        print(json.dumps(_finite(asdict(each))) if as_json else _line(each))
     return EXIT_CODES[found[-1].verdict] if len(found) == 1 else 0
 
 
 def _as_json(result: "Result") -> dict[str, object]:
     table = asdict(result)
     return table | {"interval": [table.pop("low"), table.pop("high")]}
+
+
+def _finite(table: dict[str, object]) -> dict[str, object]:
+    """JSON has no infinity: an interval without an end has null there."""
+    return {key: None if each in (math.inf, -math.inf) else each for key, each in table.items()}
 
 
 def _sentence(result: "Result") -> str:

@@ -85,7 +85,8 @@ def facts(ledger: Ledger, number: int) -> Facts:
         raise BadInput(f"entry {number} of the ledger has no result", "try its idea again")
     uses = ledger.uses(number)
     rungs = tuple(_rung(entry, uses, rung) for rung in range(results[-1]["rungs"]))
-    confirming = _pairs(entry, uses, len(rungs) - 1, "confirm")
+    better = results[-1]["verdict"] == "better"  # else those of an earlier result may be there
+    confirming = _pairs(entry, uses, len(rungs) - 1, "confirm") if better else ()
     return Facts(
         entry=entry,
         result=results[-1],
