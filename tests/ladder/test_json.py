@@ -42,12 +42,3 @@ def test_an_idea_that_fails_takes_no_result_with_it(
     shown = json.loads(capsys.readouterr().out)
     assert shown == json.loads(Path("notes/index.json").read_text(encoding="utf-8"))
     assert [each["name"] for each in shown["ideas"]] == ["good", "bad"]
-
-
-def test_an_interval_without_ends_is_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "logs.csv").write_text("arm,run,metric\na,1,0.5\nb,2,0.25\n")
-    code = try_ideas(logs=tmp_path / "logs.csv", smallest_effect=0.1, as_json=True)
-    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
-    assert (code, found["low"], found["high"], found["difference"]) == (12, None, None, 0.25)

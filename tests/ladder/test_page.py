@@ -206,6 +206,27 @@ def test_an_open_question_says_what_would_settle_it(ledger: Ledger) -> None:
     assert text.count("about 9 more pairs would settle it, which is 30\u202fmin 45\u202fs") == 2
 
 
+def test_an_interval_without_bounds(ledger: Ledger) -> None:
+    """Runs that do not differ at all say nothing of chance. JSON has no infinity."""
+    number = ledger.register("new", "new", idea(), {}).number
+    for seed in (1, 2, 3, 4):
+        run(ledger, number, (0, "judge", "baseline", seed), f"baseline {seed}", 3.5)
+        run(ledger, number, (0, "judge", "variant", seed), f"variant {seed}", 3.25)
+    decision = decide([3.5] * 4, [3.25] * 4, 0.0625, planned_looks(4))
+    assert math.isinf(decision.looks[-1].low)
+    ledger.decide(number, 0, result_of(number, decision))
+    page = write_idea_page(ledger, number, REPEAT)
+    index = write_ledger_page(ledger)
+    assert Page(page).text.count("0.25 (without bounds)") == 2
+    assert "without bounds" in Page(index).text
+    assert " inf" not in Page(page).text + Page(index).text
+    for path in (page, index):
+        text = path.with_suffix(".json").read_text(encoding="utf-8")
+        json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    found = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert [found["rungs"][0]["looks"][1][end] for end in ("low", "high")] == [None, None]
+
+
 def test_the_gains_chart(ledger: Ledger) -> None:
     """Points that no line joins, each look's interval, lines at zero and at the smallest effect. The
     first look's interval is so wide that it is cut off.

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -138,18 +137,13 @@ def _judge_logs(
         pairs = [(named[0], named[1])]
     found = [judge(read, baseline, variant, smallest_effect) for baseline, variant in pairs]
     for each in found:
-        print(json.dumps(_finite(asdict(each))) if as_json else _line(each))
+        print(json.dumps(asdict(each)) if as_json else _line(each))
     return EXIT_CODES[found[-1].verdict] if len(found) == 1 else 0
 
 
 def _as_json(result: "Result") -> dict[str, object]:
     table = asdict(result)
     return table | {"interval": [table.pop("low"), table.pop("high")]}
-
-
-def _finite(table: dict[str, object]) -> dict[str, object]:
-    """JSON has no infinity: an interval without an end has null there."""
-    return {key: None if each in (math.inf, -math.inf) else each for key, each in table.items()}
 
 
 def _sentence(result: "Result") -> str:

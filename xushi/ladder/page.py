@@ -6,6 +6,7 @@ The same ledger gives the same bytes. What ideas and commands contain is text an
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import tomli_w
@@ -41,7 +42,7 @@ def write_idea_page(ledger: Ledger, number: int, command: str) -> Path:
     """
     found = facts(ledger, number)
     name = _file_name(found.entry.name, number)
-    write_json(ledger.directory / f"{name}.json", {"command": command, **found.as_json()})
+    write_json(ledger.directory / f"{name}.json", _finite({"command": command, **found.as_json()}))
     path = ledger.directory / f"{name}.html"
     write_atomic(path, _idea_page(found, command))
     return path
@@ -50,11 +51,20 @@ def write_idea_page(ledger: Ledger, number: int, command: str) -> Path:
 def write_ledger_page(ledger: Ledger) -> Path:
     """Write index.html and index.json into the ledger's directory, and return the page's path."""
     found = account(ledger)
-    write_json(ledger.directory / "index.json", found.as_json())
+    write_json(ledger.directory / "index.json", _finite(found.as_json()))
     path = ledger.directory / "index.html"
     level = lord_level(len(found.lines) + 1, ledger.promoted())
     write_atomic(path, _ledger_page(found, level, ledger.directory))
     return path
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: the ends of an interval without bounds are null."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _file_name(name: str, number: int) -> str:
@@ -84,10 +94,10 @@ def _idea_page(found: Facts, command: str) -> str:
 
 def _figures(found: Facts) -> str:
     result = found.result
-    low, high = digits(result["low"]), digits(result["high"])
+    interval = _interval(result["low"], result["high"])
     return key_figures(
         [
-            (digits(result["difference"]), f"gain in {found.entry.idea.metric} ({low} to {high})"),
+            (digits(result["difference"]), f"gain in {found.entry.idea.metric} ({interval})"),
             (count(result["pairs"]), "pairs of runs at the largest rung"),
             (_short(result["p"]), 'p against "no gain", paid for all looks'),
             (_short(result["level"]), "the level that p must meet for a promotion"),
@@ -105,7 +115,7 @@ def _rung_section(found: Facts, rung: Rung, number: int | None) -> str:
     direction = "higher" if found.entry.idea.higher_is_better else "lower"
     looks = [
         [
-            str(look.pairs), digits(look.difference), f"{digits(look.low)} to {digits(look.high)}",
+            str(look.pairs), digits(look.difference), _interval(look.low, look.high),
             _short(look.p_gain), _short(look.p_harm), _short(look.level),
         ]
         for look in rung.decision.looks
@@ -187,7 +197,7 @@ def _confirmation_section(found: Facts) -> str:
         return ""
     text = (
         f"As many pairs again, on seeds that nothing had seen: the mean gain is "
-        f"{digits(look.difference)} ({digits(look.low)} to {digits(look.high)}), p against "
+        f"{digits(look.difference)} ({_interval(look.low, look.high)}), p against "
         f'"no gain" {_short(look.p_gain)}.'
     )
     return section("confirmation", "Confirmation", paragraph(text) + _pairs_table(found.confirming))
@@ -262,7 +272,7 @@ def _ideas_table(lines: Sequence[Line], directory: Path) -> str:
             cells += [
                 escape(result["verdict"]) + (", promoted" if result["promoted"] else ""),
                 digits(result["difference"]),
-                f"{digits(result['low'])} to {digits(result['high'])}",
+                _interval(result["low"], result["high"]),
                 str(result["pairs"]),
                 _short(result["p"]),
                 _short(line.level),
@@ -285,6 +295,10 @@ def _account_table(lines: Sequence[Line]) -> str:
     rows.append(["in all", count(len(lines)), duration(total)])
     text = "A run that several ideas use counts for the first of them."
     return table(["verdict", "ideas", "cost"], rows) + paragraph(text, "legend")
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{digits(low)} to {digits(high)}" if math.isfinite(high - low) else sentences.NO_BOUNDS
 
 
 def _short(value: float) -> str:

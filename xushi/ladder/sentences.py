@@ -1,9 +1,12 @@
 """What is said about a question in plain text; whoever puts it into a page escapes it."""
 
+import math
+
 from xushi.ladder.facts import Facts
 from xushi.ladder.verdict import ALPHA
 from xushi.report.numbers import duration
 
+NO_BOUNDS = "without bounds"
 TITLES = {
     "better": "Better",
     "none": "No effect of interest",
@@ -18,7 +21,7 @@ def verdict(facts: Facts) -> str:
     return (
         f"{TITLES[result['verdict']]} after {result['pairs']} pairs of runs: the mean gain in "
         f"{facts.entry.idea.metric} is {number(result['difference'])} "
-        f"({number(result['low'])} to {number(result['high'])}), so that {result['reason']}."
+        f"({interval(result['low'], result['high'])}), so that {result['reason']}."
     )
 
 
@@ -71,6 +74,11 @@ def to_paste(facts: Facts, command: str) -> str:
         f"The runs took {result['seconds']:.0f} s. To repeat it: {command}",
     ]
     return " ".join(sentence for sentence in said if sentence)
+
+
+def interval(low: float, high: float) -> str:
+    """Both ends, or that there are none, as where runs do not differ at all."""
+    return f"{number(low)} to {number(high)}" if math.isfinite(high - low) else NO_BOUNDS
 
 
 def number(value: float, significant: int = 4) -> str:
