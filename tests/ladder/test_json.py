@@ -38,6 +38,9 @@ def test_an_idea_that_fails_takes_no_result_with_it(
     kept = json.loads(Path("notes/good-1.json").read_text(encoding="utf-8"))
     assert kept["command"] == "xushi try good.toml --ledger notes"
     assert kept["result"]["verdict"] == json.loads(line)["verdict"]
+    page = Path("notes/index.html").read_text(encoding="utf-8")
+    assert "good-1.html" in page
+    Path("notes/index.json").unlink()
     tried(ledger=Path("notes"), as_json=True)
     shown = json.loads(capsys.readouterr().out)
     assert shown == json.loads(Path("notes/index.json").read_text(encoding="utf-8"))

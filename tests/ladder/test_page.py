@@ -190,6 +190,7 @@ def test_each_rung_has_its_own_runs(ledger: Ledger) -> None:
     for seed, base, own in ((1, 2.5, 2.75), (2, 2.25, 2.375)):
         run(ledger, number, (1, "judge", "baseline", seed), f"large {seed}", base)
         run(ledger, number, (1, "judge", "variant", seed), f"large new {seed}", own)
+    run(ledger, number, (1, "judge", "baseline", 3), "without its pair", 2.0)
     top = decide([2.5, 2.25], [2.75, 2.375], 0.0625, planned_looks(4))
     ledger.decide(number, 1, {**result_of(number, top), "rungs": 2})
     low, high = facts(ledger, number).rungs

@@ -121,8 +121,9 @@ def _pairs(entry: Entry, uses: Uses, rung: int, purpose: str) -> tuple[Pair, ...
         if (where, why) == (rung, purpose) and job.status == "done":
             runs.setdefault(seed, {})[arm] = job
     pairs = []
-    for seed in sorted(seed for seed, both in runs.items() if len(both) == len(ARMS)):
-        jobs = runs[seed]
+    for seed, jobs in runs.items():
+        if len(jobs) < len(ARMS):
+            continue
         values = {arm: float((jobs[arm].printed or {})[metric]) for arm in ARMS}
         lost = values[BASELINE] - values[VARIANT]
         pairs.append(
