@@ -140,6 +140,48 @@ def test_what_a_template_leaves_out_is_refused(tmp_path: Path) -> None:
         ours.ids([Message("assistant", "x", None, (CALL,)), Message("user", "x")])
 
 
+@pytest.mark.parametrize("name", ["add", "a", "get"])
+def test_a_tool_is_missed_where_its_name_stands_in_a_message(tmp_path: Path, name: str) -> None:
+    write_tokenizer(tmp_path, chat_template=THINKING)
+    ours = Conversations(tmp_path)
+    question = Message("user", "please add and get a sum")
+    with pytest.raises(BadInput, match=f"leaves out the tool '{name}'"):
+        ours.ids([question], [Tool(name, "add", {})])
+    with pytest.raises(BadInput, match=f"leaves out the tool '{name}'"):
+        ours.ids([question, Message("assistant", "x", None, (ToolCall(name, "{}"),))])
+    # A template that writes the tools writes their calls apart from them.
+    source = "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    write_tokenizer(tmp_path, chat_template=source)
+    ours = Conversations(tmp_path)
+    assert ours.ids([question], [Tool(name, "", {}), ADD])
+    with pytest.raises(BadInput, match=f"leaves out the tool '{name}'"):
+        ours.ids(
+            [question, Message("assistant", "x", None, (ToolCall(name, "{}"),))],
+            [Tool(name, "", {})],
+        )
+
+
+def test_what_a_template_compares_is_not_marked(tmp_path: Path) -> None:
+    """Even if the tokenizer has tokens that are spelled like a role or a type."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A{{ m.content }}"
+        "{% if m.tool_calls and m.tool_calls[0].type == 'function' %}{{ m.tool_calls[0].function"
+        ".name }}{% endif %}{% else %}U{{ m.content }}{% endif %}{% endfor %}"
+        "{% if tools and tools[0].type == 'function' %}{{ tools[0].function.name }}"
+        "{{ tools[0].function.parameters.properties | length }}{% endif %}"
+    )
+    words = ["assistant", "function", "properties", "user", "arguments"]
+    write_tokenizer(tmp_path, chat_template=source, extra_special_tokens=words)
+    ours = Conversations(tmp_path)
+    called = Message("assistant", "y assistant", None, (CALL,))
+    ids = ours.ids([Message("user", "x"), called], [ADD])
+    assert ours.tokenizer.decode(ids) == "UxAy assistantaddadd1"
+    token = next(i for i, name in ours.tokenizer._names.items() if name == "assistant")
+    assert token not in ids
+    with pytest.raises(BadInput, match="does not write the text"):
+        Conversations(tmp_path).continued_ids([Message("assistant", "", "y")])
+
+
 def test_a_template_that_writes_calls_only_without_content(tmp_path: Path) -> None:
     """As those of the first DeepSeek-V3 and R1."""
     source = (

@@ -6,6 +6,7 @@ spells are marked before the template is rendered, and encoded as ordinary chara
 """
 
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ class Conversations:
         assert isinstance(self.tokenizer, PublishedTokenizer)
         template = self._choose(False)
         control = self.tokenizer.control_tokens(template.source)
-        tables = [_mark(_template_message(message, ""), control) for message in messages]
+        tables = _message_tables(messages, control)
         for key in ("reasoning_content", "thinking") if in_reasoning else ("content",):
             tables[-1][key] += _END
         rendered = template.render(self._variables(tables, None, False))
@@ -136,20 +137,48 @@ class Conversations:
         tools: Sequence[Tool],
         control: list[str],
     ) -> str:
-        calls = [call.name for message in messages for call in message.tool_calls]
-        names = [*calls, *(tool.name for tool in tools)]
+        names = [call.name for message in messages for call in message.tool_calls]
+        names += [tool.name for tool in tools]
+        described = _tool_tables(tools, control)
+        lost = []
         # Some templates write tool calls only of messages without content, not of those with "".
         for empty in ("", None):
-            tables = [_mark(_template_message(message, empty), control) for message in messages]
-            described = [_mark(tool.to_dict(), control) for tool in tools] or None
-            rendered = template.render(self._variables(tables, described, True))
-            lost = [name for name in names if name not in rendered]
+            tables = _message_tables(messages, control, empty)
+            lost = self._left_out(template, tables, described, names)
             if not lost:
-                return rendered
+                return template.render(self._variables(tables, described, True))
         raise BadInput(
             f"the chat template of {self._directory} leaves out the tool {lost[0]!r}",
             "leave tools out, or give a template that writes them with --template FILE",
         )
+
+    def _left_out(
+        self,
+        template: ChatTemplate,
+        tables: list[dict[str, Any]],
+        described: list[dict[str, Any]] | None,
+        names: list[str],
+    ) -> list[str]:
+        """Those of `names`, of the tool calls and then of the tools, that the template does not
+        write. It is rendered with other names, which occur nowhere else.
+        """
+        if not names:
+            return []
+        others = [f"f{secrets.token_hex(15)}" for _ in names]
+        given = iter(others)
+
+        def rename(each: dict[str, Any]) -> dict[str, Any]:
+            return each | {"function": each["function"] | {"name": next(given)}}
+
+        tables = [
+            table | {"tool_calls": [rename(call) for call in table["tool_calls"]]}
+            if table.get("tool_calls")
+            else table
+            for table in tables
+        ]
+        described = [rename(tool) for tool in described or []] or None
+        rendered = template.render(self._variables(tables, described, True))
+        return [name for name, other in zip(names, others, strict=True) if other not in rendered]
 
     def _variables(
         self, messages: list[Any], tools: list[Any] | None, generation_prompt: bool
@@ -176,28 +205,49 @@ def _open(directory: Path, sources: Mapping[str, str]) -> Vocabulary:
     return PublishedTokenizer(directory, table)
 
 
-def _template_message(message: Message, empty: str | None) -> dict[str, Any]:
-    """The mapping that templates read. Reasoning also has another name that some use for it, and
-    `empty` is the content of a message that only calls tools.
+def _message_tables(
+    messages: Sequence[Message], control: Sequence[str], empty: str | None = ""
+) -> list[dict[str, Any]]:
+    """The mappings that templates read, with marks. Reasoning also has another name that some use
+    for it, and `empty` is the content of a message that only calls tools.
+
+    What templates compare stays as it is: roles and types.
     """
-    table = message.to_dict()
-    if message.reasoning is not None:
-        table["thinking"] = message.reasoning
-    if message.tool_calls and not message.content:
-        table["content"] = empty
-    return table
+    tables = []
+    for message in messages:
+        table = _mark(message.to_dict(), control) | {"role": message.role}
+        if message.reasoning is not None:
+            table["thinking"] = table["reasoning_content"]
+        for call in table.get("tool_calls", ()):
+            call["type"] = "function"
+        if message.tool_calls and not message.content:
+            table["content"] = empty
+        tables.append(table)
+    return tables
+
+
+def _tool_tables(tools: Sequence[Tool], control: Sequence[str]) -> list[dict[str, Any]] | None:
+    """The tools that templates read, with marks; None if there are none."""
+    return [_mark(tool.to_dict(), control) | {"type": "function"} for tool in tools] or None
 
 
 def _mark(value: Any, control: Sequence[str]) -> Any:
-    """`value` with marks around each of the tokens `control` in its strings; keys stay."""
+    """`value` with marks around each of the tokens `control` in its strings and keys.
+
+    A key that is a plain word stays: templates look such keys up.
+    """
     if isinstance(value, str):
         text = value.translate(_NO_MARKS)
         return _pattern(control).sub(f"{_OPEN}\\g<0>{_CLOSE}", text) if control else text
     if isinstance(value, Mapping):
-        return {key: _mark(each, control) for key, each in value.items()}
+        return {_mark_key(key, control): _mark(each, control) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_mark(each, control) for each in value]
     return value
+
+
+def _mark_key(key: Any, control: Sequence[str]) -> Any:
+    return key if isinstance(key, str) and key.isidentifier() else _mark(key, control)
 
 
 def _pattern(control: Sequence[str]) -> re.Pattern[str]:
