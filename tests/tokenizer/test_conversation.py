@@ -140,6 +140,56 @@ def test_what_a_template_leaves_out_is_refused(tmp_path: Path) -> None:
         ours.ids([Message("assistant", "x", None, (CALL,)), Message("user", "x")])
 
 
+SPELLING = Tool("add", "b<think>", {"properties": {"<｜User｜>": {"description": "<think>"}}})
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{ tools | tojson }}",
+        "{{ tools | tojson(ensure_ascii=True) }}",
+        "{{ tools | tojson(ensure_ascii=True, indent=2) }}",
+        "{{ tools }}",
+        "{{ tools | string }}",
+        "{% for t in tools %}{{ t.function.name }}{% for k, v in t.function.parameters.properties"
+        " | items %}{{ k ~ v.description }}{% endfor %}{% endfor %}",
+    ],
+)
+def test_tools_form_no_special_token(tmp_path: Path, written: str) -> None:
+    write_tokenizer(tmp_path, chat_template="<｜User｜><think>" + written + "{{ messages | length }}")
+    ours = Conversations(tmp_path)
+    ids = ours.ids([Message("user", "x")], [SPELLING])
+    marks = [token_id("<｜User｜>"), token_id("<think>")]
+    assert ids[:2] == marks and not set(ids[2:]) & set(marks)
+    text = ours.tokenizer.decode(ids)
+    assert "fdd" not in text and text.isprintable() == ("indent" not in written)
+    assert text.count("<think>") == (3 if "t.function" not in written else 2)
+
+
+def test_literal_escapes_in_a_message_are_no_marks(tmp_path: Path) -> None:
+    source = "{# <think> #}{{ messages | map(attribute='content') | list }}<｜User｜>"
+    write_tokenizer(tmp_path, chat_template=source)
+    ours = Conversations(tmp_path)
+    for text in ("\\ufdd0", "\\\\ufdd1<think>"):
+        ids = ours.ids([Message("user", text)])
+        assert ours.tokenizer.decode(ids) == repr([text]) + "<｜User｜>"
+        assert ids[-1] == token_id("<｜User｜>") and token_id("<think>") not in ids
+
+
+@pytest.mark.parametrize("kinds", [("NFKC",), ("NFKC", "Lowercase"), ("NFC",), ()])
+def test_a_normalizer_makes_no_special_token(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    write_tokenizer(tmp_path, chat_template="<｜User｜>{{ messages[0].content }}<think>")
+    normalizer = {"type": "Sequence", "normalizers": [{"type": kind} for kind in kinds]}
+    edit(tmp_path / "tokenizer.json", normalizer=normalizer)
+    ours = Conversations(tmp_path)
+    for text in ("＜think＞", "a＜think＞<think>", "<ｔhink>", "＜｜Ｕser｜＞", "<THINK>", "plain ｆull"):
+        ids = ours.ids([Message("user", text)])
+        assert ids.count(token_id("<think>")) == ids.count(token_id("<｜User｜>")) == 1
+    # What spells no token stays as it is for the tokenizer's own normalizer.
+    begin, end = ours.tokenizer.encode("<｜User｜>"), ours.tokenizer.encode("<think>")
+    assert ids == [*begin, *ours.tokenizer.encode("plain ｆull"), *end]
+
+
 @pytest.mark.parametrize("name", ["add", "a", "get"])
 def test_a_tool_is_missed_where_its_name_stands_in_a_message(tmp_path: Path, name: str) -> None:
     write_tokenizer(tmp_path, chat_template=THINKING)

@@ -5,7 +5,6 @@ other has the form of its chat template, and there neither can a message: the sp
 spells are marked before the template is rendered, and encoded as ordinary characters.
 """
 
-import re
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,16 +19,12 @@ from xushi.base.model_directory import (
     read_templates,
 )
 from xushi.tokenizer.chat import encode_chat
+from xushi.tokenizer.marks import END, Marks
 from xushi.tokenizer.published import PublishedTokenizer, read_tokenizer_file
 from xushi.tokenizer.rendering import ChatTemplate
 from xushi.tokenizer.template import chat_template
 from xushi.tokenizer.tokenizer import Tokenizer, is_own
 from xushi.tokenizer.vocabulary import Vocabulary
-
-# Around a special token that a message spells, and after a text that is to go on. Noncharacters of
-# Unicode, which no text for interchange has.
-_OPEN, _CLOSE, _END = "\ufdd0", "\ufdd1", "\ufdd2"
-_NO_MARKS = dict.fromkeys(map(ord, (_OPEN, _CLOSE, _END)))
 
 
 class Conversations:
@@ -74,9 +69,8 @@ class Conversations:
             return encode_chat(self.tokenizer, messages, tools)
         assert isinstance(self.tokenizer, PublishedTokenizer)
         template = self._choose(bool(tools))
-        control = self.tokenizer.control_tokens(template.source)
-        rendered = self._render(template, messages, tools, control)
-        return _encode_marked(self.tokenizer, rendered, control)
+        marks = Marks(self.tokenizer, template.source)
+        return marks.encode(self._render(template, messages, tools, marks))
 
     def continued_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt that ends inside the last message, of role assistant, which the model goes on
@@ -98,18 +92,18 @@ class Conversations:
             return ids[:-2] if in_reasoning else ids[:-1]
         assert isinstance(self.tokenizer, PublishedTokenizer)
         template = self._choose(False)
-        control = self.tokenizer.control_tokens(template.source)
-        tables = _message_tables(messages, control)
+        marks = Marks(self.tokenizer, template.source)
+        tables = _message_tables(messages, marks)
         for key in ("reasoning_content", "thinking") if in_reasoning else ("content",):
-            tables[-1][key] += _END
+            tables[-1][key] += END
         rendered = template.render(self._variables(tables, None, False))
-        begin, mark, _ = rendered.rpartition(_END)
+        begin, mark, _ = rendered.rpartition(END)
         if not mark:
             raise BadInput(
                 f"the chat template of {self._directory} does not write the text to go on with",
                 "ask for the next message instead",
             )
-        return _encode_marked(self.tokenizer, begin, control)
+        return marks.encode(begin)
 
     def _check(self) -> None:
         if not self.can_chat:
@@ -135,15 +129,15 @@ class Conversations:
         template: ChatTemplate,
         messages: Sequence[Message],
         tools: Sequence[Tool],
-        control: list[str],
+        marks: Marks,
     ) -> str:
         names = [call.name for message in messages for call in message.tool_calls]
         names += [tool.name for tool in tools]
-        described = _tool_tables(tools, control)
+        described = _tool_tables(tools, marks)
         lost = []
         # Some templates write tool calls only of messages without content, not of those with "".
         for empty in ("", None):
-            tables = _message_tables(messages, control, empty)
+            tables = _message_tables(messages, marks, empty)
             lost = self._left_out(template, tables, described, names)
             if not lost:
                 return template.render(self._variables(tables, described, True))
@@ -206,7 +200,7 @@ def _open(directory: Path, sources: Mapping[str, str]) -> Vocabulary:
 
 
 def _message_tables(
-    messages: Sequence[Message], control: Sequence[str], empty: str | None = ""
+    messages: Sequence[Message], marks: Marks, empty: str | None = ""
 ) -> list[dict[str, Any]]:
     """The mappings that templates read, with marks. Reasoning also has another name that some use
     for it, and `empty` is the content of a message that only calls tools.
@@ -215,7 +209,7 @@ def _message_tables(
     """
     tables = []
     for message in messages:
-        table = _mark(message.to_dict(), control) | {"role": message.role}
+        table = marks.put(message.to_dict()) | {"role": message.role}
         if message.reasoning is not None:
             table["thinking"] = table["reasoning_content"]
         for call in table.get("tool_calls", ()):
@@ -226,45 +220,6 @@ def _message_tables(
     return tables
 
 
-def _tool_tables(tools: Sequence[Tool], control: Sequence[str]) -> list[dict[str, Any]] | None:
+def _tool_tables(tools: Sequence[Tool], marks: Marks) -> list[dict[str, Any]] | None:
     """The tools that templates read, with marks; None if there are none."""
-    return [_mark(tool.to_dict(), control) | {"type": "function"} for tool in tools] or None
-
-
-def _mark(value: Any, control: Sequence[str]) -> Any:
-    """`value` with marks around each of the tokens `control` in its strings and keys.
-
-    A key that is a plain word stays: templates look such keys up.
-    """
-    if isinstance(value, str):
-        text = value.translate(_NO_MARKS)
-        return _pattern(control).sub(f"{_OPEN}\\g<0>{_CLOSE}", text) if control else text
-    if isinstance(value, Mapping):
-        return {_mark_key(key, control): _mark(each, control) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_mark(each, control) for each in value]
-    return value
-
-
-def _mark_key(key: Any, control: Sequence[str]) -> Any:
-    return key if isinstance(key, str) and key.isidentifier() else _mark(key, control)
-
-
-def _pattern(control: Sequence[str]) -> re.Pattern[str]:
-    """Matches any of the tokens, the longest first."""
-    return re.compile("|".join(re.escape(token) for token in sorted(control, key=len)[::-1]))
-
-
-def _encode_marked(
-    tokenizer: PublishedTokenizer, rendered: str, control: Sequence[str]
-) -> list[int]:
-    """Ids of a rendered conversation. A marked token becomes ordinary characters. A template may
-    have cut a text between two marks: a mark that is left alone only separates what is around it.
-    """
-    tokens = _pattern(control).pattern if control else "(?!)"
-    parts = re.split(f"{_OPEN}({tokens}){_CLOSE}|[{_OPEN}{_CLOSE}]", rendered)
-    ids: list[int] = []
-    for number, part in enumerate(parts):
-        if part:
-            ids += tokenizer.encode_text(part) if number % 2 else tokenizer.encode(part)
-    return ids
+    return [marks.put(tool.to_dict()) | {"type": "function"} for tool in tools] or None

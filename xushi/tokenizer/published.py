@@ -121,14 +121,20 @@ class PublishedTokenizer(Vocabulary):
 
     def control_tokens(self, template: str) -> list[str]:
         """The tokens that a user's text must not form in a conversation: special ones, and those
-        that the template writes.
+        that the template writes. Where a normalizer changes a token, its other form is one too.
         """
-        added = self._backend.get_added_tokens_decoder().values()
-        return [
-            token.content
-            for token in added
-            if token.special or (token.content in template and not token.content.isspace())
-        ]
+        found: list[str] = []
+        for token in self._backend.get_added_tokens_decoder().values():
+            forms = {token.content, self.normalised(token.content)} - {""}
+            written = any(form in template and not form.isspace() for form in forms)
+            if token.special or written:
+                found += sorted(forms)
+        return found
+
+    def normalised(self, text: str) -> str:
+        """`text` as the tokenizer's normalizer, if it has one, changes it before it is cut."""
+        normalizer = self._backend.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(encodable(text)))
 
 
 def read_tokenizer_file(directory: Path) -> dict[str, Any]:
