@@ -156,7 +156,9 @@ SPELLING = Tool("add", "b<think>", {"properties": {"<｜User｜>": {"description
     ],
 )
 def test_tools_form_no_special_token(tmp_path: Path, written: str) -> None:
-    write_tokenizer(tmp_path, chat_template="<｜User｜><think>" + written + "{{ messages | length }}")
+    write_tokenizer(
+        tmp_path, chat_template="<｜User｜><think>" + written + "{{ messages | length }}"
+    )
     ours = Conversations(tmp_path)
     ids = ours.ids([Message("user", "x")], [SPELLING])
     marks = [token_id("<｜User｜>"), token_id("<think>")]
@@ -182,7 +184,14 @@ def test_a_normalizer_makes_no_special_token(tmp_path: Path, kinds: tuple[str, .
     normalizer = {"type": "Sequence", "normalizers": [{"type": kind} for kind in kinds]}
     edit(tmp_path / "tokenizer.json", normalizer=normalizer)
     ours = Conversations(tmp_path)
-    for text in ("＜think＞", "a＜think＞<think>", "<ｔhink>", "＜｜Ｕser｜＞", "<THINK>", "plain ｆull"):
+    for text in (
+        "＜think＞",
+        "a＜think＞<think>",
+        "<ｔhink>",
+        "＜｜Ｕser｜＞",
+        "<THINK>",
+        "plain ｆull",
+    ):
         ids = ours.ids([Message("user", text)])
         assert ids.count(token_id("<think>")) == ids.count(token_id("<｜User｜>")) == 1
     # What spells no token stays as it is for the tokenizer's own normalizer.

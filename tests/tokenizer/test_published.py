@@ -243,3 +243,20 @@ def test_lone_surrogates_are_refused(ours: PublishedTokenizer) -> None:
     for encode in (ours.encode, ours.encode_text, ours.prompt_ids):
         with pytest.raises(BadInput, match="lone surrogate"):
             encode("a\ud800")
+
+
+def test_a_tokenizer_that_is_a_link_out_of_its_directory_is_refused(
+    directory: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").symlink_to(directory / "tokenizer.json")
+    with pytest.raises(BadInput, match="a link that leads out of its directory"):
+        read_tokenizer_file(tmp_path)
+
+
+def test_what_a_damaged_tokenizer_says_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    table = {"model": {"type": "BPE", "vocab": {}, "merges": ["\x1b]0;pwn\x07"]}}
+    put = table | {"decoder": {"type": "ByteLevel"}, "pre_tokenizer": {"type": "\x1b[31m"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(put))
+    with pytest.raises(BadInput, match="is damaged") as caught:
+        opened(tmp_path)
+    assert caught.value.problem.isprintable()

@@ -12,7 +12,12 @@ from typing import Any
 
 from xushi.base.config import shorten
 from xushi.base.errors import BadInput
-from xushi.base.files import read_json
+from xushi.base.published_files import (
+    DAMAGED,
+    LARGEST_TEMPLATE,
+    checked_file,
+    read_published_json,
+)
 
 DEFAULT_TEMPLATE = "default"
 TOOL_TEMPLATE = "tool_use"
@@ -26,7 +31,6 @@ NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
-_GET_AGAIN = "get the file again, it is damaged"
 
 
 def is_model_directory(path: Path) -> bool:
@@ -49,8 +53,7 @@ def model_name(directory: Path) -> str:
 
 def read_settings(directory: Path, name: str) -> dict[str, Any]:
     """The JSON object in file `name` of `directory`; {} if there is no such file."""
-    path = directory / name
-    return read_json(path, _GET_AGAIN) if path.exists() else {}
+    return read_published_json(directory, name) if os.path.lexists(directory / name) else {}
 
 
 def read_templates(directory: Path) -> dict[str, str]:
@@ -62,11 +65,13 @@ def read_templates(directory: Path) -> dict[str, str]:
     main template is called "default".
     """
     found = {}
-    main = directory / "chat_template.jinja"
-    if main.exists():
-        found[DEFAULT_TEMPLATE] = read_template(main)
-    for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
-        found[path.stem] = read_template(path)
+    if os.path.lexists(directory / "chat_template.jinja"):
+        file, _ = checked_file(directory, "chat_template.jinja", LARGEST_TEMPLATE)
+        found[DEFAULT_TEMPLATE] = read_template(file)
+    more = "additional_chat_templates"
+    for path in sorted((directory / more).glob("*.jinja")):
+        file, _ = checked_file(directory, path.name, LARGEST_TEMPLATE, more)
+        found[path.stem] = read_template(file)
     for name in ("tokenizer_config.json", "chat_template.json"):
         found = found or _named(
             read_settings(directory, name).get("chat_template"), directory / name
@@ -75,7 +80,7 @@ def read_templates(directory: Path) -> dict[str, str]:
 
 
 def read_template(path: Path) -> str:
-    """The text of a template's file. An unreadable one is a `XushiError`."""
+    """The text of any file with a template. An unreadable one is a `XushiError`."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -176,5 +181,5 @@ def _named(value: Any, path: Path) -> dict[str, str]:
     ):
         return {each["name"]: each["template"] for each in value}
     raise BadInput(
-        f"{path}: chat_template is neither a text nor a list of named templates", _GET_AGAIN
+        f"{path}: chat_template is neither a text nor a list of named templates", DAMAGED
     )

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from xushi.base.errors import BadInput
+from xushi.base.published_files import shown
 from xushi.model.config import ModelConfig
 from xushi.model.config_keys import OTHER_DRAFTS
 from xushi.model.names import canonical_name, layer_of
-from xushi.model.shards import Stored, same_bytes, shown
+from xushi.model.shards import Stored, same_bytes
 
 # Tensors that other programs wrote and that a model computes from its config.
 _COMPUTED = re.compile(r".*\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")

@@ -1,10 +1,10 @@
 """The tokenizer of a GGUF file: tokens, merges, special tokens and chat templates for llama.cpp."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xushi.base.errors import BadInput
-from xushi.base.files import read_json
 from xushi.base.model_directory import (
     begins_with_bos,
     end_token_ids,
@@ -12,6 +12,7 @@ from xushi.base.model_directory import (
     read_templates,
     tokenizer_settings,
 )
+from xushi.base.published_files import read_published_json
 from xushi.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -43,7 +44,12 @@ def add_tokenizer(
     `end_tokens_left_out`, the ids that end a reply and for which llama.cpp has no key.
     """
     path = directory / "tokenizer.json"
-    table = read_json(path, "give a directory with a tokenizer, such as runs/NAME/export/base")
+    if not os.path.lexists(path):
+        raise BadInput(
+            f"{path} does not exist",
+            "give a directory with a tokenizer, such as runs/NAME/export/base",
+        )
+    table = read_published_json(directory, "tokenizer.json")
     patterns, tokens = _add_vocabulary(writer, config, table, path)
     settings = tokenizer_settings(directory)
     named = named_tokens(settings, directory)

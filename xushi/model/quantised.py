@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from xushi.base.errors import BadInput
-from xushi.model.shards import Stored, shown
+from xushi.base.published_files import shown
+from xushi.model.shards import Stored
 
 FP8_BLOCK = (128, 128)
 # Rows and columns of the unpacked matrix. NVFP4, with a scale for 16 values, is another format.

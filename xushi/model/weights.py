@@ -21,6 +21,7 @@ from torch import Tensor
 from xushi.base.errors import BadInput, Failed
 from xushi.base.files import disk_errors
 from xushi.base.progress import say
+from xushi.base.published_files import LARGEST_JSON, checked_file, read_published_json, shown
 from xushi.model.building import allocate, model_without_memory
 from xushi.model.config import ModelConfig
 from xushi.model.contents import sort_tensors
@@ -35,14 +36,7 @@ from xushi.model.names import (
 from xushi.model.published import read_config
 from xushi.model.quantised import block_of, check_weight, dequantise, fp8_block
 from xushi.model.saving import finish_save
-from xushi.model.shards import (
-    LARGEST_JSON,
-    Stored,
-    checked_file,
-    read_headers,
-    read_json,
-    shown,
-)
+from xushi.model.shards import Stored, read_headers
 
 _ELSEWHERE = "the weights do not belong to this config.json; get both from one place"
 
@@ -104,14 +98,14 @@ def open_directory(directory: Path) -> ModelConfig:
     if os.path.lexists(directory / "config.json"):
         checked_file(directory, "config.json", LARGEST_JSON)
     config = read_config(directory)
-    refuse_other_quantisations(directory, read_json(directory, "config.json"))
+    refuse_other_quantisations(directory, read_published_json(directory, "config.json"))
     return config
 
 
 def _checked(directory: Path, dtype: torch.dtype, mtp: bool | None) -> tuple[Deepseek, list[Part]]:
     """The model without memory and the parts to load, after all checks. Says what is left out."""
     config = open_directory(directory)
-    table = read_json(directory, "config.json")
+    table = read_published_json(directory, "config.json")
     block = fp8_block(table, str(directory / "config.json"))
     stored, notes = read_headers(directory, _largest_header(config))
     refuse_other_tensors(stored, directory)

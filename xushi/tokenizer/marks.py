@@ -1,5 +1,5 @@
-"""What a message spells must not become a special token: such tokens are marked before a template is
-rendered, and encoded as ordinary characters afterwards.
+"""What a message spells must not become a special token: such tokens are marked before a template
+is rendered, and encoded as ordinary characters afterwards.
 
 Not here: rendering (rendering.py), which values a template gets (conversation.py).
 """
@@ -54,9 +54,9 @@ class Marks:
         return self._tokens.sub(f"{_OPEN}\\g<0>{_CLOSE}", text)
 
     def encode(self, rendered: str) -> list[int]:
-        """Ids of a rendered conversation. A marked token becomes ordinary characters. A template may
-        have cut a text between two marks: a mark that is left alone only separates what is around
-        it.
+        """Ids of a rendered conversation. A marked token becomes ordinary characters. A template
+        may have cut a text between two marks: a mark that is left alone only separates what is
+        around it.
         """
         ids: list[int] = []
         for number, part in enumerate(self._marked.split(rendered)):

@@ -6,6 +6,7 @@ form of a conversation (conversation).
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,9 @@ from xushi.base.model_directory import (
     begins_with_bos,
     end_token_ids,
     named_tokens,
-    read_settings,
     tokenizer_settings,
 )
+from xushi.base.published_files import DAMAGED, read_published_json, shown
 from xushi.tokenizer.config import TOOL_TOKENS
 from xushi.tokenizer.tokenizer import encodable, is_own
 from xushi.tokenizer.vocabulary import Beginning, ToolIds, Vocabulary, token_bytes
@@ -30,7 +31,6 @@ MARKS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 # Files of tokenizers that only their own code or another library reads.
 _SLOW = ("tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt", "spiece.model")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_GET_AGAIN = "get the file again, it is damaged"
 
 
 class PublishedTokenizer(Vocabulary):
@@ -142,7 +142,7 @@ def read_tokenizer_file(directory: Path) -> dict[str, Any]:
     that names it.
     """
     path = directory / "tokenizer.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         slow = [name for name in _SLOW if (directory / name).exists()]
         if slow:
             raise BadInput(
@@ -155,7 +155,7 @@ def read_tokenizer_file(directory: Path) -> dict[str, Any]:
             f"{path} does not exist",
             "give a directory with a tokenizer: a downloaded model, or runs/demo/export/base",
         )
-    return read_settings(directory, "tokenizer.json")
+    return read_published_json(directory, "tokenizer.json")
 
 
 def _backend(table: dict[str, Any], path: Path) -> "tokenizers.Tokenizer":
@@ -173,8 +173,7 @@ def _backend(table: dict[str, Any], path: Path) -> "tokenizers.Tokenizer":
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for a file it cannot read
-        message = " ".join(str(error).split())
-        raise BadInput(f"{path} is damaged: {message}", _GET_AGAIN) from None
+        raise BadInput(f"{path} is damaged: {shown(str(error))}", DAMAGED) from None
     # The file may have a length to cut or to fill texts to; nobody asks for that here.
     backend.no_truncation()
     backend.no_padding()
@@ -212,8 +211,9 @@ def _add_tokens(
         texts = [*named, *(each["content"] if isinstance(each, dict) else each for each in more)]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(
-            f"{directory / 'tokenizer_config.json'}: its special tokens cannot be read: {error}",
-            _GET_AGAIN,
+            f"{directory / 'tokenizer_config.json'}: its special tokens cannot be read: "
+            f"{shown(str(error))}",
+            DAMAGED,
         ) from None
     present = {repr(token) for token in backend.get_added_tokens_decoder().values()}
     new = [token for token in listed if repr(token) not in present]
