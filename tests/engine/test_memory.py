@@ -141,8 +141,13 @@ def test_a_cache_smaller_than_the_context_bounds_a_request(tmp_path: Path) -> No
     assert llm.context == 40 == llm.engine.slots
     [answer] = llm.generate([[1] * 10], SamplingParams(max_tokens=500, ignore_eos=True))
     assert len(answer.token_ids) == 30
-    with pytest.raises(ContextLengthError, match="40"):
+    with pytest.raises(ContextLengthError, match="the cache holds 40,") as caught:
         llm.generate([[1] * 40], SamplingParams(max_tokens=1))
+    assert "--cache-tokens" in caught.value.remedy and "of 512" in caught.value.remedy
+    whole = LLM(tmp_path, slots=512)
+    with pytest.raises(ContextLengthError, match="the model's context holds 512,") as caught:
+        whole.generate([[1] * 512], SamplingParams(max_tokens=1))
+    assert caught.value.remedy == "shorten the prompt"
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(
