@@ -108,6 +108,10 @@ def test_end_tokens_of_both_files(tmp_path: Path) -> None:
     assert end_token_ids(tmp_path) == [1]
     put(tmp_path / "generation_config.json", {"eos_token_id": [7, 1, 0]})
     assert end_token_ids(tmp_path) == [7, 1, 0]
+    put(tmp_path / "generation_config.json", {"eos_token_id": 7})
+    assert end_token_ids(tmp_path) == [7]  # config.json's may be its class's default
+    put(tmp_path / "generation_config.json", {"eos_token_id": None})
+    assert end_token_ids(tmp_path) == [1]
     put(tmp_path / "config.json", {"eos_token_id": None})
     put(tmp_path / "generation_config.json", {"eos_token_id": 3})
     assert end_token_ids(tmp_path) == [3]

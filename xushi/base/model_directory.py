@@ -90,8 +90,8 @@ def read_template(path: Path) -> str:
 
 
 def end_token_ids(directory: Path) -> list[int]:
-    """The ids that end a reply: those of generation_config.json and of config.json, which may each
-    name one or several.
+    """The ids that end a reply: one or several of generation_config.json or, where that names none,
+    of config.json, as in transformers.
     """
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
@@ -105,6 +105,8 @@ def end_token_ids(directory: Path) -> list[int]:
                     "give a token id, or a list of them",
                 )
             ids.append(token)
+        if ids:
+            break
     return list(dict.fromkeys(ids))
 
 
