@@ -25,11 +25,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from xushi.base.errors import BadInput
+from xushi.cli.models import inspect
 from xushi.model import (
     Deepseek,
     from_published,
     load_pretrained,
     preset,
+    read_config,
     save_pretrained,
     to_published,
 )
@@ -342,6 +344,10 @@ def test_a_key_that_nothing_reads_is_named(checkpoint, capsys) -> None:
     load_pretrained(directory)
     said = capsys.readouterr().err
     assert "nothing reads 'attention_sinks', 'index_topk', 'rope_scaling.ntk'" in said
+    read_config(directory)  # says nothing: the loader and inspect do
+    assert capsys.readouterr().err == ""
+    inspect(str(directory))
+    assert capsys.readouterr().err.count("nothing reads 'attention_sinks'") == 1
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)

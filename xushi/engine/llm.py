@@ -83,7 +83,7 @@ class LLM:
         """
         directory = Path(path)
         self.name = model_name(directory)
-        config = open_directory(directory).without_mtp()  # generation uses no MTP layers
+        config = open_directory(directory)[0].without_mtp()  # generation uses no MTP layers
         self._conversations = Conversations(directory, Path(template) if template else None)
         self.tokenizer = self._conversations.tokenizer
         self.can_chat = self._conversations.can_chat

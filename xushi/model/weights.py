@@ -10,10 +10,10 @@ Not here: tensor names (names.py), the file format (shards.py), FP8 and FP4 (qua
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from xushi.base.errors import BadInput, Failed
 from xushi.base.files import disk_errors
 from xushi.base.progress import say
-from xushi.base.published_files import LARGEST_JSON, checked_file, read_published_json, shown
+from xushi.base.published_files import LARGEST_JSON, shown
 from xushi.model.building import allocate, model_without_memory
 from xushi.model.config import ModelConfig
 from xushi.model.contents import sort_tensors
@@ -33,7 +33,7 @@ from xushi.model.names import (
     shared_copies,
     written_name,
 )
-from xushi.model.published import read_config
+from xushi.model.published import from_published, read_table, unread_note
 from xushi.model.quantised import block_of, check_weight, dequantise, fp8_block
 from xushi.model.saving import finish_save
 from xushi.model.shards import Stored, read_headers
@@ -88,32 +88,31 @@ def load_pretrained(
     return model
 
 
-def open_directory(directory: Path) -> ModelConfig:
-    """The config of a checkpoint directory. What a killed save left is finished first; another
-    format is refused by its name.
+def open_directory(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config of a checkpoint directory, and the table in its config.json. What a killed save
+    left is finished first; another format is refused by its name.
     """
     with disk_errors(directory):
         finish_save(directory)
     refuse_adapter(directory)
-    if os.path.lexists(directory / "config.json"):
-        checked_file(directory, "config.json", LARGEST_JSON)
-    config = read_config(directory)
-    refuse_other_quantisations(directory, read_published_json(directory, "config.json"))
-    return config
+    table = read_table(directory)
+    config = from_published(table, str(directory / "config.json"))
+    refuse_other_quantisations(directory, table)
+    return config, table
 
 
 def _checked(directory: Path, dtype: torch.dtype, mtp: bool | None) -> tuple[Deepseek, list[Part]]:
     """The model without memory and the parts to load, after all checks. Says what is left out."""
-    config = open_directory(directory)
-    table = read_published_json(directory, "config.json")
+    config, table = open_directory(directory)
     block = fp8_block(table, str(directory / "config.json"))
     stored, notes = read_headers(directory, _largest_header(config))
     refuse_other_tensors(stored, directory)
     contents = sort_tensors(stored, config, table, directory, mtp)
     model = _without_memory(contents.config, dtype, len(stored), directory)
     parts = _match(model, contents.weights, contents.scales, block, directory)
-    for note in (*notes, *contents.notes):
-        say(note)
+    for note in (unread_note(directory, table, config), *notes, *contents.notes):
+        if note:
+            say(note)
     return model, parts
 
 
