@@ -4,6 +4,7 @@ or refused with a sentence that names the file.
 
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -791,3 +792,45 @@ def test_the_comparison_with_transformers(tool, tmp_path: Path, monkeypatch, cap
     assert all(7 in (one["xushi"], one["transformers"]) for one in result["disagreements"])
     monkeypatch.setattr(sys, "argv", ["check_published.py", str(tmp_path / "nowhere")])
     assert tool.main() == 2 and "is not a directory" in capsys.readouterr().err
+
+
+def stacked_in_fp8(directory: Path, block: list[int]) -> dict[str, Tensor]:
+    """Turn the stacked experts of a checkpoint into FP8 with scales, as transformers does. Returns
+    the values that they stand for.
+    """
+    tensors = load((directory / "model.safetensors").read_bytes())
+    stream = torch.Generator().manual_seed(3)
+    values, replaced = {}, {}
+    for name, tensor in tensors.items():
+        if not name.endswith((".gate_up_proj", ".down_proj")):
+            continue
+        experts, rows, columns = tensor.shape
+        grid = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
+        scale = 0.5 + torch.rand(experts, *grid, generator=stream)
+        stored = (tensor * 8).to(torch.float8_e4m3fn)
+        wide = scale.repeat_interleave(block[0], 1).repeat_interleave(block[1], 2)
+        values[name] = stored.float() * wide[:, :rows, :columns]
+        replaced |= {name: stored, f"{name}_scale_inv": scale}
+    change(directory, **replaced)
+    edit(directory, quantization_config={"fmt": "e4m3", "weight_block_size": block})
+    return values
+
+
+@pytest.mark.parametrize("block", [[8, 8], [4, 16], [1, 3]])
+def test_stacked_fp8_experts_are_read(block: list[int], tmp_path: Path) -> None:
+    saved(small("deepseek-v3"), tmp_path, save_original_format=False)
+    values = stacked_in_fp8(tmp_path, block)
+    read = load_pretrained(tmp_path).state_dict()
+    assert values
+    for name, wanted in values.items():
+        assert torch.equal(read[name], wanted)
+
+
+@pytest.mark.parametrize("block", [[5, 8], [16, 8]])
+def test_stacked_fp8_experts_with_blocks_across_both_matrices_are_refused(
+    block: list[int], tmp_path: Path
+) -> None:
+    saved(small("deepseek-v3"), tmp_path, save_original_format=False)
+    stacked_in_fp8(tmp_path, block)
+    said = refused(tmp_path)
+    assert "gate_up_proj_scale_inv" in said and f"blocks of {block[0]} rows lie across" in said

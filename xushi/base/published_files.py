@@ -17,6 +17,7 @@ from xushi.base.errors import BadInput
 LARGEST_JSON = 100_000_000  # bytes; the limit of a safetensors header in the format itself
 LARGEST_TEMPLATE = 1 << 20  # bytes; published ones have at most tens of thousands
 DAMAGED = "get the file again, it is damaged"
+FROM_ELSEWHERE = "the weights do not belong to this config.json; get both from one place"
 UNTRUSTED = "do not trust this checkpoint; get it from its publisher"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from xushi.base.config import parse, shorten
 from xushi.base.errors import BadInput
+from xushi.base.published_files import DAMAGED
 from xushi.model.config import RopeScaling
 
 DEFAULT_THETA = 10000.0
@@ -82,7 +83,7 @@ def _table(table: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise BadInput(
             f"{where}: {key} is {shorten(rope)}, which is not a table",
-            "get the file again, it is damaged",
+            DAMAGED,
         )
     return rope
 
@@ -131,7 +132,7 @@ def _read_v4(rope: dict[str, Any], name: str, table: dict[str, Any], where: str)
             raise BadInput(
                 f"{where}: {name}.{key} is missing or not a table; a deepseek_v4 has the tables "
                 "main and compress",
-                "get the file again, it is damaged",
+                DAMAGED,
             )
         _check_share(parts[key], f"{name}.{key}.", table, where)
     main, compress = parts["main"], parts["compress"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from xushi.base.errors import BadInput, Failed
 from xushi.base.files import disk_errors
 from xushi.base.progress import say
-from xushi.base.published_files import LARGEST_JSON, shown
+from xushi.base.published_files import DAMAGED, FROM_ELSEWHERE, LARGEST_JSON, shown
 from xushi.model.building import allocate, model_without_memory
 from xushi.model.config import ModelConfig
 from xushi.model.contents import sort_tensors
@@ -37,8 +37,6 @@ from xushi.model.published import from_published, read_table, unread_note
 from xushi.model.quantised import block_of, check_weight, dequantise, fp8_block
 from xushi.model.saving import finish_save
 from xushi.model.shards import Stored, read_headers
-
-_ELSEWHERE = "the weights do not belong to this config.json; get both from one place"
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def _checked(directory: Path, dtype: torch.dtype, mtp: bool | None) -> tuple[Dee
     block = fp8_block(table, str(directory / "config.json"))
     stored, notes = read_headers(directory, _largest_header(config))
     refuse_other_tensors(stored, directory)
-    contents = sort_tensors(stored, config, table, directory, mtp)
+    contents = sort_tensors(stored, config, table, directory, mtp, block[0])
     model = _without_memory(contents.config, dtype, len(stored), directory)
     parts = _match(model, contents.weights, contents.scales, block, directory)
     for note in (unread_note(directory, table, config), *notes, *contents.notes):
@@ -136,7 +134,7 @@ def _without_memory(
         raise BadInput(
             f"{directory / 'config.json'} describes {layers} layers, but the files hold only "
             f"{tensors} tensors",
-            _ELSEWHERE,
+            FROM_ELSEWHERE,
         )
     try:
         return model_without_memory(config, dtype)
@@ -144,7 +142,7 @@ def _without_memory(
         raise BadInput(
             f"{directory / 'config.json'} describes a model that cannot be built: "
             f"{shown(str(error).partition(chr(10))[0])}",
-            "get the file again, it is damaged",
+            DAMAGED,
         ) from None
 
 
@@ -168,7 +166,7 @@ def _match(
         scale = scales.pop(name, None)
         if stored is None:
             raise BadInput(
-                f"{directory} lacks {written_name(name, config, 'published')}", _ELSEWHERE
+                f"{directory} lacks {written_name(name, config, 'published')}", FROM_ELSEWHERE
             )
         if place.parameter.endswith(".tid2eid"):
             _check_table(stored, scale, place)
@@ -183,7 +181,7 @@ def _match(
     for stored in (*weights.values(), *scales.values()):
         raise BadInput(
             f"{stored.file} holds {shown(stored.name)}, which this config.json does not describe",
-            _ELSEWHERE,
+            FROM_ELSEWHERE,
         )
     return parts
 
@@ -198,7 +196,7 @@ def _check_table(stored: Stored, scale: Stored | None, place: Place) -> None:
         raise BadInput(
             f"{stored.file}: {shown(stored.name)} is {stored.dtype} of shape {list(stored.shape)}; "
             f"config.json asks for whole numbers of shape {list(place.shape)}",
-            _ELSEWHERE,
+            FROM_ELSEWHERE,
         )
 
 
@@ -228,6 +226,6 @@ def _fill(part: Part, tensor: Tensor, config: ModelConfig) -> None:
         raise BadInput(
             f"{part.stored.file}: {shown(part.stored.name)} sends a token to an expert that does "
             f"not exist; config.json says n_routed_experts={config.n_routed_experts}",
-            _ELSEWHERE,
+            FROM_ELSEWHERE,
         )
     target.copy_(values)
