@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from xushi.base.errors import BadInput
 from xushi.base.messages import Message, Tool, ToolCall
+from xushi.serve.cards import can_chat
 from xushi.tokenizer import Conversations, Tokenizer, encode_chat
 from xushi.tokenizer.published import PublishedTokenizer
 from xushi.tokenizer.tokenizer import is_own
@@ -127,8 +128,11 @@ def test_named_templates_are_chosen_as_in_transformers(tmp_path: Path) -> None:
         assert ours.ids(messages, tools) == rendered(oracle, messages, tools)
     assert ours.tokenizer.decode(ours.ids(messages, [ADD])).startswith("t[")
     write_tokenizer(tmp_path, chat_template=named[1:])
-    with pytest.raises(BadInput, match="called tool_use and none called default"):
-        Conversations(tmp_path).ids(messages)
+    ours = Conversations(tmp_path)
+    assert not ours.can_chat and not can_chat(tmp_path)
+    for tools in ([], [ADD]):
+        with pytest.raises(BadInput, match="only some called tool_use, so its model only comp"):
+            ours.ids(messages, tools)
 
 
 def test_what_a_template_leaves_out_is_refused(tmp_path: Path) -> None:
@@ -289,8 +293,9 @@ def test_a_directory_without_a_template_completes_text(tmp_path: Path) -> None:
     path.write_text(THINKING)
     assert Conversations(tmp_path / "model", path).ids([Message("user", "x")])
     path.write_text("{% for %}")
-    with pytest.raises(BadInput, match=r"my\.jinja: TemplateSyntaxError"):
+    with pytest.raises(BadInput, match=r"my\.jinja: TemplateSyntaxError") as caught:
         Conversations(tmp_path / "model", path)
+    assert "the messages" not in caught.value.remedy  # there are none
     with pytest.raises(BadInput, match=r"missing\.jinja cannot be read"):
         Conversations(tmp_path / "model", tmp_path / "missing.jinja")
 

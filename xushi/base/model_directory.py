@@ -7,6 +7,7 @@ Not here: config and weights (model), the vocabulary (tokenizer), rendering a te
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,11 @@ def read_templates(directory: Path) -> dict[str, str]:
             read_settings(directory, name).get("chat_template"), directory / name
         )
     return found
+
+
+def has_chat_template(templates: Mapping[str, str]) -> bool:
+    """Whether conversations without tools have a template: the one called "default"."""
+    return DEFAULT_TEMPLATE in templates
 
 
 def read_template(path: Path) -> str:

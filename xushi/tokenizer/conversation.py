@@ -15,6 +15,7 @@ from xushi.base.messages import Message, Tool
 from xushi.base.model_directory import (
     DEFAULT_TEMPLATE,
     TOOL_TEMPLATE,
+    has_chat_template,
     read_template,
     read_templates,
 )
@@ -32,7 +33,7 @@ class Conversations:
     not xushi's own.
 
     `tokenizer` is a `Tokenizer` of xushi's or a `PublishedTokenizer`. `can_chat` says whether there
-    is any form: a directory without a template only completes text.
+    is any form: a directory without a template called "default" only completes text.
     """
 
     def __init__(self, directory: Path, template: Path | None = None) -> None:
@@ -56,7 +57,8 @@ class Conversations:
                 for name, source in sources.items()
                 if name in (DEFAULT_TEMPLATE, TOOL_TEMPLATE)
             }
-        self.can_chat = bool(sources)
+        self.can_chat = has_chat_template(sources)
+        self._others = sorted(sources)
 
     def ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """The prompt for the next answer.
@@ -106,23 +108,19 @@ class Conversations:
         return marks.encode(begin)
 
     def _check(self) -> None:
-        if not self.can_chat:
-            raise BadInput(
-                f"{self._directory} has no chat template, so its model only completes text",
-                "give a template with --template FILE (LLM: template=FILE), or complete text",
-            )
+        if self.can_chat:
+            return
+        others = f", only some called {', '.join(self._others)}," if self._others else ""
+        raise BadInput(
+            f"{self._directory} has no chat template for conversations{others} so its model only "
+            "completes text",
+            "give a template with --template FILE (LLM: template=FILE), or complete text",
+        )
 
     def _choose(self, tools: bool) -> ChatTemplate:
         """The template for conversations with or without tools, as transformers chooses."""
-        names = [TOOL_TEMPLATE, DEFAULT_TEMPLATE] if tools else [DEFAULT_TEMPLATE]
-        for name in names:
-            if name in self._templates:
-                return self._templates[name]
-        raise BadInput(
-            f"{self._directory} has chat templates called {', '.join(self._templates)} and none "
-            f"called {DEFAULT_TEMPLATE}",
-            "choose one of them with --template FILE",
-        )
+        name = TOOL_TEMPLATE if tools and TOOL_TEMPLATE in self._templates else DEFAULT_TEMPLATE
+        return self._templates[name]
 
     def _render(
         self,

@@ -123,18 +123,15 @@ def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 def answer(request: dict[str, Any], template: Any, characters: int) -> dict[str, str]:
-    """The rendered text, or what went wrong."""
+    """The rendered text, or that it is too long."""
     parts = []
     size = 0
-    try:
-        for part in template.generate(with_texts(request)):
-            size += len(part)
-            if size > characters:
-                return {"error": f"it writes more than {characters:,} characters"}
-            parts.append(part)
-        return {"text": "".join(parts)}
-    except Exception as error:  # whatever a template can cause
-        return {"error": describe(error)}
+    for part in template.generate(with_texts(request)):
+        size += len(part)
+        if size > characters:
+            return {"error": f"it writes more than {characters:,} characters"}
+        parts.append(part)
+    return {"text": "".join(parts)}
 
 
 def describe(error: Exception) -> str:
@@ -157,20 +154,20 @@ def main(seconds: float, characters: int, memory: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     template = None
     for line in sys.stdin:
-        request = json.loads(line)
         # Counts the processor's time, so a busy machine ends nothing. The signal's default action
         # ends the process, within any operation.
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        if template is None:
-            try:
+        try:
+            request = json.loads(line)
+            if template is None:
                 template = environment().from_string(request["template"])
-                reply = {"text": ""}
-            except Exception as error:  # whatever a template can cause
-                reply = {"error": describe(error)}
-        else:
-            reply = answer(request, template, characters)
+                reply = json.dumps({"text": ""})
+            else:
+                reply = json.dumps(answer(request, template, characters))
+        except Exception as error:  # whatever a template can cause
+            reply = json.dumps({"error": describe(error)})
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.write(reply + "\n")
         sys.stdout.flush()
 
 
