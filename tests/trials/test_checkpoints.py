@@ -384,10 +384,10 @@ def test_mtp_that_the_config_does_not_name_is_left_out(name: str, with_mtp, caps
     assert capsys.readouterr().err == ""
     edit(directory, num_nextn_predict_layers=1)
     assert len(load_pretrained(directory).mtp_layers) == 1
-    assert "of 1 MTP layers that config.json does not name" in capsys.readouterr().err
+    assert "a tensor of an MTP layer that config.json does not name" in capsys.readouterr().err
     edit(directory, num_nextn_predict_layers=0)
     assert not load_pretrained(directory).mtp_layers
-    assert "of 2 MTP layers that config.json does not name" in capsys.readouterr().err
+    assert "a tensor of an MTP layer that config.json does not name" in capsys.readouterr().err
     assert "config.json says that there are none" in refused(directory, mtp=True)
     edit(directory, num_nextn_predict_layers=3)
     assert "lacks" in refused(directory)
@@ -665,6 +665,10 @@ FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
         "NVFP4",
     ),
     "MLX": (lambda d: edit(d, quantization={"group_size": 64, "bits": 4}), "MLX"),
+    "FP8 with scales of inputs": (
+        lambda d: change(d, **{"model.layers.0.mlp.up_proj.input_scale": torch.ones(1)}),
+        "a scale of inputs for FP8 (static activations)",
+    ),
     "MLX by its tensors": (
         lambda d: change(d, **{"model.layers.0.mlp.up_proj.biases": torch.ones(1)}),
         "MLX",

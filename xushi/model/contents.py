@@ -153,8 +153,7 @@ def _choose_mtp(
         for name in [name for name in tensors if layer_of(name) in unwanted]:
             del tensors[name]
             if mtp is None:
-                beyond_config = f"of {len(unwanted)} MTP layers that config.json does not name"
-                left_out[f"a tensor {beyond_config}"] += 1
+                left_out["a tensor of an MTP layer that config.json does not name"] += 1
 
 
 def _mtp_layers(contents: Contents, beyond: set[str]) -> set[int]:

@@ -29,6 +29,7 @@ _ENDINGS = {
     ".weight_scale_2": "NVFP4's (ModelOpt)",
     ".biases": "MLX's",
     ".scales": "MLX's",
+    ".input_scale": "a scale of inputs for FP8 (static activations)",
     ".absmax": "bitsandbytes'",
     ".lora_A.weight": "a LoRA adapter's",
     ".lora_B.weight": "a LoRA adapter's",
