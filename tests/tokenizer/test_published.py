@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xushi.base.errors import BadInput
+from xushi.base.messages import Message
 from xushi.tokenizer import Conversations, StreamDecoder
 from xushi.tokenizer.published import PublishedTokenizer, read_tokenizer_file
 
@@ -80,11 +81,12 @@ def test_roles(ours: PublishedTokenizer) -> None:
     assert ours.longest_token == max(len(name.encode()) for name in ADDED)
 
 
-def test_several_end_tokens_of_all_files(tmp_path: Path) -> None:
+def test_several_end_tokens_of_the_files(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
-    edit(tmp_path / "generation_config.json", eos_token_id=[token_id(EOS), token_id("<|EOT|>")])
     edit(tmp_path / "config.json", eos_token_id=5)
-    assert opened(tmp_path).eos_ids == {token_id(EOS), token_id("<|EOT|>"), 5}
+    assert opened(tmp_path).eos_ids == {token_id(EOS), 5}
+    edit(tmp_path / "generation_config.json", eos_token_id=[token_id(EOS), token_id("<|EOT|>")])
+    assert opened(tmp_path).eos_ids == {token_id(EOS), token_id("<|EOT|>")}
     edit(tmp_path / "tokenizer_config.json", eos_token=PAD)
     assert token_id(PAD) in opened(tmp_path).eos_ids
 
@@ -150,14 +152,34 @@ def test_tokens_that_only_the_config_has_are_added(tmp_path: Path) -> None:
         tmp_path,
         unk_token="<unk>",
         additional_special_tokens=["<more>", "<think>"],
-        added_tokens_decoder={str(token_id("<think>")): table},
+        # By their ids, which are not their order as texts.
+        added_tokens_decoder={
+            "1000": table | {"content": "<second>"},
+            "999": table | {"content": "<first>"},
+            str(token_id("<think>")): table,
+        },
     )
     found, oracle = opened(tmp_path), theirs(tmp_path)
-    for text in ("a<unk>b<more>c", "<think>x</think>"):
+    for text in ("a<unk>b<more>c", "<think>x</think>", "<first><second>"):
         ids = found.encode(text)
         assert ids == oracle.encode(text, add_special_tokens=False)
         assert found.decode(ids, skip_special=True) == oracle.decode(ids, skip_special_tokens=True)
     assert found.decode(found.encode("<think>x<more>"), skip_special=True) == "x"
+
+
+def test_extra_special_tokens_by_their_names(tmp_path: Path) -> None:
+    template = "{{ image_token }}{{ messages[0].content }}"
+    extra = {"image_token": "<image>", "first": "<think>"}
+    write_tokenizer(tmp_path, extra_special_tokens=extra, chat_template=template)
+    found, oracle = Conversations(tmp_path), theirs(tmp_path)
+    messages = [Message("user", "a<image>")]
+    ids = found.ids(messages)
+    assert ids[0] == oracle.convert_tokens_to_ids("<image>") and ids.count(ids[0]) == 1
+    assert isinstance(found.tokenizer, PublishedTokenizer)
+    assert found.tokenizer.named == oracle.special_tokens_map
+    text = "<image>image_token<think>"
+    assert found.tokenizer.encode(text) == oracle.encode(text, add_special_tokens=False)
+    assert found.tokenizer.vocab_size == len(oracle)
 
 
 def test_text_is_encoded_without_added_tokens(ours: PublishedTokenizer) -> None:
@@ -229,7 +251,11 @@ def test_damaged_files_are_refused(damage: dict[str, Any], tmp_path: Path) -> No
         {"added_tokens_decoder": [1]},
         {"added_tokens_decoder": {"1": {"odd": 2}}},
         {"added_tokens_decoder": {"1": {"content": 2}}},
+        {"added_tokens_decoder": {"1": {"content": "a", "lstrip": 1}}},
         {"additional_special_tokens": [{"text": 1}]},
+        {"additional_special_tokens": [1]},
+        {"additional_special_tokens": "a"},
+        {"extra_special_tokens": {"a": 1}},
         {"eos_token": 3},
     ],
 )

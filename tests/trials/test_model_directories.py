@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from xushi.base.errors import BadInput
 from xushi.base.messages import Message, Tool, ToolCall
@@ -229,6 +230,49 @@ def test_the_special_tokens_of_a_gguf(tmp_path: Path) -> None:
     export_gguf(directory, tmp_path / "m.gguf")
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     assert not value("add_bos_token")
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("tokenizer_config.json", {"unk_token": "<more>"}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<think>", "<more>"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image_token": "<more>"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"437": {"content": "<more>"}}}),
+        ("special_tokens_map.json", {"unk_token": {"content": "<more>"}}),
+    ],
+)
+def test_a_token_that_tokenizer_json_lacks_is_not_left_out_of_a_gguf(
+    file: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    directory = write_model(tmp_path / "m")
+    edit(directory / file, **settings)
+    with pytest.raises(BadInput, match="lacks the token <more>") as caught:
+        export_gguf(directory, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+    assert f"AutoTokenizer.from_pretrained('{directory}').save_pretrained" in caught.value.remedy
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    export_gguf(directory, tmp_path / "m.gguf")
+    tokens = gguf.GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.tokens").contents()
+    assert tokens.index("<more>") == tokenizer.convert_tokens_to_ids("<more>")
+
+
+def test_a_gguf_has_no_bos_that_nothing_states(tmp_path: Path) -> None:
+    """A config.json without bos_token_id once got the default of V3's: 0, an exclamation mark."""
+    gguf = pytest.importorskip("gguf")
+    directory = write_model(tmp_path / "m", bos_token=None, pad_token=None)
+    table = json.loads((directory / "config.json").read_text())
+    for stated in ({"bos_token_id": 5, "pad_token_id": 6}, {}):
+        plain = {key: value for key, value in table.items() if key[:4] not in ("bos_", "pad_")}
+        (directory / "config.json").write_text(json.dumps(plain | stated))
+        export_gguf(directory, tmp_path / "m.gguf")
+        fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+        (tmp_path / "m.gguf").unlink()
+        for key, field in (("bos_token_id", "bos_token_id"), ("pad_token_id", "padding_token_id")):
+            found = fields.get(f"tokenizer.ggml.{field}")
+            assert (found and found.contents()) == stated.get(key)
 
 
 @pytest.mark.parametrize(

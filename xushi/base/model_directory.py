@@ -32,6 +32,8 @@ NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
+# What the table of a token in tokenizer.json or tokenizer_config.json says beside its text.
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def is_model_directory(path: Path) -> bool:
@@ -126,12 +128,14 @@ def tokenizer_settings(directory: Path) -> dict[str, Any]:
 
 def named_tokens(settings: dict[str, Any], directory: Path) -> dict[str, str]:
     """The texts of all `..._token` keys of `tokenizer_settings`: those of `NAMED_TOKENS` first,
-    then those that this model alone has.
+    then those that this model alone has, also as a table under extra_special_tokens.
     """
+    more = settings.get("extra_special_tokens")
+    own = {key: value for key, value in sorted(settings.items()) if key.endswith("_token")}
+    given = {key: own.get(key) for key in NAMED_TOKENS} | own
     found = {}
-    for key in (*NAMED_TOKENS, *sorted(settings)):
-        value = settings.get(key)
-        if not key.endswith("_token") or value is None or isinstance(value, bool):
+    for key, value in (given | (more if isinstance(more, dict) else {})).items():
+        if value is None or isinstance(value, bool):
             continue
         text = value.get("content") if isinstance(value, dict) else value
         if not isinstance(text, str):
@@ -141,6 +145,33 @@ def named_tokens(settings: dict[str, Any], directory: Path) -> dict[str, str]:
             )
         found[key] = text
     return found
+
+
+def added_tokens(
+    settings: dict[str, Any], directory: Path
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What `tokenizer_settings` adds to tokenizer.json beside the named tokens: the tables of
+    added_tokens_decoder in the order of their ids, and the texts of further special tokens.
+    """
+    listed = settings.get("added_tokens_decoder") or {}
+    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    try:
+        tables = [listed[key] for key in sorted(listed, key=int)]
+        texts = [each["content"] if isinstance(each, dict) else each for each in more]
+        texts = [] if isinstance(more, dict) else texts  # these are named ones
+        contents = [*texts, *(table["content"] for table in tables)]
+        flags = [table[key] for table in tables for key in TOKEN_FLAGS if key in table]
+    except (LookupError, TypeError, ValueError):
+        contents, flags = [None], []
+    if (
+        not isinstance(more, list | dict)
+        or not all(isinstance(text, str) for text in contents)
+        or not all(isinstance(flag, bool) for flag in flags)
+    ):
+        raise BadInput(
+            f"{directory / 'tokenizer_config.json'}: its special tokens cannot be read", DAMAGED
+        )
+    return tables, texts
 
 
 def begins_with_bos(table: dict[str, Any], settings: dict[str, Any], bos: str | None) -> bool:

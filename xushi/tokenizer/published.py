@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from xushi.base.config import shorten
 from xushi.base.errors import BadInput
 from xushi.base.model_directory import (
+    TOKEN_FLAGS,
+    added_tokens,
     begins_with_bos,
     end_token_ids,
     named_tokens,
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 MARKS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 # Files of tokenizers that only their own code or another library reads.
 _SLOW = ("tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt", "spiece.model")
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class PublishedTokenizer(Vocabulary):
@@ -198,28 +199,16 @@ def _add_tokens(
     """
     from tokenizers import AddedToken
 
-    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    if isinstance(more, dict):  # tokens by the names that this model has for them
-        more = list(more.values())
-    try:
-        listed = [
-            AddedToken(table["content"], **{key: table[key] for key in _FLAGS if key in table})
-            for _, table in sorted(
-                (settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])
-            )
-        ]
-        texts = [*named, *(each["content"] if isinstance(each, dict) else each for each in more)]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(
-            f"{directory / 'tokenizer_config.json'}: its special tokens cannot be read: "
-            f"{shown(str(error))}",
-            DAMAGED,
-        ) from None
+    tables, others = added_tokens(settings, directory)
+    listed = [
+        AddedToken(table["content"], **{key: table[key] for key in TOKEN_FLAGS if key in table})
+        for table in tables
+    ]
     present = {repr(token) for token in backend.get_added_tokens_decoder().values()}
     new = [token for token in listed if repr(token) not in present]
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     known |= {token.content for token in new}
-    for text in dict.fromkeys(str(text) for text in texts):
+    for text in dict.fromkeys([*named, *others]):
         if text not in known:
             new.append(AddedToken(text, special=True))
     for token in new:
