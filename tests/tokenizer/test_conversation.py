@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xushi.base.errors import BadInput
-from xushi.base.messages import Message, Tool, ToolCall
+from xushi.base.messages import MOST_LEVELS, Message, Tool, ToolCall
 from xushi.serve.cards import can_chat
 from xushi.tokenizer import Conversations, Tokenizer, encode_chat
 from xushi.tokenizer.published import PublishedTokenizer
@@ -170,6 +170,18 @@ def test_tools_form_no_special_token(tmp_path: Path, written: str) -> None:
     text = ours.tokenizer.decode(ids)
     assert "fdd" not in text and text.isprintable() == ("indent" not in written)
     assert text.count("<think>") == (3 if "t.function" not in written else 2)
+
+
+def test_the_deepest_tool_is_written(tmp_path: Path) -> None:
+    parameters: dict[str, Any] = {"a": "end"}
+    for _ in range(MOST_LEVELS - 1):
+        parameters = {"a": parameters}
+    tool = Tool("f", "", parameters)
+    for written in ("tojson", "tojson(indent=2)", "string"):
+        write_tokenizer(tmp_path, chat_template=f"{{{{ tools | {written} }}}}")
+        ours = Conversations(tmp_path)
+        text = ours.tokenizer.decode(ours.ids([Message("user", "x")], [tool]))
+        assert text.count("a") > MOST_LEVELS and "end" in text
 
 
 def test_literal_escapes_in_a_message_are_no_marks(tmp_path: Path) -> None:
