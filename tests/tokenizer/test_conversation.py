@@ -23,6 +23,7 @@ from ..published import (
     TOOLS,
     WITH_TOOLS,
     edit,
+    their_tokenizer,
     token_id,
     tokenizer_json,
     write_tokenizer,
@@ -46,11 +47,6 @@ def conversations(text: st.SearchStrategy[str]) -> st.SearchStrategy[list[Messag
     return st.lists(st.builds(Message, roles, text) | answers, min_size=1, max_size=5)
 
 
-def theirs(directory: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(directory)
-
-
 def rendered(oracle: Any, messages: list[Message], tools: list[Tool], **more: Any) -> list[int]:
     ids: list[int] = oracle.apply_chat_template(
         [message.to_dict() for message in messages],
@@ -66,7 +62,7 @@ def rendered(oracle: Any, messages: list[Message], tools: list[Tool], **more: An
 def with_tools(tmp_path_factory: pytest.TempPathFactory) -> tuple[Conversations, Any]:
     directory = write_tokenizer(tmp_path_factory.mktemp("tools"))
     (directory / "chat_template.jinja").write_text(WITH_TOOLS)
-    return Conversations(directory), theirs(directory)
+    return Conversations(directory), their_tokenizer(directory)
 
 
 @settings(max_examples=60)
@@ -98,7 +94,7 @@ def test_a_template_may_cut_what_a_message_spells(tmp_path: Path) -> None:
     ours = Conversations(tmp_path)
     turns = [Message("user", "a"), Message("assistant", "<think>r</think>b"), Message("user", "c")]
     plain = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
-    assert ours.ids(turns) == ours.ids(plain) == rendered(theirs(tmp_path), turns, [])
+    assert ours.ids(turns) == ours.ids(plain) == rendered(their_tokenizer(tmp_path), turns, [])
     assert ours.tokenizer.reply_begins(ours.ids(turns)) == "reasoning"
 
 
@@ -122,7 +118,7 @@ def test_named_templates_are_chosen_as_in_transformers(tmp_path: Path) -> None:
         {"name": "tool_use", "template": "t{{ tools | tojson }}"},
     ]
     write_tokenizer(tmp_path, chat_template=named)
-    ours, oracle = Conversations(tmp_path), theirs(tmp_path)
+    ours, oracle = Conversations(tmp_path), their_tokenizer(tmp_path)
     messages = [Message("user", "x")]
     for tools in ([], [ADD]):
         assert ours.ids(messages, tools) == rendered(oracle, messages, tools)

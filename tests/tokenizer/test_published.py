@@ -13,7 +13,17 @@ from xushi.base.messages import Message
 from xushi.tokenizer import Conversations, StreamDecoder
 from xushi.tokenizer.published import PublishedTokenizer, read_tokenizer_file
 
-from ..published import BOS, EOS, PAD, PLAIN_ADDED, TOOLS, edit, token_id, write_tokenizer
+from ..published import (
+    BOS,
+    EOS,
+    PAD,
+    PLAIN_ADDED,
+    TOOLS,
+    edit,
+    their_tokenizer,
+    token_id,
+    write_tokenizer,
+)
 
 ADDED = (BOS, EOS, PAD, *PLAIN_ADDED, *TOOLS)
 TEXTS = st.lists(
@@ -25,11 +35,6 @@ TEXTS = st.lists(
 
 def opened(directory: Path) -> PublishedTokenizer:
     return PublishedTokenizer(directory, read_tokenizer_file(directory))
-
-
-def theirs(directory: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +49,7 @@ def ours(directory: Path) -> PublishedTokenizer:
 
 @pytest.fixture(scope="module")
 def oracle(directory: Path) -> Any:
-    return theirs(directory)
+    return their_tokenizer(directory)
 
 
 @settings(max_examples=100)
@@ -120,9 +125,9 @@ def test_a_post_processor_puts_bos_as_in_transformers(tmp_path: Path) -> None:
     )
     backend.save(str(tmp_path / "tokenizer.json"))
     found = opened(tmp_path)
-    assert found.prompt_ids("a") == theirs(tmp_path)("a")["input_ids"]
+    assert found.prompt_ids("a") == their_tokenizer(tmp_path)("a")["input_ids"]
     assert found.prompt_ids("a")[0] == found.bos_id
-    assert found.encode("a") == theirs(tmp_path).encode("a", add_special_tokens=False)
+    assert found.encode("a") == their_tokenizer(tmp_path).encode("a", add_special_tokens=False)
 
 
 def test_lengths_in_the_file_cut_nothing(tmp_path: Path) -> None:
@@ -159,7 +164,7 @@ def test_tokens_that_only_the_config_has_are_added(tmp_path: Path) -> None:
             str(token_id("<think>")): table,
         },
     )
-    found, oracle = opened(tmp_path), theirs(tmp_path)
+    found, oracle = opened(tmp_path), their_tokenizer(tmp_path)
     for text in ("a<unk>b<more>c", "<think>x</think>", "<first><second>"):
         ids = found.encode(text)
         assert ids == oracle.encode(text, add_special_tokens=False)
@@ -171,7 +176,7 @@ def test_extra_special_tokens_by_their_names(tmp_path: Path) -> None:
     template = "{{ image_token }}{{ messages[0].content }}"
     extra = {"image_token": "<image>", "first": "<think>"}
     write_tokenizer(tmp_path, extra_special_tokens=extra, chat_template=template)
-    found, oracle = Conversations(tmp_path), theirs(tmp_path)
+    found, oracle = Conversations(tmp_path), their_tokenizer(tmp_path)
     messages = [Message("user", "a<image>")]
     ids = found.ids(messages)
     assert ids[0] == oracle.convert_tokens_to_ids("<image>") and ids.count(ids[0]) == 1

@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from xushi.base.errors import BadInput
 from xushi.base.messages import Message, Tool, ToolCall
@@ -37,6 +36,7 @@ from ..published import (
     WITH_TOOLS,
     edit,
     of_kind,
+    their_tokenizer,
     token_id,
     write_model,
     write_tokenizer,
@@ -45,11 +45,6 @@ from ..published import (
 QUESTION = [{"role": "user", "content": "数字之和是多少？ 12345"}]
 KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
 ADD = Tool("add", "Adds.", {"type": "object", "properties": {"a": {"type": "integer"}}})
-
-
-def theirs(directory: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.fixture
@@ -83,7 +78,7 @@ def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_reply_of_a_published_model_is_read_as_its_template_writes_it(
     thinking: Path, scripted: Callable[[list[int]], None]
 ) -> None:
-    llm, oracle = LLM(thinking), theirs(thinking)
+    llm, oracle = LLM(thinking), their_tokenizer(thinking)
     assert (llm.name, llm.can_chat) == ("Thinker-V3", True)
     prompt = oracle.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
     assert llm.conversation_ids(QUESTION) == prompt
@@ -123,7 +118,7 @@ def test_a_reply_may_open_its_reasoning_itself(
 def test_tool_calls_of_the_template(
     with_tools: Path, scripted: Callable[[list[int]], None]
 ) -> None:
-    llm, oracle = LLM(with_tools), theirs(with_tools)
+    llm, oracle = LLM(with_tools), their_tokenizer(with_tools)
     wanted = oracle.apply_chat_template(
         QUESTION, tools=[ADD.to_dict()], add_generation_prompt=True, return_dict=False
     )
@@ -252,7 +247,7 @@ def test_a_token_that_tokenizer_json_lacks_is_not_left_out_of_a_gguf(
         export_gguf(directory, tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
     assert f"AutoTokenizer.from_pretrained('{directory}').save_pretrained" in caught.value.remedy
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = their_tokenizer(directory)
     tokenizer.save_pretrained(directory)
     export_gguf(directory, tmp_path / "m.gguf")
     tokens = gguf.GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.tokens").contents()
@@ -330,7 +325,7 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def oracle(deepseek: Path) -> Any:
-    return theirs(deepseek)
+    return their_tokenizer(deepseek)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ LARGEST_JSON = 100_000_000  # bytes; the limit of a safetensors header in the fo
 LARGEST_TEMPLATE = 1 << 20  # bytes; published ones have at most tens of thousands
 DAMAGED = "get the file again, it is damaged"
 FROM_ELSEWHERE = "the weights do not belong to this config.json; get both from one place"
+OTHER_TOKENIZER = "the tokenizer does not belong to this model; get both from one place"
 UNTRUSTED = "do not trust this checkpoint; get it from its publisher"
 
 

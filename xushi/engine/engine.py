@@ -57,8 +57,8 @@ class Engine:
 
     def restart(self) -> None:
         """Abort all requests and empty the cache, for example after a step has failed. What was
-        kept is lost too. It needs no memory of the cache's size, since memory may be what a step
-        lacked.
+        kept in it is lost too. It needs no memory of the cache's size, since memory may be what a
+        step lacked.
         """
         for request in [*self._waiting, *self._running]:
             request.finish_reason = "abort"
@@ -104,7 +104,7 @@ class Engine:
             )
 
     def too_long(self, tokens: int, at_least: bool = False) -> ContextLengthError:
-        """The error for a prompt of so many tokens, or of `at_least` so many."""
+        """The error for a prompt of `tokens` tokens, or more where `at_least` is set."""
         whole = self.model.config.max_position_embeddings
         return ContextLengthError(tokens, self.context, whole, at_least)
 

@@ -14,7 +14,7 @@ from xushi.base.model_directory import (
     read_templates,
     tokenizer_settings,
 )
-from xushi.base.published_files import read_published_json, shown
+from xushi.base.published_files import OTHER_TOKENIZER, read_published_json, shown
 from xushi.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _tokens(table: dict[str, Any], size: int, path: Path) -> tuple[list[str], li
             raise BadInput(
                 f"{path}: token {token!r} has the id {index}, but config.json's vocab_size is "
                 f"{size}",
-                "the tokenizer does not belong to this model; get both from one place",
+                OTHER_TOKENIZER,
             )
         tokens[index] = token
         types[index] = int(kind)
