@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV4Config, DeepseekV32Config
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 from xushi.model import ModelConfig, RopeScaling, from_published, preset, to_published
 from xushi.model.layers import MLP
 from xushi.model.moe import MixtureOfExperts
@@ -331,3 +331,22 @@ def test_a_damaged_v4_config_is_reported(changes: dict) -> None:
     with pytest.raises(XushiError) as error:
         from_published(table, "there/config.json")
     assert "there/config.json" in error.value.problem and "\n" not in error.value.problem
+
+
+def test_null_is_no_value_of_another_name() -> None:
+    table = to_published(ModelConfig(n_routed_experts=64))
+    for nulls in ({"num_experts": None}, {"num_local_experts": None, "num_experts": 64}):
+        assert from_published(table | nulls, "here").n_routed_experts == 64
+    renamed = table | {"n_routed_experts": None, "num_experts": 64}
+    assert from_published(renamed, "here").n_routed_experts == 64
+    rope = {"rope_theta": 5000.0, "rope_scaling": None}
+    rope["rope_parameters"] = {"rope_theta": None, "rope_type": "default"}
+    assert from_published(table | rope, "here").rope_theta == 5000.0
+
+
+def test_dense_layers_against_a_default_are_said_to_be_so() -> None:
+    table = to_published(ModelConfig(num_hidden_layers=4))
+    del table["first_k_dense_replace"]
+    with pytest.raises(BadInput, match="is 3, its default") as caught:
+        from_published(table | {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 2}, "here")
+    assert "add first_k_dense_replace: 2" in caught.value.remedy

@@ -36,6 +36,7 @@ from ..published import (
     WITH_TOOLS,
     edit,
     of_kind,
+    their_tokenizer,
     token_id,
     write_model,
     write_tokenizer,
@@ -44,11 +45,6 @@ from ..published import (
 QUESTION = [{"role": "user", "content": "数字之和是多少？ 12345"}]
 KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
 ADD = Tool("add", "Adds.", {"type": "object", "properties": {"a": {"type": "integer"}}})
-
-
-def theirs(directory: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.fixture
@@ -82,7 +78,7 @@ def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_reply_of_a_published_model_is_read_as_its_template_writes_it(
     thinking: Path, scripted: Callable[[list[int]], None]
 ) -> None:
-    llm, oracle = LLM(thinking), theirs(thinking)
+    llm, oracle = LLM(thinking), their_tokenizer(thinking)
     assert (llm.name, llm.can_chat) == ("Thinker-V3", True)
     prompt = oracle.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
     assert llm.conversation_ids(QUESTION) == prompt
@@ -122,7 +118,7 @@ def test_a_reply_may_open_its_reasoning_itself(
 def test_tool_calls_of_the_template(
     with_tools: Path, scripted: Callable[[list[int]], None]
 ) -> None:
-    llm, oracle = LLM(with_tools), theirs(with_tools)
+    llm, oracle = LLM(with_tools), their_tokenizer(with_tools)
     wanted = oracle.apply_chat_template(
         QUESTION, tools=[ADD.to_dict()], add_generation_prompt=True, return_dict=False
     )
@@ -232,6 +228,49 @@ def test_the_special_tokens_of_a_gguf(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("tokenizer_config.json", {"unk_token": "<more>"}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<think>", "<more>"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image_token": "<more>"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"437": {"content": "<more>"}}}),
+        ("special_tokens_map.json", {"unk_token": {"content": "<more>"}}),
+    ],
+)
+def test_a_token_that_tokenizer_json_lacks_is_not_left_out_of_a_gguf(
+    file: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    directory = write_model(tmp_path / "m")
+    edit(directory / file, **settings)
+    with pytest.raises(BadInput, match="lacks the token <more>") as caught:
+        export_gguf(directory, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+    assert f"AutoTokenizer.from_pretrained('{directory}').save_pretrained" in caught.value.remedy
+    tokenizer = their_tokenizer(directory)
+    tokenizer.save_pretrained(directory)
+    export_gguf(directory, tmp_path / "m.gguf")
+    tokens = gguf.GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.tokens").contents()
+    assert tokens.index("<more>") == tokenizer.convert_tokens_to_ids("<more>")
+
+
+def test_a_gguf_has_no_bos_that_nothing_states(tmp_path: Path) -> None:
+    """A config.json without bos_token_id once got the default of V3's: 0, an exclamation mark."""
+    gguf = pytest.importorskip("gguf")
+    directory = write_model(tmp_path / "m", bos_token=None, pad_token=None)
+    table = json.loads((directory / "config.json").read_text())
+    for stated in ({"bos_token_id": 5, "pad_token_id": 6}, {}):
+        plain = {key: value for key, value in table.items() if key[:4] not in ("bos_", "pad_")}
+        (directory / "config.json").write_text(json.dumps(plain | stated))
+        export_gguf(directory, tmp_path / "m.gguf")
+        fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+        (tmp_path / "m.gguf").unlink()
+        for key, field in (("bos_token_id", "bos_token_id"), ("pad_token_id", "padding_token_id")):
+            found = fields.get(f"tokenizer.ggml.{field}")
+            assert (found and found.contents()) == stated.get(key)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         lambda table: table["pre_tokenizer"]["pretokenizers"].pop(0),
@@ -286,7 +325,7 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def oracle(deepseek: Path) -> Any:
-    return theirs(deepseek)
+    return their_tokenizer(deepseek)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xushi.base.errors import BadInput
+from xushi.base.progress import say
 from xushi.cli.app import JsonOption, app, print_table
 
 if TYPE_CHECKING:
@@ -160,12 +161,18 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Count a model's parameters, cache and FLOPs without loading it."""
-    from xushi.model import preset, read_config
+    from xushi.model import from_published, preset
+    from xushi.model.published import read_table, unread_note
     from xushi.plan import group_layers, inspect_model
 
-    counted = inspect_model(
-        read_config(model) if Path(model).is_dir() else preset(model), context, mtp
-    )
+    if Path(model).is_dir():
+        table = read_table(Path(model))
+        config = from_published(table, str(Path(model) / "config.json"))
+        if note := unread_note(Path(model), table, config):
+            say(note)
+    else:
+        config = preset(model)
+    counted = inspect_model(config, context, mtp)
     if as_json:
         print(json.dumps(counted))
         return

@@ -8,7 +8,12 @@ from pathlib import Path
 from xushi.base.config import StrictConfig, parse
 from xushi.base.errors import BadInput
 from xushi.base.files import read_json
-from xushi.base.model_directory import is_model_directory, model_name, read_templates
+from xushi.base.model_directory import (
+    has_chat_template,
+    is_model_directory,
+    model_name,
+    read_templates,
+)
 
 BASE = "base"
 REASONING = "reasoning"
@@ -81,7 +86,7 @@ def find_models(directory: Path) -> dict[str, Path]:
 
 def can_chat(directory: Path, template: Path | None = None) -> bool:
     """Whether the model of a directory answers conversations: there is a chat template for it."""
-    return template is not None or bool(read_templates(directory))
+    return template is not None or has_chat_template(read_templates(directory))
 
 
 def read_card(name: str, directory: Path) -> ModelCard:
