@@ -1,6 +1,7 @@
 """What a model directory says beside its weights."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from xushi.base.model_directory import (
     named_tokens,
     read_templates,
     sampling_defaults,
+    snapshot_remedy,
     tokenizer_settings,
 )
 
@@ -160,6 +162,19 @@ def test_what_puts_bos_before_a_text() -> None:
         assert begins_with_bos(table, {"add_bos_token": True}, "<s>")
         assert not begins_with_bos(table, {"add_bos_token": True}, None)
     assert not begins_with_bos({"post_processor": template}, {}, "<other>")
+
+
+def test_a_download_in_the_cache_names_its_newest_snapshot(tmp_path: Path) -> None:
+    assert snapshot_remedy(tmp_path) is None
+    (tmp_path / "snapshots" / "zz").mkdir(parents=True)  # a download that has not begun
+    assert snapshot_remedy(tmp_path) is None
+    for age, name in enumerate(("0b", "0a", "0c")):
+        directory = tmp_path / "snapshots" / name
+        directory.mkdir()
+        put(directory / "config.json", {})
+        os.utime(directory, (age % 2, age % 2))
+    told = f"give the directory of a snapshot, such as {tmp_path / 'snapshots' / '0a'}"
+    assert snapshot_remedy(tmp_path) == told
 
 
 def test_sampling_defaults(tmp_path: Path) -> None:

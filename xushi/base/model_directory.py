@@ -34,6 +34,17 @@ def is_model_directory(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
+def snapshot_remedy(path: Path) -> str | None:
+    """What to do where `path`, which is no model directory, is a download of Hugging Face's cache:
+    its newest snapshot is the model. None where it is no such download.
+    """
+    snapshots = [each for each in (path / "snapshots").glob("*") if is_model_directory(each)]
+    if not snapshots:
+        return None
+    newest = max(snapshots, key=lambda each: each.stat().st_mtime)
+    return f"give the directory of a snapshot, such as {newest}"
+
+
 def model_name(directory: Path) -> str:
     """The name of a model directory: ORG/NAME within Hugging Face's cache, else the last part of
     its path.

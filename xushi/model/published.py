@@ -11,6 +11,7 @@ from typing import Any
 from xushi.base.config import parse, shorten
 from xushi.base.errors import BadInput
 from xushi.base.files import read_json
+from xushi.base.model_directory import snapshot_remedy
 from xushi.base.progress import say
 from xushi.model.config import ABSENT, ModelConfig
 from xushi.model.config_keys import CLASSES, model_type_of, unread_keys, without_aliases
@@ -212,8 +213,8 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     file = Path(path) / "config.json"
     remedy = "give a directory in the Hugging Face layout, its files undamaged"
-    if not file.exists() and (snapshots := sorted((Path(path) / "snapshots").glob("*"))):
-        remedy = f"give the directory of a snapshot, such as {snapshots[-1]}"
+    if not file.exists():
+        remedy = snapshot_remedy(Path(path)) or remedy
     table = read_json(file, remedy)
     config = from_published(table, str(file))
     if unread := unread_keys(table, config.model_type):
