@@ -230,7 +230,7 @@ class Worker:
     def _serve_next(self) -> bool:
         """Wait until there is work and take one step. False once the worker is closed."""
         with self._wake:
-            while not (self._submitted or self._cancelled or self._ending or self._has_work):
+            while not (self._submitted or self._ending or self._can_cancel or self._has_work):
                 self._wake.wait()
             if self._ending is not None:
                 return False
@@ -243,9 +243,15 @@ class Worker:
             # The jobs first: their clients must not wait for a restart that may itself fail.
             self._fail_all(failure)
             self._choices.clear()
-            self._broken = True
-            self._restart()
+            if not self._broken:  # else the step has just tried
+                self._broken = True
+                self._restart()
         return True
+
+    @property
+    def _can_cancel(self) -> bool:
+        """Whether a job is to be ended. A broken engine has none: only a request restarts it."""
+        return bool(self._cancelled) and not self._broken
 
     @property
     def _has_work(self) -> bool:
