@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from xushi.base.defaults import TEMPERATURE, TOP_P
 from xushi.engine import LLM, SamplingParams
 
 
@@ -39,6 +40,12 @@ def test_both_languages_have_the_same_words(page):
     names = [set(re.findall(r"[{,]\s*(\w+): \"", part)) for part in (english, chinese)]
     assert names[0] == names[1]
     assert len(names[0]) > 15
+
+
+def test_the_page_samples_as_the_terminal_does(page):
+    [temperature] = re.findall(r"temperature: ([\d.]+)", page.text)
+    [top_p] = re.findall(r"top_p: ([\d.]+)", page.text)
+    assert (float(temperature), float(top_p)) == (TEMPERATURE, TOP_P)
 
 
 def test_the_script_is_valid(page, tmp_path):

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from xushi.base.defaults import QUEUE_LIMIT
 from xushi.base.errors import XushiError
 from xushi.engine import (
     LLM,
@@ -28,8 +29,6 @@ from xushi.engine import (
 
 logger = logging.getLogger(__name__)
 
-# How many continuations may be running or waiting. A client that asks for more must retry later.
-QUEUE_LIMIT = 256
 # A step of a large model on a slow machine takes seconds. Work that gets nowhere for this long is
 # taken for stuck.
 STALL_SECONDS = 120.0
