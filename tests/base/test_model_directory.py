@@ -179,9 +179,11 @@ def test_a_download_in_the_cache_names_its_newest_snapshot(tmp_path: Path) -> No
 
 def test_sampling_defaults(tmp_path: Path) -> None:
     assert sampling_defaults(tmp_path) == {}
-    put(tmp_path / "generation_config.json", {"temperature": 0.3, "top_p": None, "top_k": 5})
+    asks = {"do_sample": True, "temperature": 0.3, "top_p": None, "top_k": 5}
+    put(tmp_path / "generation_config.json", asks)
     assert sampling_defaults(tmp_path) == {"temperature": 0.3}
     put(tmp_path / "generation_config.json", {"do_sample": True, "temperature": 1, "top_p": 0.9})
     assert sampling_defaults(tmp_path) == {"temperature": 1, "top_p": 0.9}
-    put(tmp_path / "generation_config.json", {"do_sample": False, "temperature": 0.3})
-    assert sampling_defaults(tmp_path) == {}
+    for asked in ({"do_sample": False}, {"do_sample": None}, {}):
+        put(tmp_path / "generation_config.json", {**asked, "temperature": 0.3})
+        assert sampling_defaults(tmp_path) == {}

@@ -19,6 +19,7 @@ import torch
 
 from xushi.base.errors import BadInput
 from xushi.base.messages import Message, Tool, ToolCall
+from xushi.base.model_directory import sampling_defaults
 from xushi.engine import LLM, SamplingParams
 from xushi.engine import engine as engine_module
 from xushi.engine.sampling import sample
@@ -185,6 +186,18 @@ def test_what_a_directory_stands_for(thinking: Path, tmp_path: Path) -> None:
         find_models(tmp_path)
     with pytest.raises(BadInput, match="does not exist"):
         chat(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("asked", [{}, {"do_sample": False}, {"do_sample": True}])
+def test_a_directory_asks_for_sampling_as_in_transformers(
+    asked: dict[str, bool], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    table = {**asked, "temperature": 0.3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(table))
+    oracle = transformers.GenerationConfig.from_pretrained(tmp_path)
+    samples = oracle.get_generation_mode().value == "sample"
+    assert sampling_defaults(tmp_path) == ({"temperature": 0.3} if samples else {})
 
 
 @pytest.mark.parametrize("place", ["config", "jinja", "list", "json", "none"])

@@ -165,10 +165,10 @@ def _first_added(step: Any) -> str | None:
 
 def sampling_defaults(directory: Path) -> dict[str, Any]:
     """`temperature` and `top_p` of generation_config.json, as far as it has them and asks for
-    sampling.
+    sampling. As in transformers, without `do_sample: true` it does not.
     """
     table = read_settings(directory, "generation_config.json")
-    if table.get("do_sample") is False:
+    if table.get("do_sample") is not True:
         return {}
     return {key: table[key] for key in ("temperature", "top_p") if table.get(key) is not None}
 
