@@ -1,5 +1,7 @@
 """The API as the official client sees it, on a real server."""
 
+import asyncio
+import contextlib
 import json
 import math
 import re
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 
 from xushi.engine import LLM, SamplingParams
 from xushi.serve import completions, responses
+from xushi.serve.logprobs import CompletionLogprobs
 from xushi.serve.protocol import ChatBody, CompletionBody
 
 QUESTION = [{"role": "user", "content": "数字之和是多少？"}]
@@ -423,14 +426,62 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(app, http, bas
 
 
 def test_the_log_probabilities_of_a_response_are_limited(http, monkeypatch):
-    monkeypatch.setattr(completions, "MOST_SCORES", 2 * 3 * 2 * 4)
+    """Those of the prompts and, but in a stream, those of what may be generated."""
+    monkeypatch.setattr(completions, "MOST_SCORES", 2 * (3 + 2) * 2 * 4)
     body = {**TEXT, "prompt": [[5, 6, 7], [8, 9, 10]], "n": 2, "echo": True, "logprobs": 3}
     assert http.post("/v1/completions", content=json.dumps(body)).status_code == 200
-    for more in ({"prompt": [[5, 6, 7], [8, 9, 10, 11]]}, {"n": 3}, {"logprobs": 4}):
+    for more in (
+        {"prompt": [[5, 6, 7], [8, 9, 10, 11]]},
+        {"n": 3},
+        {"logprobs": 4},
+        {"max_tokens": 3},
+        {"echo": False, "max_tokens": 6},
+    ):
         answer = http.post("/v1/completions", content=json.dumps({**body, **more}))
         assert answer.json()["error"]["param"] == "logprobs"
-    plain = {**body, "n": 60, "prompt": "a", "echo": False}
-    assert http.post("/v1/completions", content=json.dumps(plain)).status_code == 200
+    for more in (
+        {"n": 60, "prompt": "a", "logprobs": None},
+        {"n": 60, "prompt": "a", "echo": False, "stream": True},
+        {"echo": False, "max_tokens": 5},
+        {"prompt": [7] * 126, "echo": False, "n": 10, "max_tokens": 100},  # 2 fit into the context
+    ):
+        answer = http.post("/v1/completions", content=json.dumps({**body, **more}))
+        assert answer.status_code == 200, answer.text
+    scored = {**CHAT, "logprobs": True, "top_logprobs": 7}
+    for limit, status in ((10, 200), (11, 400), (None, 200)):
+        answer = http.post(
+            "/v1/chat/completions", content=json.dumps({**scored, "max_tokens": limit})
+        )
+        assert answer.status_code == status
+    assert answer.json()["usage"]["completion_tokens"] <= 10, "as many as the limit lets"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_large_responses_are_made_off_the_event_loop(http, monkeypatch, stream):
+    """Other streams would stand still meanwhile."""
+    in_loop = []
+
+    def watched(name, make):
+        def made(*arguments):
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop()
+                in_loop.append(name)
+            seen.append(name)
+            return make(*arguments)
+
+        return made
+
+    seen = []
+    for place, name in (
+        (CompletionLogprobs, "_top"),
+        (responses, "scored_prompt"),
+        (completions, "json_response"),
+    ):
+        monkeypatch.setattr(place, name, watched(name, getattr(place, name)))
+    body = {**TEXT, "echo": True, "logprobs": 2, "max_tokens": 0, "stream": stream}
+    assert http.post("/v1/completions", content=json.dumps(body)).status_code == 200
+    assert {"_top", "scored_prompt"} <= set(seen) and bool(stream) != ("json_response" in seen)
+    assert in_loop == []
 
 
 def test_few_prompts_are_encoded_at_once(app, http, monkeypatch):

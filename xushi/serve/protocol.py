@@ -30,7 +30,8 @@ MOST_CHOICES = 64
 MOST_MESSAGES = 1024
 MOST_ALTERNATIVES = 20  # as in OpenAI's chat completions
 DEFAULT_COMPLETION_TOKENS = 16
-# Log-probabilities of prompts in one response, alternatives counted: about 60 MB of JSON.
+# Log-probabilities in one response, alternatives counted: about 60 MB of JSON. Those that a stream
+# generates are in chunks of their own and not counted.
 MOST_SCORES = 1 << 20
 
 
