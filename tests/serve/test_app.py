@@ -8,16 +8,22 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 
 from xushi.engine import LLM, SamplingParams
-from xushi.serve import completions, responses
+from xushi.engine import engine as engine_module
+from xushi.engine.sampling import sample
+from xushi.serve import completions, create_app, responses
 from xushi.serve.logprobs import CompletionLogprobs
 from xushi.serve.protocol import ChatBody, CompletionBody
+
+from ..published import THINKING, write_model
 
 QUESTION = [{"role": "user", "content": "数字之和是多少？"}]
 
@@ -589,3 +595,38 @@ def test_no_body_is_a_server_error(http, path, changes, valid):
         assert all(
             not isinstance(v, float) or math.isfinite(v) for v in answer.json()["usage"].values()
         )
+
+
+@pytest.mark.parametrize(
+    ("written", "thought", "said", "reasoning_tokens"),
+    [
+        (["<think>", "a", "</think>", "b"], "a", "b", 3),
+        (["<think>", "</think>", "b"], None, "b", 2),
+        (["<think>", "a"], "a", "", 3),  # the end token is within it
+        (["a", "2"], None, "a2", 0),
+    ],
+)
+def test_a_model_that_opens_its_reasoning_itself(
+    tmp_path, monkeypatch, written, thought, said, reasoning_tokens
+):
+    """As after the first templates of R1. Neither tag has a log-probability of the answer."""
+    template = THINKING.replace("<think>\\n", "")
+    assert template != THINKING
+    application = create_app({"model": write_model(tmp_path, chat_template=template)})
+    [tokenizer] = [each.llm.tokenizer for each in application.state.workers.values()]
+    drawn = iter(tokenizer.encode("".join(written)) + list(tokenizer.eos_ids))
+    monkeypatch.setattr(
+        engine_module,
+        "sample",
+        lambda *arguments: replace(sample(*arguments), tokens=[next(drawn)]),
+    )
+    asked = {"model": "model", "messages": [{"role": "user", "content": "a"}], "logprobs": True}
+    with TestClient(application, "http://localhost") as client:
+        answer = client.post("/v1/chat/completions", json=asked).json()
+    [choice] = answer["choices"]
+    assert choice["message"].get("reasoning_content") == thought
+    assert choice["message"]["content"] == said
+    assert "".join(each["token"] for each in choice["logprobs"]["content"]) == said
+    usage = answer["usage"]
+    assert usage["completion_tokens"] == len(written) + 1
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == reasoning_tokens

@@ -42,6 +42,7 @@ def is_taken(name, body):
 
 MESSAGES = [
     {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": None}]},
+    {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {"type": "x"}}]},
     {"role": "assistant", "content": None},
     {"role": "assistant", "type": "text", "name": ""},
     {"role": "developer", "content": ""},
