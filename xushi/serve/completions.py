@@ -109,7 +109,7 @@ def _limit_scores(
     scored: bool,
 ) -> None:
     """Refuse a response with more than MOST_SCORES log-probabilities: those of its prompts if they
-    are `scored`, and of what it may generate, which a stream sends piece by piece.
+    are `scored`, and of what it may generate, which a stream sends chunk by chunk.
     """
     places = sum(map(len, prompts)) if scored else 0
     if not body.stream:
