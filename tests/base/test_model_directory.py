@@ -15,6 +15,7 @@ from xushi.base.model_directory import (
     named_tokens,
     read_templates,
     sampling_defaults,
+    snapshot_remedy,
     tokenizer_settings,
 )
 from xushi.base.published_files import LARGEST_JSON, LARGEST_TEMPLATE
@@ -168,14 +169,29 @@ def test_what_puts_bos_before_a_text() -> None:
     assert not begins_with_bos({"post_processor": template}, {}, "<other>")
 
 
+def test_a_download_in_the_cache_names_its_newest_snapshot(tmp_path: Path) -> None:
+    assert snapshot_remedy(tmp_path) is None
+    (tmp_path / "snapshots" / "zz").mkdir(parents=True)  # a download that has not begun
+    assert snapshot_remedy(tmp_path) is None
+    for age, name in enumerate(("0b", "0a", "0c")):
+        directory = tmp_path / "snapshots" / name
+        directory.mkdir()
+        put(directory / "config.json", {})
+        os.utime(directory, (age % 2, age % 2))
+    told = f"give the directory of a snapshot, such as {tmp_path / 'snapshots' / '0a'}"
+    assert snapshot_remedy(tmp_path) == told
+
+
 def test_sampling_defaults(tmp_path: Path) -> None:
     assert sampling_defaults(tmp_path) == {}
-    put(tmp_path / "generation_config.json", {"temperature": 0.3, "top_p": None, "top_k": 5})
+    asks = {"do_sample": True, "temperature": 0.3, "top_p": None, "top_k": 5}
+    put(tmp_path / "generation_config.json", asks)
     assert sampling_defaults(tmp_path) == {"temperature": 0.3}
     put(tmp_path / "generation_config.json", {"do_sample": True, "temperature": 1, "top_p": 0.9})
     assert sampling_defaults(tmp_path) == {"temperature": 1, "top_p": 0.9}
-    put(tmp_path / "generation_config.json", {"do_sample": False, "temperature": 0.3})
-    assert sampling_defaults(tmp_path) == {}
+    for asked in ({"do_sample": False}, {"do_sample": None}, {}):
+        put(tmp_path / "generation_config.json", {**asked, "temperature": 0.3})
+        assert sampling_defaults(tmp_path) == {}
 
 
 READ: dict[str, Any] = {

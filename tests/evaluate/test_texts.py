@@ -71,6 +71,27 @@ def test_what_cannot_be_evaluated(base: Path, tmp_path: Path) -> None:
         evaluate_texts(tmp_path, [str(tmp_path / "a.txt")])
 
 
+def test_a_run_stands_for_its_base_model(chain, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("12345")
+    assert (chain.directory / "export" / "reasoning").is_dir()
+    done = xushi_here("evaluate", chain.directory, tmp_path / "a.txt", "--json")
+    assert json.loads(done.stdout)["model"] == "base"
+
+
+def test_no_remedy_speaks_of_a_recipe(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "table.jsonl").write_text('{"text": "12"}')
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "a.bin").write_bytes(b"\0")
+    for path, problem in (
+        ("table.jsonl", "is not read as text: it is a table"),
+        ("table", "has no text; left out: 1 binary file"),
+        ("gone", "no file matches"),
+    ):
+        with pytest.raises(BadInput, match=problem) as refused:
+            evaluate_texts(base, [str(tmp_path / path)])
+        assert refused.value.remedy.startswith("give text files that may be read")
+
+
 def test_what_a_text_spells_is_its_own(base: Path, tmp_path: Path) -> None:
     """Also where the tokenizer of a published model reads a spelled token as that token."""
     shutil.copytree(base, tmp_path / "model")

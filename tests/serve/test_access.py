@@ -1,6 +1,7 @@
 """Who may ask, and what a browser is told. Browsers are imitated by the headers that they send."""
 
 import json
+import socket
 
 import httpx
 import pytest
@@ -10,6 +11,7 @@ from xushi.base.errors import XushiError
 from xushi.serve.access import Access, AccessMiddleware, clean_origins, read_keys
 
 MODELS = "/v1/models"
+JSON = "application/json"
 
 
 async def answers(scope, receive, send):
@@ -65,7 +67,34 @@ def test_a_local_server_answers_to_its_own_names(host, status):
     response = asked(LOCAL, host=host)
     assert response.status_code == status
     assert code(response) == (None if status == 200 else "unknown_host")
+    assert status == 200 or "use localhost" in response.text
     assert asked(Access(local=False), host=host).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("192.168.1.5:8000", 200),
+        ("[fd00::5]:8000", 200),
+        (socket.gethostname(), 200),
+        ("chat.example", 200),
+        ("evil.example:8000", 403),
+        ("192.168.1.5.evil.example", 403),
+        ("[::1", 403),
+    ],
+)
+def test_in_a_network_no_page_asks_under_a_name_that_was_made_to_lead_here(host, status):
+    """Without a key. Programs ask under any name, and a key is nothing that such a page has."""
+    access = Access(local=False, origins=("http://chat.example",))
+    response = asked(access, "POST", host=host, origin=f"http://{host}", content_type=JSON)
+    assert response.status_code == status
+    if status == 403:
+        assert code(response) == "unknown_host" and "use its IP address" in response.text
+    assert asked(access, "POST", host=host, content_type=JSON).status_code == 200
+    with_keys = Access(local=False, keys=("k",))
+    headers = {"origin": f"http://{host}", "authorization": "Bearer k"}
+    assert asked(with_keys, host=host, **headers).status_code == 200
 
 
 @pytest.mark.parametrize(

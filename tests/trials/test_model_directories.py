@@ -19,13 +19,14 @@ import torch
 
 from xushi.base.errors import BadInput
 from xushi.base.messages import Message, Tool, ToolCall
+from xushi.base.model_directory import sampling_defaults
 from xushi.engine import LLM, SamplingParams
 from xushi.engine import engine as engine_module
 from xushi.engine.sampling import sample
-from xushi.model import Deepseek, save_pretrained
+from xushi.model import Deepseek, read_config, save_pretrained
 from xushi.model.gguf_export import export_gguf
 from xushi.model.names import stays_float32
-from xushi.serve import chat, create_app, find_models
+from xushi.serve import chat, create_app, find_models, serve
 from xushi.serve.server import Server, bind, describe
 from xushi.tokenizer import Conversations
 
@@ -172,10 +173,27 @@ def test_what_a_directory_stands_for(thinking: Path, tmp_path: Path) -> None:
     cached.parent.mkdir(parents=True)
     cached.symlink_to(thinking)
     assert find_models(cached) == {"org/Name": cached}
+    download = cached.parent.parent
+    for opened in (find_models, chat, serve, LLM, read_config):
+        with pytest.raises(BadInput) as refused:
+            opened(download)
+        assert refused.value.remedy == f"give the directory of a snapshot, such as {cached}"
     with pytest.raises(BadInput, match="holds no model"):
         find_models(tmp_path)
     with pytest.raises(BadInput, match="does not exist"):
         chat(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("asked", [{}, {"do_sample": False}, {"do_sample": True}])
+def test_a_directory_asks_for_sampling_as_in_transformers(
+    asked: dict[str, bool], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    table = {**asked, "temperature": 0.3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(table))
+    oracle = transformers.GenerationConfig.from_pretrained(tmp_path)
+    samples = oracle.get_generation_mode().value == "sample"
+    assert sampling_defaults(tmp_path) == ({"temperature": 0.3} if samples else {})
 
 
 @pytest.mark.parametrize("place", ["config", "jinja", "list", "json", "none"])

@@ -41,6 +41,17 @@ def is_model_directory(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
+def snapshot_remedy(path: Path) -> str | None:
+    """What to do where `path`, which is no model directory, is a download of Hugging Face's cache:
+    its newest snapshot is the model. None where it is no such download.
+    """
+    snapshots = [each for each in (path / "snapshots").glob("*") if is_model_directory(each)]
+    if not snapshots:
+        return None
+    newest = max(snapshots, key=lambda each: each.stat().st_mtime)
+    return f"give the directory of a snapshot, such as {newest}"
+
+
 def model_name(directory: Path) -> str:
     """The name of a model directory: ORG/NAME within Hugging Face's cache, else the last part of
     its path.
@@ -198,10 +209,10 @@ def _first_added(step: Any) -> str | None:
 
 def sampling_defaults(directory: Path) -> dict[str, Any]:
     """`temperature` and `top_p` of generation_config.json, as far as it has them and asks for
-    sampling.
+    sampling. As in transformers, without `do_sample: true` it does not.
     """
     table = read_settings(directory, "generation_config.json")
-    if table.get("do_sample") is False:
+    if table.get("do_sample") is not True:
         return {}
     return {key: table[key] for key in ("temperature", "top_p") if table.get(key) is not None}
 

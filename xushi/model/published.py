@@ -11,6 +11,7 @@ from typing import Any
 
 from xushi.base.config import parse, shorten
 from xushi.base.errors import BadInput
+from xushi.base.model_directory import snapshot_remedy
 from xushi.base.published_files import read_published_json
 from xushi.model.config import ABSENT, ModelConfig
 from xushi.model.config_keys import CLASSES, model_type_of, unread_keys, without_aliases
@@ -213,12 +214,9 @@ def read_table(directory: Path) -> dict[str, Any]:
     """The table in config.json of a checkpoint directory."""
     file = directory / "config.json"
     if not os.path.lexists(file):
-        snapshots = sorted((directory / "snapshots").glob("*"))
         raise BadInput(
             f"{file} does not exist",
-            f"give the directory of a snapshot, such as {snapshots[-1]}"
-            if snapshots
-            else "give a directory in the Hugging Face layout",
+            snapshot_remedy(directory) or "give a directory in the Hugging Face layout",
         )
     return read_published_json(directory, "config.json")
 

@@ -15,7 +15,7 @@ from xushi.base.tracking import Tracking
 from xushi.data import CorpusSummary, heldout_bytes, training_texts
 from xushi.data.left_out import counts
 from xushi.data.read_files import look_at
-from xushi.evaluate import bits_per_byte, total_bits, xz_primed
+from xushi.evaluate import by_all_methods, total_bits, xz_primed
 from xushi.evaluate.compressors import PRIMED_MEMORY_BYTES
 from xushi.model import Batch, Deepseek
 from xushi.run.benchmark import Shape, training_step
@@ -96,8 +96,7 @@ def _compressors(
 ) -> tuple[float, int]:
     """(seconds, bytes of memory) that evaluation's compressors take on the whole corpus."""
     began = time.perf_counter()
-    for method in ("gzip", "xz", "zstd"):
-        bits_per_byte(heldout, method)
+    by_all_methods(heldout)
     seconds = (time.perf_counter() - began) * summary.heldout_bytes / len(heldout)
     if not recipe.evaluate.xz_primed:
         return seconds, 0

@@ -13,6 +13,7 @@ from xushi.base.model_directory import (
     is_model_directory,
     model_name,
     read_templates,
+    snapshot_remedy,
 )
 
 BASE = "base"
@@ -79,7 +80,8 @@ def find_models(directory: Path) -> dict[str, Path]:
         raise BadInput(
             f"{directory} holds no model: it has no config.json, and no exported model in "
             f"{directory / 'export'}",
-            "give a model's directory, or finish the run's pretrain stage with xushi run",
+            snapshot_remedy(directory)
+            or "give a model's directory, or finish the run's pretrain stage with xushi run",
         )
     return found
 

@@ -19,7 +19,7 @@ from xushi.evaluate import (
     Sampled,
     accuracy,
     bits_by_document,
-    bits_per_byte,
+    by_all_methods,
     play_greedily,
     play_sampled,
     shown,
@@ -167,7 +167,7 @@ class Evaluate(ModelStage):
         documents.write(place.path(HELDOUT_BITS))
         own = documents.total / len(text)
         say(f"{self.name}: the same bytes, by compressors")
-        others = {name: bits_per_byte(text, name) for name in ("gzip", "xz", "zstd")}
+        others = by_all_methods(text)
         primed = None
         if self.config.xz_primed:
             training = "".join(training_texts(place.corpus)).encode()
