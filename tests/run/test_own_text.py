@@ -19,7 +19,7 @@ from xushi.run.own_text import (
 )
 from xushi.run.place import RunPlace, StageRecord, write_record
 from xushi.run.recipe import Recipe, load_recipe
-from xushi.run.stages import keys_of, records_of
+from xushi.run.stages import finished_stages, keys_of, records_of
 from xushi.run.stages.data import Data
 from xushi.tokenizer import TooFewMerges
 
@@ -240,6 +240,22 @@ def test_what_the_same_command_does(
     assert (recipe.hash_without_places == begun.hash_without_places) == kept
     assert recipe.data.sources[0].globs == [str(place)]
     claim(recipe, tmp_path / "run", may_update)
+
+
+def test_a_kill_before_changed_text_is_read_does_not_bring_the_old_back(
+    notes: Path, tmp_path: Path
+) -> None:
+    """The new recipe is written, the text is not yet read: it is not for what was read before."""
+    run = tmp_path / "run"
+    begun = begin(asked_for(notes), run, ALL)
+    (run / "stages" / "data.started").touch()
+    (notes / "0.md").write_text(words(9000))
+    recipe, update = own_text_recipe(asked_for(notes), run, update=False)
+    claim(recipe, run, update, asked_for(notes).hash)  # a start that ends here
+    place, stages = RunPlace(run, Tracking(None)), recipe.run_stages()
+    assert finished_stages(stages, place) == set() and not (run / "stages/data.started").exists()
+    again, _ = own_text_recipe(asked_for(notes), run, update=False)
+    assert again == recipe != begun
 
 
 def test_update_reads_the_text_as_it_is(notes: Path, tmp_path: Path) -> None:
