@@ -54,12 +54,14 @@ def test_a_run_is_never_text(tmp_path: Path) -> None:
     assert left_out(tmp_path / "*" / "*" / "*.txt")["runs"] == (1, ["deep/mine/report.txt"])
 
 
-def test_a_directory_of_runs_is_no_text_either(tmp_path: Path) -> None:
-    write(tmp_path, "a.md", "runs/text.log", "other/runs/morning.md")
+def test_a_directory_named_runs_is_somebodys_own(tmp_path: Path) -> None:
+    """Also where runs lie in it, as that of `xushi train .`: only they are left out."""
+    write(tmp_path, "a.md", "runs/monday.md")
     make_run(tmp_path / "runs" / "text")
-    assert found(tmp_path) == ["a.md", "other/runs/morning.md"]
-    assert left_out(tmp_path)["runs"] == (1, ["runs"])
-    assert "runs/text.log" not in found(tmp_path / "*" / "*.log") + found(tmp_path / "**/*.log")
+    for glob in (tmp_path, tmp_path / "**" / "*.md"):
+        assert found(glob) == ["a.md", "runs/monday.md"]
+        assert left_out(glob)["runs"] == (1, ["runs/text"])
+    assert found(tmp_path / "*" / "*.md") == ["runs/monday.md"]
 
 
 def test_what_marks_a_run(tmp_path: Path) -> None:

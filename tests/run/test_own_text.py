@@ -1,6 +1,7 @@
 """A recipe for somebody's own text: fitted to what the text allows, and kept once a run has read it."""
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from xushi.base.errors import XushiError
 from xushi.base.tracking import Tracking
+from xushi.data import DataConfig, ExtraSource, shared
 from xushi.run.directory import claim
 from xushi.run.own_text import (
     MOST_EPOCHS,
@@ -240,6 +242,29 @@ def test_what_the_same_command_does(
     assert (recipe.hash_without_places == begun.hash_without_places) == kept
     assert recipe.data.sources[0].globs == [str(place)]
     claim(recipe, tmp_path / "run", may_update)
+
+
+def test_a_run_in_its_own_text_makes_the_corpus_once(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`xushi train .`: the run lies in `runs`, beside what else somebody keeps there."""
+    made: list[Path] = []
+    build = shared.build_corpus
+
+    def counted(config: DataConfig, extra: Mapping[str, ExtraSource], directory: Path) -> object:
+        made.append(directory)
+        return build(config, extra, directory)
+
+    monkeypatch.setattr(shared, "build_corpus", counted)
+    (notes / "runs").mkdir()
+    (notes / "runs" / "monday.md").write_text(words(3000, 9))
+    run = notes / "runs" / "text"
+    recipe, _ = own_text_recipe(asked_for(notes), run, update=False)
+    run.mkdir()
+    claim(recipe, run, update=False)
+    results = Data(recipe).run(RunPlace(run, Tracking(None))).flat()
+    assert results["data.files"] == 5 and results["data.left_out.runs"] == 1
+    assert len(made) == 1
 
 
 def test_a_kill_before_changed_text_is_read_does_not_bring_the_old_back(

@@ -260,7 +260,7 @@ def _walk(root: Path) -> _Found:
         entered.add(identity)
         if identity in above:
             found.left_out.append(("special", folder))
-        elif _holds_runs(folder) or (folder.is_symlink() and run_above(folder)):
+        elif is_run(folder) or (folder.is_symlink() and run_above(folder)):
             found.left_out.append(("runs", folder))
         else:
             _enter(folder, found, waiting, links)
@@ -320,18 +320,6 @@ def is_run(directory: str | Path) -> bool:
     return all(os.path.isfile(os.path.join(directory, name)) for name in marks)
 
 
-def _holds_runs(folder: Path) -> bool:
-    """Whether `folder` is a run, or a directory `runs` with runs in it."""
-    if is_run(folder):
-        return True
-    if folder.name != "runs":
-        return False
-    try:
-        return any(is_run(folder / name) for name in os.listdir(folder))
-    except PermissionError:
-        return False
-
-
 def run_above(path: Path) -> Path | None:
     """The run directory that a path, without its links, is or is inside of."""
     real = Path(os.path.realpath(path))
@@ -339,9 +327,9 @@ def run_above(path: Path) -> Path | None:
 
 
 def _run_between(root: Path, path: Path) -> bool:
-    """Whether a directory below `root` on the way to `path` is a run, or a directory of runs."""
+    """Whether a directory below `root` on the way to `path` is a run."""
     between = itertools.takewhile(lambda parent: parent != root, path.parents)
-    return any(_holds_runs(parent) for parent in between)
+    return any(is_run(parent) for parent in between)
 
 
 def _find_packages(source: SourceConfig) -> SourceFiles:

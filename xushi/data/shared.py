@@ -84,7 +84,8 @@ def corpus_key(
     """The key of a corpus.
 
     It depends on the sources' files with their paths inside the source, on what is left out of
-    them, on the config without the location of the files, and on the extra documents.
+    them (run directories apart, as in the summary), on the config without the location of the
+    files, and on the extra documents.
     """
     read = files or look_at(config)
     return "corpus-" + sha256_json(
@@ -93,7 +94,10 @@ def corpus_key(
             "config": config.model_dump(exclude={"sources", "sequence_length"}),
             "sources": [source.model_dump(exclude={"glob"}) for source in config.sources],
             "files": read.hash,
-            "left_out": [[each.model_dump() for each in one.left_out] for one in read.sources],
+            "left_out": [
+                [each.model_dump() for each in one.left_out if each.reason != "runs"]
+                for one in read.sources
+            ],
             "extra": {
                 name: {
                     "weight": source.weight,

@@ -21,7 +21,7 @@ from xushi.model import Batch, Deepseek
 from xushi.run.benchmark import Shape, training_step
 from xushi.run.place import RunPlace
 from xushi.run.recipe import Recipe
-from xushi.run.stages.data import Data
+from xushi.run.stages.data import Data, left_out_of
 from xushi.run.stages.evaluate import ROWS_AT_ONCE
 from xushi.tokenizer import Tokenizer, TooFewMerges
 
@@ -31,7 +31,7 @@ SAMPLE = 1 << 20  # characters of training text, and bytes of held-out text
 @dataclass(frozen=True)
 class TextCosts:
     """The corpus, and the seconds that the stages which read it take. `primed_bytes`: memory that
-    the compressors need.
+    the compressors need. `left_out`: how many the sources leave out, by reason.
     """
 
     summary: CorpusSummary
@@ -40,11 +40,7 @@ class TextCosts:
     compressors: float
     primed_bytes: int
     heldout_tokens: int
-
-    @property
-    def left_out(self) -> dict[str, int]:
-        """How many the sources leave out, by reason."""
-        return counts(source.left_out for source in self.summary.sources)
+    left_out: dict[str, int]
 
 
 def measure_text(recipe: Recipe) -> TextCosts:
@@ -53,7 +49,8 @@ def measure_text(recipe: Recipe) -> TextCosts:
         place = RunPlace(Path(temporary), Tracking(None))
         began = time.perf_counter()
         stage = Data(recipe)
-        summary = stage.make(place, look_at(stage.config))
+        files = look_at(stage.config)
+        summary = stage.make(place, files)
         data = time.perf_counter() - began
         sample = list(_beginning(training_texts(place.corpus)))
         trained = sum(len(text.encode()) for text in training_texts(place.corpus))
@@ -71,6 +68,7 @@ def measure_text(recipe: Recipe) -> TextCosts:
         compressors,
         primed_bytes,
         round(summary.heldout_bytes * tokens / size),
+        counts(left_out_of(summary, files).values()),
     )
 
 

@@ -1,7 +1,7 @@
 """The data stage: sources are read, cleaned, held out and written down as a corpus."""
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +100,7 @@ class Data(Stage):
         files = look_at(self.config)
         summary = self.make(place, files)
         files.write(place.read_files)
-        left_out = [source.left_out for source in summary.sources]
+        left_out = left_out_of(summary, files)
         tell_left_out(left_out)
         overlap = heldout_overlap(place.corpus)
         if overlap >= NOTABLE:
@@ -118,7 +118,7 @@ class Data(Stage):
                 heldout_groups=len(summary.heldout_groups),
                 heldout_groups_named=", ".join(summary.heldout_groups[:GROUPS_NAMED]),
                 heldout_groups_sha256=sha256_json(summary.heldout_groups),
-                left_out=LeftOutFigures(counts=counts(left_out)),
+                left_out=LeftOutFigures(counts=counts(left_out.values())),
             )
         )
 
@@ -172,8 +172,19 @@ class Data(Stage):
         return {TRANSCRIPTS: ExtraSource(documents, self.environment.transcript_weight)}
 
 
-def tell_left_out(sources: Iterable[Iterable[LeftOut]]) -> None:
+def left_out_of(summary: CorpusSummary, files: ReadFiles) -> dict[str, list[LeftOut]]:
+    """What each source leaves out: run directories, which are no part of the summary, and the
+    rest.
+    """
+    runs = {
+        source.name: [each for each in source.left_out if each.reason == "runs"]
+        for source in files.sources
+    }
+    return {each.name: [*runs.get(each.name, []), *each.left_out] for each in summary.sources}
+
+
+def tell_left_out(sources: Mapping[str, Iterable[LeftOut]]) -> None:
     """Say what the sources leave out: a line for each reason."""
-    for left_out in sources:
+    for left_out in sources.values():
         for each in left_out:
             say(sentence(each))
