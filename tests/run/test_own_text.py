@@ -1,6 +1,7 @@
 """A recipe for somebody's own text: fitted to what the text allows, and kept once a run has read it."""
 
 import random
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from xushi.base.errors import XushiError
 from xushi.base.tracking import Tracking
-from xushi.data import DataConfig, ExtraSource, shared
+from xushi.data import DataConfig, ExtraSource, corpus, shared
+from xushi.run import own_text
+from xushi.run.costs import measure_text
 from xushi.run.directory import claim
 from xushi.run.own_text import (
     MOST_EPOCHS,
@@ -108,6 +111,15 @@ def test_a_default_is_lowered_too() -> None:
     assert fitted["pretrain.evaluate_every"] == fitted["pretrain.steps"] // 10
 
 
+def test_the_text_is_not_copied_beside_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory for temporary files may be in memory, and keeps what a kill leaves."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "there is none"))
+    recipe = recipe_for(text_of(tmp_path / "notes", 10_000))
+    assert measure_text(recipe).summary.bytes == 10_000
+
+
 def test_a_large_text_changes_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,8 +168,9 @@ def test_repetitive_text_lowers_the_vocabulary_before_anything_runs(
 def test_a_vocabulary_is_tried_on_all_of_the_text_where_its_beginning_allows_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xushi.run.own_text.training_texts", lambda _: iter(texts))
-    monkeypatch.setattr("xushi.run.own_text.SAMPLE_BYTES", 1000)
+    for module in (own_text, corpus):
+        monkeypatch.setattr(module, "training_texts", lambda _: iter(texts))
+    monkeypatch.setattr("xushi.run.own_text.SAMPLE", 1000)
     texts = ["a" * 1000, words(20_000)]
     assert allowed_vocabulary(tmp_path, 300) == 300
     texts = [words(1000), "b" * 1000]

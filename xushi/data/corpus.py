@@ -142,6 +142,16 @@ def training_texts(directory: Path) -> Iterator[str]:
     return (document.text for document in read_documents(directory, "train"))
 
 
+def first_training_texts(directory: Path, size: int) -> Iterator[str]:
+    """The first training texts, cut where they have `size` characters together."""
+    left = size
+    for text in training_texts(directory):
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return
+
+
 def heldout_bytes(directory: Path) -> bytes:
     """The held-out documents as UTF-8, concatenated without separators."""
     try:

@@ -8,7 +8,8 @@ are stored), the settings, and the code that reads them. Not here: the cache its
 import functools
 import importlib.metadata
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,21 @@ def obtain_corpus(
 
     `files`: the sources' files as `look_at` has just found them. Returns whether it was built now.
     """
+    key, build = _corpus(config, extra, files)
+    return Artifacts().obtain(key, build, directory)
+
+
+def reading_corpus(
+    config: DataConfig, extra: Mapping[str, ExtraSource], files: ReadFiles | None = None
+) -> AbstractContextManager[Path]:
+    """The directory of that corpus in the cache, to be read while the context lasts."""
+    return Artifacts().reading(*_corpus(config, extra, files))
+
+
+def _corpus(
+    config: DataConfig, extra: Mapping[str, ExtraSource], files: ReadFiles | None
+) -> tuple[str, Callable[[Path], None]]:
+    """The key of a corpus, and what builds it."""
     read = files or look_at(config)
 
     def build(aside: Path) -> None:
@@ -46,7 +62,7 @@ def obtain_corpus(
                 "run the same command again, or exclude what other programs write to",
             )
 
-    return Artifacts().obtain(corpus_key(config, extra, read), build, directory)
+    return corpus_key(config, extra, read), build
 
 
 def obtain_tokenizer(corpus: Path, vocab_size: int, directory: Path, tools: bool = False) -> bool:

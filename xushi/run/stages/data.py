@@ -1,7 +1,7 @@
 """The data stage: sources are read, cleaned, held out and written down as a corpus."""
 
-import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from xushi.data import (
     load_summary,
     make_document,
     obtain_corpus,
+    reading_corpus,
 )
 from xushi.data.left_out import LeftOut, counts, sentence
 from xushi.data.read_files import ReadFiles, difference, look_at
@@ -98,7 +99,8 @@ class Data(Stage):
     def run(self, place: RunPlace) -> DataResults:
         """Read, divide and write the corpus, or link the one that another run made of the same."""
         files = look_at(self.config)
-        summary = self.make(place, files)
+        obtain_corpus(self.config, self._transcripts(), place.corpus, files)
+        summary = load_summary(place.corpus)
         files.write(place.read_files)
         left_out = left_out_of(summary, files)
         tell_left_out(left_out)
@@ -122,16 +124,16 @@ class Data(Stage):
             )
         )
 
-    def make(self, place: RunPlace, files: ReadFiles) -> CorpusSummary:
-        """The corpus, of the files that `look_at` has just found."""
-        obtain_corpus(self.config, self._transcripts(), place.corpus, files)
-        return load_summary(place.corpus)
+    def reading(self, files: ReadFiles) -> AbstractContextManager[Path]:
+        """The corpus in the cache, of the files that `look_at` has just found, while the context
+        lasts; it is made if it is not there.
+        """
+        return reading_corpus(self.config, self._transcripts(), files)
 
     def prepare_again(self, place: RunPlace) -> None:
         """Make the corpus, which `run` then finds in the cache."""
-        with tempfile.TemporaryDirectory(prefix="xushi-") as temporary:
-            corpus = Path(temporary) / "corpus"
-            obtain_corpus(self.config, self._transcripts(), corpus, look_at(self.config))
+        with self.reading(look_at(self.config)):
+            pass
 
     def seconds(self, costs: Costs) -> float:
         """As measured."""
