@@ -1,8 +1,8 @@
 """Which files a source has: what is left out and why, links, runs, several paths, any name."""
 
-import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -214,17 +214,33 @@ def test_what_is_excluded(tmp_path: Path) -> None:
     assert found(tmp_path, exclude=["*drafts"]) == ["a.md"]
 
 
-def test_the_file_that_messages_go_to_is_not_text(tmp_path: Path) -> None:
-    write(tmp_path, "a.md", "log.txt", "copy.txt")
+@pytest.mark.parametrize("glob", [".", "*.txt", "**/*.txt"])
+def test_the_file_that_messages_go_to_is_not_text(glob: str, tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "log.txt", "copy.txt")
     kept = os.dup(2)
     try:
         with open(tmp_path / "log.txt") as log:
             os.dup2(log.fileno(), 2)
-            names = found(tmp_path)
+            names, counted = found(tmp_path / glob), left_out(tmp_path / glob)
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-    assert names == ["a.md", "copy.txt"] and "log.txt" in found(tmp_path)
+    assert names == ["a.txt", "copy.txt"] and "log.txt" in found(tmp_path / glob)
+    assert counted == {"special": (1, ["log.txt"])}
+
+
+def test_patterns_to_exclude_that_match_nothing(tmp_path: Path) -> None:
+    """What is left out anyway is matched, too: nobody mistyped that."""
+    write(tmp_path, "notes/drafts/a.md", "notes/.git/config", "notes/b.md", "book.txt")
+    good = ["drafts/", "notes/b*", ".git"]
+    wrong = ["draft", "./drafts", str(tmp_path / "notes" / "drafts"), "c.md"]
+    globs = [str(tmp_path / "notes"), str(tmp_path / "book.txt")]
+    source = SourceConfig(name="s", kind="text", glob=globs, exclude=wrong + good)
+    result = find_files(source)
+    assert [file.meta["path"] for file in result.files] == ["book.txt"]
+    assert result.unmatched == wrong
+    packages = SourceConfig(name="s", kind="packages", packages=["pytest"], exclude=["x", "py*"])
+    assert find_files(packages).unmatched == ["x"]
 
 
 def test_what_may_not_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,13 +288,12 @@ def test_a_mistyped_pattern_is_told_beside_other_paths(tmp_path: Path) -> None:
 
 def test_a_folder_that_disappears_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "a.md", "gone/b.md")
-    identity = module._identity
+    enter = module._enter
 
-    def vanish(path: Path) -> object:
-        if Path(path).name == "gone":
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
-        return identity(path)
+    def vanish(folder: Path, *rest: object) -> None:
+        enter(folder, *rest)  # type: ignore[arg-type]
+        shutil.rmtree(tmp_path / "gone", ignore_errors=True)
 
-    monkeypatch.setattr(module, "_identity", vanish)
+    monkeypatch.setattr(module, "_enter", vanish)
     with pytest.raises(BadInput, match="gone was listed and is not there any more"):
         found(tmp_path)

@@ -280,6 +280,27 @@ def test_a_run_in_its_own_text_makes_the_corpus_once(
     assert len(made) == 1
 
 
+def test_what_is_said_of_several_sources(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        text_of(tmp_path / name, 3000)
+        (tmp_path / name / f"{name}.pdf").touch()
+    (tmp_path / "two" / "drafts.md").touch()
+    sources = ", ".join(
+        f"{{name = '{name}', kind = 'text', glob = '{tmp_path / name}', exclude = ['drafts*']}}"
+        for name in ("one", "two")
+    )
+    Data(load_recipe(MINIATURE, [f"data.sources=[{sources}]"])).run(
+        RunPlace(tmp_path / "run", Tracking(None))
+    )
+    said = capsys.readouterr().err
+    assert "one: left out: 1 PDF or office document (one.pdf)" in said
+    assert "two: left out: 1 file excluded by a pattern (drafts.md)" in said
+    assert "exclude = 'drafts*' matches nothing in source one" in said
+    assert "source two" not in said
+
+
 def test_a_kill_before_changed_text_is_read_does_not_bring_the_old_back(
     notes: Path, tmp_path: Path
 ) -> None:

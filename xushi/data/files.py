@@ -41,10 +41,14 @@ class SourceFile(NamedTuple):
 
 @dataclass
 class SourceFiles:
-    """What a source has: its files in the order of their paths, and what is left out."""
+    """What a source has: its files in the order of their paths, and what is left out.
+
+    `unmatched`: the patterns of `exclude` that match no path of the source.
+    """
 
     files: list[SourceFile] = field(default_factory=list)
     left_out: LeftOutList = field(default_factory=LeftOutList)
+    unmatched: list[str] = field(default_factory=list)
 
 
 class _Found(NamedTuple):
@@ -67,6 +71,10 @@ def _find_paths(source: SourceConfig) -> SourceFiles:
     if len(found) > 1:  # names begin at the directory that holds everything
         root = Path(os.path.commonpath([os.path.abspath(each.root) for each in found]))
     result = SourceFiles()
+    matched: set[str] = set()
+    for each in found if source.exclude else []:
+        for _, path in each.left_out:
+            matched |= _patterns_for(source, {_inside(root, path), _inside(each.root, path)})
     for why, path in sorted({pair for each in found for pair in each.left_out}):
         result.left_out.add(why, _inside(root, path))
     # A file that is named by itself stays one where a directory of the source has it, too.
@@ -74,22 +82,29 @@ def _find_paths(source: SourceConfig) -> SourceFiles:
     by_path = {path: each for each in last for path in each.paths}
     for path in _distinct(by_path):
         name, each = _inside(root, path), by_path[path]
-        if is_excluded(name, source) or is_excluded(_inside(each.root, path), source):
+        if excluding := _patterns_for(source, {name, _inside(each.root, path)}):
+            matched |= excluding
             result.left_out.add("excluded", name)
         elif (reason := _reason_against(source, path, each.meant)) is not None:
             result.left_out.add(reason, name)
         else:
             result.files.append(SourceFile(path, {"path": name}, each.meant == "file"))
     result.files.sort(key=lambda file: str(file.meta["path"]))
+    result.unmatched = [pattern for pattern in source.exclude if pattern not in matched]
     return result
 
 
-def is_excluded(name: str, source: SourceConfig) -> bool:
-    """Whether a pattern of `exclude` matches the path `name`, or a directory on it."""
-    parts = name.split("/")
-    above = ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
-    patterns = [pattern.rstrip("/") for pattern in source.exclude]
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns for path in above)
+def _patterns_for(source: SourceConfig, names: Iterable[str]) -> set[str]:
+    """The patterns of `exclude` that match one of the paths `names`, or a directory on it."""
+    above: set[str] = set()
+    for name in names:
+        parts = name.split("/")
+        above |= {"/".join(parts[:length]) for length in range(1, len(parts) + 1)}
+    return {
+        pattern
+        for pattern in source.exclude
+        if any(fnmatch.fnmatchcase(path, pattern.rstrip("/")) for path in above)
+    }
 
 
 def _inside(root: Path, path: Path) -> str:
@@ -213,18 +228,16 @@ def _by_pattern(pattern: str, root: Path) -> _Found:
         matching = [path for path in found.paths if _fits(path.relative_to(root).parts, parts)]
         runs = [each for each in found.left_out if each[0] == "runs"]
         return _Found("pattern", root, matching, found.left_out if matching else runs)
-    paths = [Path(match) for match in glob.glob(pattern) if os.path.isfile(match)]
-    in_runs = {
-        path
-        for path in paths
-        if _run_between(root, path) or (run_above(path) and not run_above(root))
-    }
-    return _Found(
-        "pattern",
-        root,
-        [path for path in paths if path not in in_runs],
-        [("runs", path) for path in sorted(in_runs)],
-    )
+    found = _Found("pattern", root, [], [])
+    own_output = _own_output()
+    for path in sorted(Path(match) for match in glob.glob(pattern) if os.path.isfile(match)):
+        if _run_between(root, path) or (run_above(path) and not run_above(root)):
+            found.left_out.append(("runs", path))
+        elif _identity(path) in own_output:
+            found.left_out.append(("special", path))
+        else:
+            found.paths.append(path)
+    return found
 
 
 def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
@@ -251,10 +264,7 @@ def _walk(root: Path) -> _Found:
     links: list[Path] = []
     while waiting or links:
         folder = waiting.pop() if waiting else links.pop(0)
-        try:
-            identity = _identity(folder)
-        except OSError as error:
-            raise unreadable(folder, error) from None
+        identity = _identity(folder)
         if identity in entered:
             continue
         entered.add(identity)
@@ -287,23 +297,28 @@ def _enter(folder: Path, found: _Found, waiting: list[Path], links: list[Path]) 
             found.left_out.append(("special", path))
         elif entry.is_symlink() and run_above(path):
             found.left_out.append(("runs", path))
-        elif entry.inode() not in own_output or _identity(path) not in own_output.values():
+        elif own_output and _identity(path) in own_output:
+            found.left_out.append(("special", path))
+        else:
             found.paths.append(path)
 
 
 def _identity(path: str | Path) -> tuple[int, int]:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
     return status.st_dev, status.st_ino
 
 
-def _own_output() -> dict[int, tuple[int, int]]:
-    """The files that this program's messages go to, by inode: they grow while they are read."""
-    found = {}
+def _own_output() -> set[tuple[int, int]]:
+    """The files that this program's messages go to: they grow while they are read."""
+    found = set()
     for stream in (1, 2):
         with contextlib.suppress(OSError):  # the stream is closed
             status = os.fstat(stream)
             if stat.S_ISREG(status.st_mode):
-                found[status.st_ino] = (status.st_dev, status.st_ino)
+                found.add((status.st_dev, status.st_ino))
     return found
 
 
@@ -335,14 +350,17 @@ def _run_between(root: Path, path: Path) -> bool:
 def _find_packages(source: SourceConfig) -> SourceFiles:
     """The `.py` files in the RECORD of each distribution, sorted by posix path over all."""
     found = SourceFiles()
+    matched: set[str] = set()
     for name in source.packages:
         for inside, path in sorted(_package_files(name, source.name)):
-            if is_excluded(inside, source):
+            if excluding := _patterns_for(source, [inside]):
+                matched |= excluding
                 found.left_out.add("excluded", inside)
             else:
                 meta = {"path": inside, "package": canonical_package(name)}
                 found.files.append(SourceFile(path, meta))
     found.files.sort(key=lambda file: (file.meta["path"], file.meta["package"]))
+    found.unmatched = [pattern for pattern in source.exclude if pattern not in matched]
     return found
 
 

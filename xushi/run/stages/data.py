@@ -104,6 +104,9 @@ class Data(Stage):
         files.write(place.read_files)
         left_out = left_out_of(summary, files)
         tell_left_out(left_out)
+        for source in files.sources:
+            for pattern in source.unmatched:
+                say(f"exclude = {pattern!r} matches nothing in source {source.name}")
         overlap = heldout_overlap(place.corpus)
         if overlap >= NOTABLE:
             say(f"data: {overlap:.1%} of the held-out text stands in the training text too")
@@ -186,7 +189,9 @@ def left_out_of(summary: CorpusSummary, files: ReadFiles) -> dict[str, list[Left
 
 
 def tell_left_out(sources: Mapping[str, Iterable[LeftOut]]) -> None:
-    """Say what the sources leave out: a line for each reason."""
-    for left_out in sources.values():
+    """Say what the sources leave out: a line for each reason, with the source if there are
+    several.
+    """
+    for name, left_out in sources.items():
         for each in left_out:
-            say(sentence(each))
+            say(f"{name}: {sentence(each)}" if len(sources) > 1 else sentence(each))
