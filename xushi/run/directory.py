@@ -16,7 +16,7 @@ from xushi.base.tracking import Tracking
 from xushi.data.files import OWNER  # the run's format and its recipe's hash
 from xushi.data.names import written
 from xushi.run.changed import stages_to_run_again
-from xushi.run.place import RUN_FORMAT, RunPlace
+from xushi.run.place import RUN_FORMAT, RunPlace, read_record
 from xushi.run.recipe import Recipe, load_recipe
 from xushi.run.stages.data import Data
 
@@ -65,10 +65,14 @@ def kept_recipe(directory: Path, asked: str = "") -> Recipe | None:
 
 
 def is_same_elsewhere(recipe: Recipe, kept: Recipe, directory: Path) -> bool:
-    """Whether `recipe` differs from the run's only in where its text lies, which is the same."""
+    """Whether `recipe` differs from the run's only in where its text lies, which is the same as
+    what the run has read, if it has read any.
+    """
     place = RunPlace(directory, Tracking(None))
-    if recipe.hash_without_places != kept.hash_without_places or not place.read_files.exists():
+    if recipe.hash_without_places != kept.hash_without_places:
         return False
+    if read_record(place, Data.name) is None:
+        return True
     try:
         return not Data(recipe).files_changed(place)
     except BadInput:  # it is not there
