@@ -142,7 +142,12 @@ def test_set_has_the_last_word_and_is_fitted_around(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "a PATH is empty"), ("nowhere/*.md", "no file matches"), ("nothing", "no file matches")],
+    [
+        ("", "a PATH is empty"),
+        ("a" * 5000, "too long a name"),
+        ("nowhere/*.md", "no file matches"),
+        ("nothing", "no file matches"),
+    ],
 )
 def test_a_text_that_is_none(
     text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -235,6 +240,7 @@ ALL = 5
         (ALL, "none", True, False),
         (1, "gone", True, False),
         (ALL, "gone", True, False),
+        (0, "renamed", True, False),  # nothing that was read is lost
         (1, "renamed", True, False),
         (ALL, "renamed", True, False),
     ],

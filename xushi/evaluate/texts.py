@@ -3,7 +3,6 @@
 Not here: the held-out text of a run (bits).
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import torch
 
 from xushi.base.errors import BadInput
 from xushi.base.progress import StepProgress, say
-from xushi.data import HeldoutText, SourceConfig
+from xushi.data import HeldoutText
+from xushi.data.config import text_source
 from xushi.data.left_out import counts, in_short
-from xushi.data.names import written
 from xushi.data.packing import PackedSource
 from xushi.data.sources import read_source
 from xushi.engine import LLM
@@ -36,11 +35,9 @@ def evaluate_texts(
 
     What cannot be read as text is left out and counted; paths without any text are a `XushiError`.
     """
-    if not all(path.strip() for path in paths):
-        raise BadInput("a PATH is empty", "give a file, a directory or a pattern")
+    named = text_source(paths)
     read_config(directory)  # before the text is read, which may take minutes
-    globs = [written(os.path.abspath(os.path.expanduser(path))) for path in paths]
-    source = read_source(SourceConfig(name="text", kind="text", glob=globs))
+    source = read_source(named)
     texts = [document.text for document in source.documents]
     if not any(texts):
         raise BadInput("the files have no text: 0 bytes", "give files with text")

@@ -5,21 +5,19 @@ what was chosen, so that the same command goes on after the text changed. Not he
 what a run does where files that it has read changed (`runner`).
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from xushi.base.config import override, read_toml, shorten
+from xushi.base.config import override, read_toml
 from xushi.base.errors import BadInput
 from xushi.base.files import sha256_json
 from xushi.base.progress import say
 from xushi.base.tracking import Tracking
 from xushi.data import first_training_texts, load_summary, reading_corpus, training_texts
-from xushi.data.config import LONGEST_PATTERN
-from xushi.data.names import written
+from xushi.data.config import text_source
 from xushi.run.directory import check_format, kept_recipe
 from xushi.run.place import RunPlace
 from xushi.run.recipe import Recipe, drop_file_stages, recipe_of
@@ -88,21 +86,11 @@ class OwnText:
             table["evaluate"].pop(name, None)
         table["name"] = self.name
         table["stages"] = list(STAGES)
-        table["data"]["sources"] = [self._source()]
+        source = text_source(self.paths, self.exclude)
+        table["data"]["sources"] = [source.model_dump(include={"name", "kind", "glob", "exclude"})]
         for assignment in self.assignments:
             override(table, assignment)
         return table
-
-    def _source(self) -> dict[str, Any]:
-        if not all(path.strip() for path in self.paths):
-            raise BadInput("a PATH is empty", "give a file, a directory or a pattern")
-        for path in [*self.paths, *self.exclude]:
-            if len(path) > LONGEST_PATTERN:
-                raise BadInput(f"{shorten(path)} is too long a name", "give a shorter path")
-        # Absolute, so that the run can be continued from another directory.
-        globs = [written(os.path.abspath(os.path.expanduser(path))) for path in self.paths]
-        exclude = [written(pattern) for pattern in self.exclude]
-        return {"name": "text", "kind": "text", "glob": globs, "exclude": exclude}
 
     def sets(self, key: str) -> bool:
         """Whether --set gives the key, or a whole table that it is in."""
