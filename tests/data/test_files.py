@@ -1,5 +1,6 @@
 """Which files a source has: what is left out and why, links, runs, several paths, any name."""
 
+import errno
 import json
 import os
 import shutil
@@ -92,6 +93,18 @@ def test_a_link_into_a_run_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "notes" / "export").symlink_to(tmp_path / "mine" / "export")
     assert found(tmp_path / "notes") == ["a.md"]
     assert left_out(tmp_path / "notes")["runs"] == (2, ["card.txt", "export"])
+
+
+def test_a_pattern_does_not_follow_a_link_into_a_run_either(tmp_path: Path) -> None:
+    write(tmp_path / "notes", "a/b.txt")
+    make_run(tmp_path / "mine")
+    (tmp_path / "notes" / "export").symlink_to(tmp_path / "mine" / "export" / "base")
+    for glob in ("*/*.txt", "**/*.txt"):
+        assert found(tmp_path / "notes" / glob) == ["a/b.txt"]
+        assert left_out(tmp_path / "notes" / glob)["runs"][0] == 1
+    # Tables that lie in a run and are named there are no link into it.
+    write(tmp_path / "mine" / "data", "train.parquet")
+    assert found(tmp_path / "mine" / "*" / "*.parquet", kind="parquet") == ["data/train.parquet"]
 
 
 def test_tables_in_a_run_can_be_named(tmp_path: Path) -> None:
@@ -198,6 +211,45 @@ def test_several_paths_have_one_root(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert left_out(tmp_path, tmp_path / "notes") == left_out(tmp_path)
 
 
+def test_names_begin_at_the_directory_that_holds_all_also_above_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "here/sub/a.md", "o/c.md", "o/drafts/d.md")
+    monkeypatch.chdir(tmp_path / "here")
+    assert found("../o", "sub") == ["here/sub/a.md", "o/c.md", "o/drafts/d.md"]
+    assert found("../o", "sub", exclude=["o/*"]) == ["here/sub/a.md"]
+    assert found("../o") == ["c.md", "drafts/d.md"]
+
+
+ORDERS = (1, -1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_a_named_file_means_does_not_depend_on_the_order(order: int, tmp_path: Path) -> None:
+    """It is read or refused, also where a directory has it under another path."""
+    write(tmp_path / "n", "a.md", "x.pdf", ".d.md", ".deep/e.md", ".deep/.f.md", "rows.data")
+    (tmp_path / "link").symlink_to(tmp_path / "n" / "x.pdf")
+    for name in ("n/x.pdf", "link"):
+        with pytest.raises(BadInput, match=r"x\.pdf is not read as text"):
+            found(*[tmp_path / "n", tmp_path / name][::order])
+    hidden = [tmp_path / "n", tmp_path / "n" / ".d.md", tmp_path / "n" / ".deep"][::order]
+    assert found(*hidden) == [".d.md", ".deep/e.md", "a.md", "rows.data"]
+    assert left_out(*hidden) == {"formatted": (1, ["x.pdf"]), "hidden": (1, [".deep/.f.md"])}
+    for entry in ("rows.data", "*.data"):
+        globs = [tmp_path / "n", tmp_path / "n" / entry][::order]
+        assert found(*globs, kind="jsonl") == ["rows.data"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_pattern_to_exclude_begins_at_any_entry_that_has_the_file(
+    order: int, tmp_path: Path
+) -> None:
+    write(tmp_path, "n/sub/x.md", "n/sub/y.md", "m/a.md")
+    globs = [tmp_path / "n", tmp_path / "n" / "sub", tmp_path / "m"][::order]
+    for pattern in ("sub/x*", "x*", "n/sub/x*"):
+        assert found(*globs, exclude=[pattern]) == ["m/a.md", "n/sub/y.md"]
+
+
 def test_names_do_not_tell_where_a_directory_is(tmp_path: Path) -> None:
     write(tmp_path, "one/a/x.md", "one/b/y.md", "two/a/x.md", "two/b/y.md")
     one, two = ((tmp_path / name / "a", tmp_path / name / "b") for name in ("one", "two"))
@@ -263,6 +315,8 @@ def test_what_may_not_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("builtins.open", opened)
     assert found(tmp_path) == ["a.md"]
     assert left_out(tmp_path) == {"unreadable": (3, ["closed", "secret"])}
+    # What is named is no less unreadable.
+    assert left_out(tmp_path, tmp_path / "closed") == left_out(tmp_path)
 
 
 def test_a_pattern_to_exclude_means_the_same_beside_another_path(tmp_path: Path) -> None:
@@ -297,3 +351,17 @@ def test_a_folder_that_disappears_is_told(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "_enter", vanish)
     with pytest.raises(BadInput, match="gone was listed and is not there any more"):
         found(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "problem", "remedy"),
+    [
+        (errno.ENOENT, "was listed and is not there any more", "run the same command again"),
+        (errno.EACCES, "cannot be read: Permission denied", "check its permissions"),
+        (errno.EIO, "cannot be read: Input/output error", "check the disk"),
+    ],
+)
+def test_what_the_system_does_not_let_us_read(number: int, problem: str, remedy: str) -> None:
+    """A folder that is excluded is entered all the same: to exclude it would be no remedy."""
+    error = module.unreadable("a", OSError(number, os.strerror(number)))
+    assert problem in error.problem and error.remedy.startswith(remedy)

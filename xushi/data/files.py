@@ -75,20 +75,23 @@ def _find_paths(source: SourceConfig) -> SourceFiles:
     for each in found if source.exclude else []:
         for _, path in each.left_out:
             matched |= _patterns_for(source, {_inside(root, path), _inside(each.root, path)})
+    named = {os.path.realpath(os.path.expanduser(path_of(entry))) for entry in source.globs}
     for why, path in sorted({pair for each in found for pair in each.left_out}):
-        result.left_out.add(why, _inside(root, path))
-    # A file that is named by itself stays one where a directory of the source has it, too.
-    last = sorted(found, key=lambda each: each.meant == "file")
-    by_path = {path: each for each in last for path in each.paths}
-    for path in _distinct(by_path):
-        name, each = _inside(root, path), by_path[path]
-        if excluding := _patterns_for(source, {name, _inside(each.root, path)}):
+        if why != "hidden" or os.path.realpath(path) not in named:  # the source has it
+            result.left_out.add(why, _inside(root, path))
+    for path, entries in _distinct(found):
+        name = _inside(root, path)
+        meanings = {each.meant for each in entries}
+        # The entry that says most about a file decides, whatever their order is.
+        meant = next(each for each in ("file", "pattern", "directory") if each in meanings)
+        inside = {_inside(each.root, path) for each in entries}
+        if excluding := _patterns_for(source, {name} | inside):
             matched |= excluding
             result.left_out.add("excluded", name)
-        elif (reason := _reason_against(source, path, each.meant)) is not None:
+        elif (reason := _reason_against(source, path, meant)) is not None:
             result.left_out.add(reason, name)
         else:
-            result.files.append(SourceFile(path, {"path": name}, each.meant == "file"))
+            result.files.append(SourceFile(path, {"path": name}, meant == "file"))
     result.files.sort(key=lambda file: str(file.meta["path"]))
     result.unmatched = [pattern for pattern in source.exclude if pattern not in matched]
     return result
@@ -113,12 +116,16 @@ def _inside(root: Path, path: Path) -> str:
     return written(os.path.relpath(own, root))
 
 
-def _distinct(paths: Iterable[Path]) -> list[Path]:
-    """Each file once, by the path without links where it has been reached by that, too."""
-    by_file: dict[str, Path] = {}
-    for path in sorted(paths, key=lambda path: (path.is_symlink(), path.as_posix())):
-        by_file.setdefault(os.path.realpath(path), path)
-    return sorted(by_file.values())
+def _distinct(found: Iterable[_Found]) -> list[tuple[Path, list[_Found]]]:
+    """Each file once, by the path without links where it has been reached by that, too, and the
+    entries that lead to it.
+    """
+    reached = [(path, each) for each in found for path in each.paths]
+    reached.sort(key=lambda pair: (pair[0].is_symlink(), pair[0].as_posix()))
+    by_file: dict[str, tuple[Path, list[_Found]]] = {}
+    for path, each in reached:
+        by_file.setdefault(os.path.realpath(path), (path, []))[1].append(each)
+    return sorted(by_file.values(), key=lambda pair: pair[0])
 
 
 def _reason_against(source: SourceConfig, path: Path, meant: str) -> str | None:
@@ -184,9 +191,10 @@ def unreadable(path: Path | str, error: OSError) -> BadInput:
             f"{written(path)} was listed and is not there any more",
             "run the same command again; if it stays so, exclude it or install its package again",
         )
-    return BadInput(
-        f"{written(path)} cannot be read: {error.strerror}", "check its permissions, or exclude it"
-    )
+    remedy = "check the disk that it is on, or move it away"
+    if isinstance(error, PermissionError):
+        remedy = "check its permissions, or exclude it"
+    return BadInput(f"{written(path)} cannot be read: {error.strerror}", remedy)
 
 
 def _match(source: SourceConfig, entry: str) -> _Found:
