@@ -17,6 +17,7 @@ from xushi.data import (
     training_texts,
 )
 from xushi.data.left_out import counts
+from xushi.data.overlap import shared_fraction
 from xushi.data.read_files import look_at
 from xushi.evaluate import bits_per_byte, total_bits, xz_primed
 from xushi.evaluate.compressors import PRIMED_MEMORY_BYTES
@@ -56,7 +57,10 @@ def measure_text(recipe: Recipe) -> TextCosts:
         sample = list(first_training_texts(corpus, SAMPLE))
         trained = sum(len(text.encode()) for text in training_texts(corpus))
         heldout = heldout_bytes(corpus)[:SAMPLE]
-    size = sum(len(text.encode()) for text in sample)
+    size, whole = sum(len(text.encode()) for text in sample), trained + summary.heldout_bytes
+    began = time.perf_counter()
+    shared_fraction([heldout.decode(errors="ignore")], sample)
+    data += (time.perf_counter() - began) * whole / (size + len(heldout))
     began = time.perf_counter()
     tokenizer = _tokenizer(sample, recipe.sized_model.vocab_size)
     tokens = sum(len(ids) for ids in tokenizer.encode_batch(sample))
@@ -65,7 +69,7 @@ def measure_text(recipe: Recipe) -> TextCosts:
     return TextCosts(
         summary,
         data,
-        spent * (trained + summary.heldout_bytes) / size,
+        spent * whole / size,
         compressors,
         primed_bytes,
         round(summary.heldout_bytes * tokens / size),
