@@ -114,3 +114,5 @@ def test_files_without_text(base: Path, tmp_path: Path) -> None:
         evaluate_texts(base, [str(tmp_path / "a.txt")])
     with pytest.raises(BadInput, match="a PATH is empty"):
         evaluate_texts(base, [""])
+    with pytest.raises(BadInput, match="too long a name"):
+        evaluate_texts(base, ["a" * 5000])

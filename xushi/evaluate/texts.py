@@ -3,7 +3,6 @@
 Not here: the held-out text of a run (bits).
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import torch
 from xushi.base.errors import BadInput
 from xushi.base.progress import StepProgress, say
 from xushi.data import HeldoutText, SourceConfig
+from xushi.data.config import text_source
 from xushi.data.left_out import counts, in_short
-from xushi.data.names import written
 from xushi.data.packing import PackedSource
 from xushi.data.sources import SourceDocuments, read_source
 from xushi.engine import LLM
@@ -36,10 +35,9 @@ def evaluate_texts(
 
     What cannot be read as text is left out and counted; paths without any text are a `XushiError`.
     """
-    if not all(path.strip() for path in paths):
-        raise BadInput("a PATH is empty", "give a file, a directory or a pattern")
+    named = text_source(paths)
     read_config(directory)  # before the text is read, which may take minutes
-    source = _read(paths)
+    source = _read(named)
     texts = [document.text for document in source.documents]
     if not any(texts):
         raise BadInput("the files have no text: 0 bytes", "give files with text")
@@ -59,11 +57,10 @@ def evaluate_texts(
     }
 
 
-def _read(paths: Sequence[str]) -> SourceDocuments:
-    """The text of `paths`, as a recipe's source reads it; there is no recipe to be changed here."""
-    globs = [written(os.path.abspath(os.path.expanduser(path))) for path in paths]
+def _read(source: SourceConfig) -> SourceDocuments:
+    """The text of a source. What is wrong with it is told without a recipe: there is none here."""
     try:
-        return read_source(SourceConfig(name="text", kind="text", glob=globs))
+        return read_source(source)
     except BadInput as error:
         raise BadInput(
             error.problem,
