@@ -72,3 +72,6 @@ def test_the_paths_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for paths, exclude in ((["\udcff" * 1500], []), (["a"], ["b" * 5000])):
         with pytest.raises(XushiError, match="is too long a name"):
             text_source(paths, exclude)
+    for paths in ([""], ["a", " "]):
+        with pytest.raises(XushiError, match="a PATH is empty"):
+            text_source(paths)

@@ -266,16 +266,18 @@ def test_what_is_excluded(tmp_path: Path) -> None:
     assert found(tmp_path, exclude=["*drafts"]) == ["a.md"]
 
 
-@pytest.mark.parametrize("glob", [".", "*.txt", "**/*.txt"])
-def test_the_file_that_messages_go_to_is_not_text(glob: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("glob", "stream"), [(".", 2), ("*.txt", 2), ("**/*.txt", 2), (".", 1), ("*.txt", 1)]
+)
+def test_the_file_that_output_goes_to_is_not_text(glob: str, stream: int, tmp_path: Path) -> None:
     write(tmp_path, "a.txt", "log.txt", "copy.txt")
-    kept = os.dup(2)
+    kept = os.dup(stream)
     try:
         with open(tmp_path / "log.txt") as log:
-            os.dup2(log.fileno(), 2)
+            os.dup2(log.fileno(), stream)
             names, counted = found(tmp_path / glob), left_out(tmp_path / glob)
     finally:
-        os.dup2(kept, 2)
+        os.dup2(kept, stream)
         os.close(kept)
     assert names == ["a.txt", "copy.txt"] and "log.txt" in found(tmp_path / glob)
     assert counted == {"special": (1, ["log.txt"])}

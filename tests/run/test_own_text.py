@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from xushi.base.errors import XushiError
 from xushi.base.tracking import Tracking
 from xushi.data import DataConfig, ExtraSource, corpus, shared
+from xushi.data.left_out import LeftOut
 from xushi.run import own_text
 from xushi.run.costs import measure_text
 from xushi.run.directory import claim
@@ -25,7 +26,7 @@ from xushi.run.own_text import (
 from xushi.run.place import RunPlace, StageRecord, write_record
 from xushi.run.recipe import Recipe, load_recipe
 from xushi.run.stages import finished_stages, keys_of, records_of
-from xushi.run.stages.data import Data
+from xushi.run.stages.data import Data, tell_left_out
 from xushi.tokenizer import TooFewMerges
 
 from .conftest import MINIATURE
@@ -305,6 +306,14 @@ def test_what_is_said_of_several_sources(
     assert "two: left out: 1 file excluded by a pattern (drafts.md)" in said
     assert "exclude = 'drafts*' matches nothing in source one" in said
     assert "source two" not in said
+
+
+def test_the_source_is_named_where_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
+    pdf = [LeftOut(reason="formatted", count=1, examples=["a.pdf"])]
+    tell_left_out({"one": pdf})
+    tell_left_out({"one": pdf, "two": []})
+    line = "left out: 1 PDF or office document (a.pdf); convert to plain text first"
+    assert capsys.readouterr().err.splitlines() == [line, f"one: {line}"]
 
 
 def test_a_kill_before_changed_text_is_read_does_not_bring_the_old_back(
