@@ -42,7 +42,7 @@ class ReadSource(StrictConfig):
     name: str
     files: list[ReadFile]
     left_out: list[LeftOut]
-    unmatched: list[str]
+    unmatched: list[str] = []
 
 
 class ReadFiles(StrictConfig):
