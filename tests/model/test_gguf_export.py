@@ -400,6 +400,16 @@ def test_gguf_is_imported_on_export_only() -> None:
     assert importing == {"gguf_export.py", "gguf_tensors.py", "gguf_tokenizer.py"}
 
 
+def test_mtp_layers_are_left_out_without_a_word(
+    directory: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config.json of transformers names one layer that the files lack."""
+    source = directory()
+    edit(source / "config.json", lambda table: table.update(num_nextn_predict_layers=1))
+    export_gguf(source, tmp_path / "a.gguf")
+    assert capsys.readouterr().err == ""
+
+
 def test_the_command_says_what_it_wrote(
     directory: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -794,6 +794,14 @@ def test_the_comparison_with_transformers(tool, tmp_path: Path, monkeypatch, cap
     assert 0 < result["same_tokens"] == 120 - len(result["disagreements"])
     assert result["largest_difference_of_top_5_log_probabilities"] > 0.1
     assert all(7 in (one["xushi"], one["transformers"]) for one in result["disagreements"])
+
+    def lacking(*_: Any, **__: Any) -> None:
+        raise ImportError("an FP8 model requires accelerate\nmore")
+
+    monkeypatch.setattr(tool.AutoModelForCausalLM, "from_pretrained", lacking)
+    assert tool.main() == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2].endswith("cannot load this model: an FP8 model requires accelerate")
     monkeypatch.setattr(sys, "argv", ["check_published.py", str(tmp_path / "nowhere")])
     assert tool.main() == 2 and "is not a directory" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@ exported with their own tokenizer, template and end tokens. transformers is the 
 """
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -26,6 +27,7 @@ from xushi.engine.sampling import sample
 from xushi.model import Deepseek, read_config, save_pretrained
 from xushi.model.gguf_export import export_gguf
 from xushi.model.names import stays_float32
+from xushi.model.saving import COMPLETE
 from xushi.serve import chat, create_app, find_models, serve
 from xushi.serve.server import Server, bind, describe
 from xushi.tokenizer import Conversations
@@ -194,6 +196,25 @@ def test_a_directory_asks_for_sampling_as_in_transformers(
     oracle = transformers.GenerationConfig.from_pretrained(tmp_path)
     samples = oracle.get_generation_mode().value == "sample"
     assert sampling_defaults(tmp_path) == ({"temperature": 0.3} if samples else {})
+
+
+def test_an_adapter_and_a_killed_save_are_known_before_a_model_is_looked_for(
+    tmp_path: Path,
+) -> None:
+    directory = write_model(tmp_path / "m")
+    (directory / COMPLETE).mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (directory / name).rename(directory / COMPLETE / name)
+    assert find_models(directory) == {"m": directory}
+    assert sorted(os.listdir(directory)) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    edit(tmp_path / "adapter_config.json", base_model_name_or_path="someone/base")
+    with pytest.raises(BadInput, match=r"an adapter \(LoRA\) for someone/base"):
+        find_models(tmp_path)
 
 
 @pytest.mark.parametrize("place", ["config", "jinja", "list", "json", "none"])

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import Field
+
 from xushi.base.config import StrictConfig, parse
 from xushi.base.files import read_json, sha256_file, sha256_json, write_json
 from xushi.data.config import DataConfig
@@ -42,7 +44,7 @@ class ReadSource(StrictConfig):
     name: str
     files: list[ReadFile]
     left_out: list[LeftOut]
-    unmatched: list[str] = []
+    unmatched: list[str] = Field(default=[])
 
 
 class ReadFiles(StrictConfig):

@@ -86,13 +86,18 @@ def load_pretrained(
     return model
 
 
-def open_directory(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The config of a checkpoint directory, and the table in its config.json. What a killed save
-    left is finished first; another format is refused by its name.
-    """
+def settle_directory(directory: Path) -> None:
+    """Finish what a killed save left in a directory. An adapter alone is a `XushiError`."""
     with disk_errors(directory):
         finish_save(directory)
     refuse_adapter(directory)
+
+
+def open_directory(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config of a checkpoint directory, and the table in its config.json, after
+    `settle_directory`. Another format is refused by its name.
+    """
+    settle_directory(directory)
     table = read_table(directory)
     config = from_published(table, str(directory / "config.json"))
     refuse_other_quantisations(directory, table)

@@ -15,6 +15,7 @@ from xushi.base.model_directory import (
     read_templates,
     snapshot_remedy,
 )
+from xushi.model.weights import settle_directory
 
 BASE = "base"
 REASONING = "reasoning"
@@ -64,13 +65,14 @@ def find_models(directory: Path) -> dict[str, Path]:
     """The model directories that `directory` stands for, by name: itself if it holds a model, else
     the exports of a run, reasoning first.
 
-    A directory with neither is a `XushiError`.
+    A directory with neither is a `XushiError`. What a killed save left is finished first.
     """
     if not directory.is_dir():
         raise BadInput(
             f"directory {directory} does not exist",
             "give a run that xushi run made, or a model in Hugging Face's layout",
         )
+    settle_directory(directory)
     if is_model_directory(directory):
         return {model_name(directory): directory}
     found = {
