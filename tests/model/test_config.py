@@ -11,6 +11,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV4Config, D
 
 from xushi.base.errors import XushiError
 from xushi.model import ModelConfig, RopeScaling, from_published, preset, to_published
+from xushi.model.config_keys import unread_keys
 from xushi.model.layers import MLP
 from xushi.model.moe import MixtureOfExperts
 
@@ -331,3 +332,18 @@ def test_a_damaged_v4_config_is_reported(changes: dict) -> None:
     with pytest.raises(XushiError) as error:
         from_published(table, "there/config.json")
     assert "there/config.json" in error.value.problem and "\n" not in error.value.problem
+
+
+def test_keys_of_ropes_tables_that_nothing_reads_are_named() -> None:
+    """Those of each of V4's two rotations, too."""
+    rope = {
+        "main": {"rope_type": "default", "odd": 1},
+        "compress": {"rope_theta": 7.0, "ntk": 2},
+        "other": 3,
+    }
+    table = to_published(preset("deepseek-v4-flash")) | {"rope_parameters": rope}
+    assert unread_keys(table, "deepseek_v4") == [
+        "rope_parameters.other",
+        "rope_parameters.main.odd",
+        "rope_parameters.compress.ntk",
+    ]
