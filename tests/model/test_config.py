@@ -11,9 +11,10 @@ from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV4Config, D
 
 from xushi.base.errors import XushiError
 from xushi.model import ModelConfig, RopeScaling, from_published, preset, to_published
-from xushi.model.config_keys import unread_keys
+from xushi.model.config_keys import unread_keys, without_aliases
 from xushi.model.layers import MLP
 from xushi.model.moe import MixtureOfExperts
+from xushi.model.rope_fields import rope_fields
 
 THEIRS = {
     "deepseek_v2": DeepseekV2Config,
@@ -347,3 +348,16 @@ def test_keys_of_ropes_tables_that_nothing_reads_are_named() -> None:
         "rope_parameters.main.odd",
         "rope_parameters.compress.ntk",
     ]
+
+
+def test_a_share_of_rotated_values_is_refused_in_ropes_table_too() -> None:
+    for table in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(XushiError, match=rf"here: {table}\.partial_rotary_factor is 0\.5"):
+            rope_fields({table: {"partial_rotary_factor": 0.5}}, "deepseek_v3", "here")
+
+
+def test_two_other_names_of_a_field_must_agree() -> None:
+    table = {"num_experts": 4, "num_local_experts": 4}
+    assert without_aliases(table, "deepseek_v3", "here") == {"n_routed_experts": 4}
+    with pytest.raises(XushiError, match="num_local_experts is 5, but num_experts, which means"):
+        without_aliases(table | {"num_local_experts": 5}, "deepseek_v3", "here")

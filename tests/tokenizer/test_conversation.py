@@ -194,6 +194,10 @@ def test_a_last_message_goes_on_as_in_transformers(
     ids = ours.continued_ids([Message("assistant", "", "thought \ufdd2x")])
     assert ours.tokenizer.decode(ids) == "<think>thought x"
     assert ours.tokenizer.reply_begins(ids) == "reasoning"
+    source = "{{ add_generation_prompt }}{{ messages[0].content }}"
+    write_tokenizer(tmp_path, chat_template=source)
+    ours = Conversations(tmp_path)
+    assert ours.tokenizer.decode(ours.continued_ids([Message("assistant", "x")])) == "Falsex"
 
 
 def test_a_directory_without_a_template_completes_text(tmp_path: Path) -> None:
