@@ -188,12 +188,13 @@ def test_a_last_message_goes_on_as_in_transformers(
     for odd in ([], turns[:1], [*turns[:1], Message("assistant", "", None, (CALL,))]):
         with pytest.raises(BadInput, match="does not end in a message of the assistant"):
             ours.continued_ids(odd)
-    source = "{% for m in messages %}<think>{{ m.reasoning_content }}</think>{% endfor %}"
-    write_tokenizer(tmp_path, chat_template=source)
-    ours = Conversations(tmp_path)
-    ids = ours.continued_ids([Message("assistant", "", "thought \ufdd2x")])
-    assert ours.tokenizer.decode(ids) == "<think>thought x"
-    assert ours.tokenizer.reply_begins(ids) == "reasoning"
+    for name in ("reasoning_content", "thinking"):
+        source = f"{{% for m in messages %}}<think>{{{{ m.{name} }}}}</think>{{% endfor %}}"
+        write_tokenizer(tmp_path, chat_template=source)
+        ours = Conversations(tmp_path)
+        ids = ours.continued_ids([Message("assistant", "", "thought \ufdd2x")])
+        assert ours.tokenizer.decode(ids) == "<think>thought x"
+        assert ours.tokenizer.reply_begins(ids) == "reasoning"
     source = "{{ add_generation_prompt }}{{ messages[0].content }}"
     write_tokenizer(tmp_path, chat_template=source)
     ours = Conversations(tmp_path)
