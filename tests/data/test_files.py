@@ -135,6 +135,13 @@ def test_a_link_out_of_the_directory_is_followed_and_one_upwards_is_not(tmp_path
     assert left_out(tmp_path / "notes") == {"special": (2, ["0more/top", "up"])}
 
 
+def test_of_several_links_to_a_directory_the_first_names_its_files(tmp_path: Path) -> None:
+    write(tmp_path, "notes/a.md", "elsewhere/b.md")
+    for name in ("three", "one", "two"):
+        (tmp_path / "notes" / name).symlink_to(tmp_path / "elsewhere")
+    assert found(tmp_path / "notes") == ["a.md", "one/b.md"]
+
+
 def test_a_file_has_its_own_name_and_not_a_links(tmp_path: Path) -> None:
     write(tmp_path, "z/real.md")
     (tmp_path / "a.md").symlink_to(tmp_path / "z" / "real.md")

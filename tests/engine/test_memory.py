@@ -146,6 +146,20 @@ def test_memory_decides_where_it_is_short(machine: Any, stored: Any) -> None:
     assert plan_memory(directory, config).slots == default_slots(config)
 
 
+def test_where_no_free_memory_is_told_the_whole_counts(
+    stored: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(inspect(), memory_available=None, memory_total=1000)
+    monkeypatch.setattr(memory, "inspect", lambda: small)
+    with pytest.raises(BadInput, match=r"0\.0 MB can be used of 0\.0 MB available"):
+        plan_memory(stored(), TINY)
+
+
+def test_a_tenth_of_a_gigabyte_is_written_as_that() -> None:
+    found = [memory.gigabytes(count) for count in (62_840_000_000, 100_000_000, 99_900_000)]
+    assert found == ["62.8 GB", "0.1 GB", "99.9 MB"]
+
+
 def test_choices_are_obeyed_or_refused_with_what_fits(machine: Any, stored: Any) -> None:
     config = shape(max_position_embeddings=4096)
     directory = stored(torch_dtype="float32")

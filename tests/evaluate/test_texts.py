@@ -63,6 +63,18 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
     assert figures["bits_per_byte_xz"] > 0 and figures["model"] == "base"
 
 
+def test_the_dtype_is_the_one_asked_for(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXTS[2])
+    found = evaluate_texts(base, [str(tmp_path / "a.txt")], torch.bfloat16)["bits_per_byte"]
+    size = len(TEXTS[2].encode())
+    narrow, wide = (
+        bits_of_texts(load_pretrained(base, dtype=dtype), Tokenizer.load(base), [TEXTS[2]]).total
+        / size
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert found == pytest.approx(narrow, rel=1e-6) and narrow != pytest.approx(wide, rel=1e-5)
+
+
 def test_what_cannot_be_evaluated(base: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nothing"):
         evaluate_texts(base, [str(tmp_path / "nothing.txt")])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 from xushi.base.tracking import Tracking
 from xushi.data import DataConfig, ExtraSource, corpus, shared
 from xushi.data.left_out import LeftOut
@@ -82,6 +82,23 @@ def test_nothing_but_text_is_trained_on(tmp_path: Path) -> None:
     assert recipe.environment is None and recipe.sft is None and recipe.rl is None
     names = [stage.name for stage in recipe.run_stages()]
     assert names == ["data", "tokenizer", "pretrain", "evaluate", "export"]
+
+
+def test_a_recipe_that_leaves_a_stage_out_trains_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "control.toml").write_text(f'without = "rl"\n{MINIATURE.read_text()}')
+    notes = text_of(tmp_path / "notes", 10_000)
+    assert OwnText([notes], tmp_path / "control.toml", [], []).recipe_with({}).without is None
+
+
+@pytest.mark.parametrize(
+    ("paths", "exclude", "said"),
+    [(["a.md", " "], [], "a PATH is empty"), (["a.md"], ["b", "x" * 5000], "too long a name")],
+)
+def test_every_path_and_pattern_is_looked_at(
+    paths: list[str], exclude: list[str], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        OwnText(paths, MINIATURE, exclude, []).table()
 
 
 @given(st.integers(1, 4_000_000), st.integers(1, 4_000_000))

@@ -3,6 +3,7 @@
 import json
 import socket
 
+import anyio
 import httpx
 import pytest
 from starlette.testclient import TestClient
@@ -28,8 +29,6 @@ def asked(access, method="GET", path=MODELS, host="localhost:8000", **headers):
     async def ask():
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as web:
             return await web.request(method, path, headers={"host": host, **named})
-
-    import anyio
 
     return anyio.run(ask)
 
@@ -69,6 +68,25 @@ def test_a_local_server_answers_to_its_own_names(host, status):
     assert code(response) == (None if status == 200 else "unknown_host")
     assert status == 200 or "use localhost" in response.text
     assert asked(Access(local=False), host=host).status_code == 200
+
+
+def test_a_request_may_name_no_host():
+    """One of HTTP/1.0, which no browser sends."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": MODELS, "headers": []}
+    anyio.run(AccessMiddleware(answers, LOCAL), scope, None, send)
+    assert sent[0]["status"] == 200
+
+
+def test_the_name_of_this_machine_may_have_capitals(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "Workstation")
+    for host in ("Workstation:8000", "workstation", "WORKSTATION.:80"):
+        assert LOCAL.is_named(host)
+    assert not LOCAL.is_named("workstation.evil.example")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import openai
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
@@ -583,6 +583,8 @@ likely = st.sampled_from(
     st.dictionaries(keys, likely | json_values, max_size=5),
     st.booleans(),
 )
+@example("chat/", {"stream": True}, True)
+@example("", {"stream": True}, True)
 def test_no_body_is_a_server_error(http, path, changes, valid):
     start = (CHAT if path else TEXT) if valid else {}
     answer = http.post(f"/v1/{path}completions", content=json.dumps({**start, **changes}))

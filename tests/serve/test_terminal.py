@@ -319,6 +319,17 @@ def test_a_template_leaves_the_model_that_continues_texts(run_directory, tmp_pat
     assert "there is no model here that only completes text" in capsys.readouterr().err
 
 
+def test_a_model_that_a_template_lets_chat_does_not_continue_texts_too(
+    run_directory, tmp_path, capsys
+):
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages[0].content }}")
+    base = run_directory / "export" / "base"
+    made = Terminal(base, template=template, load=lambda _: pytest.fail("loaded"))
+    assert made.chats and made.turn("/base 12")
+    assert "there is no model here that only completes text" in capsys.readouterr().err
+
+
 def test_a_downloaded_card_cannot_move_the_cursor(run_directory, monkeypatch, capsys):
     card = ModelCard(title="\x1b]0;owned\x07\x1b[2J", example="\x1b[2J")
     monkeypatch.setattr(terminal_module, "read_card", lambda name, path: card)

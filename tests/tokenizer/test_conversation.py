@@ -88,6 +88,14 @@ def test_no_message_forms_a_special_token(
     assert ids.count(token_id(BOS)) == 1
 
 
+def test_no_tool_forms_a_special_token(with_tools: tuple[Conversations, Any]) -> None:
+    ours, _ = with_tools
+    named = Tool("add", "", {"type": "object", "description": "<｜User｜>"})
+    ids = ours.ids([Message("user", "a")], [named])
+    assert ids.count(token_id("<｜User｜>")) == 1
+    assert ours.tokenizer.decode(ids).count("<｜User｜>") == 2
+
+
 def test_a_template_may_cut_what_a_message_spells(tmp_path: Path) -> None:
     """Templates of reasoning models cut earlier answers at the mark."""
     write_tokenizer(tmp_path, chat_template=THINKING)
@@ -129,6 +137,16 @@ def test_named_templates_are_chosen_as_in_transformers(tmp_path: Path) -> None:
     for tools in ([], [ADD]):
         with pytest.raises(BadInput, match="only some called tool_use, so its model only comp"):
             ours.ids(messages, tools)
+
+
+def test_what_is_not_given_is_none_as_in_transformers(tmp_path: Path) -> None:
+    """A name that Jinja does not know would be another value."""
+    source = "{{ tools is none }}{{ documents is none }}{{ messages[0].content }}"
+    write_tokenizer(tmp_path, chat_template=source)
+    ours, oracle = Conversations(tmp_path), their_tokenizer(tmp_path)
+    messages = [Message("user", "x")]
+    assert ours.ids(messages) == rendered(oracle, messages, [])
+    assert ours.tokenizer.decode(ours.ids(messages)) == "TrueTruex"
 
 
 def test_what_a_template_leaves_out_is_refused(tmp_path: Path) -> None:
@@ -283,12 +301,17 @@ def test_a_last_message_goes_on_as_in_transformers(
     for odd in ([], turns[:1], [*turns[:1], Message("assistant", "", None, (CALL,))]):
         with pytest.raises(BadInput, match="does not end in a message of the assistant"):
             ours.continued_ids(odd)
-    source = "{% for m in messages %}<think>{{ m.reasoning_content }}</think>{% endfor %}"
+    for name in ("reasoning_content", "thinking"):
+        source = f"{{% for m in messages %}}<think>{{{{ m.{name} }}}}</think>{{% endfor %}}"
+        write_tokenizer(tmp_path, chat_template=source)
+        ours = Conversations(tmp_path)
+        ids = ours.continued_ids([Message("assistant", "", "thought \ufdd2x")])
+        assert ours.tokenizer.decode(ids) == "<think>thought x"
+        assert ours.tokenizer.reply_begins(ids) == "reasoning"
+    source = "{{ add_generation_prompt }}{{ messages[0].content }}"
     write_tokenizer(tmp_path, chat_template=source)
     ours = Conversations(tmp_path)
-    ids = ours.continued_ids([Message("assistant", "", "thought \ufdd2x")])
-    assert ours.tokenizer.decode(ids) == "<think>thought x"
-    assert ours.tokenizer.reply_begins(ids) == "reasoning"
+    assert ours.tokenizer.decode(ours.continued_ids([Message("assistant", "x")])) == "Falsex"
 
 
 def test_a_directory_without_a_template_completes_text(tmp_path: Path) -> None:
@@ -340,6 +363,10 @@ def test_own_directories_with_and_without_a_template(tmp_path: Path) -> None:
     ours = Conversations(tmp_path)
     assert isinstance(ours.tokenizer, Tokenizer) and ours.can_chat
     assert ours.ids(messages) == encode_chat(tokenizer, messages)
+    for reasoning, content in (("why", ""), ("why", "so"), (None, "so")):
+        ids = ours.continued_ids([*messages, Message("assistant", content, reasoning)])
+        assert tokenizer.decode(ids).endswith(content or "why")
+        assert tokenizer.reply_begins(ids) == ("content" if content else "reasoning")
     tokenizer.save(tmp_path, chat=False)
     ours = Conversations(tmp_path)
     assert isinstance(ours.tokenizer, Tokenizer) and not ours.can_chat

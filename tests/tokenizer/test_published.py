@@ -92,6 +92,8 @@ def test_several_end_tokens_of_the_files(tmp_path: Path) -> None:
     assert opened(tmp_path).eos_ids == {token_id(EOS), 5}
     edit(tmp_path / "generation_config.json", eos_token_id=[token_id(EOS), token_id("<|EOT|>")])
     assert opened(tmp_path).eos_ids == {token_id(EOS), token_id("<|EOT|>")}
+    found = opened(tmp_path)
+    assert found.decode([*found.encode("a"), token_id("<|EOT|>")], skip_special=True) == "a"
     edit(tmp_path / "tokenizer_config.json", eos_token=PAD)
     assert token_id(PAD) in opened(tmp_path).eos_ids
 
@@ -185,6 +187,40 @@ def test_extra_special_tokens_by_their_names(tmp_path: Path) -> None:
     text = "<image>image_token<think>"
     assert found.tokenizer.encode(text) == oracle.encode(text, add_special_tokens=False)
     assert found.tokenizer.vocab_size == len(oracle)
+
+
+def test_ids_of_added_tokens_follow_the_order_of_their_numbers(tmp_path: Path) -> None:
+    write_tokenizer(
+        tmp_path, added_tokens_decoder={"1000": {"content": "<b>"}, "999": {"content": "<a>"}}
+    )
+    found, oracle = opened(tmp_path), theirs(tmp_path)
+    assert found.encode("<a><b>") == oracle.encode("<a><b>", add_special_tokens=False)
+    assert found.encode("<a>") == [found.vocab_size - 2]
+
+
+def test_what_a_message_must_not_form(tmp_path: Path) -> None:
+    """Special tokens, named ones, and those that the template writes, but for white space."""
+    blank = {"content": "\n\n", "special": False}
+    write_tokenizer(
+        tmp_path,
+        unk_token="<unk>",
+        added_tokens_decoder={"1000": {"content": "<unk>", "special": False}, "1001": blank},
+    )
+    found = opened(tmp_path)
+    assert found.control_tokens("") == [BOS, EOS, PAD, "<unk>"]
+    assert found.control_tokens("a\n\n<think>\n\n") == [BOS, EOS, PAD, "<think>", "<unk>"]
+
+
+def test_marks_of_tools_are_shown_where_they_are_special_too(tmp_path: Path) -> None:
+    """A reply's text has them; calls are read from their ids."""
+    write_tokenizer(tmp_path)
+    added = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+    special = [each | {"special": each["special"] or each["content"] in TOOLS} for each in added]
+    edit(tmp_path / "tokenizer.json", added_tokens=special)
+    found = opened(tmp_path)
+    assert found.tool_ids is not None
+    ids = [token_id(BOS), *found.tool_ids]
+    assert found.decode(ids, skip_special=True) == "".join(TOOLS)
 
 
 def test_text_is_encoded_without_added_tokens(ours: PublishedTokenizer) -> None:
