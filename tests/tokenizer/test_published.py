@@ -193,7 +193,7 @@ def test_ids_of_added_tokens_follow_the_order_of_their_numbers(tmp_path: Path) -
     write_tokenizer(
         tmp_path, added_tokens_decoder={"1000": {"content": "<b>"}, "999": {"content": "<a>"}}
     )
-    found, oracle = opened(tmp_path), theirs(tmp_path)
+    found, oracle = opened(tmp_path), their_tokenizer(tmp_path)
     assert found.encode("<a><b>") == oracle.encode("<a><b>", add_special_tokens=False)
     assert found.encode("<a>") == [found.vocab_size - 2]
 
