@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -82,8 +83,9 @@ def tried(ledger: LedgerOption = Path("ladder"), as_json: JsonOption = False) ->
     """List the questions of a ledger, their verdicts, and what they cost."""
     from xushi.ladder import Ledger
     from xushi.ladder.account import account
+    from xushi.ladder.ledger import FILE
 
-    if not ledger.is_dir():
+    if not (ledger / FILE).is_file():
         raise BadInput(f"there is no ledger at {ledger}", "try an idea first, or give --ledger DIR")
     book = Ledger(ledger)
     try:
@@ -123,13 +125,21 @@ def _judge_logs(
         pairs = [(named[0], named[1])]
     found = [judge(read, baseline, variant, smallest_effect) for baseline, variant in pairs]
     for each in found:
-        print(json.dumps(asdict(each)) if as_json else _line(each))
+        print(json.dumps(_finite(asdict(each))) if as_json else _line(each))
     return EXIT_CODES[found[-1].verdict] if len(found) == 1 else 0
 
 
 def _as_json(result: "Result") -> dict[str, object]:
-    table = asdict(result)
+    table = _finite(asdict(result))
     return table | {"interval": [table.pop("low"), table.pop("high")]}
+
+
+def _finite(table: dict[str, object]) -> dict[str, object]:
+    """JSON has no infinity: an end that an interval lacks is null."""
+    return {
+        key: None if isinstance(value, float) and math.isinf(value) else value
+        for key, value in table.items()
+    }
 
 
 def _sentence(result: "Result") -> str:

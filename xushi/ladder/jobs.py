@@ -6,6 +6,7 @@ again: by this entry, by another one, or after a kill.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -60,8 +61,8 @@ def make_job(
     decides = {
         "command": command,
         "files": dict(files),
-        "threads": {name: _environment()[name] for name in _THREADS},
-        "processor": inspect().cpu,
+        "threads": {name: os.environ.get(name, "1") for name in _THREADS},
+        "processor": _processor(),
         "repeat": repeat,
     }
     return Job(command, sha256_json(decides), files, deadline_seconds, title)
@@ -219,6 +220,11 @@ class Runner:
             f"see {place}/stderr.txt, correct the command and run the same again: what is done is "
             "kept",
         )
+
+
+@functools.cache
+def _processor() -> str:
+    return inspect().cpu
 
 
 def _environment() -> dict[str, str]:
