@@ -84,7 +84,7 @@ def _quiet(monkeypatch):
 
 
 def test_large_gains_are_promoted_and_give_levels_back():
-    results = stream_of(1, [12.0, 0.0, 12.0, 0.0, 12.0, -12.0])
+    results = stream_of(3, [12.0, 0.0, 12.0, 0.0, 12.0, -12.0])
     assert [each.promoted for each in results] == [True, False, True, False, True, False]
     assert results[-1].verdict == "worse"
     # .05 gamma(1), then with the first promotion .05 (gamma(2) + gamma(1)).
