@@ -13,11 +13,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import variance
 from typing import Any
 
 from xushi.base.errors import BadInput, Failed
 from xushi.base.files import disk_errors, make_directory
-from xushi.ladder.idea import Idea
+from xushi.ladder.idea import VARIANT, Idea
 from xushi.ladder.stream import lord_level
 from xushi.ladder.verdict import RunVariance
 
@@ -209,39 +210,55 @@ class Ledger:
         rows = self._rows("SELECT entry, rung, decision FROM decisions ORDER BY number")
         return [(row[0], row[1], json.loads(row[2])) for row in rows]
 
+    def seconds_per_run(self, idea: Idea, rung: int) -> float | None:
+        """The mean time of earlier runs beside the same baseline at the same rung."""
+        seconds = {
+            job.hash: job.seconds
+            for entry, number in self._same(idea, rung)
+            for at, _, _, _, job in self.uses(entry.number)
+            if at == number and job.status == "done" and job.seconds is not None
+        }
+        return sum(seconds.values()) / len(seconds) if seconds else None
+
+    def _same(self, idea: Idea, rung: int) -> list[tuple[Entry, int]]:
+        """(entry, its rung) of all questions with this baseline and metric at this rung."""
+        keys = idea.all_rungs()[rung]
+        return [
+            (entry, number)
+            for entry in self.entries()
+            if (entry.idea.baseline, entry.idea.metric) == (idea.baseline, idea.metric)
+            for number, each in enumerate(entry.idea.all_rungs())
+            if each == keys
+        ]
+
     def _run_variance(self, idea: Idea, rung: int) -> RunVariance:
         """What earlier variants beside the same baseline, at the same rung, show of the variance of
         a run over seeds. Left out are baselines and this idea's own variant, since this idea may
         use the same runs, and arms that proved worse, which may have diverged.
         """
         worse = {
-            (entry, at) for entry, at, decision in self.decisions()
+            (entry, at)
+            for entry, at, decision in self.decisions()
             if decision["verdict"] == "worse"
-        }  # fmt: skip
+        }
         total, degrees = 0.0, 0
         counted: set[str] = set()  # two questions may use the same runs
-        keys = idea.all_rungs()[rung]
-        for entry in self.entries():
-            other = entry.idea
-            same = (other.baseline, other.metric) == (idea.baseline, idea.metric)
-            same = same and other.variant != idea.variant
-            at = [n for n, each in enumerate(other.all_rungs()) if each == keys] if same else []
-            for number in at:
-                if (entry.number, number) in worse:
-                    continue
-                runs = [
-                    job
-                    for where, purpose, arm, _, job in self.uses(entry.number)
-                    if (where, purpose, arm) == (number, "judge", "variant")
-                    and job.status == "done" and job.hash not in counted
-                ]  # fmt: skip
-                counted |= {job.hash for job in runs}
-                found = [number_of(job.printed, idea.metric) for job in runs]
-                values = [value for value in found if value is not None and math.isfinite(value)]
-                if len(values) > 1:
-                    mean = sum(values) / len(values)
-                    total += sum((value - mean) ** 2 for value in values)
-                    degrees += len(values) - 1
+        for entry, number in self._same(idea, rung):
+            if (entry.number, number) in worse or entry.idea.variant == idea.variant:
+                continue
+            runs = [
+                job
+                for at, purpose, arm, _, job in self.uses(entry.number)
+                if (at, purpose, arm) == (number, "judge", VARIANT)
+                and job.status == "done"
+                and job.hash not in counted
+            ]
+            counted |= {job.hash for job in runs}
+            found = [number_of(job.printed, idea.metric) for job in runs]
+            values = [value for value in found if value is not None and math.isfinite(value)]
+            if len(values) > 1:
+                total += variance(values) * (len(values) - 1)
+                degrees += len(values) - 1
         return RunVariance(total / degrees, degrees) if degrees else RunVariance()
 
     def _rows(self, statement: str, *values: Any) -> list[Any]:

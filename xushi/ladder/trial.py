@@ -15,7 +15,7 @@ from xushi.ladder.e_value import e_value
 from xushi.ladder.idea import ARMS, BASELINE, VARIANT, Idea, entry_hash, files_read, read_idea
 from xushi.ladder.jobs import Job, Runner, make_job
 from xushi.ladder.ledger import Entry, JobRecord, Ledger, number_of
-from xushi.ladder.looks import overall_p, planned_looks
+from xushi.ladder.looks import nominal_levels, overall_p, planned_looks
 from xushi.ladder.verdict import (
     ALPHA,
     Decision,
@@ -24,6 +24,7 @@ from xushi.ladder.verdict import (
     decide,
     look_at_pairs,
     pairs_to_settle,
+    smallest_shown,
 )
 
 # Baselines get other seeds after so many ideas: those that share baseline runs share their luck.
@@ -124,6 +125,7 @@ class Trial:
 
     def _judge(self, rung: int) -> Decision:
         """Pairs at one rung, up to the look that settles it."""
+        self._forecast(rung)
         for pairs in self._looks:
             seeds = self._seeds()[:pairs]
             self._run_all(rung, "judge", seeds, repeat=rung == 0)
@@ -141,6 +143,25 @@ class Trial:
             if decision.next_look is None:
                 break
         return decision
+
+    def _forecast(self, rung: int) -> None:
+        """Say what the pairs of a rung cost and show, as far as earlier runs tell."""
+        seconds = self._ledger.seconds_per_run(self._idea, rung)
+        known = self._entry.known[rung]
+        pairs = self._looks[-1]
+        if seconds is None:
+            say(
+                f"  nothing is known of this baseline; the first {self._looks[0]} pairs tell what "
+                f"the planned {pairs} cost and show"
+            )
+            return
+        cost = f"  a pair takes about {2 * seconds:.1f} s of a core; {pairs} are planned"
+        if known.degrees:
+            sd = math.sqrt(2 * known.value)
+            level = nominal_levels(self._looks, ALPHA)[-1]
+            effect = smallest_shown(pairs, sd, known.degrees, level)
+            cost += f" and show a gain of about {effect:.3g}, smaller ones where pairs agree more"
+        say(cost)
 
     def _confirm(self, rung: int, decision: Decision) -> Look:
         """As many pairs as decided, on seeds that nothing has seen."""
@@ -243,11 +264,12 @@ class Trial:
             f"({look.low:.4g} to {look.high:.4g}): {decision.verdict}"
         )
         if decision.next_look is not None:
-            seconds = self._seconds_per_pair(rung) * (decision.next_look - look.pairs)
+            pair = self._seconds_per_pair(rung)
+            seconds = pair * (decision.next_look - look.pairs) / self._workers
             more = pairs_to_settle(look, self._idea.smallest_effect)
             say(
-                f"  next look after {decision.next_look} pairs, in about "
-                f"{seconds / self._workers:.0f} s; at this spread about {more} would settle it"
+                f"  next look after {decision.next_look} pairs, in about {seconds:.0f} s (a pair "
+                f"takes {pair:.1f} s of a core); at this spread about {more} would settle it"
             )
 
     def _seconds_per_pair(self, rung: int) -> float:

@@ -1,6 +1,6 @@
 """What pairs of runs say about an idea: better, worse, of no interest, or unsettled.
 
-Two tests stand beside each other, each at half the level. The *paired* test uses the spread of the
+Two tests are made, each at half the level. The *paired* test uses the spread of the
 idea's own differences: it sees small effects of changes that leave a run nearly the same. The *run*
 test uses the spread of single runs over seeds, of which the ledger knows more than this idea's own
 seeds tell: it settles large effects after two pairs. A pair's spread is never taken from other
@@ -199,3 +199,10 @@ def pairs_to_settle(look: Look, smallest_effect: float) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(middle) else (middle, high)
     return high
+
+
+def smallest_shown(pairs: int, sd: float, degrees: float, level: float) -> float:
+    """The gain that `pairs` pairs show in four of five cases. `sd` is the spread of a pair's gain,
+    known with `degrees` of freedom; `level` that of the last look.
+    """
+    return (t_quantile(level / 2, degrees) + t_quantile(0.2, degrees)) * sd / math.sqrt(pairs)
