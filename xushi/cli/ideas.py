@@ -80,9 +80,10 @@ def tried(ledger: LedgerOption = Path("ladder"), as_json: JsonOption = False) ->
     """List the questions of a ledger, their verdicts, and what they cost."""
     from xushi.ladder import Ledger
     from xushi.ladder.account import account
+    from xushi.ladder.ledger import FILE
     from xushi.ladder.page import write_ledger_page
 
-    if not ledger.is_dir():
+    if not (ledger / FILE).is_file():
         raise BadInput(f"there is no ledger at {ledger}", "try an idea first, or give --ledger DIR")
     book = Ledger(ledger)
     try:
@@ -119,6 +120,7 @@ def _judge_logs(
     as_json: bool,
 ) -> int:
     from xushi.ladder import judge, read_logs
+    from xushi.ladder.numbers import finite
 
     if smallest_effect is None or not smallest_effect > 0:
         raise BadInput(
@@ -137,12 +139,14 @@ def _judge_logs(
         pairs = [(named[0], named[1])]
     found = [judge(read, baseline, variant, smallest_effect) for baseline, variant in pairs]
     for each in found:
-        print(json.dumps(asdict(each)) if as_json else _line(each))
+        print(json.dumps(finite(asdict(each))) if as_json else _line(each))
     return EXIT_CODES[found[-1].verdict] if len(found) == 1 else 0
 
 
 def _as_json(result: "Result") -> dict[str, object]:
-    table = asdict(result)
+    from xushi.ladder.numbers import finite
+
+    table: dict[str, object] = finite(asdict(result))
     return table | {"interval": [table.pop("low"), table.pop("high")]}
 
 

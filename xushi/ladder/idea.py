@@ -6,6 +6,7 @@ Not here: running them (`jobs`), what the runs say (`verdict`).
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +62,8 @@ class Idea(StrictConfig):
             raise ValueError("rungs cannot set seed: the tool chooses the seeds")
         for arm in ARMS:
             command = getattr(self, arm)
+            if "\0" in command:
+                raise ValueError(f"{arm} is not a command: it has a zero byte")
             try:
                 shlex.split(command)
             except ValueError as error:
@@ -87,7 +90,7 @@ class Idea(StrictConfig):
             return [{"size": size} for size in self.sizes]
         return self.rungs or [{}]
 
-    def command(self, arm: str, rung: int, seed: int) -> list[str]:
+    def command(self, arm: str, rung: int, seed: int | str) -> list[str]:
         """The words of an arm's command. What a value has in it is never split or read by a
         shell.
         """
@@ -105,13 +108,14 @@ def read_idea(path: Path) -> Idea:
     return parse(Idea, table, str(path), "correct it in the idea; docs/ladder.md has its keys")
 
 
-def files_read(idea: Idea, directory: Path) -> dict[str, str]:
-    """The SHA-256 of each file that an arm's command names, or that a pattern in `reads` matches,
-    by its name.
+def files_read(idea: Idea, directory: Path, arms: Sequence[str] = ARMS) -> dict[str, str]:
+    """The SHA-256 of each file that the command of one of `arms` names at a rung, or that a pattern
+    in `reads` matches, by its name. A file whose name has the seed in it needs a pattern.
     """
-    words = [word for arm in ARMS for word in shlex.split(getattr(idea, arm))]
-    words += [word.partition("=")[2] for word in words]  # --config=FILE
-    named = [Path(word) for word in words if word and (directory / word).is_file()]
+    rungs = range(len(idea.all_rungs()))
+    words = {word for arm in arms for rung in rungs for word in idea.command(arm, rung, "{seed}")}
+    words |= {word.partition("=")[2] for word in words}  # --config=FILE
+    named = [Path(word) for word in words if word and os.path.isfile(directory / word)]
     for pattern in idea.reads:
         found = (
             [path for path in directory.glob(pattern) if path.is_file()]

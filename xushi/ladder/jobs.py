@@ -6,6 +6,7 @@ again: by this entry, by another one, or after a kill.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -60,8 +61,8 @@ def make_job(
     decides = {
         "command": command,
         "files": dict(files),
-        "threads": {name: _environment()[name] for name in _THREADS},
-        "processor": inspect().cpu,
+        "threads": {name: os.environ.get(name, "1") for name in _THREADS},
+        "processor": _processor(),
         "repeat": repeat,
     }
     return Job(command, sha256_json(decides), files, deadline_seconds, title)
@@ -81,7 +82,7 @@ class Runner:
 
     def __enter__(self) -> "Runner":
         for record in self._ledger.running():  # of a program that was killed
-            if record.process is not None and _started(record.process) == record.process_started:
+            if record.process is not None and self._mark(record.process) == record.process_started:
                 _signal_group(record.process, signal.SIGKILL)
             self._ledger.forget_running(record.hash)
         return self
@@ -152,8 +153,15 @@ class Runner:
                 f"{job.command[0]} cannot be started: {error.strerror}",
                 "correct the command; it is run without a shell, in the current directory",
             ) from None
-        self._ledger.start(job.hash, job.command, process.pid, _started(process.pid))
+        self._ledger.start(job.hash, job.command, process.pid, self._mark(process.pid))
         return _Running(job, process, files)
+
+    def _mark(self, process: int) -> str:
+        """What tells a run of this ledger from others: a copy of the ledger must not end them, and
+        the number of a process is given again. Without a time it is like no other.
+        """
+        started = _started(process) or f"unknown, {time.time_ns()}"
+        return f"{started}, {self._ledger.directory.resolve()}"
 
     def _ended(self, each: _Running) -> str | None:
         """Why a run failed, "" if it went well, None while it still runs."""
@@ -219,6 +227,11 @@ class Runner:
             f"see {place}/stderr.txt, correct the command and run the same again: what is done is "
             "kept",
         )
+
+
+@functools.cache
+def _processor() -> str:
+    return inspect().cpu
 
 
 def _environment() -> dict[str, str]:

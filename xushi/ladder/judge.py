@@ -61,10 +61,12 @@ def read_logs(path: Path, columns: Sequence[str] = COLUMNS, higher_is_better: bo
     seeds: dict[str, dict[str, float]] = {}
     of_seed: dict[tuple[str, str], str] = {}
     for number, row in _rows(path, columns):
+        if any(row[name] is None for name in columns):
+            raise BadInput(f"{path}, line {number} has fewer columns than the first line", _REMEDY)
         arm, run, text = (row[name] for name in columns[:3])
         try:
             value = float(text)
-        except (TypeError, ValueError):
+        except ValueError:
             raise BadInput(f"{path}, line {number}: {text!r} is not a number", _REMEDY) from None
         if not math.isfinite(value):
             raise BadInput(
@@ -102,17 +104,15 @@ def _rows(path: Path, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]
         raise BadInput(f"{path} cannot be read: {error}", _REMEDY) from None
 
 
-def judge(
-    logs: Logs, baseline: str, variant: str, smallest_effect: float, paired: bool | None = None
-) -> Judged:
-    """Compare two arms of the logs. `paired`: None where the logs decide, by their seeds."""
+def judge(logs: Logs, baseline: str, variant: str, smallest_effect: float) -> Judged:
+    """Compare two arms of the logs, by pairs where they share two seeds or more."""
     for arm in (baseline, variant):
         if arm not in logs.runs:
             raise BadInput(
                 f"the log has no arm {arm}", f"use one of {', '.join(sorted(logs.runs)[:20])}"
             )
     shared = [seed for seed in logs.seeds.get(baseline, {}) if seed in logs.seeds.get(variant, {})]
-    if paired or (paired is None and len(shared) > 1):
+    if len(shared) > 1:
         ours = [logs.seeds[baseline][seed] for seed in shared]
         theirs = [logs.seeds[variant][seed] for seed in shared]
         return _paired(baseline, variant, ours, theirs, smallest_effect)

@@ -7,6 +7,7 @@ in the order in which they were written, and durations come from a monotonic clo
 
 import contextlib
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -80,7 +81,8 @@ class Ledger:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         path = directory / FILE
-        make_directory(directory)
+        with disk_errors(directory):
+            make_directory(directory)
         with self._readable():
             self._connection = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._connection.execute("PRAGMA journal_mode=WAL")
@@ -233,8 +235,8 @@ class Ledger:
 
     def _run_variance(self, idea: Idea, rung: int) -> RunVariance:
         """What earlier variants beside the same baseline, at the same rung, show of the variance of
-        a run over seeds. Baselines are left out, since this idea may use the same runs, and arms
-        that proved worse, which may have diverged.
+        a run over seeds. Left out are baselines and this idea's own variant, since this idea may
+        use the same runs, and arms that proved worse, which may have diverged.
         """
         worse = {
             (entry, at)
@@ -242,17 +244,20 @@ class Ledger:
             if decision["verdict"] == "worse"
         }
         total, degrees = 0.0, 0
+        counted: set[str] = set()  # two questions may use the same runs
         for entry, number in self._same(idea, rung):
-            if (entry.number, number) in worse:
+            if (entry.number, number) in worse or entry.idea.variant == idea.variant:
                 continue
-            values = [
-                float(job.printed[idea.metric])
+            runs = [
+                job
                 for at, purpose, arm, _, job in self.uses(entry.number)
                 if (at, purpose, arm) == (number, "judge", VARIANT)
                 and job.status == "done"
-                and job.printed
-                and idea.metric in job.printed
+                and job.hash not in counted
             ]
+            counted |= {job.hash for job in runs}
+            found = [number_of(job.printed, idea.metric) for job in runs]
+            values = [value for value in found if value is not None and math.isfinite(value)]
             if len(values) > 1:
                 total += variance(values) * (len(values) - 1)
                 degrees += len(values) - 1
@@ -275,6 +280,19 @@ class Ledger:
                 f"the ledger {self.directory / FILE} cannot be used: {error}",
                 "check the disk's space and the file's permissions; if it is damaged, take a copy",
             ) from None
+
+
+def number_of(printed: dict[str, Any] | None, metric: str) -> float | None:
+    """A metric among what a run printed; None if it is missing or no number. What is too large for
+    a float is infinite.
+    """
+    value = (printed or {}).get(metric)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _entry(row: Any) -> Entry:

@@ -6,7 +6,6 @@ The same ledger gives the same bytes. What ideas and commands contain is text an
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import tomli_w
@@ -16,6 +15,7 @@ from xushi.ladder import sentences
 from xushi.ladder.account import Account, Line, account
 from xushi.ladder.facts import Facts, Pair, Rung, facts
 from xushi.ladder.ledger import Ledger
+from xushi.ladder.numbers import finite
 from xushi.ladder.stream import lord_level
 from xushi.report.charts import Axes, Reference, Series, line_chart
 from xushi.report.elements import (
@@ -42,7 +42,7 @@ def write_idea_page(ledger: Ledger, number: int, command: str) -> Path:
     """
     found = facts(ledger, number)
     name = _file_name(found.entry.name, number)
-    write_json(ledger.directory / f"{name}.json", _finite({"command": command, **found.as_json()}))
+    write_json(ledger.directory / f"{name}.json", finite({"command": command, **found.as_json()}))
     path = ledger.directory / f"{name}.html"
     write_atomic(path, _idea_page(found, command))
     return path
@@ -51,20 +51,11 @@ def write_idea_page(ledger: Ledger, number: int, command: str) -> Path:
 def write_ledger_page(ledger: Ledger) -> Path:
     """Write index.html and index.json into the ledger's directory, and return the page's path."""
     found = account(ledger)
-    write_json(ledger.directory / "index.json", _finite(found.as_json()))
+    write_json(ledger.directory / "index.json", finite(found.as_json()))
     path = ledger.directory / "index.html"
     level = lord_level(len(found.lines) + 1, ledger.promoted())
     write_atomic(path, _ledger_page(found, level, ledger.directory))
     return path
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: the ends of an interval without bounds are null."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _file_name(name: str, number: int) -> str:

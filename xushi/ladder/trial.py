@@ -14,7 +14,7 @@ from xushi.base.progress import say
 from xushi.ladder.e_value import e_value
 from xushi.ladder.idea import ARMS, BASELINE, VARIANT, Idea, entry_hash, files_read, read_idea
 from xushi.ladder.jobs import Job, Runner, make_job
-from xushi.ladder.ledger import Entry, JobRecord, Ledger
+from xushi.ladder.ledger import Entry, JobRecord, Ledger, number_of
 from xushi.ladder.looks import nominal_levels, overall_p, planned_looks
 from xushi.ladder.verdict import (
     ALPHA,
@@ -72,7 +72,8 @@ def try_idea(path: Path, directory: Path, workers: int, where: Path) -> Result:
                 )
             entry = _registered(ledger, path.stem, idea, where)
             with Runner(ledger, workers, where) as runner:
-                trial = Trial(ledger, runner, entry, files_read(idea, where), workers)
+                files = {arm: files_read(idea, where, [arm]) for arm in ARMS}
+                trial = Trial(ledger, runner, entry, files, workers)
                 return trial.run()
     finally:
         ledger.close()
@@ -93,10 +94,15 @@ def _registered(ledger: Ledger, name: str, idea: Idea, where: Path) -> Entry:
 
 
 class Trial:
-    """One idea's pairs of runs."""
+    """One idea's pairs of runs. `files`: for each arm the hashes of the files that it reads."""
 
     def __init__(
-        self, ledger: Ledger, runner: Runner, entry: Entry, files: dict[str, str], workers: int
+        self,
+        ledger: Ledger,
+        runner: Runner,
+        entry: Entry,
+        files: dict[str, dict[str, str]],
+        workers: int,
     ) -> None:
         self._ledger, self._runner, self._entry = ledger, runner, entry
         self._files, self._workers = files, workers
@@ -190,11 +196,11 @@ class Trial:
         idea = self._idea
         title = f"{arm}, seed {seed}{f', rung {rung + 1}' if len(idea.all_rungs()) > 1 else ''}"
         command = idea.command(arm, rung, seed)
-        return make_job(command, self._files, idea.deadline_seconds, title, repeat)
+        return make_job(command, self._files[arm], idea.deadline_seconds, title, repeat)
 
     def _told(self, job: Job, record: JobRecord) -> None:
         if record.printed is not None:
-            value = record.printed.get(self._idea.metric)
+            value = number_of(record.printed, self._idea.metric)
             say(f"  {job.title}: {self._idea.metric} {value}, {record.seconds:.1f} s")
 
     def _values(self, rung: int, purpose: str, seeds: Sequence[int]) -> dict[str, list[float]]:
@@ -209,27 +215,25 @@ class Trial:
         record = self._ledger.job(job.hash)
         assert record is not None and record.printed is not None
         name = self._idea.metric
-        value = record.printed.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        value = number_of(record.printed, name)
+        if value is None:
             known = ", ".join(sorted(record.printed)) or "nothing"
             raise BadInput(
                 f"{job.title} printed no number {name} in its last line",
                 f"set metric to a key that is there ({known}), or print it",
             )
-        return float(value)
+        if not math.isfinite(value):
+            raise Failed(
+                f"{job.title}: {name} is {value}: the run diverged",
+                "change what makes it diverge: a mean over it would say nothing",
+            )
+        return value
 
     def _check_values(
         self, rung: int, seeds: Sequence[int], values: dict[str, list[float]]
     ) -> None:
         """Refuse runs that say nothing about the question."""
         metric = self._idea.metric
-        for arm in ARMS:
-            for seed, value in zip(seeds, values[arm], strict=True):
-                if not math.isfinite(value):
-                    raise Failed(
-                        f"{arm}, seed {seed}: {metric} is {value}: the run diverged",
-                        "change what makes it diverge: a mean over it would say nothing",
-                    )
         if all(len(set(values[arm])) == 1 for arm in ARMS):
             raise BadInput(
                 f"{metric} is the same for seeds {', '.join(map(str, seeds))} in both arms: the "

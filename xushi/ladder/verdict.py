@@ -11,6 +11,7 @@ or more often, gets the same verdict.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev, variance
@@ -22,6 +23,8 @@ from xushi.ladder.looks import nominal_levels
 Verdict = Literal["better", "none", "worse", "unsettled"]
 ALPHA = 0.05  # of each one-sided test, over all looks
 MOST_FORECAST = 100_000  # pairs
+# Of the largest metric: a spread of gains below this is the rounding of their last bit.
+_ROUNDING = 4 * sys.float_info.epsilon
 _RULED_OUT = "an effect of interest is ruled out, and harm is not shown"
 
 
@@ -76,6 +79,9 @@ def look_at_pairs(
     count = len(baseline)
     gains = [base - own for base, own in zip(baseline, variant, strict=True)]
     difference = fmean(gains)
+    pair_sd = stdev(gains)
+    if pair_sd <= _ROUNDING * max(map(abs, (*baseline, *variant))):
+        pair_sd = 0.0
     degrees: float = known.degrees + count - 1
     of_base = (known.degrees * known.value + (count - 1) * variance(baseline)) / degrees
     of_both = 2 * of_base
@@ -84,7 +90,7 @@ def look_at_pairs(
         degrees = welch_degrees(of_base, degrees, own, count - 1)
         of_both = of_base + own
     errors = (
-        (math.sqrt(variance(gains) / count), count - 1.0),
+        (pair_sd / math.sqrt(count), count - 1.0),
         (math.sqrt(of_both / count), degrees),
     )
     # Without any spread, as between metrics printed with two digits, a test says nothing.
@@ -99,7 +105,7 @@ def look_at_pairs(
         high=difference + min(half_widths),
         p_gain=_both(errors, difference),
         p_harm=_both(errors, -difference),
-        pair_sd=stdev(gains),
+        pair_sd=pair_sd,
         run_sd=math.sqrt(of_both),
         run_degrees=degrees,
     )
@@ -182,8 +188,9 @@ def pairs_to_settle(look: Look, smallest_effect: float) -> int:
                 (look.pair_sd, look.pairs - 1),
                 (look.run_sd, look.run_degrees),
             )
+            if sd
         ]
-        return min(half_widths) < distance
+        return min(half_widths, default=math.inf) < distance
 
     low, high = look.pairs, look.pairs + 1
     while not is_enough(high) and high < MOST_FORECAST:
