@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from xushi.model import Deepseek, ModelConfig, save_pretrained
 
-from .tiny import TINY
+from .tiny import TINY, TINY_V4
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 # As in DeepSeek's own tokenizer.json, these are added tokens that are not flagged as special.
@@ -100,6 +102,12 @@ def tokenizer_json() -> str:
     return str(backend.to_str())
 
 
+def their_tokenizer(directory: Path) -> Any:
+    """transformers' tokenizer of a directory."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(directory)
+
+
 def token_id(text: str) -> int:
     """The id of an added token."""
     added = json.loads(tokenizer_json())["added_tokens"]
@@ -125,24 +133,7 @@ def shape(**changes: Any) -> ModelConfig:
 def of_kind(kind: str, **changes: Any) -> ModelConfig:
     """A config in the shape of V2-Lite, V3, V3.2 or V4, shrunk."""
     if kind == "deepseek_v4":
-        fields = {
-            "q_lora_rank": 6,
-            "head_dim": 12,
-            "o_groups": 2,
-            "o_lora_rank": 5,
-            "sliding_window": 5,
-            "compress_rate_csa": 2,
-            "compress_rate_hca": 3,
-            "compress_ratios": [0, 2, 3],
-            "num_hidden_layers": 3,
-            "index_topk": 2,
-            "index_n_heads": 2,
-            "index_head_dim": 6,
-            "hc_mult": 3,
-            "hc_sinkhorn_iters": 4,
-            "num_hash_layers": 1,
-            "swiglu_limit": 0.5,
-        }
+        fields = TINY_V4 | {"num_hidden_layers": 3}
     else:
         fields = {}
         if kind == "deepseek_v2":

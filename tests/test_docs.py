@@ -21,6 +21,7 @@ import typer
 from xushi import train
 from xushi.cli import app
 from xushi.envs import environment_class
+from xushi.ladder.idea import Idea, files_read, read_idea
 from xushi.model import Deepseek
 from xushi.run.recipe import load_recipe
 from xushi.serve import create_app, find_models
@@ -137,7 +138,20 @@ def own_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("text", blocks("toml"))
+def is_idea(block: Any) -> bool:
+    return "baseline" in tomllib.loads(block.values[0])
+
+
+@pytest.mark.parametrize("text", [each for each in blocks("toml") if is_idea(each)])
+def test_ideas_are_shipped(text: str) -> None:
+    """Each is one of ideas/, and the files that it names are there."""
+    shipped = [read_idea(path) for path in sorted((ROOT / "ideas").glob("*.toml"))]
+    idea = Idea.model_validate(tomllib.loads(text))
+    assert idea in shipped
+    assert all(files_read(each, ROOT) for each in shipped)
+
+
+@pytest.mark.parametrize("text", [each for each in blocks("toml") if not is_idea(each)])
 def test_tables_are_a_recipes(text: str, own_files: Path) -> None:
     """With what else a recipe needs from the miniature; a table of the same name is replaced."""
     table = tomllib.loads(MINIATURE.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A V3 model that takes a millisecond, for tests to change with `model_copy`."""
+"""Models that take a millisecond: a V3 for tests to change with `model_copy`, and V4's own fields."""
 
 from xushi.model import ModelConfig
 
@@ -23,3 +23,21 @@ TINY = ModelConfig(
     num_nextn_predict_layers=1,
     initializer_range=0.1,
 )
+# Three layers, one of each kind of attention.
+TINY_V4 = {
+    "q_lora_rank": 6,
+    "head_dim": 12,
+    "o_groups": 2,
+    "o_lora_rank": 5,
+    "sliding_window": 5,
+    "compress_rate_csa": 2,
+    "compress_rate_hca": 3,
+    "compress_ratios": [0, 2, 3],
+    "index_topk": 2,
+    "index_n_heads": 2,
+    "index_head_dim": 6,
+    "hc_mult": 3,
+    "hc_sinkhorn_iters": 4,
+    "num_hash_layers": 1,
+    "swiglu_limit": 0.5,
+}

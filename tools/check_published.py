@@ -88,7 +88,10 @@ def compared(directory: Path, dtype: torch.dtype, device: str, tokens: int) -> d
     prompts = encoded(directory)
     texts, facts = continued(directory, dtype, device, prompts, tokens)
     say(f"transformers {transformers.__version__}: loading {directory}")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise cannot_load(directory, "this model", error) from None
     comparison = Comparison()
     for text in told(texts, "transformers"):
         comparison.add(text, scored(model, text.ids, text.start, device))
@@ -123,6 +126,14 @@ def continued(
     return texts, {"model_type": model.config.model_type, "parameters": parameters}
 
 
+def cannot_load(directory: Path, what: str, error: Exception) -> BadInput:
+    first = str(error).partition("\n")[0]
+    return BadInput(
+        f"{directory}: transformers cannot load {what}: {first}",
+        "give it what it asks for: a package, a GPU, or files of the checkpoint that are missing",
+    )
+
+
 def encoded(directory: Path) -> list[list[int]]:
     """The prompts as the checkpoint's own tokenizer encodes them, with bos where it adds one."""
     if not directory.is_dir():
@@ -130,11 +141,7 @@ def encoded(directory: Path) -> list[list[int]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).partition("\n")[0]
-        raise BadInput(
-            f"{directory}: transformers cannot load its tokenizer: {first}",
-            "add the tokenizer's files to the directory",
-        ) from None
+        raise cannot_load(directory, "its tokenizer", error) from None
     return [tokenizer(text)["input_ids"] for text in PROMPTS]
 
 

@@ -373,6 +373,22 @@ def test_emptying_leaves_what_is_in_use(cache: Artifacts, tmp_path: Path) -> Non
     assert [entry.key for entry in cache.empty()] == [KEY]
 
 
+def test_an_artifact_is_read_where_it_lies(cache: Artifacts, tmp_path: Path) -> None:
+    make = Maker()
+    for _ in range(2):
+        with cache.reading(KEY, make) as files:
+            assert files.is_relative_to(tmp_path / "cache")
+            assert content(files) == {"a.txt": "text", "inner/b.txt": "texttext"}
+            assert cache.empty() == []  # it is in use
+    assert len(cache.empty()) == 1 and make.times == 1
+    (tmp_path / "file").touch()
+    with Artifacts(tmp_path / "file").reading(KEY, make) as files:
+        assert list(files.iterdir()) and make.times == 2
+    assert not files.exists()
+    with pytest.raises(ZeroDivisionError), cache.reading(KEY, make):
+        raise ZeroDivisionError  # the reader's error is its own
+
+
 def test_emptying_removes_what_has_lost_its_files(cache: Artifacts, tmp_path: Path) -> None:
     (cache._place() / KEY).mkdir(parents=True)
     assert [entry.key for entry in cache.empty()] == [KEY]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xushi.base.errors import XushiError
-from xushi.base.messages import Message, ToolCall, is_json_object
+from xushi.base.messages import MOST_LEVELS, Message, Tool, ToolCall, is_json_object
 
 CALLS = st.lists(st.builds(ToolCall, st.text(), st.text()), max_size=2).map(tuple)
 MESSAGES = st.builds(Message, st.text(), st.text(), st.none() | st.text(), CALLS)
@@ -74,3 +74,25 @@ def test_a_wrong_value_is_named(mapping: Any, problem: str) -> None:
 )
 def test_what_is_a_json_object(text: str, is_object: bool) -> None:
     assert is_json_object(text) is is_object
+
+
+def nested(levels: int, in_list: bool = False) -> dict[str, Any]:
+    value: Any = 1
+    for _ in range(levels - 1):
+        value = [value] if in_list else {"b": 2, "a": value}
+    return {"a": value, "c": {"d": 1}}
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+def test_parameters_of_a_tool_are_json_of_few_levels(in_list: bool) -> None:
+    Tool("f", "", {})
+    Tool("f", "", nested(MOST_LEVELS, in_list))
+    for levels in (MOST_LEVELS + 1, 900, 100_000):
+        with pytest.raises(XushiError, match="the parameters of tool 'f'"):
+            Tool("f", "", nested(levels, in_list))
+
+
+@pytest.mark.parametrize("value", [{1}, float("nan"), b"x"])
+def test_parameters_that_json_cannot_express_are_refused(value: Any) -> None:
+    with pytest.raises(XushiError, match="tool 'f' are not JSON"):
+        Tool("f", "", {"a": [value]})

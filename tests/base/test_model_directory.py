@@ -1,6 +1,7 @@
 """What a model directory says beside its weights."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from xushi.base.model_directory import (
     named_tokens,
     read_templates,
     sampling_defaults,
+    snapshot_remedy,
     tokenizer_settings,
 )
+from xushi.base.published_files import LARGEST_JSON, LARGEST_TEMPLATE
 
 
 def put(path: Path, content: Any) -> None:
@@ -106,6 +109,10 @@ def test_end_tokens_of_both_files(tmp_path: Path) -> None:
     assert end_token_ids(tmp_path) == [1]
     put(tmp_path / "generation_config.json", {"eos_token_id": [7, 1, 0]})
     assert end_token_ids(tmp_path) == [7, 1, 0]
+    put(tmp_path / "generation_config.json", {"eos_token_id": 7})
+    assert end_token_ids(tmp_path) == [7]  # config.json's may be its class's default
+    put(tmp_path / "generation_config.json", {"eos_token_id": None})
+    assert end_token_ids(tmp_path) == [1]
     put(tmp_path / "config.json", {"eos_token_id": None})
     put(tmp_path / "generation_config.json", {"eos_token_id": 3})
     assert end_token_ids(tmp_path) == [3]
@@ -162,11 +169,85 @@ def test_what_puts_bos_before_a_text() -> None:
     assert not begins_with_bos({"post_processor": template}, {}, "<other>")
 
 
+def test_a_download_in_the_cache_names_its_newest_snapshot(tmp_path: Path) -> None:
+    assert snapshot_remedy(tmp_path) is None
+    (tmp_path / "snapshots" / "zz").mkdir(parents=True)  # a download that has not begun
+    assert snapshot_remedy(tmp_path) is None
+    for age, name in enumerate(("0b", "0a", "0c")):
+        directory = tmp_path / "snapshots" / name
+        directory.mkdir()
+        put(directory / "config.json", {})
+        os.utime(directory, (age % 2, age % 2))
+    told = f"give the directory of a snapshot, such as {tmp_path / 'snapshots' / '0a'}"
+    assert snapshot_remedy(tmp_path) == told
+
+
 def test_sampling_defaults(tmp_path: Path) -> None:
     assert sampling_defaults(tmp_path) == {}
-    put(tmp_path / "generation_config.json", {"temperature": 0.3, "top_p": None, "top_k": 5})
+    asks = {"do_sample": True, "temperature": 0.3, "top_p": None, "top_k": 5}
+    put(tmp_path / "generation_config.json", asks)
     assert sampling_defaults(tmp_path) == {"temperature": 0.3}
     put(tmp_path / "generation_config.json", {"do_sample": True, "temperature": 1, "top_p": 0.9})
     assert sampling_defaults(tmp_path) == {"temperature": 1, "top_p": 0.9}
-    put(tmp_path / "generation_config.json", {"do_sample": False, "temperature": 0.3})
-    assert sampling_defaults(tmp_path) == {}
+    for asked in ({"do_sample": False}, {"do_sample": None}, {}):
+        put(tmp_path / "generation_config.json", {**asked, "temperature": 0.3})
+        assert sampling_defaults(tmp_path) == {}
+
+
+READ: dict[str, Any] = {
+    "chat_template.jinja": read_templates,
+    "additional_chat_templates/default.jinja": read_templates,
+    "tokenizer_config.json": tokenizer_settings,
+    "special_tokens_map.json": tokenizer_settings,
+    "generation_config.json": end_token_ids,
+    "config.json": end_token_ids,
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_no_file_of_a_directory_is_a_link_out_of_it(name: str, tmp_path: Path) -> None:
+    put(tmp_path / "secret", '{"chat_template": "secret"}')
+    directory = tmp_path / "model"
+    file = directory / name
+    file.parent.mkdir(parents=True)
+    file.symlink_to(tmp_path / "secret")
+    with pytest.raises(BadInput, match="a link that leads out of its directory"):
+        READ[name](directory)
+    file.unlink()
+    file.symlink_to("gone")
+    with pytest.raises(BadInput, match="does not exist"):
+        READ[name](directory)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(BadInput, match="it is not a file"):
+        READ[name](directory)
+    file.unlink()
+    limit = LARGEST_TEMPLATE if name.endswith("jinja") else LARGEST_JSON
+    with open(file, "wb") as stream:
+        stream.truncate(limit + 1)
+    with pytest.raises(BadInput, match=f"the limit is {limit}"):
+        READ[name](directory)
+
+
+def test_a_folder_of_templates_is_no_link_out_either(tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere" / "default.jinja", "secret")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadInput, match="a link that leads out"):
+        read_templates(tmp_path / "model")
+
+
+def test_links_of_a_download_cache_are_followed(tmp_path: Path) -> None:
+    model = tmp_path / "models--a--b"
+    snapshot = model / "snapshots" / "0a1b"
+    put(model / "blobs" / "1", "text")
+    put(model / "blobs" / "2", {"eos_token_id": 5})
+    for name, blob in (
+        ("chat_template.jinja", "1"),
+        ("additional_chat_templates/tool_use.jinja", "1"),
+        ("generation_config.json", "2"),
+    ):
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(model / "blobs" / blob)
+    assert read_templates(snapshot) == {"default": "text", "tool_use": "text"}
+    assert end_token_ids(snapshot) == [5]

@@ -217,7 +217,7 @@ def whole_store(tmp_path_factory):
 
 
 @given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1))
-@example(flips=[(0.5, 0)] * 40)
+@example(flips=[(number / 40, 0) for number in range(40)])
 def test_flipped_bits_anywhere_are_two_lines_at_most(whole_store, tmp_path_factory, flips):
     """A flip in free space changes nothing; any other that is noticed is told, whoever notices."""
     path = tmp_path_factory.mktemp("flipped") / "tracking.sqlite"

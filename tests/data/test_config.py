@@ -1,5 +1,6 @@
 """The recipe's data table: wrong values are refused, and the message names the key."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from xushi.base.config import parse
 from xushi.base.errors import XushiError
 from xushi.data import DataConfig, SourceConfig
+from xushi.data.config import text_source
 
 NOTES = {"name": "notes", "kind": "text", "glob": "~/notes"}
 
@@ -59,3 +61,17 @@ def test_bad_source(change: dict[str, Any], message: str) -> None:
 def test_bad_data(change: dict[str, Any], message: str) -> None:
     with pytest.raises(XushiError, match=message):
         parse(DataConfig, {"sources": [NOTES], "sequence_length": 8, **change}, "recipe")
+
+
+def test_the_paths_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    source = text_source(["~/a b", "notes/../*.md", "x\udcff"], ["b\udcff*"])
+    assert source.globs == ["/home/me/a b", f"{tmp_path}/*.md", rf"{tmp_path}/x\xff"]
+    assert source.exclude == [r"b\xff*"]
+    for paths, exclude in ((["\udcff" * 1500], []), (["a"], ["b" * 5000])):
+        with pytest.raises(XushiError, match="is too long a name"):
+            text_source(paths, exclude)
+    for paths in ([""], ["a", " "]):
+        with pytest.raises(XushiError, match="a PATH is empty"):
+            text_source(paths)

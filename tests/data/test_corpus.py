@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from xushi.data import (
     ExtraSource,
     SourceConfig,
     build_corpus,
+    corpus,
+    first_training_texts,
     heldout_bytes,
     load_summary,
     make_document,
@@ -127,6 +130,29 @@ def test_the_recipe_decides_how_much_is_held_out(tmp_path: Path) -> None:
             config(tmp_path / "in", heldout=fraction), {}, tmp_path / str(fraction)
         )
         assert summary.heldout_bytes / summary.bytes == pytest.approx(fraction, abs=0.004)
+
+
+def test_run_directories_are_no_part_of_it(tmp_path: Path) -> None:
+    """The run that it is made for may be the one beside the text."""
+    write(tmp_path / "in")
+    before = build_corpus(config(tmp_path / "in"), {}, tmp_path / "corpus")
+    (tmp_path / "in" / "run").mkdir()
+    for name in ("recipe.toml", "tracking.sqlite"):
+        (tmp_path / "in" / "run" / name).touch()
+    assert build_corpus(config(tmp_path / "in"), {}, tmp_path / "other") == before
+
+
+def test_the_first_texts_have_so_many_characters_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def texts(directory: Path) -> Iterator[str]:
+        yield from ("天地", "abc")
+        read.append("behind")
+        yield "d"
+
+    read: list[str] = []
+    monkeypatch.setattr(corpus, "training_texts", texts)
+    for size, wanted in ((1, ["天"]), (2, ["天地"]), (4, ["天地", "ab"]), (5, ["天地", "abc"])):
+        assert list(first_training_texts(Path("corpus"), size)) == wanted and not read
+    assert list(first_training_texts(Path("corpus"), 9)) == ["天地", "abc", "d"]
 
 
 def test_hash_is_what_the_documentation_says(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,12 +55,14 @@ def test_a_run_is_never_text(tmp_path: Path) -> None:
     assert left_out(tmp_path / "*" / "*" / "*.txt")["runs"] == (1, ["deep/mine/report.txt"])
 
 
-def test_a_directory_of_runs_is_no_text_either(tmp_path: Path) -> None:
-    write(tmp_path, "a.md", "runs/text.log", "other/runs/morning.md")
+def test_a_directory_named_runs_is_somebodys_own(tmp_path: Path) -> None:
+    """Also where runs lie in it, as that of `xushi train .`: only they are left out."""
+    write(tmp_path, "a.md", "runs/monday.md")
     make_run(tmp_path / "runs" / "text")
-    assert found(tmp_path) == ["a.md", "other/runs/morning.md"]
-    assert left_out(tmp_path)["runs"] == (1, ["runs"])
-    assert "runs/text.log" not in found(tmp_path / "*" / "*.log") + found(tmp_path / "**/*.log")
+    for glob in (tmp_path, tmp_path / "**" / "*.md"):
+        assert found(glob) == ["a.md", "runs/monday.md"]
+        assert left_out(glob)["runs"] == (1, ["runs/text"])
+    assert found(tmp_path / "*" / "*.md") == ["runs/monday.md"]
 
 
 def test_what_marks_a_run(tmp_path: Path) -> None:
@@ -92,6 +95,18 @@ def test_a_link_into_a_run_is_not_followed(tmp_path: Path) -> None:
     assert left_out(tmp_path / "notes")["runs"] == (2, ["card.txt", "export"])
 
 
+def test_a_pattern_does_not_follow_a_link_into_a_run_either(tmp_path: Path) -> None:
+    write(tmp_path / "notes", "a/b.txt")
+    make_run(tmp_path / "mine")
+    (tmp_path / "notes" / "export").symlink_to(tmp_path / "mine" / "export" / "base")
+    for glob in ("*/*.txt", "**/*.txt"):
+        assert found(tmp_path / "notes" / glob) == ["a/b.txt"]
+        assert left_out(tmp_path / "notes" / glob)["runs"][0] == 1
+    # Tables that lie in a run and are named there are no link into it.
+    write(tmp_path / "mine" / "data", "train.parquet")
+    assert found(tmp_path / "mine" / "*" / "*.parquet", kind="parquet") == ["data/train.parquet"]
+
+
 def test_tables_in_a_run_can_be_named(tmp_path: Path) -> None:
     make_run(tmp_path / "mine")
     write(tmp_path / "mine" / "data", "train.parquet")
@@ -118,6 +133,13 @@ def test_a_link_out_of_the_directory_is_followed_and_one_upwards_is_not(tmp_path
     (tmp_path / "elsewhere" / "top").symlink_to("/")
     assert found(tmp_path / "notes") == ["0more/b.md", "a.md"]
     assert left_out(tmp_path / "notes") == {"special": (2, ["0more/top", "up"])}
+
+
+def test_of_several_links_to_a_directory_the_first_names_its_files(tmp_path: Path) -> None:
+    write(tmp_path, "notes/a.md", "elsewhere/b.md")
+    for name in ("three", "one", "two"):
+        (tmp_path / "notes" / name).symlink_to(tmp_path / "elsewhere")
+    assert found(tmp_path / "notes") == ["a.md", "one/b.md"]
 
 
 def test_a_file_has_its_own_name_and_not_a_links(tmp_path: Path) -> None:
@@ -196,6 +218,45 @@ def test_several_paths_have_one_root(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert left_out(tmp_path, tmp_path / "notes") == left_out(tmp_path)
 
 
+def test_names_begin_at_the_directory_that_holds_all_also_above_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "here/sub/a.md", "o/c.md", "o/drafts/d.md")
+    monkeypatch.chdir(tmp_path / "here")
+    assert found("../o", "sub") == ["here/sub/a.md", "o/c.md", "o/drafts/d.md"]
+    assert found("../o", "sub", exclude=["o/*"]) == ["here/sub/a.md"]
+    assert found("../o") == ["c.md", "drafts/d.md"]
+
+
+ORDERS = (1, -1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_a_named_file_means_does_not_depend_on_the_order(order: int, tmp_path: Path) -> None:
+    """It is read or refused, also where a directory has it under another path."""
+    write(tmp_path / "n", "a.md", "x.pdf", ".d.md", ".deep/e.md", ".deep/.f.md", "rows.data")
+    (tmp_path / "link").symlink_to(tmp_path / "n" / "x.pdf")
+    for name in ("n/x.pdf", "link"):
+        with pytest.raises(BadInput, match=r"x\.pdf is not read as text"):
+            found(*[tmp_path / "n", tmp_path / name][::order])
+    hidden = [tmp_path / "n", tmp_path / "n" / ".d.md", tmp_path / "n" / ".deep"][::order]
+    assert found(*hidden) == [".d.md", ".deep/e.md", "a.md", "rows.data"]
+    assert left_out(*hidden) == {"formatted": (1, ["x.pdf"]), "hidden": (1, [".deep/.f.md"])}
+    for entry in ("rows.data", "*.data"):
+        globs = [tmp_path / "n", tmp_path / "n" / entry][::order]
+        assert found(*globs, kind="jsonl") == ["rows.data"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_pattern_to_exclude_begins_at_any_entry_that_has_the_file(
+    order: int, tmp_path: Path
+) -> None:
+    write(tmp_path, "n/sub/x.md", "n/sub/y.md", "m/a.md")
+    globs = [tmp_path / "n", tmp_path / "n" / "sub", tmp_path / "m"][::order]
+    for pattern in ("sub/x*", "x*", "n/sub/x*"):
+        assert found(*globs, exclude=[pattern]) == ["m/a.md", "n/sub/y.md"]
+
+
 def test_names_do_not_tell_where_a_directory_is(tmp_path: Path) -> None:
     write(tmp_path, "one/a/x.md", "one/b/y.md", "two/a/x.md", "two/b/y.md")
     one, two = ((tmp_path / name / "a", tmp_path / name / "b") for name in ("one", "two"))
@@ -212,17 +273,35 @@ def test_what_is_excluded(tmp_path: Path) -> None:
     assert found(tmp_path, exclude=["*drafts"]) == ["a.md"]
 
 
-def test_the_file_that_messages_go_to_is_not_text(tmp_path: Path) -> None:
-    write(tmp_path, "a.md", "log.txt", "copy.txt")
-    kept = os.dup(2)
+@pytest.mark.parametrize(
+    ("glob", "stream"), [(".", 2), ("*.txt", 2), ("**/*.txt", 2), (".", 1), ("*.txt", 1)]
+)
+def test_the_file_that_output_goes_to_is_not_text(glob: str, stream: int, tmp_path: Path) -> None:
+    write(tmp_path, "a.txt", "log.txt", "copy.txt")
+    kept = os.dup(stream)
     try:
         with open(tmp_path / "log.txt") as log:
-            os.dup2(log.fileno(), 2)
-            names = found(tmp_path)
+            os.dup2(log.fileno(), stream)
+            names, counted = found(tmp_path / glob), left_out(tmp_path / glob)
     finally:
-        os.dup2(kept, 2)
+        os.dup2(kept, stream)
         os.close(kept)
-    assert names == ["a.md", "copy.txt"] and "log.txt" in found(tmp_path)
+    assert names == ["a.txt", "copy.txt"] and "log.txt" in found(tmp_path / glob)
+    assert counted == {"special": (1, ["log.txt"])}
+
+
+def test_patterns_to_exclude_that_match_nothing(tmp_path: Path) -> None:
+    """What is left out anyway is matched, too: nobody mistyped that."""
+    write(tmp_path, "notes/drafts/a.md", "notes/.git/config", "notes/b.md", "book.txt")
+    good = ["drafts/", "notes/b*", ".git"]
+    wrong = ["draft", "./drafts", str(tmp_path / "notes" / "drafts"), "c.md"]
+    globs = [str(tmp_path / "notes"), str(tmp_path / "book.txt")]
+    source = SourceConfig(name="s", kind="text", glob=globs, exclude=wrong + good)
+    result = find_files(source)
+    assert [file.meta["path"] for file in result.files] == ["book.txt"]
+    assert result.unmatched == wrong
+    packages = SourceConfig(name="s", kind="packages", packages=["pytest"], exclude=["x", "py*"])
+    assert find_files(packages).unmatched == ["x"]
 
 
 def test_what_may_not_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +324,8 @@ def test_what_may_not_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("builtins.open", opened)
     assert found(tmp_path) == ["a.md"]
     assert left_out(tmp_path) == {"unreadable": (3, ["closed", "secret"])}
+    # What is named is no less unreadable.
+    assert left_out(tmp_path, tmp_path / "closed") == left_out(tmp_path)
 
 
 def test_a_pattern_to_exclude_means_the_same_beside_another_path(tmp_path: Path) -> None:
@@ -270,14 +351,13 @@ def test_a_mistyped_pattern_is_told_beside_other_paths(tmp_path: Path) -> None:
 
 def test_a_folder_that_disappears_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "a.md", "gone/b.md")
-    identity = module._identity
+    enter = module._enter
 
-    def vanish(path: Path) -> object:
-        if Path(path).name == "gone":
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
-        return identity(path)
+    def vanish(folder: Path, *rest: object) -> None:
+        enter(folder, *rest)  # type: ignore[arg-type]
+        shutil.rmtree(tmp_path / "gone", ignore_errors=True)
 
-    monkeypatch.setattr(module, "_identity", vanish)
+    monkeypatch.setattr(module, "_enter", vanish)
     with pytest.raises(BadInput, match="gone was listed and is not there any more"):
         found(tmp_path)
 
@@ -299,3 +379,17 @@ def test_a_file_that_is_named_stays_so_beside_its_directory(tmp_path: Path) -> N
             ("a.md", False),
             ("b.md", True),
         ]
+
+
+@pytest.mark.parametrize(
+    ("number", "problem", "remedy"),
+    [
+        (errno.ENOENT, "was listed and is not there any more", "run the same command again"),
+        (errno.EACCES, "cannot be read: Permission denied", "check its permissions"),
+        (errno.EIO, "cannot be read: Input/output error", "check the disk"),
+    ],
+)
+def test_what_the_system_does_not_let_us_read(number: int, problem: str, remedy: str) -> None:
+    """A folder that is excluded is entered all the same: to exclude it would be no remedy."""
+    error = module.unreadable("a", OSError(number, os.strerror(number)))
+    assert problem in error.problem and error.remedy.startswith(remedy)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from xushi.data.names import path_of, written
         (b"\xd6\xd0.txt", r"\xd6\xd0.txt"),
         (rb"\xd6.txt", r"\\xd6.txt"),
         (b"a\nb\x7f", r"a\x0ab\x7f"),
+        ("a\x9b\x85".encode(), r"a\xc2\x9b\xc2\x85"),  # C1: begins a command, ends a line
+        ("\u2028\u202e.md".encode(), r"\xe2\x80\xa8\xe2\x80\xae.md"),  # line end, direction
         (b"\xe8\xaf", r"\xe8\xaf"),  # half a character
     ],
 )
@@ -33,6 +36,18 @@ def test_every_name_is_read_back(name: bytes) -> None:
     text = written(os.fsdecode(name))
     text.encode()  # no lone surrogates
     assert "\n" not in text and os.fsencode(path_of(text)) == name
+
+
+def test_what_a_terminal_obeys_is_escaped_and_read_back() -> None:
+    """By Unicode's own tables: control characters, line ends, and marks of direction."""
+    marks = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
+    for character in map(chr, [*range(1, 0xD800), *range(0xE000, 0x10000)]):
+        obeyed = unicodedata.category(character) in ("Cc", "Zl", "Zp")
+        if obeyed or unicodedata.bidirectional(character) in marks or character in "\u200e\u200f":
+            assert written(character).isascii() and written(character).startswith("\\x")
+            assert path_of(written(character)) == character
+        elif character != "\\" and character != "\u061c":
+            assert written(character) == character
 
 
 def test_a_backslash_that_begins_no_escape_is_itself() -> None:

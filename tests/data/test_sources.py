@@ -35,6 +35,7 @@ def install(site: Path, name: str, files: dict[str, str | bytes], version: str =
     write(site, files)
     info = f"{name.replace('-', '_')}-{version}.dist-info"
     record = [*reversed(files), f"{info}/METADATA", f"{info}/RECORD", "../bin/tool.py"]
+    record.append(str(site.parent / "elsewhere.py"))
     write(
         site,
         {

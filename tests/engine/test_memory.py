@@ -12,6 +12,7 @@ from xushi.base.machine import inspect
 from xushi.engine import LLM, memory
 from xushi.engine.memory import default_slots, plan_memory, slot_bytes, weight_bytes
 from xushi.model import Deepseek, save_pretrained
+from xushi.model.names import stays_float32
 
 from ..published import edit, of_kind, shape, write_tokenizer
 from ..tiny import TINY
@@ -52,7 +53,7 @@ def test_weights_and_cache_are_counted_to_the_byte(kind: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = Deepseek(config).initialise(0)
         for name, parameter in model.named_parameters():
-            if not memory.stays_float32(name, config):
+            if not stays_float32(name, config):
                 parameter.data = parameter.data.to(dtype)
         tensors = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
         assert weight_bytes(config, dtype) == sum(tensors.values())
@@ -85,6 +86,25 @@ def test_the_dtype_is_the_stored_one_where_the_processor_has_it(
     assert plan_memory(stored(**table), TINY).dtype is wanted
 
 
+@pytest.mark.parametrize(
+    ("table", "bf16", "reason"),
+    [
+        ({"torch_dtype": "float32"}, True, "as stored"),
+        ({"torch_dtype": "bfloat16"}, True, "as stored; this processor multiplies it"),
+        ({"torch_dtype": "float16"}, True, "nearest to what is stored; this processor multip"),
+        ({"torch_dtype": "bfloat16", "quantization_config": {"fmt": "e4m3"}}, True, "nearest to"),
+        ({"torch_dtype": "float64"}, True, "stored as float64"),
+        ({}, True, "no dtype is stated"),
+        ({"torch_dtype": "bfloat16"}, False, "without instructions for bf16 it is faster"),
+    ],
+)
+def test_the_reason_of_a_dtype_is_true(
+    table: dict[str, Any], bf16: bool, reason: str, machine: Any, stored: Any
+) -> None:
+    machine(1 << 40, bf16)
+    assert plan_memory(stored(**table), TINY).reason.startswith(reason)
+
+
 def test_memory_decides_where_it_is_short(machine: Any, stored: Any) -> None:
     config = shape(max_position_embeddings=4096)
     directory = stored(torch_dtype="float32")
@@ -101,14 +121,43 @@ def test_memory_decides_where_it_is_short(machine: Any, stored: Any) -> None:
     machine(available(least - 1000))
     plan = plan_memory(directory, config)
     assert plan.dtype is narrow and plan.slots > 1024 and "does not fit" in str(plan)
-    machine(available(weight_bytes(config, narrow) + 1024 * slot_bytes(config, narrow)) - 100)
+    machine(available(weight_bytes(config, narrow) + 1024 * slot_bytes(config, narrow)) - 50)
     with pytest.raises(BadInput, match="does not fit into memory") as caught:
         plan_memory(directory, config)
-    assert "more memory" in caught.value.remedy
+    assert "--cache-tokens 1023" in caught.value.remedy
+    assert plan_memory(directory, config, slots=1023).dtype is narrow
     with pytest.raises(BadInput, match="weights in float32 take") as caught:
         plan_memory(directory, config, wide)
+    fewer = int(caught.value.remedy.split()[2])
+    assert plan_memory(directory, config, wide, fewer).slots == fewer < 1023
+    with pytest.raises(BadInput):
+        plan_memory(directory, config, wide, fewer + 1)
+    # Only with both changes anything fits.
+    machine(available(weight_bytes(config, narrow) + 10 * slot_bytes(config, narrow)))
+    with pytest.raises(BadInput, match="weights in float32 take") as caught:
+        plan_memory(directory, config, wide)
+    assert "--dtype bf16 and --cache-tokens 10 or less" in caught.value.remedy
+    assert plan_memory(directory, config, narrow, 10).slots == 10
+    machine(available(weight_bytes(config, narrow)))
+    with pytest.raises(BadInput, match="does not fit into memory") as caught:
+        plan_memory(directory, config)
+    assert caught.value.remedy == "use a machine with more memory, or a smaller model"
     machine(None)
     assert plan_memory(directory, config).slots == default_slots(config)
+
+
+def test_where_no_free_memory_is_told_the_whole_counts(
+    stored: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(inspect(), memory_available=None, memory_total=1000)
+    monkeypatch.setattr(memory, "inspect", lambda: small)
+    with pytest.raises(BadInput, match=r"0\.0 MB can be used of 0\.0 MB available"):
+        plan_memory(stored(), TINY)
+
+
+def test_a_tenth_of_a_gigabyte_is_written_as_that() -> None:
+    found = [memory.gigabytes(count) for count in (62_840_000_000, 100_000_000, 99_900_000)]
+    assert found == ["62.8 GB", "0.1 GB", "99.9 MB"]
 
 
 def test_choices_are_obeyed_or_refused_with_what_fits(machine: Any, stored: Any) -> None:
@@ -128,6 +177,10 @@ def test_choices_are_obeyed_or_refused_with_what_fits(machine: Any, stored: Any)
     with pytest.raises(BadInput, match="weights in float32") as caught:
         plan_memory(directory, config, wide)
     assert "--dtype bf16" in caught.value.remedy
+    with pytest.raises(BadInput, match="a cache of 1,000,000 tokens") as caught:
+        plan_memory(directory, config, wide, 10**6)
+    fewer = int(caught.value.remedy.split()[2])
+    assert plan_memory(directory, config, wide, fewer).slots == fewer
     with pytest.raises(BadInput, match="holds nothing"):
         plan_memory(directory, config, wide, 0)
 
@@ -141,8 +194,13 @@ def test_a_cache_smaller_than_the_context_bounds_a_request(tmp_path: Path) -> No
     assert llm.context == 40 == llm.engine.slots
     [answer] = llm.generate([[1] * 10], SamplingParams(max_tokens=500, ignore_eos=True))
     assert len(answer.token_ids) == 30
-    with pytest.raises(ContextLengthError, match="40"):
+    with pytest.raises(ContextLengthError, match="the cache holds 40,") as caught:
         llm.generate([[1] * 40], SamplingParams(max_tokens=1))
+    assert "--cache-tokens" in caught.value.remedy and "of 512" in caught.value.remedy
+    whole = LLM(tmp_path, slots=512)
+    with pytest.raises(ContextLengthError, match="the model's context holds 512,") as caught:
+        whole.generate([[1] * 512], SamplingParams(max_tokens=1))
+    assert caught.value.remedy == "shorten the prompt"
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(

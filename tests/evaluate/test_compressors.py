@@ -9,7 +9,7 @@ import pytest
 
 from xushi.base.errors import XushiError
 from xushi.evaluate import compressors
-from xushi.evaluate.compressors import Method, bits_per_byte, xz_primed
+from xushi.evaluate.compressors import Method, bits_per_byte, by_all_methods, xz_primed
 
 
 def _source(start: int, size: int) -> bytes:
@@ -49,6 +49,7 @@ def test_sizes_are_the_command_lines(method: Method, command: list[str], tmp_pat
 
 def test_headers_count() -> None:
     assert bits_per_byte(b"a", "gzip") == 8 * 21
+    assert by_all_methods(b"a") == {m: bits_per_byte(b"a", m) for m in ("gzip", "xz", "zstd")}
     assert bits_per_byte(b"a", "xz") == 8 * len(lzma.compress(b"a", preset=9))
     assert bits_per_byte(b"a", "zstd") > 8 * 10
 

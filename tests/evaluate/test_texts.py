@@ -63,12 +63,45 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
     assert figures["bits_per_byte_xz"] > 0 and figures["model"] == "base"
 
 
+def test_the_dtype_is_the_one_asked_for(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXTS[2])
+    found = evaluate_texts(base, [str(tmp_path / "a.txt")], torch.bfloat16)["bits_per_byte"]
+    size = len(TEXTS[2].encode())
+    narrow, wide = (
+        bits_of_texts(load_pretrained(base, dtype=dtype), Tokenizer.load(base), [TEXTS[2]]).total
+        / size
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert found == pytest.approx(narrow, rel=1e-6) and narrow != pytest.approx(wide, rel=1e-5)
+
+
 def test_what_cannot_be_evaluated(base: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nothing"):
         evaluate_texts(base, [str(tmp_path / "nothing.txt")])
     (tmp_path / "a.txt").write_text("12")
     with pytest.raises(BadInput, match=r"config\.json"):
         evaluate_texts(tmp_path, [str(tmp_path / "a.txt")])
+
+
+def test_a_run_stands_for_its_base_model(chain, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("12345")
+    assert (chain.directory / "export" / "reasoning").is_dir()
+    done = xushi_here("evaluate", chain.directory, tmp_path / "a.txt", "--json")
+    assert json.loads(done.stdout)["model"] == "base"
+
+
+def test_no_remedy_speaks_of_a_recipe(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "table.jsonl").write_text('{"text": "12"}')
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "a.bin").write_bytes(b"\0")
+    for path, problem in (
+        ("table.jsonl", "is not read as text: it is a table"),
+        ("table", "has no text; left out: 1 binary file"),
+        ("gone", "no file matches"),
+    ):
+        with pytest.raises(BadInput, match=problem) as refused:
+            evaluate_texts(base, [str(tmp_path / path)])
+        assert refused.value.remedy.startswith("give text files that may be read")
 
 
 def test_what_a_text_spells_is_its_own(base: Path, tmp_path: Path) -> None:
@@ -93,3 +126,5 @@ def test_files_without_text(base: Path, tmp_path: Path) -> None:
         evaluate_texts(base, [str(tmp_path / "a.txt")])
     with pytest.raises(BadInput, match="a PATH is empty"):
         evaluate_texts(base, [""])
+    with pytest.raises(BadInput, match="too long a name"):
+        evaluate_texts(base, ["a" * 5000])

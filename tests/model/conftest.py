@@ -6,18 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load_file
 from torch import Tensor
 
 from xushi.model import Deepseek, ModelConfig, RopeScaling, save_pretrained
 from xushi.tokenizer import Tokenizer
 
+from ..tiny import TINY_V4
 from .gguf_models import TEXT, WIDE, Make
 
 
 def tensors_in(file: Path) -> dict[str, Tensor]:
     """A file's tensors, copied, so that the file can be overwritten."""
-    return load(file.read_bytes())
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
 def same(first: Deepseek, second: Deepseek) -> bool:
@@ -50,6 +51,13 @@ def random_model() -> Callable[[ModelConfig, int], Deepseek]:
     return make
 
 
+def some_model(random_model, tiny_of, kind: str, mtp: int = 2, **changes: object) -> Deepseek:
+    """The indexer chooses all keys, since transformers does not define how ties are broken."""
+    topk = {"index_topk": 64} if kind in ("deepseek_v32", "deepseek_v4") else {}
+    changes = topk | changes | ({} if kind == "deepseek_v2" else {"num_nextn_predict_layers": mtp})
+    return random_model(tiny_of(kind, **changes), 5)
+
+
 @pytest.fixture(scope="session")
 def tiny_of() -> Callable[..., ModelConfig]:
     """A small config of a model_type with every part active; keywords replace fields."""
@@ -71,22 +79,8 @@ def tiny_of() -> Callable[..., ModelConfig]:
             "initializer_range": 0.2,
         }
         if kind == "deepseek_v4":
-            fields |= {
-                "head_dim": 12,
-                "o_groups": 2,
-                "o_lora_rank": 5,
-                "sliding_window": 5,
-                "compress_rate_csa": 2,
-                "compress_rate_hca": 3,
-                "compress_ratios": [0, 2, 3],
-                "index_topk": 2,
-                "index_n_heads": 2,
-                "index_head_dim": 6,
-                "hc_mult": 3,
-                "hc_sinkhorn_iters": 4,
-                "num_hash_layers": 1,
-                "swiglu_limit": 0.5,
-                "rope_scaling": RopeScaling(factor=4.0, original_max_position_embeddings=16),
+            fields |= TINY_V4 | {
+                "rope_scaling": RopeScaling(factor=4.0, original_max_position_embeddings=16)
             }
         else:
             fields |= {
@@ -114,32 +108,11 @@ def tiny_of() -> Callable[..., ModelConfig]:
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Callable[..., ModelConfig]:
-    """A small config with every kind of block; keywords replace fields."""
+def tiny(tiny_of) -> Callable[..., ModelConfig]:
+    """`tiny_of` V3 with two layers, a dense one first, and without a query latent."""
 
     def make(**changes: object) -> ModelConfig:
-        fields = {
-            "vocab_size": 50,
-            "hidden_size": 24,
-            "intermediate_size": 32,
-            "moe_intermediate_size": 8,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 2,
-            "n_group": 2,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "q_lora_rank": None,
-            "kv_lora_rank": 8,
-            "qk_nope_head_dim": 4,
-            "qk_rope_head_dim": 4,
-            "v_head_dim": 8,
-            "num_nextn_predict_layers": 0,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-        }
-        return ModelConfig(**(fields | changes))
+        return tiny_of("deepseek_v3", **{"num_hidden_layers": 2, "q_lora_rank": None} | changes)
 
     return make
 

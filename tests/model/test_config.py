@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import DeepseekV2Config, DeepseekV3Config, DeepseekV4Config, DeepseekV32Config
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 from xushi.model import ModelConfig, RopeScaling, from_published, preset, to_published
+from xushi.model.config_keys import unread_keys, without_aliases
 from xushi.model.layers import MLP
 from xushi.model.moe import MixtureOfExperts
+from xushi.model.rope_fields import rope_fields
 
 THEIRS = {
     "deepseek_v2": DeepseekV2Config,
@@ -331,3 +333,50 @@ def test_a_damaged_v4_config_is_reported(changes: dict) -> None:
     with pytest.raises(XushiError) as error:
         from_published(table, "there/config.json")
     assert "there/config.json" in error.value.problem and "\n" not in error.value.problem
+
+
+def test_null_is_no_value_of_another_name() -> None:
+    table = to_published(ModelConfig(n_routed_experts=64))
+    for nulls in ({"num_experts": None}, {"num_local_experts": None, "num_experts": 64}):
+        assert from_published(table | nulls, "here").n_routed_experts == 64
+    renamed = table | {"n_routed_experts": None, "num_experts": 64}
+    assert from_published(renamed, "here").n_routed_experts == 64
+    rope = {"rope_theta": 5000.0, "rope_scaling": None}
+    rope["rope_parameters"] = {"rope_theta": None, "rope_type": "default"}
+    assert from_published(table | rope, "here").rope_theta == 5000.0
+
+
+def test_dense_layers_against_a_default_are_said_to_be_so() -> None:
+    table = to_published(ModelConfig(num_hidden_layers=4))
+    del table["first_k_dense_replace"]
+    with pytest.raises(BadInput, match="is 3, its default") as caught:
+        from_published(table | {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 2}, "here")
+    assert "add first_k_dense_replace: 2" in caught.value.remedy
+
+
+def test_keys_of_ropes_tables_that_nothing_reads_are_named() -> None:
+    """Those of each of V4's two rotations, too."""
+    rope = {
+        "main": {"rope_type": "default", "odd": 1},
+        "compress": {"rope_theta": 7.0, "ntk": 2},
+        "other": 3,
+    }
+    table = to_published(preset("deepseek-v4-flash")) | {"rope_parameters": rope}
+    assert unread_keys(table, "deepseek_v4") == [
+        "rope_parameters.other",
+        "rope_parameters.main.odd",
+        "rope_parameters.compress.ntk",
+    ]
+
+
+def test_a_share_of_rotated_values_is_refused_in_ropes_table_too() -> None:
+    for table in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(XushiError, match=rf"here: {table}\.partial_rotary_factor is 0\.5"):
+            rope_fields({table: {"partial_rotary_factor": 0.5}}, "deepseek_v3", "here")
+
+
+def test_two_other_names_of_a_field_must_agree() -> None:
+    table = {"num_experts": 4, "num_local_experts": 4}
+    assert without_aliases(table, "deepseek_v3", "here") == {"n_routed_experts": 4}
+    with pytest.raises(XushiError, match="num_local_experts is 5, but num_experts, which means"):
+        without_aliases(table | {"num_local_experts": 5}, "deepseek_v3", "here")

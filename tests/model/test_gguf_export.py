@@ -203,7 +203,6 @@ def test_every_key_is_there(
     assert written == expected
     assert fields["general.architecture"] == "deepseek2" and fields["general.file_type"] == 7
     assert fields["general.name"] == "model" and fields["general.quantization_version"] == 2
-    assert figures["mtp_layers_left_out"] == config.get("num_nextn_predict_layers", 0)
     assert figures["bytes"] == (tmp_path / "model.gguf").stat().st_size
 
 
@@ -401,13 +400,23 @@ def test_gguf_is_imported_on_export_only() -> None:
     assert importing == {"gguf_export.py", "gguf_tensors.py", "gguf_tokenizer.py"}
 
 
+def test_mtp_layers_are_left_out_without_a_word(
+    directory: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config.json of transformers names one layer that the files lack."""
+    source = directory()
+    edit(source / "config.json", lambda table: table.update(num_nextn_predict_layers=1))
+    export_gguf(source, tmp_path / "a.gguf")
+    assert capsys.readouterr().err == ""
+
+
 def test_the_command_says_what_it_wrote(
     directory: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = directory(num_nextn_predict_layers=1)
     export_command(source, tmp_path / "a.gguf", "q8_0")
     said = capsys.readouterr().out
-    assert "a.gguf" in said and "mtp_layers_left_out" in said and "kept_bf16" in said
+    assert "a.gguf" in said and "mtp" not in said and "kept_bf16" in said
     export_command(source, tmp_path / "b.gguf", "q8_0", as_json=True)
     assert json.loads(capsys.readouterr().out)["tensors"] > 0
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()

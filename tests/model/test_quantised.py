@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -18,12 +18,9 @@ from xushi.model import Deepseek, load_pretrained, save_pretrained
 from xushi.model import quantised as module
 from xushi.model.quantised import dequantise, fp8_block, unpack_fp4
 
+from .conftest import tensors_in
+
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
-
-
-def tensors_in(file: Path) -> dict[str, Tensor]:
-    """A file's tensors, copied, so that the file can be overwritten."""
-    return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
 def value_of_e4m3(byte: int) -> float:

@@ -13,19 +13,12 @@ from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTrainedModel
 
 from xushi.base.errors import XushiError
-from xushi.model import Deepseek, load_pretrained, save_pretrained
+from xushi.model import load_pretrained, save_pretrained
 from xushi.model import saving as module
 from xushi.model.shards import INDEX_FILE, SINGLE_FILE
 
-from .conftest import same, tensors_in
+from .conftest import same, some_model, tensors_in
 from .drawing import KINDS
-
-
-def some_model(random_model, tiny_of, kind: str, mtp: int = 2, **changes: object) -> Deepseek:
-    """The indexer chooses all keys, since transformers does not define how ties are broken."""
-    topk = {"index_topk": 64} if kind in ("deepseek_v32", "deepseek_v4") else {}
-    changes = topk | changes | ({} if kind == "deepseek_v2" else {"num_nextn_predict_layers": mtp})
-    return random_model(tiny_of(kind, **changes), 5)
 
 
 def test_bfloat16_round_trip(saved: Path, tmp_path) -> None:

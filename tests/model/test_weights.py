@@ -17,7 +17,7 @@ from xushi.base.errors import XushiError
 from xushi.model import Deepseek, ModelConfig, building, load_pretrained, save_pretrained
 from xushi.model.shards import SINGLE_FILE
 
-from .conftest import same, tensors_in
+from .conftest import same, some_model, tensors_in
 from .editing import change, edit_config, move_and_link, shard
 
 
@@ -98,13 +98,6 @@ def test_bfloat16_keeps_the_router_biases_in_float32(saved: Path) -> None:
     assert model.angles.frequencies.dtype == torch.float32
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, exact.get_parameter(name).bfloat16()), name
-
-
-def some_model(random_model, tiny_of, kind: str, mtp: int = 2, **changes: object) -> Deepseek:
-    """The indexer chooses all keys, since transformers does not define how ties are broken."""
-    topk = {"index_topk": 64} if kind in ("deepseek_v32", "deepseek_v4") else {}
-    changes = topk | changes | ({} if kind == "deepseek_v2" else {"num_nextn_predict_layers": mtp})
-    return random_model(tiny_of(kind, **changes), 5)
 
 
 @pytest.mark.parametrize("mtp", [0, 1, 3])

@@ -67,6 +67,23 @@ def test_a_line_goes_through_its_points() -> None:
         assert got == pytest.approx(expected, abs=0.01)
 
 
+def test_what_lies_below_the_floor_is_cut_off() -> None:
+    points = [(1.0, -90.0), (2.0, 1.0), (3.0, 2.0)]
+    series = [Series("loss", points), Series("dots", points, dots=True)]
+    chart = line_chart(series, Axes("t", "step", "nats", y_floor=-1.0))
+    assert _domain(chart, "y")[0] == -1.0
+    assert chart.count("<circle") == 2  # the line itself is cut by its frame
+
+
+def test_an_axis_that_counts_has_whole_ticks_and_no_point_on_its_edge() -> None:
+    chart = _line([(1.0, 1.0), (2.0, 2.0)], x_counts=True)
+    assert _domain(chart, "x") == (0.5, 2.5)
+    assert re.findall(r'x="([\d.]+)%" y="258">([^<]+)</text>', chart) == [
+        ("25.00", "1"),
+        ("75.00", "2"),
+    ]
+
+
 def test_ticks_stand_where_their_values_are() -> None:
     chart = _line([(0.0, 0.0), (100.0, 4.0)])
     y0, y1 = _domain(chart, "y")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xushi.report.scales import TickLabel, linear, runs, shown_from, smooth, thin, tick_text
+from xushi.report.scales import TickLabel, counts, linear, runs, shown_from, smooth, thin, tick_text
 
 VALUES = st.floats(-1e9, 1e9, allow_nan=False)
 ANY = st.floats(allow_nan=True, allow_infinity=True, width=32)
@@ -19,6 +19,16 @@ def test_linear_scale_holds_its_values_and_ticks(values: list[float], rounded: b
     assert all(-1e-6 <= scale(value) <= 1 + 1e-6 for value in (*values, *scale.ticks))
     assert len(scale.ticks) <= 9
     assert list(scale.ticks) == sorted(set(scale.ticks))
+
+
+@pytest.mark.parametrize(
+    ("last", "ticks"), [(1, (1,)), (12, tuple(range(1, 13))), (13, tuple(range(1, 14, 2)))]
+)
+def test_a_scale_of_counts_has_whole_ticks(last: int, ticks: tuple[int, ...]) -> None:
+    scale = counts([float(number) for number in range(1, last + 1)], 12)
+    assert scale is not None and scale.ticks == ticks
+    assert (scale.low, scale.high) == (0.5, last + 0.5)
+    assert counts([], 12) is None
 
 
 def test_scales_without_values_and_of_one_value() -> None:

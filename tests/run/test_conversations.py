@@ -145,11 +145,23 @@ def test_spans_show_the_conversation(tokenizer) -> None:
     assert first["end_byte"] == len(first["text"].encode())
 
 
+def test_spans_are_measured_in_bytes(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [Message("user", "数"), Message("assistant", "字", "想")]
+    monkeypatch.setattr(DigitSum, "demonstration", lambda *_: own)
+    record = BatchRecord(1, 1, 0, 1, "", "")
+    [span] = demonstration_spans(ENVIRONMENT, tokenizer, config(follow_up_share=0.0), record)
+    assert span["text"] == "user: 数\nassistant: 想字"
+    assert (span["first_byte"], span["end_byte"]) == (0, 6 + 3 + 1 + 11 + 6)
+
+
 def test_an_estimate_counts_the_conversation() -> None:
     """One of two is followed by another on average: 11 tokens of its own and 8 of what is before."""
     alone = mean_conversation_tokens(ENVIRONMENT, config(follow_up_share=0.0))
     assert 9 < alone < 13
     assert mean_conversation_tokens(ENVIRONMENT, config()) == pytest.approx(alone + 8, abs=4)
+    # The first demonstrations have too few before them: at most 16 of the first 32 on average.
+    long = config(follow_up_share=0.99, sequence_length=4096)
+    assert mean_conversation_tokens(ENVIRONMENT, long) > alone + 8 * 20
     recipe = load_recipe(ROOT / "recipes" / "demo.toml", ["sft.follow_up_share=0"])
     more = load_recipe(ROOT / "recipes" / "demo.toml", ["sft.follow_up_share=0.9"])
     stages = [{s.name: s for s in each.run_stages()}["sft"] for each in (recipe, more)]

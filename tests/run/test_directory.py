@@ -162,12 +162,21 @@ def test_a_run_of_another_format_is_refused_as_it_is(notes: Path, run: Path) -> 
     assert sorted(path.name for path in (run / "stages").iterdir()) == ["data.json"]
 
 
-def test_text_that_became_too_small_leaves_the_finished_run(
-    notes: Path, place: RunPlace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = Data(recipe_of(notes))
+def test_text_that_became_too_small_leaves_the_finished_run(notes: Path, run: Path) -> None:
+    """Records, results, checkpoints and the rest: nothing is removed for what cannot be made."""
+    few = ("tokenizer.vocab_size=263", "pretrain.steps=1", "evaluate.xz_primed=false")
+    assert run_recipe(recipe_of(notes, *few), run) is not None
+    before = contents(run)
+    assert {"results.json", "stages/export.json", "data/read-files.json"} <= before.keys()
+    assert any(name.startswith("checkpoints/pretrain/") for name in before)
     for file in notes.iterdir():
         file.write_text("a")
-    with pytest.raises(BadInput):
-        stage.prepare_again(place)
-    assert place.corpus.exists()
+    for update in (False, True):
+        with pytest.raises(BadInput, match="bytes of text"):
+            run_recipe(recipe_of(notes, *few), run, update)
+        assert contents(run) == before
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    files = [path for path in run.rglob("*") if path.is_file()]
+    return {path.relative_to(run).as_posix(): path.read_bytes() for path in files}

@@ -95,7 +95,7 @@ def test_bits_are_the_pretrained_models_beside_each_compressors(
     monkeypatch.setattr(module, "training_texts", lambda corpus: ["what ", "was read"])
     monkeypatch.setattr(module, "bits_by_document", bits)
     values = {"gzip": 8.0, "xz": 4.0, "zstd": 5.0}
-    monkeypatch.setattr(module, "bits_per_byte", lambda text, name: values[name])
+    monkeypatch.setattr(module, "by_all_methods", lambda text: values)
     monkeypatch.setattr(
         module,
         "xz_primed",

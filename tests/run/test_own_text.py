@@ -1,14 +1,20 @@
 """A recipe for somebody's own text: fitted to what the text allows, and kept once a run has read it."""
 
 import random
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xushi.base.errors import XushiError
+from xushi.base.errors import BadInput, XushiError
 from xushi.base.tracking import Tracking
+from xushi.data import DataConfig, ExtraSource, corpus, shared
+from xushi.data.left_out import LeftOut
+from xushi.run import own_text
+from xushi.run.costs import measure_text
 from xushi.run.directory import claim
 from xushi.run.own_text import (
     MOST_EPOCHS,
@@ -19,8 +25,8 @@ from xushi.run.own_text import (
 )
 from xushi.run.place import RunPlace, StageRecord, write_record
 from xushi.run.recipe import Recipe, load_recipe
-from xushi.run.stages import keys_of, records_of
-from xushi.run.stages.data import Data
+from xushi.run.stages import finished_stages, keys_of, records_of
+from xushi.run.stages.data import Data, tell_left_out
 from xushi.tokenizer import TooFewMerges
 
 from .conftest import MINIATURE
@@ -78,6 +84,23 @@ def test_nothing_but_text_is_trained_on(tmp_path: Path) -> None:
     assert names == ["data", "tokenizer", "pretrain", "evaluate", "export"]
 
 
+def test_a_recipe_that_leaves_a_stage_out_trains_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "control.toml").write_text(f'without = "rl"\n{MINIATURE.read_text()}')
+    notes = text_of(tmp_path / "notes", 10_000)
+    assert OwnText([notes], tmp_path / "control.toml", [], []).recipe_with({}).without is None
+
+
+@pytest.mark.parametrize(
+    ("paths", "exclude", "said"),
+    [(["a.md", " "], [], "a PATH is empty"), (["a.md"], ["b", "x" * 5000], "too long a name")],
+)
+def test_every_path_and_pattern_is_looked_at(
+    paths: list[str], exclude: list[str], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        OwnText(paths, MINIATURE, exclude, []).table()
+
+
 @given(st.integers(1, 4_000_000), st.integers(1, 4_000_000))
 def test_more_text_never_fits_less_and_never_more_than_the_recipe_says(
     one: int, other: int
@@ -106,6 +129,15 @@ def test_a_default_is_lowered_too() -> None:
     assert fitted["pretrain.evaluate_every"] == fitted["pretrain.steps"] // 10
 
 
+def test_the_text_is_not_copied_beside_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory for temporary files may be in memory, and keeps what a kill leaves."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "there is none"))
+    recipe = recipe_for(text_of(tmp_path / "notes", 10_000))
+    assert measure_text(recipe).summary.bytes == 10_000
+
+
 def test_a_large_text_changes_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,7 +160,12 @@ def test_set_has_the_last_word_and_is_fitted_around(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("", "a PATH is empty"), ("nowhere/*.md", "no file matches"), ("nothing", "no file matches")],
+    [
+        ("", "a PATH is empty"),
+        ("a" * 5000, "too long a name"),
+        ("nowhere/*.md", "no file matches"),
+        ("nothing", "no file matches"),
+    ],
 )
 def test_a_text_that_is_none(
     text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -154,8 +191,9 @@ def test_repetitive_text_lowers_the_vocabulary_before_anything_runs(
 def test_a_vocabulary_is_tried_on_all_of_the_text_where_its_beginning_allows_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xushi.run.own_text.training_texts", lambda _: iter(texts))
-    monkeypatch.setattr("xushi.run.own_text.SAMPLE_BYTES", 1000)
+    for module in (own_text, corpus):
+        monkeypatch.setattr(module, "training_texts", lambda _: iter(texts))
+    monkeypatch.setattr("xushi.run.own_text.SAMPLE", 1000)
     texts = ["a" * 1000, words(20_000)]
     assert allowed_vocabulary(tmp_path, 300) == 300
     texts = [words(1000), "b" * 1000]
@@ -220,6 +258,7 @@ ALL = 5
         (ALL, "none", True, False),
         (1, "gone", True, False),
         (ALL, "gone", True, False),
+        (0, "renamed", True, False),  # nothing that was read is lost
         (1, "renamed", True, False),
         (ALL, "renamed", True, False),
     ],
@@ -240,6 +279,74 @@ def test_what_the_same_command_does(
     assert (recipe.hash_without_places == begun.hash_without_places) == kept
     assert recipe.data.sources[0].globs == [str(place)]
     claim(recipe, tmp_path / "run", may_update)
+
+
+def test_a_run_in_its_own_text_makes_the_corpus_once(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`xushi train .`: the run lies in `runs`, beside what else somebody keeps there."""
+    made: list[Path] = []
+    build = shared.build_corpus
+
+    def counted(config: DataConfig, extra: Mapping[str, ExtraSource], directory: Path) -> object:
+        made.append(directory)
+        return build(config, extra, directory)
+
+    monkeypatch.setattr(shared, "build_corpus", counted)
+    (notes / "runs").mkdir()
+    (notes / "runs" / "monday.md").write_text(words(3000, 9))
+    run = notes / "runs" / "text"
+    recipe, _ = own_text_recipe(asked_for(notes), run, update=False)
+    run.mkdir()
+    claim(recipe, run, update=False)
+    results = Data(recipe).run(RunPlace(run, Tracking(None))).flat()
+    assert results["data.files"] == 5 and results["data.left_out.runs"] == 1
+    assert len(made) == 1
+
+
+def test_what_is_said_of_several_sources(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        text_of(tmp_path / name, 3000)
+        (tmp_path / name / f"{name}.pdf").touch()
+    (tmp_path / "two" / "drafts.md").touch()
+    sources = ", ".join(
+        f"{{name = '{name}', kind = 'text', glob = '{tmp_path / name}', exclude = ['drafts*']}}"
+        for name in ("one", "two")
+    )
+    Data(load_recipe(MINIATURE, [f"data.sources=[{sources}]"])).run(
+        RunPlace(tmp_path / "run", Tracking(None))
+    )
+    said = capsys.readouterr().err
+    assert "one: left out: 1 PDF or office document (one.pdf)" in said
+    assert "two: left out: 1 file excluded by a pattern (drafts.md)" in said
+    assert "exclude = 'drafts*' matches nothing in source one" in said
+    assert "source two" not in said
+
+
+def test_the_source_is_named_where_there_are_several(capsys: pytest.CaptureFixture[str]) -> None:
+    pdf = [LeftOut(reason="formatted", count=1, examples=["a.pdf"])]
+    tell_left_out({"one": pdf})
+    tell_left_out({"one": pdf, "two": []})
+    line = "left out: 1 PDF or office document (a.pdf); convert to plain text first"
+    assert capsys.readouterr().err.splitlines() == [line, f"one: {line}"]
+
+
+def test_a_kill_before_changed_text_is_read_does_not_bring_the_old_back(
+    notes: Path, tmp_path: Path
+) -> None:
+    """The new recipe is written, the text is not yet read: it is not for what was read before."""
+    run = tmp_path / "run"
+    begun = begin(asked_for(notes), run, ALL)
+    (run / "stages" / "data.started").touch()
+    (notes / "0.md").write_text(words(9000))
+    recipe, update = own_text_recipe(asked_for(notes), run, update=False)
+    claim(recipe, run, update, asked_for(notes).hash)  # a start that ends here
+    place, stages = RunPlace(run, Tracking(None)), recipe.run_stages()
+    assert finished_stages(stages, place) == set() and not (run / "stages/data.started").exists()
+    again, _ = own_text_recipe(asked_for(notes), run, update=False)
+    assert again == recipe != begun
 
 
 def test_update_reads_the_text_as_it_is(notes: Path, tmp_path: Path) -> None:

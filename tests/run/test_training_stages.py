@@ -144,6 +144,9 @@ def test_an_estimate_grows_with_what_it_counts() -> None:
     # 200 steps, 2,048 held-out tokens every 30 of them and at the end
     pretrain = 200 * 1024 * 1e-3 + 7 * 2048 * 1e-4
     assert stages["pretrain"].seconds(costs) == pytest.approx(pretrain)
+    dividing = load_recipe(MINIATURE, ["pretrain.evaluate_every=50"]).run_stages()
+    pretrain = 200 * 1024 * 1e-3 + 4 * 2048 * 1e-4
+    assert {s.name: s for s in dividing}["pretrain"].seconds(costs) == pytest.approx(pretrain)
     doubled = load_recipe(MINIATURE, ["rl.samples=16", "sft.steps=320"]).run_stages()
     more = {stage.name: stage for stage in doubled}
     for name in ("rl", "sft"):

@@ -1,7 +1,9 @@
 """Who may ask, and what a browser is told. Browsers are imitated by the headers that they send."""
 
 import json
+import socket
 
+import anyio
 import httpx
 import pytest
 from starlette.testclient import TestClient
@@ -10,6 +12,7 @@ from xushi.base.errors import XushiError
 from xushi.serve.access import Access, AccessMiddleware, clean_origins, read_keys
 
 MODELS = "/v1/models"
+JSON = "application/json"
 
 
 async def answers(scope, receive, send):
@@ -26,8 +29,6 @@ def asked(access, method="GET", path=MODELS, host="localhost:8000", **headers):
     async def ask():
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as web:
             return await web.request(method, path, headers={"host": host, **named})
-
-    import anyio
 
     return anyio.run(ask)
 
@@ -65,7 +66,53 @@ def test_a_local_server_answers_to_its_own_names(host, status):
     response = asked(LOCAL, host=host)
     assert response.status_code == status
     assert code(response) == (None if status == 200 else "unknown_host")
+    assert status == 200 or "use localhost" in response.text
     assert asked(Access(local=False), host=host).status_code == 200
+
+
+def test_a_request_may_name_no_host():
+    """One of HTTP/1.0, which no browser sends."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": MODELS, "headers": []}
+    anyio.run(AccessMiddleware(answers, LOCAL), scope, None, send)
+    assert sent[0]["status"] == 200
+
+
+def test_the_name_of_this_machine_may_have_capitals(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "Workstation")
+    for host in ("Workstation:8000", "workstation", "WORKSTATION.:80"):
+        assert LOCAL.is_named(host)
+    assert not LOCAL.is_named("workstation.evil.example")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8000", 200),
+        ("192.168.1.5:8000", 200),
+        ("[fd00::5]:8000", 200),
+        (socket.gethostname(), 200),
+        ("chat.example", 200),
+        ("evil.example:8000", 403),
+        ("192.168.1.5.evil.example", 403),
+        ("[::1", 403),
+    ],
+)
+def test_in_a_network_no_page_asks_under_a_name_that_was_made_to_lead_here(host, status):
+    """Without a key. Programs ask under any name, and a key is nothing that such a page has."""
+    access = Access(local=False, origins=("http://chat.example",))
+    response = asked(access, "POST", host=host, origin=f"http://{host}", content_type=JSON)
+    assert response.status_code == status
+    if status == 403:
+        assert code(response) == "unknown_host" and "use its IP address" in response.text
+    assert asked(access, "POST", host=host, content_type=JSON).status_code == 200
+    with_keys = Access(local=False, keys=("k",))
+    headers = {"origin": f"http://{host}", "authorization": "Bearer k"}
+    assert asked(with_keys, host=host, **headers).status_code == 200
 
 
 @pytest.mark.parametrize(

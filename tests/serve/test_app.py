@@ -1,20 +1,29 @@
 """The API as the official client sees it, on a real server."""
 
+import asyncio
+import contextlib
 import json
 import math
 import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import openai
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from starlette.testclient import TestClient
 
 from xushi.engine import LLM, SamplingParams
-from xushi.serve import completions, responses
+from xushi.engine import engine as engine_module
+from xushi.engine.sampling import sample
+from xushi.serve import completions, create_app, responses
+from xushi.serve.logprobs import CompletionLogprobs
 from xushi.serve.protocol import ChatBody, CompletionBody
+
+from ..published import THINKING, write_model
 
 QUESTION = [{"role": "user", "content": "数字之和是多少？"}]
 
@@ -423,14 +432,62 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_encoded(app, http, bas
 
 
 def test_the_log_probabilities_of_a_response_are_limited(http, monkeypatch):
-    monkeypatch.setattr(completions, "MOST_SCORES", 2 * 3 * 2 * 4)
+    """Those of the prompts and, but in a stream, those of what may be generated."""
+    monkeypatch.setattr(completions, "MOST_SCORES", 2 * (3 + 2) * 2 * 4)
     body = {**TEXT, "prompt": [[5, 6, 7], [8, 9, 10]], "n": 2, "echo": True, "logprobs": 3}
     assert http.post("/v1/completions", content=json.dumps(body)).status_code == 200
-    for more in ({"prompt": [[5, 6, 7], [8, 9, 10, 11]]}, {"n": 3}, {"logprobs": 4}):
+    for more in (
+        {"prompt": [[5, 6, 7], [8, 9, 10, 11]]},
+        {"n": 3},
+        {"logprobs": 4},
+        {"max_tokens": 3},
+        {"echo": False, "max_tokens": 6},
+    ):
         answer = http.post("/v1/completions", content=json.dumps({**body, **more}))
         assert answer.json()["error"]["param"] == "logprobs"
-    plain = {**body, "n": 60, "prompt": "a", "echo": False}
-    assert http.post("/v1/completions", content=json.dumps(plain)).status_code == 200
+    for more in (
+        {"n": 60, "prompt": "a", "logprobs": None},
+        {"n": 60, "prompt": "a", "echo": False, "stream": True},
+        {"echo": False, "max_tokens": 5},
+        {"prompt": [7] * 126, "echo": False, "n": 10, "max_tokens": 100},  # 2 fit into the context
+    ):
+        answer = http.post("/v1/completions", content=json.dumps({**body, **more}))
+        assert answer.status_code == 200, answer.text
+    scored = {**CHAT, "logprobs": True, "top_logprobs": 7}
+    for limit, status in ((10, 200), (11, 400), (None, 200)):
+        answer = http.post(
+            "/v1/chat/completions", content=json.dumps({**scored, "max_tokens": limit})
+        )
+        assert answer.status_code == status
+    assert answer.json()["usage"]["completion_tokens"] <= 10, "as many as the limit lets"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_large_responses_are_made_off_the_event_loop(http, monkeypatch, stream):
+    """Other streams would stand still meanwhile."""
+    in_loop = []
+
+    def watched(name, make):
+        def made(*arguments):
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop()
+                in_loop.append(name)
+            seen.append(name)
+            return make(*arguments)
+
+        return made
+
+    seen = []
+    for place, name in (
+        (CompletionLogprobs, "_top"),
+        (responses, "scored_prompt"),
+        (completions, "json_response"),
+    ):
+        monkeypatch.setattr(place, name, watched(name, getattr(place, name)))
+    body = {**TEXT, "echo": True, "logprobs": 2, "max_tokens": 0, "stream": stream}
+    assert http.post("/v1/completions", content=json.dumps(body)).status_code == 200
+    assert {"_top", "scored_prompt"} <= set(seen) and bool(stream) != ("json_response" in seen)
+    assert in_loop == []
 
 
 def test_few_prompts_are_encoded_at_once(app, http, monkeypatch):
@@ -526,15 +583,52 @@ likely = st.sampled_from(
     st.dictionaries(keys, likely | json_values, max_size=5),
     st.booleans(),
 )
+@example("chat/", {"stream": True}, True)
+@example("", {"stream": True}, True)
 def test_no_body_is_a_server_error(http, path, changes, valid):
     start = (CHAT if path else TEXT) if valid else {}
     answer = http.post(f"/v1/{path}completions", content=json.dumps({**start, **changes}))
     assert answer.status_code in (200, 400, 404), answer.text
     if answer.status_code != 200:
         assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
-    elif changes.get("stream"):
+    elif changes.get("stream") is True:  # what holds only null is as if it were missing
         assert answer.text.endswith("data: [DONE]\n\n")
     else:
         assert all(
             not isinstance(v, float) or math.isfinite(v) for v in answer.json()["usage"].values()
         )
+
+
+@pytest.mark.parametrize(
+    ("written", "thought", "said", "reasoning_tokens"),
+    [
+        (["<think>", "a", "</think>", "b"], "a", "b", 3),
+        (["<think>", "</think>", "b"], None, "b", 2),
+        (["<think>", "a"], "a", "", 3),  # the end token is within it
+        (["a", "2"], None, "a2", 0),
+    ],
+)
+def test_a_model_that_opens_its_reasoning_itself(
+    tmp_path, monkeypatch, written, thought, said, reasoning_tokens
+):
+    """As after the first templates of R1. Neither tag has a log-probability of the answer."""
+    template = THINKING.replace("<think>\\n", "")
+    assert template != THINKING
+    application = create_app({"model": write_model(tmp_path, chat_template=template)})
+    [tokenizer] = [each.llm.tokenizer for each in application.state.workers.values()]
+    drawn = iter(tokenizer.encode("".join(written)) + list(tokenizer.eos_ids))
+    monkeypatch.setattr(
+        engine_module,
+        "sample",
+        lambda *arguments: replace(sample(*arguments), tokens=[next(drawn)]),
+    )
+    asked = {"model": "model", "messages": [{"role": "user", "content": "a"}], "logprobs": True}
+    with TestClient(application, "http://localhost") as client:
+        answer = client.post("/v1/chat/completions", json=asked).json()
+    [choice] = answer["choices"]
+    assert choice["message"].get("reasoning_content") == thought
+    assert choice["message"]["content"] == said
+    assert "".join(each["token"] for each in choice["logprobs"]["content"]) == said
+    usage = answer["usage"]
+    assert usage["completion_tokens"] == len(written) + 1
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == reasoning_tokens

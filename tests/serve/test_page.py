@@ -7,7 +7,9 @@ import subprocess
 
 import pytest
 
+from xushi.base.defaults import TEMPERATURE, TOP_P
 from xushi.engine import LLM, SamplingParams
+from xushi.serve.protocol import MOST_MESSAGES
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,12 @@ def test_both_languages_have_the_same_words(page):
     names = [set(re.findall(r"[{,]\s*(\w+): \"", part)) for part in (english, chinese)]
     assert names[0] == names[1]
     assert len(names[0]) > 15
+
+
+def test_the_page_samples_as_the_terminal_does(page):
+    [temperature] = re.findall(r"temperature: ([\d.]+)", page.text)
+    [top_p] = re.findall(r"top_p: ([\d.]+)", page.text)
+    assert (float(temperature), float(top_p)) == (TEMPERATURE, TOP_P)
 
 
 def test_the_script_is_valid(page, tmp_path):
@@ -277,15 +285,21 @@ def test_the_language_and_the_model_can_change_during_an_answer(visit, check, st
 
 @IN_BROWSER
 def test_a_reload_during_an_answer_stops_it(visit, check, steps):
+    """What has come of the answer stays."""
     tab = visit()
+    fix_seed(tab)
     tab.click("#models button:nth-child(2)")
     tab.fill("#input", "import os")
     tab.keyboard.press("Control+Enter")
     check(tab.locator("#send")).to_have_text("Stop")
+    steps.let(40)
+    check(tab.locator(".turn .here")).not_to_be_empty()
+    before = tab.locator(".turn .here").text_content()
     tab.reload()
     tab.click("#models button:nth-child(2)")
     check(tab.locator(".note")).to_have_text("Stopped.")
-    check(tab.locator(".turn .prompt")).to_have_text("import os")
+    assert tab.locator(".turn .prompt").text_content() == "import os"
+    assert tab.locator(".turn .here").text_content().startswith(before)
 
 
 @IN_BROWSER
@@ -331,15 +345,45 @@ def test_an_answer_that_broke_off_stays_and_is_no_part_of_the_conversation(visit
 def test_a_conversation_that_is_too_long_loses_its_beginning(visit, check):
     tab = visit()
     full = refusal("context_length_exceeded")
-    bodies = replies(tab, NINE, NINE, full, NINE, full)
-    for question in ("1", "2", "3"):
+    large = refusal("body_too_large")
+    bodies = replies(tab, NINE, NINE, full, NINE, NINE, full, large, NINE, NINE, full)
+    for question in ("1", "2", "3", "4"):
         ask(tab, check, question)
+    assert contents(bodies[2]) == ["1", "<b>9</b>", "2", "<b>9</b>", "3"]
     assert contents(bodies[3]) == ["2", "<b>9</b>", "3"]
-    check(tab.locator(".note").nth(2)).to_contain_text("no longer sees the beginning")
+    assert contents(bodies[4]) == ["2", "<b>9</b>", "3", "<b>9</b>", "4"]  # what was left stays out
+    for number, is_short in enumerate((False, False, True, True)):
+        note = tab.locator(".note").nth(number).text_content()
+        assert ("no longer sees the beginning" in note) == is_short
+    ask(tab, check, "5")
+    assert contents(bodies[7]) == ["4", "<b>9</b>", "5"]
+    tab.reload()
+    check(tab.locator(".turn")).to_have_count(5)
+    ask(tab, check, "6")
+    assert contents(bodies[8]) == ["4", "<b>9</b>", "5", "<b>9</b>", "6"]
     tab.click("#clear")
     ask(tab, check, "long")  # nothing is left to leave out
     check(tab.locator("#fault")).to_have_text("The server's words.")
-    assert len(bodies) == 5
+    assert len(bodies) == 10
+
+
+@IN_BROWSER
+def test_a_conversation_of_more_messages_than_the_server_takes_goes_on(visit, check):
+    tab = visit()
+    bodies = replies(tab, NINE, NINE)
+    ask(tab, check, "1")
+    tab.evaluate("""() => {
+        const name = Object.keys(localStorage).find((each) => each.startsWith("xushi.talk "));
+        const [turn] = JSON.parse(localStorage.getItem(name));
+        const turns = Array.from({ length: 600 }, (_, i) => ({ ...turn, ask: String(i) }));
+        localStorage.setItem(name, JSON.stringify(turns));
+    }""")
+    tab.reload()
+    check(tab.locator(".turn")).to_have_count(600)
+    ask(tab, check, "12")
+    assert contents(bodies[1])[::2] == [*map(str, range(100, 600)), "12"]
+    assert len(bodies[1]["messages"]) <= MOST_MESSAGES
+    check(tab.locator(".note").last).to_contain_text("no longer sees the beginning")
 
 
 @IN_BROWSER
@@ -451,3 +495,7 @@ def test_a_server_with_a_key(visit, check):
     with tab.expect_request(CHAT) as request:
         ask(tab, check, "1")
     assert request.value.headers["authorization"] == "Bearer secret" and bodies
+    tab.click("#models button:nth-child(2)")
+    tab.evaluate("start()")  # as another key does
+    pressed = [each.get_attribute("aria-pressed") for each in tab.locator("#models button").all()]
+    assert pressed == ["false", "true"], "the model that was chosen stays"

@@ -113,6 +113,12 @@ def test_false_is_not_zero_nor_one_true():
     assert parsed(ChatBody, {**CHAT, "frequency_penalty": 0.0})
 
 
+def test_top_k_of_all_tokens_has_two_spellings():
+    for everything in (-1, 0):
+        assert parsed(CompletionBody, {**TEXT, "top_k": everything})
+    assert refused(CompletionBody, {**TEXT, "top_k": 1})["param"] == "top_k"
+
+
 def test_best_of_may_be_what_is_given_anyway():
     for best_of, n in ((1, 1), (1, 3), (3, 3)):
         assert parsed(CompletionBody, {**TEXT, "best_of": best_of, "n": n}).n == n

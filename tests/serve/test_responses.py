@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,3 +76,14 @@ def test_tokens_that_are_no_utf8_have_names_of_their_own(tokenizer):
     ]
     assert found["text_offset"] == [0, 0, 1, 1, 1]
     assert found["top_logprobs"][1] == {r"bytes:\xc3": -0.5, r"bytes:\xa9": -1.0}
+
+
+def test_each_byte_of_a_name_has_two_digits():
+    half = SimpleNamespace(spelling=lambda token, skip_special=False: b"\n\xc3")
+    assert CompletionLogprobs(half, False).of([Scored(0, -1.0)])["tokens"] == [r"bytes:\x0a\xc3"]
+
+
+def test_a_special_token_takes_no_place_in_the_text(tokenizer):
+    letter = tokenizer.encode("a")[0]
+    tokens = [Scored(token, -1.0) for token in (letter, tokenizer.eos_id, letter)]
+    assert CompletionLogprobs(tokenizer, False).of(tokens)["text_offset"] == [0, 1, 1]

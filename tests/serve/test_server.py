@@ -1,3 +1,4 @@
+import asyncio
 import os
 import signal
 import socket
@@ -36,6 +37,25 @@ def test_a_port_in_use_is_reported_before_anything_is_loaded(run_directory, monk
 def test_places_that_cannot_be_listened_on(host, port, message):
     with pytest.raises(XushiError, match=message):
         server_module.bind(host, port)
+
+
+def test_many_may_wait_and_few_are_accepted_at_once(monkeypatch):
+    """uvicorn listens with the number that asyncio accepts at once; what waits is bounded after."""
+    waiting = []
+    listener = SimpleNamespace(listen=waiting.append)
+
+    async def begin(server, sockets):
+        sockets[0].listen(server.config.backlog)
+
+    monkeypatch.setattr(server_module.uvicorn.Server, "startup", begin)
+    app = SimpleNamespace(state=SimpleNamespace(workers={}))
+    asyncio.run(server_module.Server(app).startup([listener]))
+    assert waiting == [16, 1024]
+
+
+def test_a_server_that_never_started_is_an_error():
+    with pytest.raises(XushiError, match="the server could not start"):
+        server_module.run(SimpleNamespace(run=lambda sockets: None, started=False), None)
 
 
 def test_a_run_without_exports(tmp_path):

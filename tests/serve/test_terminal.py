@@ -1,14 +1,17 @@
 import io
+import json
+import shutil
 import signal
 
 import pytest
 
+from xushi.base.defaults import TOP_P
 from xushi.base.errors import BadInput, XushiError
 from xushi.base.messages import Message
 from xushi.engine import LLM, Delta, SamplingParams
 from xushi.serve import ModelCard, chat
 from xushi.serve import terminal as terminal_module
-from xushi.serve.terminal import NO_ANSWER, TOP_P, Terminal
+from xushi.serve.terminal import NO_ANSWER, Terminal
 
 from ..miniature import xushi_here
 
@@ -138,6 +141,20 @@ def test_the_exit_code_of_a_pipe_tells_of_an_empty_answer(terminal, run_director
     terminal(THOUGHT)
     type_in(monkeypatch, "12\n/quit\n34\n")
     assert chat(run_directory) == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [({"top_p": 0}, "top_p is 0"), ({"temperature": "0.6"}, "temperature is '0.6'")],
+)
+def test_a_wrong_value_of_the_directory_names_its_file(run_directory, tmp_path, value, problem):
+    shutil.copytree(run_directory / "export" / "base", tmp_path / "m")
+    file = tmp_path / "m" / "generation_config.json"
+    file.write_text(json.dumps({"do_sample": True, **value}))
+    with pytest.raises(BadInput) as refused:
+        chat(tmp_path / "m", "12")
+    assert refused.value.problem == f"{file}: sampling parameter {problem}"
+    assert refused.value.remedy.startswith("correct it there: give ")
 
 
 def test_a_prompt_that_is_too_long(run_directory, monkeypatch, capsys):
@@ -299,6 +316,17 @@ def test_a_template_leaves_the_model_that_continues_texts(run_directory, tmp_pat
     assert (made._chatting, made._completing) == ("reasoning", "base")
     alone = Terminal(run_directory / "export" / "reasoning")
     alone.turn("/base x")
+    assert "there is no model here that only completes text" in capsys.readouterr().err
+
+
+def test_a_model_that_a_template_lets_chat_does_not_continue_texts_too(
+    run_directory, tmp_path, capsys
+):
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages[0].content }}")
+    base = run_directory / "export" / "base"
+    made = Terminal(base, template=template, load=lambda _: pytest.fail("loaded"))
+    assert made.chats and made.turn("/base 12")
     assert "there is no model here that only completes text" in capsys.readouterr().err
 
 

@@ -270,11 +270,15 @@ def test_an_engine_that_cannot_be_restarted_fails_its_jobs_and_lives(run_directo
             told.set()
             assert await asyncio.to_thread(settles, lambda: worker.trouble is not None)
             assert worker.trouble == "it could not be restarted after a fault"
+            worker.cancel(first)  # as every request ends
             await asyncio.sleep(0.05)
             assert len(tries) == 1, "it is tried again with the next request only"
             worker._engine.step = step
             worker.submit(second)
             assert isinstance(await next_event(second), Failure)
+            worker.cancel(second)
+            await asyncio.sleep(0.05)
+            assert len(tries) == 2, "once for each request"
             worker._engine.restart = restart
             worker.submit(third)
             assert await finished(third)
@@ -308,12 +312,20 @@ def test_jobs_fail_when_the_thread_is_gone(run_directory, monkeypatch):
         asyncio.run(fail())
 
 
-def test_a_step_that_never_ends_is_seen(run_directory, monkeypatch, settles):
+@contextmanager
+def held(run_directory):
+    """A worker whose steps wait: (worker, an event that says that one waits, an event that lets
+    them go on).
+    """
     with working(run_directory) as worker:
-        entered = threading.Event()
-        release = threading.Event()
+        entered, release = threading.Event(), threading.Event()
         step = worker._engine.step
         worker._engine.step = lambda: (entered.set(), release.wait(20), step())[2]
+        yield worker, entered, release
+
+
+def test_a_step_that_never_ends_is_seen(run_directory, monkeypatch, settles):
+    with held(run_directory) as (worker, entered, release):
 
         async def stall():
             monkeypatch.setattr(worker_module, "STALL_SECONDS", 0.0)
@@ -332,11 +344,7 @@ def test_a_step_that_never_ends_is_seen(run_directory, monkeypatch, settles):
 
 
 def test_closing_ends_jobs_before_the_step_ends(run_directory):
-    with working(run_directory) as worker:
-        entered = threading.Event()
-        release = threading.Event()
-        step = worker._engine.step
-        worker._engine.step = lambda: (entered.set(), release.wait(20), step())[2]
+    with held(run_directory) as (worker, entered, release):
 
         async def close():
             job = new_job(2)
@@ -354,11 +362,7 @@ def test_closing_ends_jobs_before_the_step_ends(run_directory):
 
 
 def test_a_job_that_comes_while_closing_fails(run_directory):
-    with working(run_directory) as worker:
-        entered = threading.Event()
-        release = threading.Event()
-        step = worker._engine.step
-        worker._engine.step = lambda: (entered.set(), release.wait(20), step())[2]
+    with held(run_directory) as (worker, entered, release):
 
         async def close():
             running, during, after = new_job(), new_job(), new_job()

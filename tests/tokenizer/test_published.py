@@ -9,10 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xushi.base.errors import BadInput
+from xushi.base.messages import Message
 from xushi.tokenizer import Conversations, StreamDecoder
 from xushi.tokenizer.published import PublishedTokenizer, read_tokenizer_file
 
-from ..published import BOS, EOS, PAD, PLAIN_ADDED, TOOLS, edit, token_id, write_tokenizer
+from ..published import (
+    BOS,
+    EOS,
+    PAD,
+    PLAIN_ADDED,
+    TOOLS,
+    edit,
+    their_tokenizer,
+    token_id,
+    write_tokenizer,
+)
 
 ADDED = (BOS, EOS, PAD, *PLAIN_ADDED, *TOOLS)
 TEXTS = st.lists(
@@ -24,11 +35,6 @@ TEXTS = st.lists(
 
 def opened(directory: Path) -> PublishedTokenizer:
     return PublishedTokenizer(directory, read_tokenizer_file(directory))
-
-
-def theirs(directory: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def ours(directory: Path) -> PublishedTokenizer:
 
 @pytest.fixture(scope="module")
 def oracle(directory: Path) -> Any:
-    return theirs(directory)
+    return their_tokenizer(directory)
 
 
 @settings(max_examples=100)
@@ -80,11 +86,14 @@ def test_roles(ours: PublishedTokenizer) -> None:
     assert ours.longest_token == max(len(name.encode()) for name in ADDED)
 
 
-def test_several_end_tokens_of_all_files(tmp_path: Path) -> None:
+def test_several_end_tokens_of_the_files(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
-    edit(tmp_path / "generation_config.json", eos_token_id=[token_id(EOS), token_id("<|EOT|>")])
     edit(tmp_path / "config.json", eos_token_id=5)
-    assert opened(tmp_path).eos_ids == {token_id(EOS), token_id("<|EOT|>"), 5}
+    assert opened(tmp_path).eos_ids == {token_id(EOS), 5}
+    edit(tmp_path / "generation_config.json", eos_token_id=[token_id(EOS), token_id("<|EOT|>")])
+    assert opened(tmp_path).eos_ids == {token_id(EOS), token_id("<|EOT|>")}
+    found = opened(tmp_path)
+    assert found.decode([*found.encode("a"), token_id("<|EOT|>")], skip_special=True) == "a"
     edit(tmp_path / "tokenizer_config.json", eos_token=PAD)
     assert token_id(PAD) in opened(tmp_path).eos_ids
 
@@ -118,9 +127,9 @@ def test_a_post_processor_puts_bos_as_in_transformers(tmp_path: Path) -> None:
     )
     backend.save(str(tmp_path / "tokenizer.json"))
     found = opened(tmp_path)
-    assert found.prompt_ids("a") == theirs(tmp_path)("a")["input_ids"]
+    assert found.prompt_ids("a") == their_tokenizer(tmp_path)("a")["input_ids"]
     assert found.prompt_ids("a")[0] == found.bos_id
-    assert found.encode("a") == theirs(tmp_path).encode("a", add_special_tokens=False)
+    assert found.encode("a") == their_tokenizer(tmp_path).encode("a", add_special_tokens=False)
 
 
 def test_lengths_in_the_file_cut_nothing(tmp_path: Path) -> None:
@@ -150,14 +159,68 @@ def test_tokens_that_only_the_config_has_are_added(tmp_path: Path) -> None:
         tmp_path,
         unk_token="<unk>",
         additional_special_tokens=["<more>", "<think>"],
-        added_tokens_decoder={str(token_id("<think>")): table},
+        # By their ids, which are not their order as texts.
+        added_tokens_decoder={
+            "1000": table | {"content": "<second>"},
+            "999": table | {"content": "<first>"},
+            str(token_id("<think>")): table,
+        },
     )
-    found, oracle = opened(tmp_path), theirs(tmp_path)
-    for text in ("a<unk>b<more>c", "<think>x</think>"):
+    found, oracle = opened(tmp_path), their_tokenizer(tmp_path)
+    for text in ("a<unk>b<more>c", "<think>x</think>", "<first><second>"):
         ids = found.encode(text)
         assert ids == oracle.encode(text, add_special_tokens=False)
         assert found.decode(ids, skip_special=True) == oracle.decode(ids, skip_special_tokens=True)
     assert found.decode(found.encode("<think>x<more>"), skip_special=True) == "x"
+
+
+def test_extra_special_tokens_by_their_names(tmp_path: Path) -> None:
+    template = "{{ image_token }}{{ messages[0].content }}"
+    extra = {"image_token": "<image>", "first": "<think>"}
+    write_tokenizer(tmp_path, extra_special_tokens=extra, chat_template=template)
+    found, oracle = Conversations(tmp_path), their_tokenizer(tmp_path)
+    messages = [Message("user", "a<image>")]
+    ids = found.ids(messages)
+    assert ids[0] == oracle.convert_tokens_to_ids("<image>") and ids.count(ids[0]) == 1
+    assert isinstance(found.tokenizer, PublishedTokenizer)
+    assert found.tokenizer.named == oracle.special_tokens_map
+    text = "<image>image_token<think>"
+    assert found.tokenizer.encode(text) == oracle.encode(text, add_special_tokens=False)
+    assert found.tokenizer.vocab_size == len(oracle)
+
+
+def test_ids_of_added_tokens_follow_the_order_of_their_numbers(tmp_path: Path) -> None:
+    write_tokenizer(
+        tmp_path, added_tokens_decoder={"1000": {"content": "<b>"}, "999": {"content": "<a>"}}
+    )
+    found, oracle = opened(tmp_path), their_tokenizer(tmp_path)
+    assert found.encode("<a><b>") == oracle.encode("<a><b>", add_special_tokens=False)
+    assert found.encode("<a>") == [found.vocab_size - 2]
+
+
+def test_what_a_message_must_not_form(tmp_path: Path) -> None:
+    """Special tokens, named ones, and those that the template writes, but for white space."""
+    blank = {"content": "\n\n", "special": False}
+    write_tokenizer(
+        tmp_path,
+        unk_token="<unk>",
+        added_tokens_decoder={"1000": {"content": "<unk>", "special": False}, "1001": blank},
+    )
+    found = opened(tmp_path)
+    assert found.control_tokens("") == [BOS, EOS, PAD, "<unk>"]
+    assert found.control_tokens("a\n\n<think>\n\n") == [BOS, EOS, PAD, "<think>", "<unk>"]
+
+
+def test_marks_of_tools_are_shown_where_they_are_special_too(tmp_path: Path) -> None:
+    """A reply's text has them; calls are read from their ids."""
+    write_tokenizer(tmp_path)
+    added = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+    special = [each | {"special": each["special"] or each["content"] in TOOLS} for each in added]
+    edit(tmp_path / "tokenizer.json", added_tokens=special)
+    found = opened(tmp_path)
+    assert found.tool_ids is not None
+    ids = [token_id(BOS), *found.tool_ids]
+    assert found.decode(ids, skip_special=True) == "".join(TOOLS)
 
 
 def test_text_is_encoded_without_added_tokens(ours: PublishedTokenizer) -> None:
@@ -229,7 +292,11 @@ def test_damaged_files_are_refused(damage: dict[str, Any], tmp_path: Path) -> No
         {"added_tokens_decoder": [1]},
         {"added_tokens_decoder": {"1": {"odd": 2}}},
         {"added_tokens_decoder": {"1": {"content": 2}}},
+        {"added_tokens_decoder": {"1": {"content": "a", "lstrip": 1}}},
         {"additional_special_tokens": [{"text": 1}]},
+        {"additional_special_tokens": [1]},
+        {"additional_special_tokens": "a"},
+        {"extra_special_tokens": {"a": 1}},
         {"eos_token": 3},
     ],
 )
@@ -243,3 +310,20 @@ def test_lone_surrogates_are_refused(ours: PublishedTokenizer) -> None:
     for encode in (ours.encode, ours.encode_text, ours.prompt_ids):
         with pytest.raises(BadInput, match="lone surrogate"):
             encode("a\ud800")
+
+
+def test_a_tokenizer_that_is_a_link_out_of_its_directory_is_refused(
+    directory: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").symlink_to(directory / "tokenizer.json")
+    with pytest.raises(BadInput, match="a link that leads out of its directory"):
+        read_tokenizer_file(tmp_path)
+
+
+def test_what_a_damaged_tokenizer_says_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    table = {"model": {"type": "BPE", "vocab": {}, "merges": ["\x1b]0;pwn\x07"]}}
+    put = table | {"decoder": {"type": "ByteLevel"}, "pre_tokenizer": {"type": "\x1b[31m"}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(put))
+    with pytest.raises(BadInput, match="is damaged") as caught:
+        opened(tmp_path)
+    assert caught.value.problem.isprintable()

@@ -1,6 +1,7 @@
 """Templates of strangers: transformers' rendering is the oracle; hostile ones are stopped."""
 
 import json
+import subprocess
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def refused(source: str, **settings: Any) -> str:
         ChatTemplate(source, "odd.jinja", **settings).render(VARIABLES)
     assert caught.value.problem.startswith("chat template odd.jinja")
     assert "--template" in caught.value.remedy
-    assert "\n" not in caught.value.problem + caught.value.remedy
+    assert (caught.value.problem + caught.value.remedy).isprintable()
     assert len(caught.value.problem) < 500
     return caught.value.problem
 
@@ -73,6 +74,7 @@ def refused(source: str, **settings: Any) -> str:
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ raise_exception('x' * 100000) }}", "xxx"),
+        ("{{ raise_exception('\x1b]0;pwn\x07') }}", "?]0;pwn?"),
     ],
 )
 def test_what_a_template_does_wrong_is_said(source: str, said: str) -> None:
@@ -86,7 +88,7 @@ WRITE = "{% for a in range(9999) %}{% for b in range(9999) %}0123456789{% endfor
 def test_endless_templates_are_stopped_and_the_next_rendering_works() -> None:
     template = ChatTemplate("{% if messages %}" + LOOP + "{% endif %}{{ tools }}", "x", 0.2)
     for _ in range(2):
-        with pytest.raises(BadInput, match=r"was stopped: it took more than 0\.2 seconds"):
+        with pytest.raises(BadInput, match=r"was stopped: it took more than 0\.2 seconds\n"):
             template.render(VARIABLES)
         assert template.render({"tools": "fine"}) == "fine"
     assert "was stopped" in refused(LOOP, seconds=0.2)
@@ -103,8 +105,8 @@ def test_endless_templates_are_stopped_and_the_next_rendering_works() -> None:
         ("{{ 'x' | center(9000000000) }}", "too much memory"),
         # Single operations that nothing within Python can interrupt.
         ("{{ 9 ** (9 ** 9) }}", "was stopped"),
-        ("{% set x = 10 ** 4000000 %}{% for i in range(9999) %}{% set y = x * x %}{% endfor %}", "was stopped"),
-        ("{{ messages | map('string') | join(',' * 900000000) }}", "memory"),
+        ("{% for i in range(9999) %}{% set x = (9 + loop.length) ** 999999 %}{% endfor %}", "was stopped"),
+        ("{{ messages | map('string') | join(',' * 1100000000) }}", "memory"),
         ("{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "memory"),
         ("{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}", ""),
         ("{% macro f(n) %}{% for i in range(9) %}{{ f(n + 1) if n < 99 }}{% endfor %}{% endmacro %}{{ f(0) }}", "was stopped"),
@@ -114,7 +116,7 @@ def test_endless_templates_are_stopped_and_the_next_rendering_works() -> None:
     ],
 )  # fmt: skip
 def test_hostile_templates_are_stopped(source: str, said: str) -> None:
-    assert said in refused(source, seconds=1.0)
+    assert said in refused(source, seconds=2.0)
 
 
 def test_templates_run_apart_and_their_process_ends_with_them() -> None:
@@ -160,3 +162,41 @@ def test_a_rendering_that_is_interrupted_leaves_no_answer_behind(
         template.render({"messages": [{"content": "second"}]})
     monkeypatch.setattr(module, "_exchange", exchange)
     assert template.render({"messages": [{"content": "third"}]}) == "third"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was killed, as a system does that lacks memory"),
+        ("import os; os.kill(os.getpid(), 11)", "ended with signal 11"),
+        ("raise ImportError", "ended with code 1"),
+        ("import os; os.close(1); raise SystemExit(3)", "ended with code 3"),
+    ],
+)
+def test_the_end_of_a_process_is_reported_for_what_it_was(
+    code: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them was called too much time or memory."""
+    started = subprocess.Popen
+
+    def other(command: list[str], **options: Any) -> Any:
+        return started([command[0], "-c", code], **options)
+
+    monkeypatch.setattr(module.subprocess, "Popen", other)
+    with pytest.raises(BadInput, match=said):
+        ChatTemplate("{{ x }}", "x")
+
+
+def test_a_process_that_did_not_take_its_template_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    template = ChatTemplate("{{ x }}", "x")
+    assert template._process is not None
+    template._process.kill()
+    template._process.wait()
+    template.source = "{% for %}"
+    for _ in range(2):
+        with pytest.raises(BadInput, match="TemplateSyntaxError"):
+            template.render({"x": 1})
+    template.source = "{{ x }}"
+    assert template.render({"x": 1}) == "1"

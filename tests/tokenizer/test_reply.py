@@ -99,20 +99,23 @@ def test_malformed_calls_are_content(with_tools: Tokenizer, text: str) -> None:
     assert parsed(with_tools, text) == (shown, ())
 
 
+WHOLE = f"[calls_begin]{ONE}[calls_end]"
 MARKS = ["user", "calls_begin", "calls_end", "call_begin", "call_end", "separator", "output_begin"]
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     parts=st.lists(
-        st.sampled_from([f"[{mark}]" for mark in MARKS] + ["f", "{}", '{"a": 1}', "9"]), max_size=12
+        st.sampled_from([f"[{mark}]" for mark in MARKS] + ["f", "{}", '{"a": 1}', "9", WHOLE]),
+        max_size=12,
     )
 )
 def test_whatever_is_sampled_is_a_message(with_tools: Tokenizer, parts: list[str]) -> None:
-    content, calls = parsed(with_tools, "".join(parts))
+    text = "".join(parts)
+    content, calls = parsed(with_tools, text)
     assert all(call.name and isinstance(json.loads(call.arguments), dict) for call in calls)
     if not calls:
-        assert ("<｜tool▁" in content) == any(f"[{mark}]" in parts for mark in MARKS[1:])
+        assert ("<｜tool▁" in content) == any(f"[{mark}]" in text for mark in MARKS[1:])
 
 
 def test_a_vocabulary_without_tool_tokens_knows_no_calls(tokenizer: Tokenizer) -> None:

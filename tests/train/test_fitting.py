@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xushi.base.errors import XushiError
-from xushi.train import LayoutConfig, check_layout
+from xushi.train import LayoutConfig, check_layout, fitting
 from xushi.train.fitting import stage_layers
 
 from .layouts import MODELS, THIRD
@@ -97,6 +97,22 @@ def test_a_layout_that_cannot_be_is_refused_with_one_that_can(
         check_layout(LayoutConfig(**layout), THIRD, processes)
     assert problem in error.value.problem and error.value.exit_code == 2
     assert error.value.remedy.startswith(remedy)
+
+
+def test_a_remedy_is_searched_among_few_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not among as many as there are processes, which an environment may claim without end."""
+    tried: list[int] = []
+    divisors = fitting._divisors
+
+    def counted(number: int, most: int) -> list[int]:
+        tried.append(min(number, most))
+        assert tried[-1] <= max(THIRD.num_hidden_layers, THIRD.n_routed_experts)
+        return divisors(number, most)
+
+    monkeypatch.setattr(fitting, "_divisors", counted)
+    with pytest.raises(XushiError, match="has more stages than the model"):
+        check_layout(LayoutConfig(pipeline=3), THIRD, 2 * 10**12)
+    assert len(tried) == 3  # of all processes, and of those that share a batch in 1 or 2 stages
 
 
 def test_a_model_without_experts_has_no_experts_at_fault() -> None:

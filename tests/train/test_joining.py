@@ -15,7 +15,12 @@ WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
 
 @pytest.mark.parametrize(
     ("environment", "found"),
-    [({}, (0, 1)), ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)), (WHOLE, (1, 2))],
+    [
+        ({}, (0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        (WHOLE | {"MASTER_PORT": "65535"}, (1, 2)),
+        (WHOLE | {"WORLD_SIZE": "1000000"}, (1, 1_000_000)),
+    ],
 )
 def test_processes_from_the_environment(
     environment: dict[str, str], found: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -35,10 +40,12 @@ def test_processes_from_the_environment(
         ({"RANK": "abc"}, "RANK='abc' is not a whole number"),
         ({"WORLD_SIZE": ""}, "WORLD_SIZE='' is not a whole number"),
         ({"RANK": "2"}, "RANK=2 is not one of WORLD_SIZE=2"),
-        ({"RANK": "-1"}, "RANK='-1' is not a whole number from 0 on"),
+        ({"RANK": "-1"}, "RANK='-1' is not a whole number from 0 to 1000000"),
         ({"RANK": "9" * 5000}, r"RANK='9*\.\.\. \(5,002 characters\) is not a whole number"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is not a whole number from 1 on"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number from 1 on"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is not a whole number from 1 to 1000000"),
+        ({"WORLD_SIZE": "1000001"}, "WORLD_SIZE='1000001' is not a whole number from 1 to"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number from 1 to 65535"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT='65536' is not a whole number from 1 to 65535"),
     ],
 )
 def test_an_environment_that_cannot_be(
@@ -56,7 +63,9 @@ def test_an_environment_that_cannot_be(
 @pytest.mark.parametrize("value", ["0", "-1", "many"])
 def test_a_machine_has_one_process_at_least(value: str, monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
-    with pytest.raises(BadInput, match=f"LOCAL_WORLD_SIZE='{value}' is not a whole number from 1"):
+    with pytest.raises(
+        BadInput, match=f"LOCAL_WORLD_SIZE='{value}' is not a whole number from 1 to"
+    ):
         processes_on_this_machine()
 
 

@@ -4,6 +4,7 @@ or refused with a sentence that names the file.
 
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -25,11 +26,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from xushi.base.errors import BadInput
+from xushi.cli.models import inspect
 from xushi.model import (
     Deepseek,
     from_published,
     load_pretrained,
     preset,
+    read_config,
     save_pretrained,
     to_published,
 )
@@ -342,6 +345,10 @@ def test_a_key_that_nothing_reads_is_named(checkpoint, capsys) -> None:
     load_pretrained(directory)
     said = capsys.readouterr().err
     assert "nothing reads 'attention_sinks', 'index_topk', 'rope_scaling.ntk'" in said
+    read_config(directory)  # says nothing: the loader and inspect do
+    assert capsys.readouterr().err == ""
+    inspect(str(directory))
+    assert capsys.readouterr().err.count("nothing reads 'attention_sinks'") == 1
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -377,10 +384,10 @@ def test_mtp_that_the_config_does_not_name_is_left_out(name: str, with_mtp, caps
     assert capsys.readouterr().err == ""
     edit(directory, num_nextn_predict_layers=1)
     assert len(load_pretrained(directory).mtp_layers) == 1
-    assert "of 1 MTP layers that config.json does not name" in capsys.readouterr().err
+    assert "a tensor of an MTP layer that config.json does not name" in capsys.readouterr().err
     edit(directory, num_nextn_predict_layers=0)
     assert not load_pretrained(directory).mtp_layers
-    assert "of 2 MTP layers that config.json does not name" in capsys.readouterr().err
+    assert "a tensor of an MTP layer that config.json does not name" in capsys.readouterr().err
     assert "config.json says that there are none" in refused(directory, mtp=True)
     edit(directory, num_nextn_predict_layers=3)
     assert "lacks" in refused(directory)
@@ -658,6 +665,10 @@ FORMATS: dict[str, tuple[Callable[[Path], object], str]] = {
         "NVFP4",
     ),
     "MLX": (lambda d: edit(d, quantization={"group_size": 64, "bits": 4}), "MLX"),
+    "FP8 with scales of inputs": (
+        lambda d: change(d, **{"model.layers.0.mlp.up_proj.input_scale": torch.ones(1)}),
+        "a scale of inputs for FP8 (static activations)",
+    ),
     "MLX by its tensors": (
         lambda d: change(d, **{"model.layers.0.mlp.up_proj.biases": torch.ones(1)}),
         "MLX",
@@ -783,5 +794,55 @@ def test_the_comparison_with_transformers(tool, tmp_path: Path, monkeypatch, cap
     assert 0 < result["same_tokens"] == 120 - len(result["disagreements"])
     assert result["largest_difference_of_top_5_log_probabilities"] > 0.1
     assert all(7 in (one["xushi"], one["transformers"]) for one in result["disagreements"])
+
+    def lacking(*_: Any, **__: Any) -> None:
+        raise ImportError("an FP8 model requires accelerate\nmore")
+
+    monkeypatch.setattr(tool.AutoModelForCausalLM, "from_pretrained", lacking)
+    assert tool.main() == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2].endswith("cannot load this model: an FP8 model requires accelerate")
     monkeypatch.setattr(sys, "argv", ["check_published.py", str(tmp_path / "nowhere")])
     assert tool.main() == 2 and "is not a directory" in capsys.readouterr().err
+
+
+def stacked_in_fp8(directory: Path, block: list[int]) -> dict[str, Tensor]:
+    """Turn the stacked experts of a checkpoint into FP8 with scales, as transformers does. Returns
+    the values that they stand for.
+    """
+    tensors = load((directory / "model.safetensors").read_bytes())
+    stream = torch.Generator().manual_seed(3)
+    values, replaced = {}, {}
+    for name, tensor in tensors.items():
+        if not name.endswith((".gate_up_proj", ".down_proj")):
+            continue
+        experts, rows, columns = tensor.shape
+        grid = (math.ceil(rows / block[0]), math.ceil(columns / block[1]))
+        scale = 0.5 + torch.rand(experts, *grid, generator=stream)
+        stored = (tensor * 8).to(torch.float8_e4m3fn)
+        wide = scale.repeat_interleave(block[0], 1).repeat_interleave(block[1], 2)
+        values[name] = stored.float() * wide[:, :rows, :columns]
+        replaced |= {name: stored, f"{name}_scale_inv": scale}
+    change(directory, **replaced)
+    edit(directory, quantization_config={"fmt": "e4m3", "weight_block_size": block})
+    return values
+
+
+@pytest.mark.parametrize("block", [[8, 8], [4, 16], [1, 3]])
+def test_stacked_fp8_experts_are_read(block: list[int], tmp_path: Path) -> None:
+    saved(small("deepseek-v3"), tmp_path, save_original_format=False)
+    values = stacked_in_fp8(tmp_path, block)
+    read = load_pretrained(tmp_path).state_dict()
+    assert values
+    for name, wanted in values.items():
+        assert torch.equal(read[name], wanted)
+
+
+@pytest.mark.parametrize("block", [[5, 8], [16, 8]])
+def test_stacked_fp8_experts_with_blocks_across_both_matrices_are_refused(
+    block: list[int], tmp_path: Path
+) -> None:
+    saved(small("deepseek-v3"), tmp_path, save_original_format=False)
+    stacked_in_fp8(tmp_path, block)
+    said = refused(tmp_path)
+    assert "gate_up_proj_scale_inv" in said and f"blocks of {block[0]} rows lie across" in said

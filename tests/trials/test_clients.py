@@ -135,6 +135,39 @@ def test_guidellm(http, chat):  # noqa: F811
     assert len(set(counts)) > 5
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_vllm_bench(http, chat):  # noqa: F811
+    """`vllm bench serve` with its default neutral value, and with others of vLLM's written out. It
+    counts a request as failed if no chunk has a choice.
+    """
+    body = {
+        "repetition_penalty": 1.0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": -1,
+        "min_p": 0.0,
+        "length_penalty": 1.0,
+        "min_tokens": 0,
+    }
+    if chat:
+        parts = [{"type": "text", "text": "数字"}]
+        body |= {"model": "reasoning", "messages": [{"role": "user", "content": parts}]}
+        body["max_completion_tokens"] = 8
+    else:
+        body |= {"model": "base", "prompt": "数字", "max_tokens": 8, "logprobs": None}
+    chunks = events(post(http, "chat/completions" if chat else "completions", body))
+    assert any(chunk["choices"] for chunk in chunks)
+    [usage] = [chunk["usage"] for chunk in chunks if not chunk["choices"]]
+    assert usage["completion_tokens"] == 8
+    path = f"/v1/{'chat/' if chat else ''}completions"
+    for name, value in {"repetition_penalty": 1.1, "top_k": 5, "min_p": 0.1}.items():
+        refused = http.post(path, content=json.dumps({**body, name: value}))
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == name
+
+
 def lm_eval_scores(answer, context_lengths):
     """How lm-evaluation-harness reads what it asked for: sums over the continuation, without the
     one token that was generated, and whether each token was the likeliest.

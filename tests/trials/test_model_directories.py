@@ -3,6 +3,7 @@ exported with their own tokenizer, template and end tokens. transformers is the 
 """
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -19,13 +20,15 @@ import torch
 
 from xushi.base.errors import BadInput
 from xushi.base.messages import Message, Tool, ToolCall
+from xushi.base.model_directory import sampling_defaults
 from xushi.engine import LLM, SamplingParams
 from xushi.engine import engine as engine_module
 from xushi.engine.sampling import sample
-from xushi.model import Deepseek, save_pretrained
+from xushi.model import Deepseek, read_config, save_pretrained
 from xushi.model.gguf_export import export_gguf
 from xushi.model.names import stays_float32
-from xushi.serve import chat, create_app, find_models
+from xushi.model.saving import COMPLETE
+from xushi.serve import chat, create_app, find_models, serve
 from xushi.serve.server import Server, bind, describe
 from xushi.tokenizer import Conversations
 
@@ -36,6 +39,7 @@ from ..published import (
     WITH_TOOLS,
     edit,
     of_kind,
+    their_tokenizer,
     token_id,
     write_model,
     write_tokenizer,
@@ -44,11 +48,6 @@ from ..published import (
 QUESTION = [{"role": "user", "content": "数字之和是多少？ 12345"}]
 KINDS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4")
 ADD = Tool("add", "Adds.", {"type": "object", "properties": {"a": {"type": "integer"}}})
-
-
-def theirs(directory: Path) -> Any:
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.fixture
@@ -82,7 +81,7 @@ def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_reply_of_a_published_model_is_read_as_its_template_writes_it(
     thinking: Path, scripted: Callable[[list[int]], None]
 ) -> None:
-    llm, oracle = LLM(thinking), theirs(thinking)
+    llm, oracle = LLM(thinking), their_tokenizer(thinking)
     assert (llm.name, llm.can_chat) == ("Thinker-V3", True)
     prompt = oracle.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False)
     assert llm.conversation_ids(QUESTION) == prompt
@@ -122,7 +121,7 @@ def test_a_reply_may_open_its_reasoning_itself(
 def test_tool_calls_of_the_template(
     with_tools: Path, scripted: Callable[[list[int]], None]
 ) -> None:
-    llm, oracle = LLM(with_tools), theirs(with_tools)
+    llm, oracle = LLM(with_tools), their_tokenizer(with_tools)
     wanted = oracle.apply_chat_template(
         QUESTION, tools=[ADD.to_dict()], add_generation_prompt=True, return_dict=False
     )
@@ -176,10 +175,46 @@ def test_what_a_directory_stands_for(thinking: Path, tmp_path: Path) -> None:
     cached.parent.mkdir(parents=True)
     cached.symlink_to(thinking)
     assert find_models(cached) == {"org/Name": cached}
+    download = cached.parent.parent
+    for opened in (find_models, chat, serve, LLM, read_config):
+        with pytest.raises(BadInput) as refused:
+            opened(download)
+        assert refused.value.remedy == f"give the directory of a snapshot, such as {cached}"
     with pytest.raises(BadInput, match="holds no model"):
         find_models(tmp_path)
     with pytest.raises(BadInput, match="does not exist"):
         chat(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("asked", [{}, {"do_sample": False}, {"do_sample": True}])
+def test_a_directory_asks_for_sampling_as_in_transformers(
+    asked: dict[str, bool], tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    table = {**asked, "temperature": 0.3}
+    (tmp_path / "generation_config.json").write_text(json.dumps(table))
+    oracle = transformers.GenerationConfig.from_pretrained(tmp_path)
+    samples = oracle.get_generation_mode().value == "sample"
+    assert sampling_defaults(tmp_path) == ({"temperature": 0.3} if samples else {})
+
+
+def test_an_adapter_and_a_killed_save_are_known_before_a_model_is_looked_for(
+    tmp_path: Path,
+) -> None:
+    directory = write_model(tmp_path / "m")
+    (directory / COMPLETE).mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (directory / name).rename(directory / COMPLETE / name)
+    assert find_models(directory) == {"m": directory}
+    assert sorted(os.listdir(directory)) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    edit(tmp_path / "adapter_config.json", base_model_name_or_path="someone/base")
+    with pytest.raises(BadInput, match=r"an adapter \(LoRA\) for someone/base"):
+        find_models(tmp_path)
 
 
 @pytest.mark.parametrize("place", ["config", "jinja", "list", "json", "none"])
@@ -229,6 +264,49 @@ def test_the_special_tokens_of_a_gguf(tmp_path: Path) -> None:
     export_gguf(directory, tmp_path / "m.gguf")
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     assert not value("add_bos_token")
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("tokenizer_config.json", {"unk_token": "<more>"}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<think>", "<more>"]}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image_token": "<more>"}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"437": {"content": "<more>"}}}),
+        ("special_tokens_map.json", {"unk_token": {"content": "<more>"}}),
+    ],
+)
+def test_a_token_that_tokenizer_json_lacks_is_not_left_out_of_a_gguf(
+    file: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    directory = write_model(tmp_path / "m")
+    edit(directory / file, **settings)
+    with pytest.raises(BadInput, match="lacks the token <more>") as caught:
+        export_gguf(directory, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+    assert f"AutoTokenizer.from_pretrained('{directory}').save_pretrained" in caught.value.remedy
+    tokenizer = their_tokenizer(directory)
+    tokenizer.save_pretrained(directory)
+    export_gguf(directory, tmp_path / "m.gguf")
+    tokens = gguf.GGUFReader(tmp_path / "m.gguf").get_field("tokenizer.ggml.tokens").contents()
+    assert tokens.index("<more>") == tokenizer.convert_tokens_to_ids("<more>")
+
+
+def test_a_gguf_has_no_bos_that_nothing_states(tmp_path: Path) -> None:
+    """A config.json without bos_token_id once got the default of V3's: 0, an exclamation mark."""
+    gguf = pytest.importorskip("gguf")
+    directory = write_model(tmp_path / "m", bos_token=None, pad_token=None)
+    table = json.loads((directory / "config.json").read_text())
+    for stated in ({"bos_token_id": 5, "pad_token_id": 6}, {}):
+        plain = {key: value for key, value in table.items() if key[:4] not in ("bos_", "pad_")}
+        (directory / "config.json").write_text(json.dumps(plain | stated))
+        export_gguf(directory, tmp_path / "m.gguf")
+        fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+        (tmp_path / "m.gguf").unlink()
+        for key, field in (("bos_token_id", "bos_token_id"), ("pad_token_id", "padding_token_id")):
+            found = fields.get(f"tokenizer.ggml.{field}")
+            assert (found and found.contents()) == stated.get(key)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +364,7 @@ def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def oracle(deepseek: Path) -> Any:
-    return theirs(deepseek)
+    return their_tokenizer(deepseek)
 
 
 @contextmanager

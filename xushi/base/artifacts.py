@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -88,7 +89,6 @@ class Artifacts:
         artifact is reported and made again. If the cache cannot be used, a message says so and
         `target` is made without it.
         """
-        assert _KEY.fullmatch(key), f"{key!r} is not KIND-HASH"
         try:
             return self._obtain(key, make, target)
         except CacheUnusable as error:
@@ -98,6 +98,28 @@ class Artifacts:
         return True
 
     def _obtain(self, key: str, make: Callable[[Path], None], target: Path) -> bool:
+        with self._held(key, make) as (files, made):
+            _take(files, target)
+            return made
+
+    @contextlib.contextmanager
+    def reading(self, key: str, make: Callable[[Path], None]) -> Iterator[Path]:
+        """The directory of an artifact itself, to be read while the context lasts; else as
+        `obtain`. Where the cache cannot be used, the directory is a temporary one.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                files, _ = stack.enter_context(self._held(key, make))
+            except CacheUnusable as error:
+                say(f"the cache is not used ({error.problem}): {_kind(key)} is made for now alone")
+                files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="xushi-")))
+                make(files)
+            yield files
+
+    @contextlib.contextmanager
+    def _held(self, key: str, make: Callable[[Path], None]) -> Iterator[tuple[Path, bool]]:
+        """Hold an artifact against removal: its files, and whether `make` had to run."""
+        assert _KEY.fullmatch(key), f"{key!r} is not KIND-HASH"
         with _cache_errors():
             place = self._place()
             make_directory(place)
@@ -105,8 +127,8 @@ class Artifacts:
         while True:
             with _using(place / key) as fault:
                 if not fault:
-                    _take(place / key / "files", target)
-                    return False
+                    yield place / key / "files", False
+                    return
             with _lock_of(place, key, waiting) as locked, contextlib.ExitStack() as stack:
                 if not locked:  # another process removed the artifact and its lock
                     continue
@@ -117,8 +139,8 @@ class Artifacts:
                     _make(place, key, make)
                     if unread := stack.enter_context(_using(place / key)):
                         raise CacheUnusable(f"{place / key} cannot be read back: {unread}")
-                _take(place / key / "files", target)
-                return bool(fault)
+                yield place / key / "files", bool(fault)
+                return
 
     def entries(self) -> list[Entry]:
         """What the cache holds, the last used first."""

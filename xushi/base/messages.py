@@ -12,6 +12,8 @@ from typing import Any
 from xushi.base.config import shorten
 from xushi.base.errors import BadInput
 
+MOST_LEVELS = 100  # of a tool's parameters; templates write them by recursion
+
 
 @dataclass(frozen=True)
 class ToolCall:
@@ -23,11 +25,27 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool that an assistant may call. `parameters` is the JSON schema of its arguments."""
+    """A tool that an assistant may call. `parameters` is the JSON schema of its arguments.
+
+    Parameters that JSON cannot express, or of more than `MOST_LEVELS` levels, are a `XushiError`.
+    """
 
     name: str
     description: str
     parameters: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        where = f"the parameters of tool {shorten(self.name)}"
+        try:
+            table = json.loads(json.dumps(dict(self.parameters), allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BadInput(
+                f"{where} are not JSON: {shorten(str(error))}", "give a JSON schema"
+            ) from None
+        if _levels(table) > MOST_LEVELS:
+            raise BadInput(
+                f"{where} have more than {MOST_LEVELS} levels", "give a schema with fewer"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The tool in the OpenAI form."""
@@ -97,6 +115,17 @@ def is_json_object(text: str) -> bool:
         return isinstance(json.loads(text, parse_constant=_no_constant), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _levels(value: Any) -> int:
+    """How deep lists and tables of a JSON value are nested."""
+    levels, inner = 0, [value]
+    while inner := [each for each in inner if isinstance(each, dict | list)]:
+        levels += 1
+        inner = [
+            part for each in inner for part in (each.values() if isinstance(each, dict) else each)
+        ]
+    return levels
 
 
 def _no_constant(name: str) -> None:

@@ -7,12 +7,18 @@ Not here: config and weights (model), the vocabulary (tokenizer), rendering a te
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from xushi.base.config import shorten
 from xushi.base.errors import BadInput
-from xushi.base.files import read_json
+from xushi.base.published_files import (
+    DAMAGED,
+    LARGEST_TEMPLATE,
+    checked_file,
+    read_published_json,
+)
 
 DEFAULT_TEMPLATE = "default"
 TOOL_TEMPLATE = "tool_use"
@@ -26,12 +32,24 @@ NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
-_GET_AGAIN = "get the file again, it is damaged"
+# What the table of a token in tokenizer.json or tokenizer_config.json says beside its text.
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def is_model_directory(path: Path) -> bool:
     """Whether `path` holds a model itself, as against a run with exports in it."""
     return (path / "config.json").is_file()
+
+
+def snapshot_remedy(path: Path) -> str | None:
+    """What to do where `path`, which is no model directory, is a download of Hugging Face's cache:
+    its newest snapshot is the model. None where it is no such download.
+    """
+    snapshots = [each for each in (path / "snapshots").glob("*") if is_model_directory(each)]
+    if not snapshots:
+        return None
+    newest = max(snapshots, key=lambda each: each.stat().st_mtime)
+    return f"give the directory of a snapshot, such as {newest}"
 
 
 def model_name(directory: Path) -> str:
@@ -49,8 +67,7 @@ def model_name(directory: Path) -> str:
 
 def read_settings(directory: Path, name: str) -> dict[str, Any]:
     """The JSON object in file `name` of `directory`; {} if there is no such file."""
-    path = directory / name
-    return read_json(path, _GET_AGAIN) if path.exists() else {}
+    return read_published_json(directory, name) if os.path.lexists(directory / name) else {}
 
 
 def read_templates(directory: Path) -> dict[str, str]:
@@ -62,11 +79,13 @@ def read_templates(directory: Path) -> dict[str, str]:
     main template is called "default".
     """
     found = {}
-    main = directory / "chat_template.jinja"
-    if main.exists():
-        found[DEFAULT_TEMPLATE] = read_template(main)
-    for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
-        found[path.stem] = read_template(path)
+    if os.path.lexists(directory / "chat_template.jinja"):
+        file, _ = checked_file(directory, "chat_template.jinja", LARGEST_TEMPLATE)
+        found[DEFAULT_TEMPLATE] = read_template(file)
+    more = "additional_chat_templates"
+    for path in sorted((directory / more).glob("*.jinja")):
+        file, _ = checked_file(directory, path.name, LARGEST_TEMPLATE, more)
+        found[path.stem] = read_template(file)
     for name in ("tokenizer_config.json", "chat_template.json"):
         found = found or _named(
             read_settings(directory, name).get("chat_template"), directory / name
@@ -74,8 +93,13 @@ def read_templates(directory: Path) -> dict[str, str]:
     return found
 
 
+def has_chat_template(templates: Mapping[str, str]) -> bool:
+    """Whether conversations without tools have a template: the one called "default"."""
+    return DEFAULT_TEMPLATE in templates
+
+
 def read_template(path: Path) -> str:
-    """The text of a template's file. An unreadable one is a `XushiError`."""
+    """The text of any file with a template. An unreadable one is a `XushiError`."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -85,8 +109,8 @@ def read_template(path: Path) -> str:
 
 
 def end_token_ids(directory: Path) -> list[int]:
-    """The ids that end a reply: those of generation_config.json and of config.json, which may each
-    name one or several.
+    """The ids that end a reply: one or several of generation_config.json or, where that names none,
+    of config.json, as in transformers.
     """
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
@@ -100,6 +124,8 @@ def end_token_ids(directory: Path) -> list[int]:
                     "give a token id, or a list of them",
                 )
             ids.append(token)
+        if ids:
+            break
     return list(dict.fromkeys(ids))
 
 
@@ -113,12 +139,14 @@ def tokenizer_settings(directory: Path) -> dict[str, Any]:
 
 def named_tokens(settings: dict[str, Any], directory: Path) -> dict[str, str]:
     """The texts of all `..._token` keys of `tokenizer_settings`: those of `NAMED_TOKENS` first,
-    then those that this model alone has.
+    then those that this model alone has, also as a table under extra_special_tokens.
     """
+    more = settings.get("extra_special_tokens")
+    own = {key: value for key, value in sorted(settings.items()) if key.endswith("_token")}
+    given = {key: own.get(key) for key in NAMED_TOKENS} | own
     found = {}
-    for key in (*NAMED_TOKENS, *sorted(settings)):
-        value = settings.get(key)
-        if not key.endswith("_token") or value is None or isinstance(value, bool):
+    for key, value in (given | (more if isinstance(more, dict) else {})).items():
+        if value is None or isinstance(value, bool):
             continue
         text = value.get("content") if isinstance(value, dict) else value
         if not isinstance(text, str):
@@ -128,6 +156,33 @@ def named_tokens(settings: dict[str, Any], directory: Path) -> dict[str, str]:
             )
         found[key] = text
     return found
+
+
+def added_tokens(
+    settings: dict[str, Any], directory: Path
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What `tokenizer_settings` adds to tokenizer.json beside the named tokens: the tables of
+    added_tokens_decoder in the order of their ids, and the texts of further special tokens.
+    """
+    listed = settings.get("added_tokens_decoder") or {}
+    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    try:
+        tables = [listed[key] for key in sorted(listed, key=int)]
+        texts = [each["content"] if isinstance(each, dict) else each for each in more]
+        texts = [] if isinstance(more, dict) else texts  # these are named ones
+        contents = [*texts, *(table["content"] for table in tables)]
+        flags = [table[key] for table in tables for key in TOKEN_FLAGS if key in table]
+    except (LookupError, TypeError, ValueError):
+        contents, flags = [None], []
+    if (
+        not isinstance(more, list | dict)
+        or not all(isinstance(text, str) for text in contents)
+        or not all(isinstance(flag, bool) for flag in flags)
+    ):
+        raise BadInput(
+            f"{directory / 'tokenizer_config.json'}: its special tokens cannot be read", DAMAGED
+        )
+    return tables, texts
 
 
 def begins_with_bos(table: dict[str, Any], settings: dict[str, Any], bos: str | None) -> bool:
@@ -154,10 +209,10 @@ def _first_added(step: Any) -> str | None:
 
 def sampling_defaults(directory: Path) -> dict[str, Any]:
     """`temperature` and `top_p` of generation_config.json, as far as it has them and asks for
-    sampling.
+    sampling. As in transformers, without `do_sample: true` it does not.
     """
     table = read_settings(directory, "generation_config.json")
-    if table.get("do_sample") is False:
+    if table.get("do_sample") is not True:
         return {}
     return {key: table[key] for key in ("temperature", "top_p") if table.get(key) is not None}
 
@@ -176,5 +231,5 @@ def _named(value: Any, path: Path) -> dict[str, str]:
     ):
         return {each["name"]: each["template"] for each in value}
     raise BadInput(
-        f"{path}: chat_template is neither a text nor a list of named templates", _GET_AGAIN
+        f"{path}: chat_template is neither a text nor a list of named templates", DAMAGED
     )

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from xushi.base.errors import BadInput
+
 app = typer.Typer(
     name="xushi",
     add_completion=False,
@@ -22,6 +24,16 @@ SetOption = Annotated[
 ]
 RunArgument = Annotated[Path, typer.Argument(help="a run directory, such as runs/demo")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print figures as JSON")]
+
+
+DTYPES = {"auto": None, "fp32": "float32", "bf16": "bfloat16"}
+"""What --dtype takes, and torch's names for it."""
+
+
+def check_dtype(name: str) -> None:
+    """Refuse what --dtype does not take."""
+    if name not in DTYPES:
+        raise BadInput(f"--dtype {name} is not known", f"use one of {', '.join(DTYPES)}")
 
 
 def default_recipe() -> Path:

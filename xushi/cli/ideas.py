@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xushi.base.errors import BadInput
+from xushi.base.progress import say
 from xushi.cli.app import JsonOption, app
 
 if TYPE_CHECKING:
@@ -66,16 +68,12 @@ def try_ideas(
     from xushi.base.machine import inspect
     from xushi.ladder import try_idea
 
-    results = []
+    at_once = workers or inspect().usable_cores
     for idea in ideas:
-        at_once = workers or inspect().usable_cores
-        results.append(try_idea(idea, ledger, at_once, Path.cwd()))
-        if not as_json:
-            print(_sentence(results[-1]))
-    if as_json:
-        for result in results:
-            print(json.dumps(_as_json(result)))
-    return EXIT_CODES[results[-1].verdict]
+        result = try_idea(idea, ledger, at_once, Path.cwd())
+        _write_pages(ledger, result.entry, idea)
+        print(json.dumps(_as_json(result)) if as_json else _sentence(result))
+    return EXIT_CODES[result.verdict]
 
 
 @app.command()
@@ -84,18 +82,34 @@ def tried(ledger: LedgerOption = Path("ladder"), as_json: JsonOption = False) ->
     from xushi.ladder import Ledger
     from xushi.ladder.account import account
     from xushi.ladder.ledger import FILE
+    from xushi.ladder.page import write_ledger_page
 
     if not (ledger / FILE).is_file():
         raise BadInput(f"there is no ledger at {ledger}", "try an idea first, or give --ledger DIR")
     book = Ledger(ledger)
     try:
         found = account(book)
+        page = write_ledger_page(book)
     finally:
         book.close()
+    say(f"page: {page}")
     if as_json:
         print(json.dumps(found.as_json()))
     else:
         print(found.table())
+
+
+def _write_pages(directory: Path, entry: int, idea: Path) -> None:
+    from xushi.ladder import Ledger
+    from xushi.ladder.page import write_idea_page, write_ledger_page
+
+    book = Ledger(directory)
+    try:
+        command = shlex.join(["xushi", "try", str(idea), "--ledger", str(directory)])
+        say(f"page: {write_idea_page(book, entry, command)}")
+        write_ledger_page(book)
+    finally:
+        book.close()
 
 
 def _judge_logs(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from xushi.base.errors import BadInput
-from xushi.cli.app import JsonOption, app
+from xushi.cli.app import JsonOption, app, check_dtype
 
 bench_app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
@@ -84,8 +84,7 @@ def bench_train(
     from xushi.base.allocator import keep_freed_memory
     from xushi.run import benchmark_training, named_shape, sentences
 
-    if dtype not in ("auto", "fp32", "bf16"):
-        raise BadInput(f"--dtype {dtype} is not known", "give auto, fp32 or bf16")
+    check_dtype(dtype)
     shape = named_shape(name)
     keep_freed_memory()
     result = benchmark_training(shape if dtype == "auto" else shape.but(dtype=dtype), rounds)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from xushi.base.errors import BadInput
-from xushi.cli.app import JsonOption, app, print_table
+from xushi.base.defaults import HOST, PORT, QUEUE_LIMIT, TEMPERATURE
+from xushi.base.progress import say
+from xushi.cli.app import DTYPES, JsonOption, app, check_dtype, print_table
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +38,9 @@ def _dtype(name: str) -> "torch.dtype | None":
     """The dtype of a name on the command line."""
     import torch
 
-    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}
-    if name not in dtypes:
-        raise BadInput(f"--dtype {name} is not known", f"use one of {', '.join(dtypes)}")
-    return dtypes[name]
+    check_dtype(name)
+    found = DTYPES[name]
+    return None if found is None else getattr(torch, found)
 
 
 def _loader(template: Path | None, dtype: str, cache_tokens: int | None) -> "Callable[[Path], LLM]":
@@ -59,7 +59,9 @@ def chat(
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(help="0 takes the likeliest token; default: the directory's own, or 0.6"),
+        typer.Option(
+            help=f"0 takes the likeliest token; default: the directory's own, or {TEMPERATURE}"
+        ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="limit of an answer")] = None,
     seed: Annotated[int | None, typer.Option(help="the same seed, the same answers")] = None,
@@ -92,8 +94,8 @@ def chat(
 @app.command()
 def serve(
     directory: ModelArgument,
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+    host: Annotated[str, typer.Option(help="address to listen on")] = HOST,
+    port: Annotated[int, typer.Option(help="port to listen on")] = PORT,
     template: TemplateOption = None,
     dtype: DtypeOption = "auto",
     cache_tokens: CacheOption = None,
@@ -107,7 +109,7 @@ def serve(
     ] = None,
     queue_limit: Annotated[
         int, typer.Option(help="continuations that run or wait; more are told to come back")
-    ] = 256,
+    ] = QUEUE_LIMIT,
 ) -> None:
     """Serve models: the OpenAI-compatible API, and a chat page at /."""
     from xushi.serve import serve as serve_models
@@ -129,19 +131,22 @@ def serve(
 
 @app.command()
 def evaluate(
-    directory: Annotated[
-        Path, typer.Argument(help="a model in Hugging Face's layout, such as runs/demo/export/base")
-    ],
+    directory: ModelArgument,
     paths: Annotated[
         list[str], typer.Argument(metavar="PATH...", help="text files, directories and patterns")
     ],
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Bits per byte of text files by a model, beside gzip, xz and zstd."""
+    """Bits per byte of text files by a model, of a run by its base model, beside gzip, xz and
+    zstd.
+    """
     from xushi.evaluate import evaluate_texts
+    from xushi.serve.cards import BASE, find_models
 
-    found = evaluate_texts(directory, paths, _dtype(dtype))
+    models = find_models(directory)
+    model = models.get(BASE) or next(iter(models.values()))
+    found = evaluate_texts(model, paths, _dtype(dtype))
     if as_json:
         print(json.dumps(found))
     else:
@@ -160,12 +165,18 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Count a model's parameters, cache and FLOPs without loading it."""
-    from xushi.model import preset, read_config
+    from xushi.model import from_published, preset
+    from xushi.model.published import read_table, unread_note
     from xushi.plan import group_layers, inspect_model
 
-    counted = inspect_model(
-        read_config(model) if Path(model).is_dir() else preset(model), context, mtp
-    )
+    if Path(model).is_dir():
+        table = read_table(Path(model))
+        config = from_published(table, str(Path(model) / "config.json"))
+        if note := unread_note(Path(model), table, config):
+            say(note)
+    else:
+        config = preset(model)
+    counted = inspect_model(config, context, mtp)
     if as_json:
         print(json.dumps(counted))
         return

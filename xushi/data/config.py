@@ -1,11 +1,15 @@
 """The recipe's `data` table: sources of text, their weights, sequence length, held-out share."""
 
+import os
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from xushi.base.config import StrictConfig
+from xushi.base.config import StrictConfig, shorten
+from xushi.base.errors import BadInput
+from xushi.data.names import written
 
 
 def canonical_package(name: str) -> str:
@@ -61,6 +65,20 @@ class SourceConfig(StrictConfig):
         elif not self.glob or self.packages:
             raise ValueError(f'kind "{self.kind}" needs glob = "..." and no packages')
         return self
+
+
+def text_source(paths: Sequence[str], exclude: Sequence[str] = ()) -> SourceConfig:
+    """The source of text files that the PATHs of a command mean, as absolute paths: so they mean
+    the same from another directory.
+    """
+    if not all(path.strip() for path in paths):
+        raise BadInput("a PATH is empty", "give a file, a directory or a pattern")
+    globs = [written(os.path.abspath(os.path.expanduser(path))) for path in paths]
+    patterns = [written(pattern) for pattern in exclude]
+    for name in globs + patterns:
+        if len(name) > LONGEST_PATTERN:
+            raise BadInput(f"{shorten(name)} is too long a name", "give a shorter path")
+    return SourceConfig(name="text", kind="text", glob=globs, exclude=patterns)
 
 
 class DataConfig(StrictConfig):

@@ -59,7 +59,8 @@ class ExtraSource:
 
 class SourceSummary(StrictConfig):
     """Counts for one source. `documents` and `bytes` count the documents that were not dropped;
-    `left_out` counts what is no document and what was dropped.
+    `left_out` counts what is no document and what was dropped, but for run directories: the one
+    that the corpus is made for may be among them, and the corpus does not depend on it.
     """
 
     name: str
@@ -141,6 +142,16 @@ def training_texts(directory: Path) -> Iterator[str]:
     return (document.text for document in read_documents(directory, "train"))
 
 
+def first_training_texts(directory: Path, size: int) -> Iterator[str]:
+    """The first training texts, cut where they have `size` characters together."""
+    left = size
+    for text in training_texts(directory):
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return
+
+
 def heldout_bytes(directory: Path) -> bytes:
     """The held-out documents as UTF-8, concatenated without separators."""
     try:
@@ -217,7 +228,7 @@ def _source_summaries(
     summaries = []
     for source in config.sources:
         files = found[source.name]
-        left_out = LeftOutList(files.left_out)
+        left_out = LeftOutList(each for each in files.left_out if each.reason != "runs")
         for document in files.documents:
             if (step := dropped.get(document.uid)) in _LEFT_OUT_BY:
                 left_out.add(_LEFT_OUT_BY[step], place_of(document))

@@ -41,10 +41,14 @@ class SourceFile(NamedTuple):
 
 @dataclass
 class SourceFiles:
-    """What a source has: its files in the order of their paths, and what is left out."""
+    """What a source has: its files in the order of their paths, and what is left out.
+
+    `unmatched`: the patterns of `exclude` that match no path of the source.
+    """
 
     files: list[SourceFile] = field(default_factory=list)
     left_out: LeftOutList = field(default_factory=LeftOutList)
+    unmatched: list[str] = field(default_factory=list)
 
 
 class _Found(NamedTuple):
@@ -67,29 +71,43 @@ def _find_paths(source: SourceConfig) -> SourceFiles:
     if len(found) > 1:  # names begin at the directory that holds everything
         root = Path(os.path.commonpath([os.path.abspath(each.root) for each in found]))
     result = SourceFiles()
+    matched: set[str] = set()
+    for each in found if source.exclude else []:
+        for _, path in each.left_out:
+            matched |= _patterns_for(source, {_inside(root, path), _inside(each.root, path)})
+    named = {os.path.realpath(os.path.expanduser(path_of(entry))) for entry in source.globs}
     for why, path in sorted({pair for each in found for pair in each.left_out}):
-        result.left_out.add(why, _inside(root, path))
-    # A file that is named by itself stays one where a directory of the source has it, too.
-    last = sorted(found, key=lambda each: each.meant == "file")
-    by_path = {path: each for each in last for path in each.paths}
-    for path in _distinct(by_path):
-        name, each = _inside(root, path), by_path[path]
-        if is_excluded(name, source) or is_excluded(_inside(each.root, path), source):
+        if why != "hidden" or os.path.realpath(path) not in named:  # the source has it
+            result.left_out.add(why, _inside(root, path))
+    for path, entries in _distinct(found):
+        name = _inside(root, path)
+        meanings = {each.meant for each in entries}
+        # The entry that says most about a file decides, whatever their order is.
+        meant = next(each for each in ("file", "pattern", "directory") if each in meanings)
+        inside = {_inside(each.root, path) for each in entries}
+        if excluding := _patterns_for(source, {name} | inside):
+            matched |= excluding
             result.left_out.add("excluded", name)
-        elif (reason := _reason_against(source, path, each.meant)) is not None:
+        elif (reason := _reason_against(source, path, meant)) is not None:
             result.left_out.add(reason, name)
         else:
-            result.files.append(SourceFile(path, {"path": name}, each.meant == "file"))
+            result.files.append(SourceFile(path, {"path": name}, meant == "file"))
     result.files.sort(key=lambda file: str(file.meta["path"]))
+    result.unmatched = [pattern for pattern in source.exclude if pattern not in matched]
     return result
 
 
-def is_excluded(name: str, source: SourceConfig) -> bool:
-    """Whether a pattern of `exclude` matches the path `name`, or a directory on it."""
-    parts = name.split("/")
-    above = ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
-    patterns = [pattern.rstrip("/") for pattern in source.exclude]
-    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns for path in above)
+def _patterns_for(source: SourceConfig, names: Iterable[str]) -> set[str]:
+    """The patterns of `exclude` that match one of the paths `names`, or a directory on it."""
+    above: set[str] = set()
+    for name in names:
+        parts = name.split("/")
+        above |= {"/".join(parts[:length]) for length in range(1, len(parts) + 1)}
+    return {
+        pattern
+        for pattern in source.exclude
+        if any(fnmatch.fnmatchcase(path, pattern.rstrip("/")) for path in above)
+    }
 
 
 def _inside(root: Path, path: Path) -> str:
@@ -98,12 +116,16 @@ def _inside(root: Path, path: Path) -> str:
     return written(os.path.relpath(own, root))
 
 
-def _distinct(paths: Iterable[Path]) -> list[Path]:
-    """Each file once, by the path without links where it has been reached by that, too."""
-    by_file: dict[str, Path] = {}
-    for path in sorted(paths, key=lambda path: (path.is_symlink(), path.as_posix())):
-        by_file.setdefault(os.path.realpath(path), path)
-    return sorted(by_file.values())
+def _distinct(found: Iterable[_Found]) -> list[tuple[Path, list[_Found]]]:
+    """Each file once, by the path without links where it has been reached by that, too, and the
+    entries that lead to it.
+    """
+    reached = [(path, each) for each in found for path in each.paths]
+    reached.sort(key=lambda pair: (pair[0].is_symlink(), pair[0].as_posix()))
+    by_file: dict[str, tuple[Path, list[_Found]]] = {}
+    for path, each in reached:
+        by_file.setdefault(os.path.realpath(path), (path, []))[1].append(each)
+    return sorted(by_file.values(), key=lambda pair: pair[0])
 
 
 def _reason_against(source: SourceConfig, path: Path, meant: str) -> str | None:
@@ -169,9 +191,10 @@ def unreadable(path: Path | str, error: OSError) -> BadInput:
             f"{written(path)} was listed and is not there any more",
             "run the same command again; if it stays so, exclude it or install its package again",
         )
-    return BadInput(
-        f"{written(path)} cannot be read: {error.strerror}", "check its permissions, or exclude it"
-    )
+    remedy = "check the disk that it is on, or move it away"
+    if isinstance(error, PermissionError):
+        remedy = "check its permissions, or exclude it"
+    return BadInput(f"{written(path)} cannot be read: {error.strerror}", remedy)
 
 
 def _match(source: SourceConfig, entry: str) -> _Found:
@@ -213,18 +236,16 @@ def _by_pattern(pattern: str, root: Path) -> _Found:
         matching = [path for path in found.paths if _fits(path.relative_to(root).parts, parts)]
         runs = [each for each in found.left_out if each[0] == "runs"]
         return _Found("pattern", root, matching, found.left_out if matching else runs)
-    paths = [Path(match) for match in glob.glob(pattern) if os.path.isfile(match)]
-    in_runs = {
-        path
-        for path in paths
-        if _run_between(root, path) or (run_above(path) and not run_above(root))
-    }
-    return _Found(
-        "pattern",
-        root,
-        [path for path in paths if path not in in_runs],
-        [("runs", path) for path in sorted(in_runs)],
-    )
+    found = _Found("pattern", root, [], [])
+    own_output = _own_output()
+    for path in sorted(Path(match) for match in glob.glob(pattern) if os.path.isfile(match)):
+        if _run_between(root, path) or (run_above(path) and not run_above(root)):
+            found.left_out.append(("runs", path))
+        elif _identity(path) in own_output:
+            found.left_out.append(("special", path))
+        else:
+            found.paths.append(path)
+    return found
 
 
 def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
@@ -251,16 +272,13 @@ def _walk(root: Path) -> _Found:
     links: list[Path] = []
     while waiting or links:
         folder = waiting.pop() if waiting else links.pop(0)
-        try:
-            identity = _identity(folder)
-        except OSError as error:
-            raise unreadable(folder, error) from None
+        identity = _identity(folder)
         if identity in entered:
             continue
         entered.add(identity)
         if identity in above:
             found.left_out.append(("special", folder))
-        elif _holds_runs(folder) or (folder.is_symlink() and run_above(folder)):
+        elif is_run(folder) or (folder.is_symlink() and run_above(folder)):
             found.left_out.append(("runs", folder))
         else:
             _enter(folder, found, waiting, links)
@@ -287,23 +305,28 @@ def _enter(folder: Path, found: _Found, waiting: list[Path], links: list[Path]) 
             found.left_out.append(("special", path))
         elif entry.is_symlink() and run_above(path):
             found.left_out.append(("runs", path))
-        elif entry.inode() not in own_output or _identity(path) not in own_output.values():
+        elif own_output and _identity(path) in own_output:
+            found.left_out.append(("special", path))
+        else:
             found.paths.append(path)
 
 
 def _identity(path: str | Path) -> tuple[int, int]:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
     return status.st_dev, status.st_ino
 
 
-def _own_output() -> dict[int, tuple[int, int]]:
-    """The files that this program's messages go to, by inode: they grow while they are read."""
-    found = {}
+def _own_output() -> set[tuple[int, int]]:
+    """The files that this program's messages go to: they grow while they are read."""
+    found = set()
     for stream in (1, 2):
         with contextlib.suppress(OSError):  # the stream is closed
             status = os.fstat(stream)
             if stat.S_ISREG(status.st_mode):
-                found[status.st_ino] = (status.st_dev, status.st_ino)
+                found.add((status.st_dev, status.st_ino))
     return found
 
 
@@ -320,18 +343,6 @@ def is_run(directory: str | Path) -> bool:
     return all(os.path.isfile(os.path.join(directory, name)) for name in marks)
 
 
-def _holds_runs(folder: Path) -> bool:
-    """Whether `folder` is a run, or a directory `runs` with runs in it."""
-    if is_run(folder):
-        return True
-    if folder.name != "runs":
-        return False
-    try:
-        return any(is_run(folder / name) for name in os.listdir(folder))
-    except PermissionError:
-        return False
-
-
 def run_above(path: Path) -> Path | None:
     """The run directory that a path, without its links, is or is inside of."""
     real = Path(os.path.realpath(path))
@@ -339,22 +350,25 @@ def run_above(path: Path) -> Path | None:
 
 
 def _run_between(root: Path, path: Path) -> bool:
-    """Whether a directory below `root` on the way to `path` is a run, or a directory of runs."""
+    """Whether a directory below `root` on the way to `path` is a run."""
     between = itertools.takewhile(lambda parent: parent != root, path.parents)
-    return any(_holds_runs(parent) for parent in between)
+    return any(is_run(parent) for parent in between)
 
 
 def _find_packages(source: SourceConfig) -> SourceFiles:
     """The `.py` files in the RECORD of each distribution, sorted by posix path over all."""
     found = SourceFiles()
+    matched: set[str] = set()
     for name in source.packages:
         for inside, path in sorted(_package_files(name, source.name)):
-            if is_excluded(inside, source):
+            if excluding := _patterns_for(source, [inside]):
+                matched |= excluding
                 found.left_out.add("excluded", inside)
             else:
                 meta = {"path": inside, "package": canonical_package(name)}
                 found.files.append(SourceFile(path, meta))
     found.files.sort(key=lambda file: (file.meta["path"], file.meta["package"]))
+    found.unmatched = [pattern for pattern in source.exclude if pattern not in matched]
     return found
 
 

@@ -108,7 +108,9 @@ REASONS = {
     "excluded": Reason("file excluded by a pattern", "files excluded by patterns"),
     "hidden": Reason("hidden file or directory", "hidden files and directories"),
     "runs": Reason("run directory of xushi", "run directories of xushi"),
-    "special": Reason("broken link or special file", "broken links and special files"),
+    "special": Reason(
+        "broken link, special file or own output", "broken links, special files and own output"
+    ),
     "tables": Reason(
         "table or markup file",
         "table and markup files",

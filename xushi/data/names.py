@@ -1,12 +1,15 @@
 r"""File names as text that can be printed, stored and read back: `\xNN` for a byte that is not
-UTF-8 or a control character, `\\` for a backslash. Not here: which files are read (`files`).
+UTF-8 or of a control character, `\\` for a backslash. Not here: which files are read (`files`).
 """
 
 import os
 import re
 from pathlib import Path
 
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\\\udc80-\udcff]")
+# Control characters, line ends, and marks that change the direction of writing.
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\\\udc80-\udcff]"
+)
 _ESCAPED = re.compile(r"\\(\\|x[0-9a-f]{2})")
 
 
@@ -34,7 +37,9 @@ def _utf8(name: bytes) -> str:
 
 def _escape(match: re.Match[str]) -> str:
     character = match.group()
-    return r"\\" if character == "\\" else rf"\x{ord(character) & 0xFF:02x}"
+    if character == "\\":
+        return r"\\"
+    return "".join(rf"\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
 def _unescape(match: re.Match[str]) -> str:

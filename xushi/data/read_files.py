@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import Field
+
 from xushi.base.config import StrictConfig, parse
 from xushi.base.files import read_json, sha256_file, sha256_json, write_json
 from xushi.data.config import DataConfig
@@ -35,11 +37,14 @@ class ReadFile(StrictConfig):
 
 
 class ReadSource(StrictConfig):
-    """The files of a source in path order, and what is left out by their names and beginnings."""
+    """The files of a source in path order, what is left out by their names and beginnings, and the
+    patterns of `exclude` that match nothing.
+    """
 
     name: str
     files: list[ReadFile]
     left_out: list[LeftOut]
+    unmatched: list[str] = Field(default=[])
 
 
 class ReadFiles(StrictConfig):
@@ -73,7 +78,10 @@ def look_at(config: DataConfig, before: ReadFiles | None = None) -> ReadFiles:
     for source in config.sources:
         found = find_files(source)
         files = [_look(file, known.get((source.name, file.meta["path"]))) for file in found.files]
-        sources.append(ReadSource(name=source.name, files=files, left_out=found.left_out.listed()))
+        left_out, unmatched = found.left_out.listed(), found.unmatched
+        sources.append(
+            ReadSource(name=source.name, files=files, left_out=left_out, unmatched=unmatched)
+        )
     return ReadFiles(read_at=now, sources=sources)
 
 

@@ -8,7 +8,8 @@ are stored), the settings, and the code that reads them. Not here: the cache its
 import functools
 import importlib.metadata
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,21 @@ def obtain_corpus(
 
     `files`: the sources' files as `look_at` has just found them. Returns whether it was built now.
     """
+    key, build = _corpus(config, extra, files)
+    return Artifacts().obtain(key, build, directory)
+
+
+def reading_corpus(
+    config: DataConfig, extra: Mapping[str, ExtraSource], files: ReadFiles | None = None
+) -> AbstractContextManager[Path]:
+    """The directory of that corpus in the cache, to be read while the context lasts."""
+    return Artifacts().reading(*_corpus(config, extra, files))
+
+
+def _corpus(
+    config: DataConfig, extra: Mapping[str, ExtraSource], files: ReadFiles | None
+) -> tuple[str, Callable[[Path], None]]:
+    """The key of a corpus, and what builds it."""
     read = files or look_at(config)
 
     def build(aside: Path) -> None:
@@ -46,7 +62,7 @@ def obtain_corpus(
                 "run the same command again, or exclude what other programs write to",
             )
 
-    return Artifacts().obtain(corpus_key(config, extra, read), build, directory)
+    return corpus_key(config, extra, read), build
 
 
 def obtain_tokenizer(corpus: Path, vocab_size: int, directory: Path, tools: bool = False) -> bool:
@@ -84,7 +100,8 @@ def corpus_key(
     """The key of a corpus.
 
     It depends on the sources' files with their paths inside the source, on what is left out of
-    them, on the config without the location of the files, and on the extra documents.
+    them (run directories apart, as in the summary), on the config without the location of the
+    files, and on the extra documents.
     """
     read = files or look_at(config)
     return "corpus-" + sha256_json(
@@ -93,7 +110,10 @@ def corpus_key(
             "config": config.model_dump(exclude={"sources", "sequence_length"}),
             "sources": [source.model_dump(exclude={"glob"}) for source in config.sources],
             "files": read.hash,
-            "left_out": [[each.model_dump() for each in one.left_out] for one in read.sources],
+            "left_out": [
+                [each.model_dump() for each in one.left_out if each.reason != "runs"]
+                for one in read.sources
+            ],
             "extra": {
                 name: {
                     "weight": source.weight,

@@ -57,8 +57,8 @@ class Engine:
 
     def restart(self) -> None:
         """Abort all requests and empty the cache, for example after a step has failed. What was
-        kept is lost too. It needs no memory of the cache's size, since memory may be what a step
-        lacked.
+        kept in it is lost too. It needs no memory of the cache's size, since memory may be what a
+        step lacked.
         """
         for request in [*self._waiting, *self._running]:
             request.finish_reason = "abort"
@@ -95,13 +95,18 @@ class Engine:
                 f"use ids from 0 to {size - 1}",
             )
         if len(prompt_ids) + min(params.max_tokens, 1) > self.context:
-            raise ContextLengthError(len(prompt_ids), self.context)
+            raise self.too_long(len(prompt_ids))
         need = len(prompt_ids) + max(self._limit(prompt_ids, params) - 1, 0)
         if need > self.slots:
             raise BadInput(
                 f"the request needs {need} places in the cache, which has {self.slots}",
                 "shorten the prompt, lower max_tokens or give the engine more slots",
             )
+
+    def too_long(self, tokens: int, at_least: bool = False) -> ContextLengthError:
+        """The error for a prompt of `tokens` tokens, or more where `at_least` is set."""
+        whole = self.model.config.max_position_embeddings
+        return ContextLengthError(tokens, self.context, whole, at_least)
 
     def add(
         self,

@@ -13,6 +13,7 @@ import torch
 from xushi.base.errors import BadInput
 from xushi.base.messages import Message, Tool, ToolCall
 from xushi.base.model_directory import model_name
+from xushi.base.published_files import OTHER_TOKENIZER
 from xushi.engine.engine import Engine
 from xushi.engine.memory import plan_memory
 from xushi.engine.params import SamplingParams
@@ -83,7 +84,7 @@ class LLM:
         """
         directory = Path(path)
         self.name = model_name(directory)
-        config = open_directory(directory).without_mtp()  # generation uses no MTP layers
+        config = open_directory(directory)[0].without_mtp()  # generation uses no MTP layers
         self._conversations = Conversations(directory, Path(template) if template else None)
         self.tokenizer = self._conversations.tokenizer
         self.can_chat = self._conversations.can_chat
@@ -91,7 +92,7 @@ class LLM:
             raise BadInput(
                 f"{path}: the tokenizer has {self.tokenizer.vocab_size} tokens and the model "
                 f"{config.vocab_size}",
-                "the tokenizer does not belong to this model; get both from one place",
+                OTHER_TOKENIZER,
             )
         self.memory = plan_memory(directory, config, dtype, slots)
         model = load_pretrained(directory, self.memory.dtype, mtp=False)
@@ -183,15 +184,13 @@ class LLM:
         """
         if not messages:
             raise BadInput("the conversation has no messages", "give at least one of role user")
-        read = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
-        return self._conversations.ids(read, tools)
+        return self._conversations.ids(_read(messages), tools)
 
     def continued_ids(self, messages: Conversation) -> list[int]:
         """The prompt that ends inside the last message, of role assistant, which the model goes on
         with: in its content, or in its reasoning if it has no content yet.
         """
-        read = [m if isinstance(m, Message) else Message.from_dict(m) for m in messages]
-        return self._conversations.continued_ids(read)
+        return self._conversations.continued_ids(_read(messages))
 
     def _run(
         self, requests: list[Request], streams: list[TextStream]
@@ -217,6 +216,10 @@ class LLM:
         finally:
             for request in requests:
                 self.engine.abort(request)
+
+
+def _read(messages: Conversation) -> list[Message]:
+    return [each if isinstance(each, Message) else Message.from_dict(each) for each in messages]
 
 
 def _figures(

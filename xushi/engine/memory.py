@@ -11,9 +11,9 @@ import torch
 from xushi.base.errors import BadInput
 from xushi.base.machine import best_training_dtype, inspect
 from xushi.base.model_directory import read_settings
-from xushi.model import Deepseek, ModelConfig
+from xushi.model import ModelConfig
+from xushi.model.building import model_without_memory, state_bytes
 from xushi.model.cache import slot_widths
-from xushi.model.names import stays_float32
 
 # The default cache has room for this many conversations of full length, but has no more slots than
 # the limit.
@@ -78,7 +78,7 @@ def plan_memory(
             f"{directory} does not fit into memory: weights in {NAMES.get(dtype, dtype)} take "
             f"{gigabytes(weights)}, a cache of {least:,} tokens {gigabytes(least * each)}, and "
             f"{gigabytes(room)} can be used of {gigabytes(available or 0)} available",
-            _remedy(config, dtype, slots, room),
+            _remedy(config, dtype, least, room, slots is not None),
         )
     fitting = wanted if room is None else min(wanted, (room - weights) // max(each, 1))
     return MemoryPlan(dtype, fitting, weights, fitting * each, reason)
@@ -97,15 +97,10 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     if config.num_hidden_layers > MOST_LAYERS:
         return 0
     try:
-        with torch.device("meta"):
-            model = Deepseek(config)
+        model = model_without_memory(config, dtype)
     except (RuntimeError, TypeError, ValueError, ArithmeticError):
         return 0
-    converted = {name for name, _ in model.named_parameters() if not stays_float32(name, config)}
-    return sum(
-        tensor.numel() * (dtype.itemsize if name in converted else tensor.element_size())
-        for name, tensor in model.state_dict().items()
-    )
+    return state_bytes(model)
 
 
 def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -131,24 +126,42 @@ def _default_dtype(
     need = weight_bytes(config, wide) + least * slot_bytes(config, wide)
     fits = room is None or need <= room
     table = read_settings(directory, "config.json")
-    stored = table.get("dtype") or table.get("torch_dtype") or "float32"
-    short = bool(table.get("quantization_config")) or stored in ("bfloat16", "float16")
+    quantised = bool(table.get("quantization_config"))
+    stored = table.get("dtype") or table.get("torch_dtype")
     if not fits:
         return narrow, "float32 does not fit into memory"
-    if short and best_training_dtype(features)[0] == "bf16":
-        return narrow, "as stored; this processor multiplies it"
-    return wide, "without instructions for bf16 it is faster" if short else "as stored"
+    if quantised or stored in ("bfloat16", "float16"):
+        if best_training_dtype(features)[0] != "bf16":
+            return wide, "without instructions for bf16 it is faster"
+        return narrow, (
+            "as stored; this processor multiplies it"
+            if stored == "bfloat16" and not quantised
+            else "nearest to what is stored; this processor multiplies it"
+        )
+    if stored == "float32":
+        return wide, "as stored"
+    return wide, f"stored as {stored}" if isinstance(stored, str) else "no dtype is stated"
 
 
-def _remedy(config: ModelConfig, dtype: torch.dtype, slots: int | None, room: int) -> str:
-    """What makes the model fit, or that nothing does."""
+def _remedy(config: ModelConfig, dtype: torch.dtype, least: int, room: int, asked: bool) -> str:
+    """What makes the model fit, or that nothing does. `asked`: whether the user asked for a
+    cache of `least` tokens.
+    """
     narrow = torch.bfloat16
-    each = slot_bytes(config, narrow)
-    fitting = (room - weight_bytes(config, narrow)) // max(each, 1)
-    if slots is not None and fitting >= 1:
-        fitting_now = (room - weight_bytes(config, dtype)) // max(slot_bytes(config, dtype), 1)
-        if fitting_now >= 1:
-            return f"give --cache-tokens {fitting_now} (LLM: slots) or less"
-    if dtype != narrow and fitting >= 1:
+
+    def fitting(kind: torch.dtype) -> int:
+        return (room - weight_bytes(config, kind)) // max(slot_bytes(config, kind), 1)
+
+    fewer = f"give --cache-tokens {fitting(dtype)} (LLM: slots) or less"
+    if asked and fitting(dtype) >= 1:
+        return fewer
+    if dtype != narrow and fitting(narrow) >= least:
         return "give --dtype bf16 (LLM: dtype=torch.bfloat16)"
+    if fitting(dtype) >= 1:
+        return fewer
+    if dtype != narrow and fitting(narrow) >= 1:
+        return (
+            f"give --dtype bf16 and --cache-tokens {fitting(narrow)} or less (LLM: "
+            "dtype=torch.bfloat16, slots)"
+        )
     return "use a machine with more memory, or a smaller model"

@@ -22,14 +22,21 @@ FinishReason = Literal["stop", "length", "abort"]
 class ContextLengthError(BadInput):
     """A prompt that leaves no room for an answer in the context.
 
-    `at_least` says that the prompt was not counted, and has this many tokens or more.
+    `at_least` says that the prompt was not counted, and has this many tokens or more. `whole` is
+    the model's own context, of which the cache may hold less.
     """
 
-    def __init__(self, prompt_tokens: int, context: int, at_least: bool = False) -> None:
+    def __init__(
+        self, prompt_tokens: int, context: int, whole: int, at_least: bool = False
+    ) -> None:
+        holder = "model's context holds" if context >= whole else "cache holds"
         super().__init__(
             f"the prompt has {'at least ' if at_least else ''}{prompt_tokens} tokens and the "
-            f"model's context holds {context}, at least one of them for an answer",
-            "shorten the prompt",
+            f"{holder} {context}, at least one of them for an answer",
+            "shorten the prompt"
+            if context >= whole
+            else f"shorten the prompt, or give a larger cache, up to the model's context of {whole}"
+            ": --cache-tokens (LLM: slots); --dtype bf16 makes room for more",
         )
         self.prompt_tokens = prompt_tokens
         self.context = context

@@ -1,7 +1,7 @@
 """What a model is worth: bits per byte beside compressors, and answers to tasks with intervals."""
 
 from xushi.evaluate.bits import DocumentBits, bits_by_document, total_bits
-from xushi.evaluate.compressors import bits_per_byte, xz_primed
+from xushi.evaluate.compressors import bits_per_byte, by_all_methods, xz_primed
 from xushi.evaluate.config import EvaluateConfig
 from xushi.evaluate.episodes import Branch, Episode, examples_of, play
 from xushi.evaluate.measure import (
@@ -28,6 +28,7 @@ __all__ = [
     "bits_by_document",
     "bits_of_texts",
     "bits_per_byte",
+    "by_all_methods",
     "evaluate_texts",
     "evaluation_tasks",
     "examples_of",

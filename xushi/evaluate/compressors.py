@@ -9,13 +9,14 @@ import lzma
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import zstandard
 
 from xushi.base.errors import BadInput
 
 Method = Literal["gzip", "xz", "zstd"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 PRIMED_MEMORY_BYTES = 1 << 30
 _GZIP_CONTAINER = 31  # zlib's window bits: 15, plus 16 for gzip's header and trailer
@@ -48,6 +49,11 @@ def bits_per_byte(data: bytes, method: Method) -> float:
     """
     _refuse_empty(data)
     return 8 * _compressed_size(data, method) / len(data)
+
+
+def by_all_methods(data: bytes) -> dict[Method, float]:
+    """`bits_per_byte` by each of the three methods."""
+    return {method: bits_per_byte(data, method) for method in METHODS}
 
 
 def xz_primed(training: bytes, heldout: bytes, memory_bytes: int = PRIMED_MEMORY_BYTES) -> Primed:

@@ -3,7 +3,6 @@
 Not here: the held-out text of a run (bits).
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ import torch
 from xushi.base.errors import BadInput
 from xushi.base.progress import StepProgress, say
 from xushi.data import HeldoutText, SourceConfig
+from xushi.data.config import text_source
 from xushi.data.left_out import counts, in_short
-from xushi.data.names import written
 from xushi.data.packing import PackedSource
-from xushi.data.sources import read_source
+from xushi.data.sources import SourceDocuments, read_source
 from xushi.engine import LLM
 from xushi.evaluate.bits import DocumentBits, bits_of_documents
-from xushi.evaluate.compressors import bits_per_byte
+from xushi.evaluate.compressors import by_all_methods
 from xushi.model import Deepseek, read_config
 from xushi.tokenizer import Vocabulary
 
@@ -36,11 +35,9 @@ def evaluate_texts(
 
     What cannot be read as text is left out and counted; paths without any text are a `XushiError`.
     """
-    if not all(path.strip() for path in paths):
-        raise BadInput("a PATH is empty", "give a file, a directory or a pattern")
+    named = text_source(paths)
     read_config(directory)  # before the text is read, which may take minutes
-    globs = [written(os.path.abspath(os.path.expanduser(path))) for path in paths]
-    source = read_source(SourceConfig(name="text", kind="text", glob=globs))
+    source = _read(named)
     texts = [document.text for document in source.documents]
     if not any(texts):
         raise BadInput("the files have no text: 0 bytes", "give files with text")
@@ -48,7 +45,7 @@ def evaluate_texts(
     found = bits_of_texts(llm.engine.model, llm.tokenizer, texts)
     data = "".join(texts).encode()
     say("evaluate: the same bytes, by compressors")
-    others = {f"bits_per_byte_{name}": bits_per_byte(data, name) for name in ("gzip", "xz", "zstd")}
+    others = {f"bits_per_byte_{name}": bits for name, bits in by_all_methods(data).items()}
     return {
         "model": llm.name,
         "documents": len(texts),
@@ -58,6 +55,17 @@ def evaluate_texts(
         "bits_per_byte": found.total / len(data),
         **others,
     }
+
+
+def _read(source: SourceConfig) -> SourceDocuments:
+    """The text of a source. What is wrong with it is told without a recipe: there is none here."""
+    try:
+        return read_source(source)
+    except BadInput as error:
+        raise BadInput(
+            error.problem,
+            "give text files that may be read, or directories with some; convert others to text",
+        ) from None
 
 
 def bits_of_texts(model: Deepseek, tokenizer: Vocabulary, texts: Sequence[str]) -> DocumentBits:

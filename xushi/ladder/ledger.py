@@ -46,13 +46,15 @@ CREATE TABLE IF NOT EXISTS decisions (
 class Entry:
     """A registered question. `number`: its place in the stream of ideas, from 1. `level`: what its
     p-value must not exceed to be promoted. `known`: for each rung, the run variance that other
-    runs had shown. Both are fixed when it is registered.
+    runs had shown. Both are fixed when it is registered. `files`: the hashes of the files that its
+    commands read, by name.
     """
 
     number: int
     hash: str
     name: str
     idea: Idea
+    files: dict[str, str]
     level: float
     known: tuple[RunVariance, ...]
 
@@ -124,7 +126,7 @@ class Ledger:
             level,
             json.dumps([[each.value, each.degrees] for each in known]),
         )
-        return Entry(number, hash, name, idea, level, tuple(known))
+        return Entry(number, hash, name, idea, files, level, tuple(known))
 
     def promoted(self) -> list[int]:
         """The numbers of the entries that were promoted."""
@@ -294,9 +296,10 @@ def number_of(printed: dict[str, Any] | None, metric: str) -> float | None:
 
 
 def _entry(row: Any) -> Entry:
-    number, hash, name, _, idea, _, level, known = row
+    number, hash, name, _, idea, files, level, known = row
     variances = tuple(RunVariance(value, degrees) for value, degrees in json.loads(known))
-    return Entry(number, hash, name, Idea.model_validate_json(idea), level, variances)
+    stated = Idea.model_validate_json(idea)
+    return Entry(number, hash, name, stated, json.loads(files), level, variances)
 
 
 def _job(row: Any) -> JobRecord:

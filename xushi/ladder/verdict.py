@@ -1,6 +1,6 @@
 """What pairs of runs say about an idea: better, worse, of no interest, or unsettled.
 
-Two tests are made, each at half the level. The *paired* test uses the spread of the
+There are two tests, each at half the level. The *paired* test uses the spread of the
 idea's own differences: it sees small effects of changes that leave a run nearly the same. The *run*
 test uses the spread of single runs over seeds, of which the ledger knows more than this idea's own
 seeds tell: it settles large effects after two pairs. A pair's spread is never taken from other
@@ -164,11 +164,11 @@ def settled(low: float, high: float, smallest_effect: float, final: bool) -> tup
     if -smallest_effect < low and high < smallest_effect:
         return "none", "the effect is smaller than what is of interest"
     if high < 0:
-        return "worse", "no harm is ruled out"
+        return "worse", '"no harm" is ruled out'
     if high < smallest_effect:
         return ("none", _RULED_OUT) if final else ("unsettled", _RULED_OUT)
     if low > 0:
-        return "better", "no gain is ruled out"
+        return "better", '"no gain" is ruled out'
     return "unsettled", "a gain and a loss are both possible"
 
 

@@ -20,11 +20,16 @@ def model_without_memory(config: ModelConfig, dtype: torch.dtype = torch.float32
     return model
 
 
+def state_bytes(model: Deepseek) -> int:
+    """Bytes of the model's parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
 def allocate(model: Deepseek, device: torch.device | str) -> None:
     """Give the model memory on `device`. Its values are undefined then; only the rotations' angles
     are right. A MemoryError if the machine has less than it needs.
     """
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    needed = state_bytes(model)
     total = inspect().memory_total
     if torch.device(device).type == "cpu" and total is not None and needed > total:
         # Linux may promise memory that it does not have and kill the process that uses it.

@@ -140,9 +140,9 @@ def without_aliases(table: dict[str, Any], kind: str, where: str) -> dict[str, A
     plain = {key: value for key, value in table.items() if key not in aliases}
     origin = {key: key for key in plain}
     for alias, field in aliases.items():
-        if alias not in table:
+        if table.get(alias) is None:
             continue
-        if field in plain and plain[field] != table[alias]:
+        if plain.get(field) is not None and plain[field] != table[alias]:
             raise BadInput(
                 f"{where}: {alias} is {shorten(table[alias])}, but {origin[field]}, which means "
                 f"the same, is {shorten(plain[field])}",

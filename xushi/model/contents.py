@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from xushi.base.errors import BadInput
+from xushi.base.published_files import FROM_ELSEWHERE, shown
 from xushi.model.config import ModelConfig
 from xushi.model.config_keys import OTHER_DRAFTS
 from xushi.model.names import canonical_name, layer_of
-from xushi.model.shards import Stored, same_bytes, shown
+from xushi.model.shards import Stored, same_bytes
 
 # Tensors that other programs wrote and that a model computes from its config.
 _COMPUTED = re.compile(r".*\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)")
-_STACKED = re.compile(r".*\.experts\.(gate_up_proj|down_proj)(?:\.weight)?")
+_STACKED = re.compile(r".*\.experts\.(gate_up_proj|down_proj)(?:\.weight)?(_scale_inv)?")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # The matrix that only an MTP layer has: V3's, and V4's.
 _OF_MTP = (".eh_proj.weight", ".e_proj.weight")
@@ -43,9 +44,10 @@ def sort_tensors(
     table: dict[str, Any],
     directory: Path,
     mtp: bool | None,
+    fp8_rows: int,
 ) -> Contents:
     """Sort the tensors of the files in `directory`. `table` is config.json; `mtp` as in
-    `load_pretrained`.
+    `load_pretrained`; `fp8_rows`: the rows of an FP8 block.
     """
     contents = Contents(config)
     left_out: Counter[str] = Counter()
@@ -56,7 +58,7 @@ def sort_tensors(
         elif other_drafts and name.startswith("mtp."):
             left_out["mtp.*, draft models of another kind than MTP"] += 1
         else:
-            for part in _unstacked(tensor, config):
+            for part in _unstacked(tensor, config, fp8_rows):
                 _add(part, contents)
     _choose_mtp(contents, directory, mtp, other_drafts, left_out)
     _leave_out_tied_head(contents, left_out)
@@ -66,20 +68,28 @@ def sort_tensors(
     return contents
 
 
-def _unstacked(tensor: Stored, config: ModelConfig) -> list[Stored]:
-    """A tensor as transformers stacks experts, `[E, 2F, D]` or `[E, D, F]`, as each expert's
-    matrices; another tensor as it is.
+def _unstacked(tensor: Stored, config: ModelConfig, fp8_rows: int) -> list[Stored]:
+    """A tensor as transformers stacks experts, `[E, 2F, D]` or `[E, D, F]`, or their scales, as
+    those of each expert's matrices; another tensor as it is.
     """
     found = _STACKED.fullmatch(tensor.name)
     if found is None or len(tensor.shape) != 3:
         return [tensor]
     experts, rows, columns = tensor.shape
-    gated = found[1] == "gate_up_proj"
-    if experts != config.n_routed_experts or (gated and rows % 2):
+    gated, scale = found[1] == "gate_up_proj", found[2] or ""
+    if experts != config.n_routed_experts or (gated and rows % 2 and not scale):
         raise BadInput(
             f"{tensor.file}: {shown(tensor.name)} has shape {list(tensor.shape)}, config.json says "
             f"n_routed_experts={config.n_routed_experts}",
-            "the weights do not belong to this config.json; get both from one place",
+            FROM_ELSEWHERE,
+        )
+    width = config.moe_intermediate_size
+    if gated and scale and rows != 2 * width and (rows % 2 or width % fp8_rows):
+        raise BadInput(
+            f"{tensor.file}: {shown(tensor.name)} has shape {list(tensor.shape)}: FP8 blocks of "
+            f"{fp8_rows} rows lie across gate_proj and up_proj, which have {width} rows each",
+            "use a checkpoint whose experts are single tensors (transformers: save_pretrained with "
+            "save_original_format=True), or one in bfloat16",
         )
     prefix = tensor.name[: found.start(1)]
     matrices = ("gate_proj", "up_proj") if gated else ("down_proj",)
@@ -88,7 +98,7 @@ def _unstacked(tensor: Stored, config: ModelConfig) -> list[Stored]:
     return [
         dataclasses.replace(
             tensor,
-            name=f"{prefix}{expert}.{matrix}.weight",
+            name=f"{prefix}{expert}.{matrix}.weight{scale}",
             shape=(rows, columns),
             begin=tensor.begin + (expert * len(matrices) + number) * size,
             size=size,
@@ -143,7 +153,7 @@ def _choose_mtp(
         for name in [name for name in tensors if layer_of(name) in unwanted]:
             del tensors[name]
             if mtp is None:
-                left_out[f"of {len(unwanted)} MTP layers that config.json does not name"] += 1
+                left_out["a tensor of an MTP layer that config.json does not name"] += 1
 
 
 def _mtp_layers(contents: Contents, beyond: set[str]) -> set[int]:

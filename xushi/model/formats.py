@@ -10,7 +10,7 @@ from typing import Any
 
 from xushi.base.config import shorten
 from xushi.base.errors import BadInput
-from xushi.model.shards import read_json, shown
+from xushi.base.published_files import read_published_json, shown
 
 _REMEDY = "use DeepSeek's own FP8 checkpoint, or one in bfloat16"
 _METHODS = {
@@ -29,6 +29,7 @@ _ENDINGS = {
     ".weight_scale_2": "NVFP4's (ModelOpt)",
     ".biases": "MLX's",
     ".scales": "MLX's",
+    ".input_scale": "a scale of inputs for FP8 (static activations)",
     ".absmax": "bitsandbytes'",
     ".lora_A.weight": "a LoRA adapter's",
     ".lora_B.weight": "a LoRA adapter's",
@@ -42,7 +43,7 @@ def refuse_adapter(directory: Path) -> None:
     names = [name for name in os.listdir(directory) if name.endswith(".safetensors")]
     if (directory / "config.json").exists() and names not in ([], ["adapter_model.safetensors"]):
         return
-    base = read_json(directory, "adapter_config.json").get("base_model_name_or_path")
+    base = read_published_json(directory, "adapter_config.json").get("base_model_name_or_path")
     raise BadInput(
         f"{directory} holds an adapter (LoRA) for {shown(base)} and not the model itself",
         "merge the adapter into its base model with peft (merge_and_unload), and save that",
@@ -63,7 +64,7 @@ def refuse_other_quantisations(directory: Path, table: dict[str, Any]) -> None:
         _refuse_method(config, f"{where}: quantization_config")
     for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
         if os.path.lexists(directory / name):
-            other = read_json(directory, name)
+            other = read_published_json(directory, name)
             inner = other.get("quantization", other)
             raise BadInput(
                 f"{directory / name}: the weights are quantised ({_algorithm(inner)}), which is "

@@ -28,8 +28,7 @@ from xushi.model.config import ModelConfig, RopeScaling
 from xushi.model.deepseek import Deepseek
 from xushi.model.gguf_tensors import gguf_tensors
 from xushi.model.gguf_tokenizer import add_tokenizer
-from xushi.model.published import read_config
-from xushi.model.weights import load_pretrained
+from xushi.model.weights import load_pretrained, open_directory
 
 if TYPE_CHECKING:
     import gguf
@@ -45,7 +44,7 @@ def export_gguf(directory: str | Path, path: str | Path, kind: str = "bf16") -> 
     Q8_0's 32 values stays in BF16. Memory: the weights once, in float32, and one tensor.
 
     Returns a description: `file`, `type`, `bytes`, the number of `tensors`, how many of them are
-    `kept_bf16`, `mtp_layers_left_out`, and that of `add_tokenizer`. A `XushiError` if
+    `kept_bf16`, and that of `add_tokenizer`. A `XushiError` if
     llama.cpp cannot express the model, the input is damaged, `path` exists, the gguf package is
     missing, or the disk is full.
     """
@@ -71,7 +70,6 @@ def export_gguf(directory: str | Path, path: str | Path, kind: str = "bf16") -> 
         "bytes": path.stat().st_size,
         "tensors": len(types),
         "kept_bf16": 0 if kind == "bf16" else in_bf16,
-        "mtp_layers_left_out": config.num_nextn_predict_layers,
         **described,
     }
 
@@ -92,7 +90,7 @@ def _expressible_config(directory: Path) -> ModelConfig:
     """The config of `directory`. Raise a `XushiError` for whatever llama.cpp's `deepseek2` lacks or
     computes differently.
     """
-    config = read_config(directory)
+    config, _ = open_directory(directory)
     grouped = config.topk_method == "group_limited_greedy" and _limits_groups(config)
     # The loader takes these for V2-Lite and its relatives and does not look for a query latent.
     lite = config.num_hidden_layers in (26, 27) or (

@@ -1,17 +1,20 @@
 """The tokenizer of a GGUF file: tokens, merges, special tokens and chat templates for llama.cpp."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xushi.base.errors import BadInput
-from xushi.base.files import read_json
 from xushi.base.model_directory import (
+    added_tokens,
     begins_with_bos,
     end_token_ids,
     named_tokens,
+    read_settings,
     read_templates,
     tokenizer_settings,
 )
+from xushi.base.published_files import OTHER_TOKENIZER, read_published_json, shown
 from xushi.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -43,14 +46,20 @@ def add_tokenizer(
     `end_tokens_left_out`, the ids that end a reply and for which llama.cpp has no key.
     """
     path = directory / "tokenizer.json"
-    table = read_json(path, "give a directory with a tokenizer, such as runs/NAME/export/base")
+    if not os.path.lexists(path):
+        raise BadInput(
+            f"{path} does not exist",
+            "give a directory with a tokenizer, such as runs/NAME/export/base",
+        )
+    table = read_published_json(directory, "tokenizer.json")
     patterns, tokens = _add_vocabulary(writer, config, table, path)
     settings = tokenizer_settings(directory)
     named = named_tokens(settings, directory)
+    _refuse_other_tokens(table, settings, named, directory)
     # Every training document of xushi's begins with bos, and its engine puts it before a text.
     # llama.cpp does not add a second one if a chat template has written it.
     add_bos = patterns == _OURS or begins_with_bos(table, settings, named.get("bos_token"))
-    left_out = _add_special_tokens(writer, config, directory, tokens, named, add_bos)
+    left_out = _add_special_tokens(writer, directory, tokens, named, add_bos)
     templates = read_templates(directory)
     if templates:
         writer.add_chat_template(
@@ -93,9 +102,26 @@ def _add_vocabulary(
     return patterns, tokens
 
 
+def _refuse_other_tokens(
+    table: dict[str, Any], settings: dict[str, Any], named: dict[str, str], directory: Path
+) -> None:
+    """Raise if a file beside tokenizer.json adds a token to it. The ids of such tokens depend on
+    the program that adds them.
+    """
+    known = {each["content"] for each in table["added_tokens"]}
+    tables, others = added_tokens(settings, directory)
+    for text in (*named.values(), *others, *(each["content"] for each in tables)):
+        if text not in known:
+            raise BadInput(
+                f"{directory / 'tokenizer.json'} lacks the token {shown(text)}, which only a file "
+                "beside it has (tokenizer_config.json or special_tokens_map.json)",
+                "write the tokenizer again with transformers: "
+                f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained(...)",
+            )
+
+
 def _add_special_tokens(
     writer: "gguf.GGUFWriter",
-    config: ModelConfig,
     directory: Path,
     tokens: list[str],
     named: dict[str, str],
@@ -106,12 +132,13 @@ def _add_special_tokens(
         tokens.index(named[key]) if named.get(key) in tokens else None
         for key in ("bos_token", "eos_token", "pad_token")
     )
+    stated = read_settings(directory, "config.json")  # the fields of `config` also have defaults
     ends = list(dict.fromkeys([*([] if eos is None else [eos]), *end_token_ids(directory)]))
     for token, add in (
-        (config.bos_token_id if bos is None else bos, writer.add_bos_token_id),
+        (stated.get("bos_token_id") if bos is None else bos, writer.add_bos_token_id),
         (ends[0] if ends else None, writer.add_eos_token_id),
         (ends[1] if len(ends) > 1 else None, writer.add_eot_token_id),
-        (config.pad_token_id if pad is None else pad, writer.add_pad_token_id),
+        (stated.get("pad_token_id") if pad is None else pad, writer.add_pad_token_id),
     ):
         if token is not None and token >= 0:
             add(token)
@@ -165,7 +192,7 @@ def _tokens(table: dict[str, Any], size: int, path: Path) -> tuple[list[str], li
             raise BadInput(
                 f"{path}: token {token!r} has the id {index}, but config.json's vocab_size is "
                 f"{size}",
-                "the tokenizer does not belong to this model; get both from one place",
+                OTHER_TOKENIZER,
             )
         tokens[index] = token
         types[index] = int(kind)

@@ -5,13 +5,14 @@ A value that this architecture does not implement is a `XushiError` that names t
 guessed if a guess could be wrong.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
 from xushi.base.config import parse, shorten
 from xushi.base.errors import BadInput
-from xushi.base.files import read_json
-from xushi.base.progress import say
+from xushi.base.model_directory import snapshot_remedy
+from xushi.base.published_files import read_published_json
 from xushi.model.config import ABSENT, ModelConfig
 from xushi.model.config_keys import CLASSES, model_type_of, unread_keys, without_aliases
 from xushi.model.published_v4 import LAYER_TYPES, REMEDY, as_v4, check_length
@@ -198,25 +199,39 @@ def _dense_layers(table: dict[str, Any], kind: str, where: str) -> dict[str, Any
     # V2 and V3 do not know the list.
     first = table.get("first_k_dense_replace", 3)
     if kind != "deepseek_v32" and isinstance(first, int) and min(first, len(types)) != dense:
+        given = "first_k_dense_replace" in table
         raise BadInput(
             f"{where}: mlp_layer_types has {dense} dense layers, and first_k_dense_replace is "
-            f"{first}",
-            "remove the one that does not belong to this checkpoint",
+            f"{first}{'' if given else ', its default, which the class of this model takes'}",
+            "remove the one that does not belong to this checkpoint"
+            if given
+            else f"add first_k_dense_replace: {dense} if the checkpoint was made with it",
         )
     return {"first_k_dense_replace": dense}
 
 
+def read_table(directory: Path) -> dict[str, Any]:
+    """The table in config.json of a checkpoint directory."""
+    file = directory / "config.json"
+    if not os.path.lexists(file):
+        raise BadInput(
+            f"{file} does not exist",
+            snapshot_remedy(directory) or "give a directory in the Hugging Face layout",
+        )
+    return read_published_json(directory, "config.json")
+
+
 def read_config(path: str | Path) -> ModelConfig:
-    """The `ModelConfig` of a checkpoint directory's config.json. Keys that nothing reads are named
-    on standard error.
-    """
-    file = Path(path) / "config.json"
-    remedy = "give a directory in the Hugging Face layout, its files undamaged"
-    if not file.exists() and (snapshots := sorted((Path(path) / "snapshots").glob("*"))):
-        remedy = f"give the directory of a snapshot, such as {snapshots[-1]}"
-    table = read_json(file, remedy)
-    config = from_published(table, str(file))
-    if unread := unread_keys(table, config.model_type):
-        more = f" and {len(unread) - _MOST_NAMED} more" if len(unread) > _MOST_NAMED else ""
-        say(f"{file}: nothing reads {', '.join(map(shorten, unread[:_MOST_NAMED]))}{more}")
-    return config
+    """The `ModelConfig` of a checkpoint directory's config.json."""
+    directory = Path(path)
+    return from_published(read_table(directory), str(directory / "config.json"))
+
+
+def unread_note(directory: Path, table: dict[str, Any], config: ModelConfig) -> str | None:
+    """What the user should know of keys in config.json, `table`, that nothing reads."""
+    unread = unread_keys(table, config.model_type)
+    if not unread:
+        return None
+    more = f" and {len(unread) - _MOST_NAMED} more" if len(unread) > _MOST_NAMED else ""
+    named = ", ".join(map(shorten, unread[:_MOST_NAMED]))
+    return f"{directory / 'config.json'}: nothing reads {named}{more}"

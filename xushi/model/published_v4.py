@@ -7,10 +7,10 @@ from typing import Any
 
 from xushi.base.config import shorten
 from xushi.base.errors import BadInput
+from xushi.base.published_files import DAMAGED
 
 LAYER_TYPES = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 REMEDY = "use a DeepSeek-V2-, V3-, V3.2- or V4-type checkpoint"
-_DAMAGED = "get the file again, it is damaged"
 MOST_MTP_LAYERS = 64  # a config.json with more is damaged and must not make us build a long list
 
 
@@ -40,7 +40,7 @@ def _add_compress_ratios(table: dict[str, Any], where: str) -> None:
     """Set a V4's compression rates, and compress_ratios for every layer with the MTP layers."""
     rates: Any = table.get("compress_rates") or {}
     if not isinstance(rates, dict):
-        raise BadInput(f"{where}: compress_rates is {rates!r}, not a table", _DAMAGED)
+        raise BadInput(f"{where}: compress_rates is {rates!r}, not a table", DAMAGED)
     _, sparse, heavy = LAYER_TYPES
     for key, name in (("compress_rate_csa", sparse), ("compress_rate_hca", heavy)):
         if name not in rates:
@@ -124,5 +124,5 @@ def check_length(types: list[Any], key: str, table: dict[str, Any], where: str) 
     if layers is not None and len(types) != layers:
         raise BadInput(
             f"{where}: {key} has {len(types)} entries, and num_hidden_layers is {shorten(layers)}",
-            _DAMAGED,
+            DAMAGED,
         )

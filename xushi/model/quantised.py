@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from xushi.base.errors import BadInput
-from xushi.model.shards import Stored, shown
+from xushi.base.published_files import FROM_ELSEWHERE, shown
+from xushi.model.shards import Stored
 
 FP8_BLOCK = (128, 128)
 # Rows and columns of the unpacked matrix. NVFP4, with a scale for 16 values, is another format.
@@ -45,7 +46,6 @@ FP4_VALUES = (
 PLAIN = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 PACKED = frozenset((torch.int8, torch.uint8))
 CHUNK = 2**22  # values that are converted at a time
-_REMEDY = "the weights do not belong to this config.json; get both from one place"
 
 
 def fp8_block(table: dict[str, Any], where: str) -> tuple[int, int]:
@@ -105,19 +105,20 @@ def check_weight(
     wanted = (*shape[:-1], math.ceil(shape[-1] / 2)) if is_fp4 else shape
     if stored.shape != wanted:
         raise BadInput(
-            f"{where} has shape {list(stored.shape)}, config.json asks for {list(wanted)}", _REMEDY
+            f"{where} has shape {list(stored.shape)}, config.json asks for {list(wanted)}",
+            FROM_ELSEWHERE,
         )
     if stored.dtype in PLAIN:
         if scale is not None:
             raise BadInput(
                 f"{scale.file} holds {shown(scale.name)}, a scale, but {shown(stored.name)} is "
                 f"{_name(stored)} and needs none",
-                _REMEDY,
+                FROM_ELSEWHERE,
             )
         return
     is_fp8 = stored.dtype == torch.float8_e4m3fn and len(shape) == 2
     if not is_fp4 and not is_fp8:
-        raise BadInput(f"{where} is {_name(stored)}, which is not supported for it", _REMEDY)
+        raise BadInput(f"{where} is {_name(stored)}, which is not supported for it", FROM_ELSEWHERE)
     if scale is None:
         raise BadInput(
             f"{where} is {_name(stored)} and its scale is missing",
@@ -136,7 +137,7 @@ def _check_scale(
         raise BadInput(
             f"{scale.file}: {shown(scale.name)} is {_name(scale)}, which is not supported as a "
             f"scale of {_name(stored)}",
-            _REMEDY,
+            FROM_ELSEWHERE,
         )
     rows, columns = block
     grid = (math.ceil(shape[0] / rows), math.ceil(shape[1] / columns))
@@ -144,8 +145,8 @@ def _check_scale(
         raise BadInput(
             f"{scale.file}: {shown(scale.name)} has shape {list(scale.shape)}; blocks of "
             f"{rows}x{columns} need {list(grid)}",
-            "set quantization_config.weight_block_size in config.json to the blocks "
-            "that the checkpoint has",
+            "set quantization_config.weight_block_size in config.json to the blocks that the "
+            "checkpoint has; if it has one scale for a whole matrix, use another checkpoint",
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from xushi.base.config import parse, shorten
 from xushi.base.errors import BadInput
+from xushi.base.published_files import DAMAGED
 from xushi.model.config import RopeScaling
 
 DEFAULT_THETA = 10000.0
@@ -82,7 +83,7 @@ def _table(table: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise BadInput(
             f"{where}: {key} is {shorten(rope)}, which is not a table",
-            "get the file again, it is damaged",
+            DAMAGED,
         )
     return rope
 
@@ -104,7 +105,7 @@ def _read(rope: dict[str, Any], name: str, table: dict[str, Any], kind: str, whe
                 f"{where}: {key} is {shorten(share)}; a {kind} rotates all of qk_rope_head_dim",
                 _SHARE,
             )
-    return Rope(rope.get("rope_theta", theta), _scaling(rope, name, table, kind, where))
+    return Rope(_stated(rope, theta), _scaling(rope, name, table, kind, where))
 
 
 def _read_v4(rope: dict[str, Any], name: str, table: dict[str, Any], where: str) -> Rope:
@@ -116,7 +117,7 @@ def _read_v4(rope: dict[str, Any], name: str, table: dict[str, Any], where: str)
     _check_share(table, "", table, where)
     parts = {key: rope[key] for key in ("main", "compress") if key in rope}
     if not parts:
-        if rope.get("rope_theta", theta) != theta:
+        if _stated(rope, theta) != theta:
             raise BadInput(
                 f"{where}: {name}.rope_theta is {shorten(rope['rope_theta'])}, rope_theta is "
                 f"{shorten(theta)}, and it is not clear which of a deepseek_v4's two bases the "
@@ -131,7 +132,7 @@ def _read_v4(rope: dict[str, Any], name: str, table: dict[str, Any], where: str)
             raise BadInput(
                 f"{where}: {name}.{key} is missing or not a table; a deepseek_v4 has the tables "
                 "main and compress",
-                "get the file again, it is damaged",
+                DAMAGED,
             )
         _check_share(parts[key], f"{name}.{key}.", table, where)
     main, compress = parts["main"], parts["compress"]
@@ -140,13 +141,18 @@ def _read_v4(rope: dict[str, Any], name: str, table: dict[str, Any], where: str)
             f"{where}: {name}.main is scaled; only a deepseek_v4's compress is",
             "use a checkpoint whose main rotation has rope_type default, like the published ones",
         )
-    if "rope_theta" not in compress:
+    if compress.get("rope_theta") is None:
         raise BadInput(
             f"{where}: {name}.compress has no rope_theta",
             "add the base of the compressed layers; DeepSeek's is 160000",
         )
     scaling = _scaling(compress, f"{name}.compress", table, "deepseek_v4", where)
-    return Rope(main.get("rope_theta", theta), scaling, compress["rope_theta"])
+    return Rope(_stated(main, theta), scaling, compress["rope_theta"])
+
+
+def _stated(rope: dict[str, Any], theta: Any) -> Any:
+    """The base that the table `rope` states, or `theta` where it states none."""
+    return theta if rope.get("rope_theta") is None else rope["rope_theta"]
 
 
 def _check_share(rope: dict[str, Any], name: str, table: dict[str, Any], where: str) -> None:

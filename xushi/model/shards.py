@@ -9,12 +9,9 @@ memory-mapped file counts as memory once it is read.
 Not here: which tensors a model has (names.py), what quantised tensors mean (quantised.py).
 """
 
-import contextlib
 import json
 import math
 import os
-import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,19 @@ import torch
 from torch import Tensor
 
 from xushi.base.errors import BadInput
+from xushi.base.published_files import (
+    DAMAGED,
+    UNTRUSTED,
+    checked_file,
+    parse_json,
+    read_published_json,
+    reading,
+    shown,
+)
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CHUNK = 2**24  # bytes that are compared at a time
-LARGEST_JSON = 100_000_000  # bytes; the format's own limit for a header
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -42,8 +47,6 @@ DTYPES = {
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_DAMAGED = "get the file again, it is damaged"
-_UNTRUSTED = "do not trust this checkpoint; get it from its publisher"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +64,13 @@ class Stored:
         """Read the tensor into newly allocated memory."""
         raw = torch.empty(self.size, dtype=torch.uint8)
         left = raw.numpy().data
-        with _reading(self.file), open(self.file, "rb", buffering=0) as stream:
+        with reading(self.file), open(self.file, "rb", buffering=0) as stream:
             stream.seek(self.begin)
             while len(left):
                 count = stream.readinto(left)
                 if not count:
                     raise BadInput(
-                        f"{self.file} cannot be read: it ends within {shown(self.name)}", _DAMAGED
+                        f"{self.file} cannot be read: it ends within {shown(self.name)}", DAMAGED
                     )
                 left = left[count:]
         return raw.view(self.dtype).view(self.shape)
@@ -77,7 +80,7 @@ def same_bytes(first: Stored, second: Stored) -> bool:
     """Whether two tensors are the same, bit by bit. Neither is held in memory as a whole."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    with _reading(first.file), open(first.file, "rb") as one, open(second.file, "rb") as other:
+    with reading(first.file), open(first.file, "rb") as one, open(second.file, "rb") as other:
         one.seek(first.begin)
         other.seek(second.begin)
         for done in range(0, first.size, CHUNK):
@@ -87,118 +90,23 @@ def same_bytes(first: Stored, second: Stored) -> bool:
     return True
 
 
-def shown(name: object) -> str:
-    """A name from a file in a form that is safe in a message: printable, one line, at most 200
-    characters and an ellipsis.
-    """
-    text = name if isinstance(name, str) and name.isprintable() and name else repr(name)
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-@contextlib.contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise BadInput(
-            f"{file} does not exist", "get the checkpoint again, a file is missing"
-        ) from None
-    except OSError as error:
-        raise BadInput(f"{file} cannot be read: {error.strerror or error}", _DAMAGED) from None
-
-
-def checked_file(directory: Path, name: object, limit: int | None = None) -> tuple[Path, int]:
-    """The path and size in bytes of a regular file of `directory`, at most `limit` bytes large. A
-    link must not lead out of the directory.
-    """
-    is_plain_name = (
-        isinstance(name, str)
-        and 0 < len(name) <= 255
-        and not set(name) & set("/\\\0")
-        and name not in (".", "..")
-    )
-    if not is_plain_name:
-        raise BadInput(
-            f"the index of {directory} names {shown(repr(name))}, which is not a file name of "
-            "that directory",
-            _UNTRUSTED,
-        )
-    file = directory / str(name)
-    if not Path(os.path.realpath(file)).is_relative_to(_root(directory)):
-        raise BadInput(
-            f"{shown(str(file))} is a link that leads out of its directory",
-            "copy the files themselves into the directory (or download with --local-dir)",
-        )
-    with _reading(file):
-        status = os.stat(file)
-    if not stat.S_ISREG(status.st_mode):
-        raise BadInput(f"{file} cannot be read: it is not a file", _DAMAGED)
-    if limit is not None and status.st_size > limit:
-        raise BadInput(
-            f"{file} cannot be read: it has {status.st_size} bytes, the limit is {limit}",
-            _DAMAGED,
-        )
-    return file, status.st_size
-
-
-def _root(directory: Path) -> Path:
-    """Where links of `directory` may lead: into it or, from a snapshot in a Hugging Face cache,
-    into the cache of the same model, which holds the files (models--NAME/blobs).
-    """
-    real = Path(os.path.realpath(directory))
-    snapshots, model = real.parent, real.parent.parent
-    is_cached = snapshots.name == "snapshots" and model.name.startswith("models--")
-    return model if is_cached else real
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's table. A repeated key is a ValueError."""
-    table: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in table:
-            raise ValueError(f"the key {shown(key)} occurs twice")
-        table[key] = value
-    return table
-
-
-def parse_json(raw: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `raw`. Anything else, or a repeated key, is a `XushiError` that names
-    `where`.
-    """
-    try:
-        table = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:  # decoding errors are ValueErrors
-        raise BadInput(f"{where} cannot be read: {shown(str(error))}", _DAMAGED) from None
-    if not isinstance(table, dict):
-        raise BadInput(f"{where} cannot be read: it is not a JSON object", _DAMAGED)
-    return table
-
-
-def read_json(directory: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file of `directory`."""
-    file, _ = checked_file(directory, name, LARGEST_JSON)
-    with _reading(file):
-        raw = file.read_bytes()
-    return parse_json(raw, str(file))
-
-
 def read_header(file: Path, size: int, limit: int) -> list[Stored]:
     """The tensors of a safetensors file of `size` bytes, in the order of their data. The header may
     have at most `limit` bytes.
     """
-    with _reading(file), open(file, "rb") as stream:
+    with reading(file), open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 2 <= length <= size - 8:
             raise BadInput(
                 f"{file} cannot be read: its header should have {length} bytes, the file has "
                 f"{size}",
-                _DAMAGED,
+                DAMAGED,
             )
         if length > limit:
             raise BadInput(
                 f"{file} cannot be read: its header has {length} bytes, the limit for this "
                 f"config.json is {limit}",
-                _UNTRUSTED,
+                UNTRUSTED,
             )
         raw = stream.read(length)
     table = parse_json(raw, str(file))
@@ -217,13 +125,13 @@ def _check_gapless(file: Path, entries: list[Stored], begin: int, size: int) -> 
             fault = "overlaps" if entry.begin < end else "leaves a gap after"
             raise BadInput(
                 f"{file} cannot be read: {shown(entry.name)} {fault} the tensor before it",
-                _DAMAGED,
+                DAMAGED,
             )
         end += entry.size
     if end != size:
         raise BadInput(
             f"{file} cannot be read: its header describes {end} bytes, the file has {size}",
-            _DAMAGED,
+            DAMAGED,
         )
 
 
@@ -240,7 +148,7 @@ def _entry(file: Path, name: str, entry: Any, data: int) -> Stored:
     where = f"{file} cannot be read: {shown(name)}"
     keys = ("dtype", "shape", "data_offsets")
     if not isinstance(entry, dict) or set(entry) != set(keys):
-        raise BadInput(f"{where} is not described by dtype, shape and data_offsets", _DAMAGED)
+        raise BadInput(f"{where} is not described by dtype, shape and data_offsets", DAMAGED)
     kind, shape, offsets = (entry[key] for key in keys)
     if not isinstance(kind, str) or kind not in DTYPES:
         raise BadInput(
@@ -249,14 +157,14 @@ def _entry(file: Path, name: str, entry: Any, data: int) -> Stored:
         )
     if not whole(shape) or not whole(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise BadInput(
-            f"{where} has shape {shown(shape)} and data_offsets {shown(offsets)}", _DAMAGED
+            f"{where} has shape {shown(shape)} and data_offsets {shown(offsets)}", DAMAGED
         )
     size = math.prod(shape) * DTYPES[kind].itemsize
     if size != offsets[1] - offsets[0]:
         raise BadInput(
             f"{where} has shape {shape} in {kind}, which is {size} bytes, and "
             f"{offsets[1] - offsets[0]} bytes of data",
-            _DAMAGED,
+            DAMAGED,
         )
     return Stored(name, file, DTYPES[kind], tuple(shape), data + offsets[0], size)
 
@@ -341,15 +249,15 @@ def _shard_names(directory: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _safetensors_in(directory: Path) -> set[str]:
-    with _reading(directory):
+    with reading(directory):
         names = os.listdir(directory)
     return {n for n in names if n.endswith(".safetensors") and not n.startswith(".")}
 
 
 def _read_index(directory: Path) -> dict[str, str]:
-    weight_map = read_json(directory, INDEX_FILE).get("weight_map")
+    weight_map = read_published_json(directory, INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise BadInput(f"{directory / INDEX_FILE} cannot be read: it has no weight_map", _DAMAGED)
+        raise BadInput(f"{directory / INDEX_FILE} cannot be read: it has no weight_map", DAMAGED)
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name.endswith(".safetensors"):
             raise BadInput(

@@ -10,10 +10,10 @@ Not here: tensor names (names.py), the file format (shards.py), FP8 and FP4 (qua
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from xushi.base.errors import BadInput, Failed
 from xushi.base.files import disk_errors
 from xushi.base.progress import say
+from xushi.base.published_files import DAMAGED, FROM_ELSEWHERE, LARGEST_JSON, shown
 from xushi.model.building import allocate, model_without_memory
 from xushi.model.config import ModelConfig
 from xushi.model.contents import sort_tensors
@@ -32,19 +33,10 @@ from xushi.model.names import (
     shared_copies,
     written_name,
 )
-from xushi.model.published import read_config
+from xushi.model.published import from_published, read_table, unread_note
 from xushi.model.quantised import block_of, check_weight, dequantise, fp8_block
 from xushi.model.saving import finish_save
-from xushi.model.shards import (
-    LARGEST_JSON,
-    Stored,
-    checked_file,
-    read_headers,
-    read_json,
-    shown,
-)
-
-_ELSEWHERE = "the weights do not belong to this config.json; get both from one place"
+from xushi.model.shards import Stored, read_headers
 
 
 @dataclass(frozen=True)
@@ -94,32 +86,36 @@ def load_pretrained(
     return model
 
 
-def open_directory(directory: Path) -> ModelConfig:
-    """The config of a checkpoint directory. What a killed save left is finished first; another
-    format is refused by its name.
-    """
+def settle_directory(directory: Path) -> None:
+    """Finish what a killed save left in a directory. An adapter alone is a `XushiError`."""
     with disk_errors(directory):
         finish_save(directory)
     refuse_adapter(directory)
-    if os.path.lexists(directory / "config.json"):
-        checked_file(directory, "config.json", LARGEST_JSON)
-    config = read_config(directory)
-    refuse_other_quantisations(directory, read_json(directory, "config.json"))
-    return config
+
+
+def open_directory(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config of a checkpoint directory, and the table in its config.json, after
+    `settle_directory`. Another format is refused by its name.
+    """
+    settle_directory(directory)
+    table = read_table(directory)
+    config = from_published(table, str(directory / "config.json"))
+    refuse_other_quantisations(directory, table)
+    return config, table
 
 
 def _checked(directory: Path, dtype: torch.dtype, mtp: bool | None) -> tuple[Deepseek, list[Part]]:
     """The model without memory and the parts to load, after all checks. Says what is left out."""
-    config = open_directory(directory)
-    table = read_json(directory, "config.json")
+    config, table = open_directory(directory)
     block = fp8_block(table, str(directory / "config.json"))
     stored, notes = read_headers(directory, _largest_header(config))
     refuse_other_tensors(stored, directory)
-    contents = sort_tensors(stored, config, table, directory, mtp)
+    contents = sort_tensors(stored, config, table, directory, mtp, block[0])
     model = _without_memory(contents.config, dtype, len(stored), directory)
     parts = _match(model, contents.weights, contents.scales, block, directory)
-    for note in (*notes, *contents.notes):
-        say(note)
+    for note in (unread_note(directory, table, config), *notes, *contents.notes):
+        if note:
+            say(note)
     return model, parts
 
 
@@ -143,7 +139,7 @@ def _without_memory(
         raise BadInput(
             f"{directory / 'config.json'} describes {layers} layers, but the files hold only "
             f"{tensors} tensors",
-            _ELSEWHERE,
+            FROM_ELSEWHERE,
         )
     try:
         return model_without_memory(config, dtype)
@@ -151,7 +147,7 @@ def _without_memory(
         raise BadInput(
             f"{directory / 'config.json'} describes a model that cannot be built: "
             f"{shown(str(error).partition(chr(10))[0])}",
-            "get the file again, it is damaged",
+            DAMAGED,
         ) from None
 
 
@@ -175,7 +171,7 @@ def _match(
         scale = scales.pop(name, None)
         if stored is None:
             raise BadInput(
-                f"{directory} lacks {written_name(name, config, 'published')}", _ELSEWHERE
+                f"{directory} lacks {written_name(name, config, 'published')}", FROM_ELSEWHERE
             )
         if place.parameter.endswith(".tid2eid"):
             _check_table(stored, scale, place)
@@ -190,7 +186,7 @@ def _match(
     for stored in (*weights.values(), *scales.values()):
         raise BadInput(
             f"{stored.file} holds {shown(stored.name)}, which this config.json does not describe",
-            _ELSEWHERE,
+            FROM_ELSEWHERE,
         )
     return parts
 
@@ -205,7 +201,7 @@ def _check_table(stored: Stored, scale: Stored | None, place: Place) -> None:
         raise BadInput(
             f"{stored.file}: {shown(stored.name)} is {stored.dtype} of shape {list(stored.shape)}; "
             f"config.json asks for whole numbers of shape {list(place.shape)}",
-            _ELSEWHERE,
+            FROM_ELSEWHERE,
         )
 
 
@@ -235,6 +231,6 @@ def _fill(part: Part, tensor: Tensor, config: ModelConfig) -> None:
         raise BadInput(
             f"{part.stored.file}: {shown(part.stored.name)} sends a token to an expert that does "
             f"not exist; config.json says n_routed_experts={config.n_routed_experts}",
-            _ELSEWHERE,
+            FROM_ELSEWHERE,
         )
     target.copy_(values)

@@ -17,6 +17,7 @@ from xushi.report.scales import (
     Point,
     Scale,
     TickLabel,
+    counts,
     linear,
     runs,
     shown_from,
@@ -60,7 +61,9 @@ class Axes:
     """The frame of a line chart: its titles, its height in pixels and the reach of its vertical
     axis.
 
-    The axis goes down at least to `y_lowest` and ends at about `y_limit`, whatever lies above.
+    The axis goes down at least to `y_lowest` and ends at about `y_limit`, whatever lies above; what
+    lies far below `y_floor` is cut off too. `x_counts`: x counts things, so that its ticks are
+    whole numbers and no point lies on an edge.
     """
 
     title: str
@@ -69,6 +72,8 @@ class Axes:
     height: int = 240
     y_lowest: float | None = None
     y_limit: float = math.inf
+    y_floor: float = -math.inf
+    x_counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,10 +219,13 @@ def heat_map(
 
 def _plane(series: Sequence[Series], levels: Sequence[Reference], axes: Axes) -> _Plane | None:
     finite = [point for one in series for stretch in runs(one.points) for point in stretch]
-    reached = [min(y, axes.y_limit) for _, y in finite] + [one.value for one in levels]
+    reached = [max(axes.y_floor, min(y, axes.y_limit)) for _, y in finite] + [
+        one.value for one in levels
+    ]
     if axes.y_lowest is not None:
         reached.append(axes.y_lowest)
-    x_scale = linear((x for x, _ in finite), 6)
+    xs = [x for x, _ in finite]
+    x_scale = counts(xs, 12) if axes.x_counts else linear(xs, 6)
     y_scale = linear(reached, 4, rounded=True)
     if x_scale is None or y_scale is None:
         return None
@@ -254,7 +262,7 @@ def _dots(one: Series, plane: _Plane) -> str:
         f'<circle class="dot t{one.tone}" cx="{100 * plane.x_scale(x):.2f}%" '
         f'cy="{plane.y(y):.1f}" r="3.2"/>'
         for x, y in marked[:_MAXIMAL_DOTS]
-        if plane.y_scale(y) <= 1
+        if 0 <= plane.y_scale(y) <= 1
     )
 
 

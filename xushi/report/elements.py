@@ -4,10 +4,51 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from xushi.report.numbers import count, digits, duration, escape
-from xushi.report.read import Run
 from xushi.report.scales import Point, runs
+from xushi.report.style import SCRIPT, STYLE
+
+if TYPE_CHECKING:
+    from xushi.report.read import Run
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+def document(title: str, body: str) -> str:
+    """A whole page. It refers to nothing outside itself, and a content security policy forbids it
+    to, whatever a text in it contains.
+    """
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"<title>{escape(title)} · xushi 虚实</title><style>{STYLE}</style></head>\n<body>"
+        f"{body}<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def kicker(about: str) -> str:
+    """The line above a page's title: the project's mark, what the page is `about` (HTML), and the
+    switch between light and dark.
+    """
+    return (
+        '<div class="kicker"><span class="mark">xushi</span>'
+        '<span class="hanzi" lang="zh-Hans"><span class="void">虚</span>实</span>'
+        f'<span class="run">{about}</span>'
+        '<button id="theme" type="button" hidden>light / dark</button></div>'
+    )
+
+
+def key_figures(entries: Sequence[tuple[str, str]]) -> str:
+    """A row of large values with their labels; those without a value are left out."""
+    items = "".join(
+        f'<div class="figure"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
+        for value, label in entries
+        if value
+    )
+    return f'<div class="figures">{items}</div>' if items else ""
 
 
 def section(name: str, title: str, body: str, aside: str = "") -> str:
@@ -65,11 +106,34 @@ def fact_grid(pairs: Sequence[tuple[str, str]]) -> str:
     return f'<dl class="facts">{items}</dl>' if items else ""
 
 
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A table of HTML cells, or "" without rows. The first `texts` columns are text, the others
+    numbers.
+    """
+    if not rows:
+        return ""
+    kinds = ["" if column < texts else ' class="n"' for column in range(len(heads))]
+    head = "".join(
+        f'<th scope="col"{kind}>{escape(text)}</th>'
+        for kind, text in zip(kinds, heads, strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True))
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="wide"><table class="rows"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
 def text_block(text: str, kind: str = "") -> str:
     """Text as a model wrote it: spaces and line breaks are kept, and long lines are wrapped."""
     return f'<p class="text written{" " + kind if kind else ""}" dir="auto">{escape(text)}</p>'
 
 
-def stage_time(run: Run, stage: str) -> str:
+def stage_time(run: "Run", stage: str) -> str:
     """How long a stage took, for its heading."""
     return run.written(f"seconds.{stage}", duration)

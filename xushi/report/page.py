@@ -9,7 +9,7 @@ from pathlib import Path
 
 from xushi.base.files import write_atomic
 from xushi.report import words
-from xushi.report.elements import paragraph
+from xushi.report.elements import document, key_figures, kicker, paragraph
 from xushi.report.numbers import count, digits, duration, escape, memory, percent
 from xushi.report.read import Run, open_run
 from xushi.report.sections_pretrain import compression_section, pretrain_section, router_section
@@ -21,9 +21,7 @@ from xushi.report.sections_run import (
     recipe_section,
     story_section,
 )
-from xushi.report.style import SCRIPT, STYLE
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _SECTIONS = (
     data_section,
     pretrain_section,
@@ -56,13 +54,9 @@ def page_of(run: Run) -> str:
     """The page as HTML."""
     body = "".join(make(run) for make in _SECTIONS)
     name = run.text("run.name") or run.directory.resolve().name
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{escape(name)} · xushi 虚实</title><style>{STYLE}</style></head>\n<body>"
-        f"{_header(run, name)}\n<main>{story_section(run, body)}{body}</main>\n{_footer(run)}"
-        f"<script>{SCRIPT}</script></body></html>\n"
+    return document(
+        name,
+        f"{_header(run, name)}\n<main>{story_section(run, body)}{body}</main>\n{_footer(run)}",
     )
 
 
@@ -74,10 +68,7 @@ def _header(run: Run, name: str) -> str:
         day = f' <span class="day">· {date:%Y-%m-%d}</span>'
     sentences = (words.control_run(run), words.reinforcement(run), words.yardstick(run))
     return (
-        '<header><div class="kicker"><span class="mark">xushi</span>'
-        '<span class="hanzi" lang="zh-Hans"><span class="void">虚</span>实</span>'
-        f'<span class="run">{escape(name)}{day}</span>'
-        '<button id="theme" type="button" hidden>light / dark</button></div>'
+        f"<header>{kicker(escape(name) + day)}"
         f"<h1>{escape(words.headline(run))}</h1>"
         + "".join(paragraph(sentence, "lede") for sentence in sentences)
         + f"{_figures(run)}</header>"
@@ -100,12 +91,7 @@ def _figures(run: Run) -> str:
         (run.written("seconds.total", duration), "from raw text to here"),
         (run.written("memory.peak_bytes", memory), "of memory at the peak"),
     ]
-    items = "".join(
-        f'<div class="figure"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
-        for value, label in entries
-        if value
-    )
-    return f'<div class="figures">{items}</div>' if items else ""
+    return key_figures(entries)
 
 
 def _footer(run: Run) -> str:

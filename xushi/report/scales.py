@@ -50,6 +50,17 @@ def linear(values: Iterable[float], ticks: int = 5, rounded: bool = False) -> Sc
     return Scale(low, high, tuple(i * step for i in range(first, last + 1)))
 
 
+def counts(values: Sequence[float], ticks: int) -> Scale | None:
+    """A scale over whole numbers, half a step wider at both ends, with at most `ticks` ticks; None
+    without values.
+    """
+    if not values:
+        return None
+    low, high = math.floor(min(values)), math.ceil(max(values))
+    step = -(-(high - low + 1) // ticks)
+    return Scale(low - 0.5, high + 0.5, tuple(range(low, high + 1, step)))
+
+
 def thin(points: Sequence[Point], buckets: int = 300) -> list[Point]:
     """At most four points for each bucket of neighbours: first, lowest, highest and last, in order.
 

@@ -174,6 +174,14 @@ pre{background:var(--panel);border-radius:.4rem;padding:1rem 1.15rem;margin:1rem
 max-height:30rem;overflow:auto;
 white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate}
 pre .given{color:var(--soft)}
+.wide{overflow-x:auto;margin:1.2rem 0}
+.rows{border-collapse:collapse;width:100%;font-size:.84rem;line-height:1.4}
+.rows th,.rows td{border-top:1px solid var(--line);padding:.3rem .6rem .3rem 0;text-align:left;
+vertical-align:top;font-weight:400}
+.rows thead th{border-top:0;color:var(--soft);font-size:.8rem}
+.rows .n{text-align:right;white-space:nowrap}
+.rows td:not(.n){overflow-wrap:anywhere;unicode-bidi:isolate}
+.rows td:first-child:not(.n){min-width:11rem}
 .numbers{columns:2;column-gap:2.4rem;margin-top:1.2rem}
 .numbers table{border-collapse:collapse;width:100%;margin:0 0 1.5rem;font-size:.8rem;
 line-height:1.4;

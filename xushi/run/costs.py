@@ -3,25 +3,28 @@
 Not here: what the stages make of it (`Stage.seconds`), and the plan that is printed (`estimate`).
 """
 
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from xushi.base.tracking import Tracking
-from xushi.data import CorpusSummary, heldout_bytes, training_texts
+from xushi.data import (
+    CorpusSummary,
+    first_training_texts,
+    heldout_bytes,
+    load_summary,
+    training_texts,
+)
 from xushi.data.left_out import counts
+from xushi.data.overlap import shared_fraction
 from xushi.data.read_files import look_at
-from xushi.evaluate import bits_per_byte, total_bits, xz_primed
+from xushi.evaluate import by_all_methods, total_bits, xz_primed
 from xushi.evaluate.compressors import PRIMED_MEMORY_BYTES
 from xushi.model import Batch, Deepseek
 from xushi.run.benchmark import Shape, training_step
-from xushi.run.place import RunPlace
 from xushi.run.recipe import Recipe
-from xushi.run.stages.data import Data
+from xushi.run.stages.data import Data, left_out_of
 from xushi.run.stages.evaluate import ROWS_AT_ONCE
 from xushi.tokenizer import Tokenizer, TooFewMerges
 
@@ -31,7 +34,7 @@ SAMPLE = 1 << 20  # characters of training text, and bytes of held-out text
 @dataclass(frozen=True)
 class TextCosts:
     """The corpus, and the seconds that the stages which read it take. `primed_bytes`: memory that
-    the compressors need.
+    the compressors need. `left_out`: how many the sources leave out, by reason.
     """
 
     summary: CorpusSummary
@@ -40,25 +43,24 @@ class TextCosts:
     compressors: float
     primed_bytes: int
     heldout_tokens: int
-
-    @property
-    def left_out(self) -> dict[str, int]:
-        """How many the sources leave out, by reason."""
-        return counts(source.left_out for source in self.summary.sources)
+    left_out: dict[str, int]
 
 
 def measure_text(recipe: Recipe) -> TextCosts:
     """Read the text as the run will (it then lies in the cache), and try a part of it."""
-    with tempfile.TemporaryDirectory(prefix="xushi-") as temporary:
-        place = RunPlace(Path(temporary), Tracking(None))
-        began = time.perf_counter()
-        stage = Data(recipe)
-        summary = stage.make(place, look_at(stage.config))
+    began = time.perf_counter()
+    stage = Data(recipe)
+    files = look_at(stage.config)
+    with stage.reading(files) as corpus:
+        summary = load_summary(corpus)
         data = time.perf_counter() - began
-        sample = list(_beginning(training_texts(place.corpus)))
-        trained = sum(len(text.encode()) for text in training_texts(place.corpus))
-        heldout = heldout_bytes(place.corpus)[:SAMPLE]
-    size = sum(len(text.encode()) for text in sample)
+        sample = list(first_training_texts(corpus, SAMPLE))
+        trained = sum(len(text.encode()) for text in training_texts(corpus))
+        heldout = heldout_bytes(corpus)[:SAMPLE]
+    size, whole = sum(len(text.encode()) for text in sample), trained + summary.heldout_bytes
+    began = time.perf_counter()
+    shared_fraction([heldout.decode(errors="ignore")], sample)
+    data += (time.perf_counter() - began) * whole / (size + len(heldout))
     began = time.perf_counter()
     tokenizer = _tokenizer(sample, recipe.sized_model.vocab_size)
     tokens = sum(len(ids) for ids in tokenizer.encode_batch(sample))
@@ -67,21 +69,12 @@ def measure_text(recipe: Recipe) -> TextCosts:
     return TextCosts(
         summary,
         data,
-        spent * (trained + summary.heldout_bytes) / size,
+        spent * whole / size,
         compressors,
         primed_bytes,
         round(summary.heldout_bytes * tokens / size),
+        counts(left_out_of(summary, files).values()),
     )
-
-
-def _beginning(texts: Iterator[str]) -> Iterator[str]:
-    """The first texts, of together at most `SAMPLE` characters."""
-    left = SAMPLE
-    for text in texts:
-        yield text[:left]
-        left -= len(text)
-        if left <= 0:
-            return
 
 
 def _tokenizer(sample: Sequence[str], vocabulary: int) -> Tokenizer:
@@ -96,8 +89,7 @@ def _compressors(
 ) -> tuple[float, int]:
     """(seconds, bytes of memory) that evaluation's compressors take on the whole corpus."""
     began = time.perf_counter()
-    for method in ("gzip", "xz", "zstd"):
-        bits_per_byte(heldout, method)
+    by_all_methods(heldout)
     seconds = (time.perf_counter() - began) * summary.heldout_bytes / len(heldout)
     if not recipe.evaluate.xz_primed:
         return seconds, 0

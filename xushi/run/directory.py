@@ -15,7 +15,8 @@ from xushi.base.files import disk_errors, read_json, remove_partials, write_atom
 from xushi.base.tracking import Tracking
 from xushi.data.files import OWNER  # the run's format and its recipe's hash
 from xushi.data.names import written
-from xushi.run.place import RUN_FORMAT, RunPlace
+from xushi.run.changed import stages_to_run_again
+from xushi.run.place import RUN_FORMAT, RunPlace, read_record
 from xushi.run.recipe import Recipe, load_recipe
 from xushi.run.stages.data import Data
 
@@ -64,10 +65,14 @@ def kept_recipe(directory: Path, asked: str = "") -> Recipe | None:
 
 
 def is_same_elsewhere(recipe: Recipe, kept: Recipe, directory: Path) -> bool:
-    """Whether `recipe` differs from the run's only in where its text lies, which is the same."""
+    """Whether `recipe` differs from the run's only in where its text lies, which is the same as
+    what the run has read, if it has read any.
+    """
     place = RunPlace(directory, Tracking(None))
-    if recipe.hash_without_places != kept.hash_without_places or not place.read_files.exists():
+    if recipe.hash_without_places != kept.hash_without_places:
         return False
+    if read_record(place, Data.name) is None:
+        return True
     try:
         return not Data(recipe).files_changed(place)
     except BadInput:  # it is not there
@@ -78,7 +83,9 @@ def claim(recipe: Recipe, directory: Path, update: bool, asked: str = "") -> Non
     """Make a fresh directory this recipe's, or check that it is. `asked` is kept beside the recipe:
     the hash of the command that it was made for.
 
-    The owner's file is written first, by one rename: a directory in which a kill left nothing else
+    The records of stages whose files changed go before the recipe is written, which may be fitted
+    to the new files: a kill in between must not leave it beside what was read before. The owner's
+    file is written before the recipe, by one rename: a directory in which a kill left nothing else
     belongs to nobody or to this recipe.
     """
     file = directory / OWNER
@@ -89,7 +96,12 @@ def claim(recipe: Recipe, directory: Path, update: bool, asked: str = "") -> Non
             f"{directory} is not empty and is not a run directory", "choose another --out"
         )
     _remove_partials(directory)
+    again = stages_to_run_again(recipe.run_stages(), RunPlace(directory, Tracking(None)), update)
     (directory / "results.json").unlink(missing_ok=True)  # they may be another recipe's
+    for name in again:
+        (directory / "stages" / f"{name}.json").unlink(missing_ok=True)
+    for name in again[:1]:  # a new attempt; the keys of the others tell theirs
+        (directory / "stages" / f"{name}.started").unlink(missing_ok=True)
     owner = {"format": RUN_FORMAT, "recipe_hash": recipe.hash, "version": __version__}
     write_json(file, owner | {"asked": asked})
     for name, source in recipe.files.items():

@@ -2,6 +2,7 @@
 and now.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "run.stages": ", ".join(recipe.stages),
         "run.without": recipe.without or "",
         "machine.dtype": chosen_dtype(recipe.pretrain.dtype, device),
+        "machine.device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         **_model_facts(recipe),
         **_measured(recipe, device),
     }
@@ -67,8 +69,7 @@ def _measured(recipe: Recipe, device: str) -> dict[str, Any]:
     chosen = recipe.pretrain.activations
     token = {chosen: training_token_seconds(shape, device)}
     forward = forward_token_seconds(shape, device)
-    # This process has now held what the run will hold, but for the compressors.
-    whole = peak_memory_bytes() + text.primed_bytes
+    whole = _held_bytes(device, text.primed_bytes)
     (other,) = set(KEPT_OR_RECOMPUTED) - {chosen}
     token[other] = training_token_seconds(shape.but(activations=other), device)
     weights = 4 * count_parameters(recipe.sized_model).total_with_mtp
@@ -101,15 +102,28 @@ def _measured(recipe: Recipe, device: str) -> dict[str, Any]:
     }
 
 
+def _held_bytes(device: str, primed_bytes: int) -> int:
+    """What this process has held so far, as the run will; the compressors' memory is added. On a
+    GPU its memory alone counts, which is the one that runs out.
+    """
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return peak_memory_bytes() + primed_bytes
+
+
 def _seconds(stage: Stage, costs: Costs) -> float:
-    """A stage's estimate of its time. A stage may be from somebody's own file."""
+    """A stage's estimate of its time."""
+    remedy = "correct its method seconds, which is given xushi.run.stages.Costs"
     try:
-        return float(stage.seconds(costs))
-    except (TypeError, ValueError, AttributeError) as error:
+        value = float(stage.seconds(costs))
+    except Exception as error:  # the stage may be from somebody's own file
         raise BadInput(
-            f"stage {stage.name} cannot say how long it takes: {error}",
-            "correct its method seconds, which is given xushi.run.stages.Costs",
-        ) from None
+            f"stage {stage.name} cannot say how long it takes: {type(error).__name__}: {error}",
+            remedy,
+        ) from error
+    if not 0 <= value < math.inf:
+        raise BadInput(f"stage {stage.name} says that it takes {value} seconds", remedy)
+    return value
 
 
 def plan_sentence(plan: dict[str, Any]) -> str:
@@ -121,10 +135,11 @@ def plan_sentence(plan: dict[str, Any]) -> str:
             if key.startswith("data.left_out.")
         }
     )
+    memory = "memory" if plan["machine.device"] == "cpu" else "GPU memory"
     return (
         f"It takes about {_duration(plan['seconds.total'])} and "
-        f"{plan['memory.whole_bytes'] / GIB:.1f} GiB of memory for {plan['data.bytes']:,} bytes of "
-        f"text, and leaves out {left_out or 'nothing'}."
+        f"{plan['memory.whole_bytes'] / GIB:.1f} GiB of {memory} for {plan['data.bytes']:,} bytes "
+        f"of text, and leaves out {left_out or 'nothing'}."
     )
 
 

@@ -5,22 +5,19 @@ what was chosen, so that the same command goes on after the text changed. Not he
 what a run does where files that it has read changed (`runner`).
 """
 
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from xushi.base.config import override, read_toml, shorten
+from xushi.base.config import override, read_toml
 from xushi.base.errors import BadInput
 from xushi.base.files import sha256_json
 from xushi.base.progress import say
 from xushi.base.tracking import Tracking
-from xushi.data import load_summary, obtain_corpus, training_texts
-from xushi.data.config import LONGEST_PATTERN
-from xushi.data.names import written
+from xushi.data import first_training_texts, load_summary, reading_corpus, training_texts
+from xushi.data.config import text_source
 from xushi.run.directory import check_format, kept_recipe
 from xushi.run.place import RunPlace
 from xushi.run.recipe import Recipe, drop_file_stages, recipe_of
@@ -35,7 +32,7 @@ from xushi.train import PretrainConfig
 BYTES_PER_VOCABULARY_ENTRY = 100
 BYTES_PER_TOKEN = 2  # about what so small a vocabulary reaches
 MOST_EPOCHS = 8  # passes over the text; see docs/run.md
-SAMPLE_BYTES = 2 << 20  # of text, to see whether it allows a vocabulary
+SAMPLE = 2 << 20  # characters of text, to see whether it allows a vocabulary
 
 STAGES = ["data", "tokenizer", "pretrain"]
 # What the program chooses, unless --set does.
@@ -89,21 +86,11 @@ class OwnText:
             table["evaluate"].pop(name, None)
         table["name"] = self.name
         table["stages"] = list(STAGES)
-        table["data"]["sources"] = [self._source()]
+        source = text_source(self.paths, self.exclude)
+        table["data"]["sources"] = [source.model_dump(include={"name", "kind", "glob", "exclude"})]
         for assignment in self.assignments:
             override(table, assignment)
         return table
-
-    def _source(self) -> dict[str, Any]:
-        if not all(path.strip() for path in self.paths):
-            raise BadInput("a PATH is empty", "give a file, a directory or a pattern")
-        for path in [*self.paths, *self.exclude]:
-            if len(path) > LONGEST_PATTERN:
-                raise BadInput(f"{shorten(path)} is too long a name", "give a shorter path")
-        # Absolute, so that the run can be continued from another directory.
-        globs = [written(os.path.abspath(os.path.expanduser(path))) for path in self.paths]
-        exclude = [written(pattern) for pattern in self.exclude]
-        return {"name": "text", "kind": "text", "glob": globs, "exclude": exclude}
 
     def sets(self, key: str) -> bool:
         """Whether --set gives the key, or a whole table that it is in."""
@@ -155,9 +142,7 @@ def _fitted_recipe(asked: OwnText) -> Recipe:
     The corpus is made here and lies in the cache when the data stage asks for it.
     """
     recipe = asked.recipe_with({})
-    with tempfile.TemporaryDirectory(prefix="xushi-") as temporary:
-        corpus = Path(temporary) / "corpus"
-        obtain_corpus(recipe.data, {}, corpus)
+    with reading_corpus(recipe.data, {}) as corpus:
         size = load_summary(corpus).bytes
         fitted = fit_to_text(asked.table(), size)
         if asked.sets("pretrain.steps"):  # the other keys of pretraining follow from the steps
@@ -206,8 +191,8 @@ def allowed_vocabulary(corpus: Path, wanted: int) -> int:
 
     A part of the text is tried first: more text allows no fewer.
     """
-    allowed = _allowed(_beginning(corpus, SAMPLE_BYTES), wanted)
-    if allowed < wanted and _is_longer(corpus, SAMPLE_BYTES):
+    allowed = _allowed(first_training_texts(corpus, SAMPLE), wanted)
+    if allowed < wanted and _is_longer(corpus, SAMPLE):
         allowed = _allowed(training_texts(corpus), wanted)
     return allowed
 
@@ -218,16 +203,6 @@ def _allowed(texts: Iterator[str], wanted: int) -> int:
     except TooFewMerges as error:
         return error.reached
     return wanted
-
-
-def _beginning(corpus: Path, size: int) -> Iterator[str]:
-    """The first training texts, of together about `size` characters."""
-    left = size
-    for text in training_texts(corpus):
-        yield text[:left]
-        left -= len(text)
-        if left <= 0:
-            return
 
 
 def _is_longer(corpus: Path, size: int) -> bool:

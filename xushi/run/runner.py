@@ -11,7 +11,7 @@ import torch
 
 from xushi import __version__
 from xushi.base.allocator import keep_freed_memory
-from xushi.base.errors import BadInput, Failed
+from xushi.base.errors import Failed
 from xushi.base.files import write_json
 from xushi.base.machine import Machine, chosen_device, inspect
 from xushi.base.progress import say
@@ -60,7 +60,7 @@ def run(
         place = RunPlace(directory, Tracking(directory / "tracking.sqlite"), layout)
         try:
             _set_up(recipe, place, machine, processes_here)
-            results = _run_stages(recipe, place, update)
+            results = _run_stages(recipe, place)
         finally:
             place.tracking.close()
         _tell(place, END)
@@ -124,22 +124,20 @@ def _heard(place: RunPlace) -> Any:
         ) from None
 
 
-def _run_stages(recipe: Recipe, place: RunPlace, update: bool) -> dict[str, Any]:
+def _run_stages(recipe: Recipe, place: RunPlace) -> dict[str, Any]:
     began = time.monotonic()
     results: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     stages = recipe.run_stages()
     names = [stage.name for stage in stages]
-    finished = finished_stages(stages, place) == set(names)
     before = ""
     for number, stage in enumerate(stages):
         key = stage_key(stage.name, stage.reads(), before)
         record = read_record(place, stage.name)
-        done = record is not None and record.key == key
-        if record is not None and done and not _reads_again(stage, place, finished, update):
+        if record is not None and record.key == key:
             say(f"{stage.name}: done before, in {record.seconds:.0f} s")
         else:
-            record = _run_stage(stage, place, key, names[number + 1 :], again=done)
+            record = _run_stage(stage, place, key, names[number + 1 :])
         before = record.after
         results |= record.results
         seconds[f"seconds.{stage.name}"] = record.seconds
@@ -151,39 +149,10 @@ def _run_stages(recipe: Recipe, place: RunPlace, update: bool) -> dict[str, Any]
     return results
 
 
-def _reads_again(stage: Stage, place: RunPlace, finished: bool, update: bool) -> bool:
-    """Whether a stage that is done runs again, since files that it has read changed; tell it."""
-    again = finished or update
-    try:
-        changed = stage.files_changed(place)
-    except BadInput as error:
-        if update:
-            raise
-        say(f"{stage.name}: {error.problem}; what was read before is used")
-        return False
-    if not changed:
-        return False
-    if again:
-        say(f"{stage.name}: the files are not as they were read: {changed}")
-    else:
-        say(
-            f"{stage.name}: the files are not as they were read: {changed}; this run goes on with "
-            "what it has read, and --update reads them again"
-        )
-    return again
-
-
-def _run_stage(
-    stage: Stage, place: RunPlace, key: str, later: Sequence[str], again: bool
-) -> StageRecord:
-    """Run one stage; what an attempt with other inputs left is removed first.
-
-    `again`: the stage was done with this key, and files that it has read changed.
-    """
-    if again:
-        stage.prepare_again(place)  # what is wrong with the new files is told before anything goes
+def _run_stage(stage: Stage, place: RunPlace, key: str, later: Sequence[str]) -> StageRecord:
+    """Run one stage; what an attempt with other inputs left is removed first."""
     marker = place.path("stages", f"{stage.name}.started")
-    if again or not marker.exists() or marker.read_text() != key:
+    if not marker.exists() or marker.read_text() != key:
         start_over(place, stage.name, key, later)
     say(f"{stage.name}: started")
     place.tracking.event(stage.name, "started", version=__version__)

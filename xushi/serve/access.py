@@ -4,7 +4,8 @@ A server on a loopback address is reachable for every page that a browser on the
 Such a page can send requests from its own origin, and read the answers if its name can be made to
 lead to this machine (DNS rebinding). So the Host header must be a name of this machine, requests
 that a browser marks as coming from other pages are refused, and bodies must be JSON, which a
-browser asks permission for. Not here: limits on connections (connections), bodies (protocol).
+browser asks permission for. On another address, programs may ask under any name; without keys a
+page may not. Not here: limits on connections (connections), bodies (protocol).
 """
 
 import hashlib
@@ -35,7 +36,8 @@ _ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
 @dataclass(frozen=True)
 class Access:
-    """`local`: the server listens on a loopback address, so Host must name this machine. `origins`
+    """`local`: the server listens on a loopback address, so Host must name this machine. On another
+    address it must only where a page asks and there are no keys, and any IP address does. `origins`
     are other origins whose pages may ask, as in the Origin header. `keys`: one of them must come
     with every request under /v1; without keys none is needed.
     """
@@ -60,7 +62,9 @@ class Access:
             return False
         names = {"localhost", socket.gethostname().lower()}
         names |= {urlsplit(origin).hostname or "" for origin in self.origins} - {""}
-        return name.rstrip(".") in names or name.endswith(".localhost") or is_loopback(name)
+        if name.rstrip(".") in names or name.endswith(".localhost"):
+            return True
+        return is_loopback(name) if self.local else _is_address(name)
 
     def is_key(self, given: str) -> bool:
         """Whether a key is one of the keys, in a time that does not depend on how much is right."""
@@ -77,6 +81,14 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return False
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def read_keys(path: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:
@@ -162,19 +174,22 @@ class AccessMiddleware:
         return None
 
     def _check_sender(self, method: str, path: str, headers: Headers) -> None:
+        access = self._access
         host = headers.get("host")
-        if self._access.local and host is not None and not self._access.is_named(host):
+        origin = headers.get("origin")
+        site = headers.get("sec-fetch-site", "none")
+        own = origin is not None and origin.partition("://")[2].lower() == (host or "").lower()
+        checks_name = access.local or (own and not access.keys)
+        if checks_name and host is not None and not access.is_named(host):
             raise ApiError(
                 403,
-                f"Host {host!r} is not a name of this machine; use localhost, or start the server "
+                f"Host {host!r} is not a name of this machine; use "
+                f"{'localhost' if access.local else 'its IP address'}, or start the server "
                 "with --allow-origin and the address that its users type",
                 code="unknown_host",
             )
-        origin = headers.get("origin")
-        site = headers.get("sec-fetch-site", "none")
         if origin is not None:
-            own = origin.partition("://")[2].lower() == (host or "").lower()
-            if own or origin in self._access.origins:
+            if own or origin in access.origins:
                 return
         elif site in ("none", "same-origin") or _opens_page(method, path, headers):
             return

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, Response
 
+from xushi.base.defaults import QUEUE_LIMIT
 from xushi.engine import LLM
 from xushi.serve.access import Access, AccessMiddleware
 from xushi.serve.cards import read_card
@@ -25,7 +26,7 @@ from xushi.serve.completions import CLIENT_GONE, add_completion_routes, json_res
 from xushi.serve.openapi import describe_api
 from xushi.serve.protocol import ApiError
 from xushi.serve.served import Served, find
-from xushi.serve.worker import QUEUE_LIMIT, Worker
+from xushi.serve.worker import Worker
 
 READ = ["GET", "HEAD"]
 

@@ -8,7 +8,14 @@ from pathlib import Path
 from xushi.base.config import StrictConfig, parse
 from xushi.base.errors import BadInput
 from xushi.base.files import read_json
-from xushi.base.model_directory import is_model_directory, model_name, read_templates
+from xushi.base.model_directory import (
+    has_chat_template,
+    is_model_directory,
+    model_name,
+    read_templates,
+    snapshot_remedy,
+)
+from xushi.model.weights import settle_directory
 
 BASE = "base"
 REASONING = "reasoning"
@@ -58,13 +65,14 @@ def find_models(directory: Path) -> dict[str, Path]:
     """The model directories that `directory` stands for, by name: itself if it holds a model, else
     the exports of a run, reasoning first.
 
-    A directory with neither is a `XushiError`.
+    A directory with neither is a `XushiError`. What a killed save left is finished first.
     """
     if not directory.is_dir():
         raise BadInput(
             f"directory {directory} does not exist",
             "give a run that xushi run made, or a model in Hugging Face's layout",
         )
+    settle_directory(directory)
     if is_model_directory(directory):
         return {model_name(directory): directory}
     found = {
@@ -74,14 +82,15 @@ def find_models(directory: Path) -> dict[str, Path]:
         raise BadInput(
             f"{directory} holds no model: it has no config.json, and no exported model in "
             f"{directory / 'export'}",
-            "give a model's directory, or finish the run's pretrain stage with xushi run",
+            snapshot_remedy(directory)
+            or "give a model's directory, or finish the run's pretrain stage with xushi run",
         )
     return found
 
 
 def can_chat(directory: Path, template: Path | None = None) -> bool:
     """Whether the model of a directory answers conversations: there is a chat template for it."""
-    return template is not None or bool(read_templates(directory))
+    return template is not None or has_chat_template(read_templates(directory))
 
 
 def read_card(name: str, directory: Path) -> ModelCard:

@@ -9,10 +9,11 @@ import json
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -73,7 +74,13 @@ async def _chat_job(model: Served, body: ChatBody) -> Job:
     messages = [message.as_message() for message in body.messages[:-1]]
     last = body.messages[-1].as_message(with_reasoning=continued)
     prompt = await model.conversation([*messages, last], continued)
-    max_tokens = body.max_completion_tokens or body.max_tokens or model.worker.llm.context
+    context = model.worker.llm.context
+    most = context  # where the request has no limit
+    if body.logprobs and not body.stream:
+        most = min(context, MOST_SCORES // (body.n * (1 + body.top_logprobs)))
+    max_tokens = body.max_completion_tokens or body.max_tokens or most
+    if body.logprobs:
+        _limit_scores(body, [prompt], max_tokens, context, body.top_logprobs, False)
     params = body.params(1, max_tokens, secrets.randbits(63), body.top_logprobs)
     job = Job([(prompt, params[0])], chat=True)
     model.check(job, "messages")
@@ -84,19 +91,38 @@ async def _completion_job(model: Served, body: CompletionBody) -> Job:
     prompts = [await model.prompt(prompt) for prompt in body.prompt]
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     scored = body.echo and body.logprobs is not None
-    scores = sum(map(len, prompts)) * body.n * (1 + (body.logprobs or 0))
-    if scored and scores > MOST_SCORES:
-        raise ApiError(
-            400,
-            f"the request asks for {scores} log-probabilities of its prompts, and {MOST_SCORES} "
-            "are allowed; send fewer prompts, or lower logprobs or n",
-            "logprobs",
-            "invalid_value",
-        )
+    if body.logprobs is not None:
+        context = model.worker.llm.context
+        _limit_scores(body, prompts, max_tokens, context, body.logprobs, scored)
     params = body.params(len(prompts), max_tokens, secrets.randbits(63), body.logprobs or 0, scored)
     job = Job(list(zip(prompts, params, strict=True)), chat=False)
     model.check(job, "prompt")
     return job
+
+
+def _limit_scores(
+    body: ChatBody | CompletionBody,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    context: int,
+    alternatives: int,
+    scored: bool,
+) -> None:
+    """Refuse a response with more than MOST_SCORES log-probabilities: those of its prompts if they
+    are `scored`, and of what it may generate, which a stream sends chunk by chunk.
+    """
+    places = sum(map(len, prompts)) if scored else 0
+    if not body.stream:
+        places += sum(max(0, min(max_tokens, context - len(prompt))) for prompt in prompts)
+    scores = places * body.n * (1 + alternatives)
+    if scores > MOST_SCORES:
+        raise ApiError(
+            400,
+            f"the response may have {scores} log-probabilities, and {MOST_SCORES} are allowed; "
+            "send fewer prompts, lower logprobs, max_tokens or n, or stream what is generated",
+            "top_logprobs" if isinstance(body, ChatBody) and alternatives else "logprobs",
+            "invalid_value",
+        )
 
 
 async def _answer(
@@ -137,7 +163,9 @@ async def _answer(
         table = await _unless_gone(request, form.whole(job, counts))
     finally:
         worker.cancel(job)
-    return Response(status_code=CLIENT_GONE) if table is None else json_response(table)
+    if table is None:
+        return Response(status_code=CLIENT_GONE)
+    return await run_in_threadpool(json_response, table)  # it may be tens of megabytes
 
 
 class _EventStream(StreamingResponse):

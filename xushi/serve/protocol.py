@@ -30,7 +30,8 @@ MOST_CHOICES = 64
 MOST_MESSAGES = 1024
 MOST_ALTERNATIVES = 20  # as in OpenAI's chat completions
 DEFAULT_COMPLETION_TOKENS = 16
-# Log-probabilities of prompts in one response, alternatives counted: about 60 MB of JSON.
+# Log-probabilities in one response, alternatives counted: about 60 MB of JSON. Those that a stream
+# generates are in chunks of their own and not counted.
 MOST_SCORES = 1 << 20
 
 
@@ -133,8 +134,20 @@ def _no_bias(value: Any) -> Any:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-Whole = Annotated[int, BeforeValidator(_whole)]
+WHOLE = BeforeValidator(_whole)  # after the bounds: JSON schemas then have them
 Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
+# The forms before they are made one, for /openapi.json.
+_Ids = Annotated[list[int], Field(min_length=1)]
+_Several = Field(min_length=1, max_length=MOST_CHOICES)
+_Prompts = str | Annotated[list[str], _Several] | _Ids | Annotated[list[_Ids], _Several]
+_Stops = Stop | Annotated[list[Stop], Field(max_length=16)]
+
+
+class TextPart(BaseModel):
+    """A part of a message's content, for /openapi.json; `_content` reads them."""
+
+    type: Literal["text"]
+    text: str
 
 
 class _Body(BaseModel):
@@ -177,15 +190,20 @@ class _Sampling(_Body):
     """The fields of both kinds of request."""
 
     model: Text
-    max_tokens: Annotated[Whole, Field(ge=0)] | None = None
+    max_tokens: Annotated[int, Field(ge=0), WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    n: Annotated[Whole, Field(ge=1, le=MOST_CHOICES)] = 1
-    seed: Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: Annotated[list[Stop], BeforeValidator(_stops), Field(max_length=16)] = []
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), WHOLE] = 1
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63), WHOLE] | None = None
+    stop: Annotated[
+        Annotated[list[Stop], Field(max_length=16)],
+        BeforeValidator(_stops, json_schema_input_type=_Stops),
+    ] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    logit_bias: Annotated[dict[str, float], BeforeValidator(_no_bias)] = {}
+    logit_bias: Annotated[
+        dict[str, float], BeforeValidator(_no_bias, json_schema_input_type=dict[str, Literal[0]])
+    ] = {}
     ignore_eos: bool = False
     # They label a request for its sender and never change an answer.
     user: Text = ""
@@ -229,11 +247,12 @@ class CompletionBody(_Sampling):
     neutral = fields.COMPLETIONS
 
     prompt: Annotated[
-        Annotated[list[Text | list[int]], Field(max_length=MOST_CHOICES)], BeforeValidator(_prompts)
+        Annotated[list[Text | list[int]], Field(max_length=MOST_CHOICES)],
+        BeforeValidator(_prompts, json_schema_input_type=_Prompts),
     ]
-    logprobs: Annotated[Whole, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES), WHOLE] | None = None
     echo: bool = False
-    best_of: Annotated[Whole, Field(ge=1)] | None = None
+    best_of: Annotated[int, Field(ge=1), WHOLE] | None = None
 
 
 class ChatMessage(_Body):
@@ -242,7 +261,7 @@ class ChatMessage(_Body):
     neutral = fields.MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_content)]
+    content: Annotated[Text, BeforeValidator(_content, json_schema_input_type=str | list[TextPart])]
     reasoning_content: Text | None = None
 
     @model_validator(mode="before")
@@ -265,10 +284,10 @@ class ChatBody(_Sampling):
     neutral = fields.CHAT
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     logprobs: bool = False
-    top_logprobs: Annotated[Whole, Field(ge=0, le=MOST_ALTERNATIVES)] = 0
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES), WHOLE] = 0
 
 
 BodyT = TypeVar("BodyT", CompletionBody, ChatBody)

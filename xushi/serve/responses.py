@@ -5,9 +5,11 @@ Not here: connections (app), log-probability objects (logprobs).
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from starlette.concurrency import run_in_threadpool
 
 from xushi.serve.logprobs import CompletionLogprobs, Scored, chat_logprobs, scored_prompt
 from xushi.serve.protocol import ApiError
@@ -76,10 +78,14 @@ class ResponseFormat:
 
     async def whole(self, job: Job, counts: Counts) -> dict[str, Any]:
         """Wait until the job has ended and return the response as one object."""
+        events = [event async for event in _events(job) if event is not None]
+        # A million log-probabilities take seconds, which other requests need not wait for.
+        return await run_in_threadpool(self._table, job, events, counts)
+
+    def _table(self, job: Job, events: Sequence[Event], counts: Counts) -> dict[str, Any]:
+        """The response of all events of a job."""
         choices = self._new_choices(job)
-        async for event in _events(job):
-            if event is None:
-                continue
+        for event in events:
             counts.add(event)
             choice = choices[event.choice]
             choice.content += self._echo(choice, event)
@@ -104,7 +110,12 @@ class ResponseFormat:
                     yield KEEP_ALIVE
                     continue
                 counts.add(event)
-                for chunk in self._chunks(job, event, choices[event.choice], counts):
+                choice = choices[event.choice]
+                if event.prompt is None:
+                    chunks = self._chunks(job, event, choice, counts)
+                else:  # as large as a whole response may be
+                    chunks = await run_in_threadpool(self._chunks, job, event, choice, counts)
+                for chunk in chunks:
                     yield chunk
         except ApiError as error:
             yield _sse(error.body)
@@ -121,7 +132,7 @@ class ResponseFormat:
             for _ in range(job.choices)
         ]
 
-    def _chunks(self, job: Job, event: Event, choice: _Choice, counts: Counts) -> Iterator[bytes]:
+    def _chunks(self, job: Job, event: Event, choice: _Choice, counts: Counts) -> list[bytes]:
         """The chunks of one event: one for each delta, and one that ends the choice.
 
         The first chunk also has the log-probabilities.
@@ -134,11 +145,14 @@ class ResponseFormat:
             logprobs = self._logprobs(choice, scored)
             # The text comes later: it is half a character, or may become a stop string.
             bodies = bodies or [self._text(None, "")]
+        chunks = []
         for number, body in enumerate(bodies):
             body["logprobs"] = None if number else logprobs
-            yield self._chunk(event.choice, body, None, counts)
+            chunks.append(self._chunk(event.choice, body, None, counts))
         if event.finish_reason is not None:
-            yield self._chunk(event.choice, self._text(None, ""), event.finish_reason, counts)
+            end = self._text(None, "")
+            chunks.append(self._chunk(event.choice, end, event.finish_reason, counts))
+        return chunks
 
     @property
     def _chunk_object(self) -> str:

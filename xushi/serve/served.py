@@ -78,7 +78,7 @@ class Served:
         fewest = sum(len(text.encode()) for text in texts) // self._longest_token
         try:
             if fewest > context:
-                raise ContextLengthError(fewest, context, at_least=True)
+                raise self.worker.llm.engine.too_long(fewest, at_least=True)
             async with self._encoding:
                 return await run_in_threadpool(encode, prompt)
         except XushiError as error:

@@ -11,16 +11,15 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from xushi.base.defaults import HOST, PORT, QUEUE_LIMIT
 from xushi.base.errors import BadInput, Failed
 from xushi.engine import LLM
 from xushi.serve.access import Access, clean_origins, is_loopback, read_keys
 from xushi.serve.app import create_app
 from xushi.serve.cards import find_models
 from xushi.serve.connections import ACCEPTED_AT_ONCE, WAITING_CONNECTIONS, Connection
-from xushi.serve.worker import QUEUE_LIMIT, Worker
+from xushi.serve.worker import Worker
 
-DEFAULT_HOST = "127.0.0.1"
-DEFAULT_PORT = 8000
 # After Ctrl-C open connections are closed after this time; their jobs fail at once.
 SECONDS_TO_CLOSE = 1
 
@@ -62,8 +61,8 @@ class Server(uvicorn.Server):
 
 def serve(
     directory: Path,
-    host: str = DEFAULT_HOST,
-    port: int = DEFAULT_PORT,
+    host: str = HOST,
+    port: int = PORT,
     *,
     allow_origins: Sequence[str] = (),
     api_key_file: Path | None = None,

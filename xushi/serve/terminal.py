@@ -14,6 +14,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
+from xushi.base.defaults import TEMPERATURE, TOP_P
 from xushi.base.errors import BadInput, XushiError
 from xushi.base.messages import Message
 from xushi.base.model_directory import sampling_defaults
@@ -21,8 +22,6 @@ from xushi.base.seeds import derive
 from xushi.engine import LLM, Delta, SamplingParams
 from xushi.serve.cards import can_chat, find_models, read_card
 
-# DeepSeek-R1's recommended sampling (its model card, "Usage Recommendations").
-TEMPERATURE, TOP_P = 0.6, 0.95
 COMPLETION_TOKENS = 200
 
 # The oldest questions leave the conversation until it takes at most this share of the context: the
@@ -69,10 +68,9 @@ class Terminal:
         self._open = load
         self._interactive = interactive
         self._notes: TextIO = sys.stdout if interactive else sys.stderr
-        own = {"temperature": TEMPERATURE, "top_p": TOP_P}
-        own |= sampling_defaults(next(iter(self._paths.values())))
-        self._temperature = own["temperature"] if temperature is None else temperature
-        self._top_p = own["top_p"]
+        own = _own_sampling(next(iter(self._paths.values())))
+        self._temperature = own.temperature if temperature is None else temperature
+        self._top_p = own.top_p
         self._max_tokens, self._seed = max_tokens, seed
         self._asked = 0
         self._params(COMPLETION_TOKENS)  # refuses what is out of range before a model is loaded
@@ -271,6 +269,18 @@ class Terminal:
 
     def _dim(self, text: str, stream: TextIO) -> str:
         return f"\x1b[2m{text}\x1b[22m" if text and stream.isatty() else text
+
+
+def _own_sampling(directory: Path) -> SamplingParams:
+    """Temperature and top_p of a model's generation_config.json, or the usual ones. A value out of
+    range is a `XushiError` that names the file.
+    """
+    usual = {"temperature": TEMPERATURE, "top_p": TOP_P}
+    try:
+        return SamplingParams(1, **{**usual, **sampling_defaults(directory)})
+    except BadInput as error:
+        file = directory / "generation_config.json"
+        raise BadInput(f"{file}: {error.problem}", f"correct it there: {error.remedy}") from None
 
 
 def _plain(text: str) -> str:

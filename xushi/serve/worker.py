@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from xushi.base.defaults import QUEUE_LIMIT
 from xushi.base.errors import XushiError
 from xushi.engine import (
     LLM,
@@ -28,8 +29,6 @@ from xushi.engine import (
 
 logger = logging.getLogger(__name__)
 
-# How many continuations may be running or waiting. A client that asks for more must retry later.
-QUEUE_LIMIT = 256
 # A step of a large model on a slow machine takes seconds. Work that gets nowhere for this long is
 # taken for stuck.
 STALL_SECONDS = 120.0
@@ -230,7 +229,7 @@ class Worker:
     def _serve_next(self) -> bool:
         """Wait until there is work and take one step. False once the worker is closed."""
         with self._wake:
-            while not (self._submitted or self._cancelled or self._ending or self._has_work):
+            while not (self._submitted or self._ending or self._can_cancel or self._has_work):
                 self._wake.wait()
             if self._ending is not None:
                 return False
@@ -243,9 +242,15 @@ class Worker:
             # The jobs first: their clients must not wait for a restart that may itself fail.
             self._fail_all(failure)
             self._choices.clear()
-            self._broken = True
-            self._restart()
+            if not self._broken:  # else the step has just tried
+                self._broken = True
+                self._restart()
         return True
+
+    @property
+    def _can_cancel(self) -> bool:
+        """Whether a job is to be ended. A broken engine has none: only a request restarts it."""
+        return bool(self._cancelled) and not self._broken
 
     @property
     def _has_work(self) -> bool:

@@ -5,7 +5,7 @@ other has the form of its chat template, and there neither can a message: the sp
 spells are marked before the template is rendered, and encoded as ordinary characters.
 """
 
-import re
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,17 @@ from xushi.base.messages import Message, Tool
 from xushi.base.model_directory import (
     DEFAULT_TEMPLATE,
     TOOL_TEMPLATE,
+    has_chat_template,
     read_template,
     read_templates,
 )
 from xushi.tokenizer.chat import encode_chat
+from xushi.tokenizer.marks import END, Marks
 from xushi.tokenizer.published import PublishedTokenizer, read_tokenizer_file
 from xushi.tokenizer.rendering import ChatTemplate
 from xushi.tokenizer.template import chat_template
 from xushi.tokenizer.tokenizer import Tokenizer, is_own
 from xushi.tokenizer.vocabulary import Vocabulary
-
-# Around a special token that a message spells, and after a text that is to go on. Noncharacters of
-# Unicode, which no text for interchange has.
-_OPEN, _CLOSE, _END = "\ufdd0", "\ufdd1", "\ufdd2"
-_NO_MARKS = dict.fromkeys(map(ord, (_OPEN, _CLOSE, _END)))
 
 
 class Conversations:
@@ -36,7 +33,7 @@ class Conversations:
     not xushi's own.
 
     `tokenizer` is a `Tokenizer` of xushi's or a `PublishedTokenizer`. `can_chat` says whether there
-    is any form: a directory without a template only completes text.
+    is any form: a directory without a template called "default" only completes text.
     """
 
     def __init__(self, directory: Path, template: Path | None = None) -> None:
@@ -60,7 +57,8 @@ class Conversations:
                 for name, source in sources.items()
                 if name in (DEFAULT_TEMPLATE, TOOL_TEMPLATE)
             }
-        self.can_chat = bool(sources)
+        self.can_chat = has_chat_template(sources)
+        self._others = sorted(sources)
 
     def ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """The prompt for the next answer.
@@ -73,9 +71,8 @@ class Conversations:
             return encode_chat(self.tokenizer, messages, tools)
         assert isinstance(self.tokenizer, PublishedTokenizer)
         template = self._choose(bool(tools))
-        control = self.tokenizer.control_tokens(template.source)
-        rendered = self._render(template, messages, tools, control)
-        return _encode_marked(self.tokenizer, rendered, control)
+        marks = Marks(self.tokenizer, template.source)
+        return marks.encode(self._render(template, messages, tools, marks))
 
     def continued_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt that ends inside the last message, of role assistant, which the model goes on
@@ -97,59 +94,83 @@ class Conversations:
             return ids[:-2] if in_reasoning else ids[:-1]
         assert isinstance(self.tokenizer, PublishedTokenizer)
         template = self._choose(False)
-        control = self.tokenizer.control_tokens(template.source)
-        tables = [_mark(_template_message(message, ""), control) for message in messages]
+        marks = Marks(self.tokenizer, template.source)
+        tables = _message_tables(messages, marks)
         for key in ("reasoning_content", "thinking") if in_reasoning else ("content",):
-            tables[-1][key] += _END
+            tables[-1][key] += END
         rendered = template.render(self._variables(tables, None, False))
-        begin, mark, _ = rendered.rpartition(_END)
+        begin, mark, _ = rendered.rpartition(END)
         if not mark:
             raise BadInput(
                 f"the chat template of {self._directory} does not write the text to go on with",
                 "ask for the next message instead",
             )
-        return _encode_marked(self.tokenizer, begin, control)
+        return marks.encode(begin)
 
     def _check(self) -> None:
-        if not self.can_chat:
-            raise BadInput(
-                f"{self._directory} has no chat template, so its model only completes text",
-                "give a template with --template FILE (LLM: template=FILE), or complete text",
-            )
+        if self.can_chat:
+            return
+        others = f", only some called {', '.join(self._others)}," if self._others else ""
+        raise BadInput(
+            f"{self._directory} has no chat template for conversations{others} so its model only "
+            "completes text",
+            "give a template with --template FILE (LLM: template=FILE), or complete text",
+        )
 
     def _choose(self, tools: bool) -> ChatTemplate:
         """The template for conversations with or without tools, as transformers chooses."""
-        names = [TOOL_TEMPLATE, DEFAULT_TEMPLATE] if tools else [DEFAULT_TEMPLATE]
-        for name in names:
-            if name in self._templates:
-                return self._templates[name]
-        raise BadInput(
-            f"{self._directory} has chat templates called {', '.join(self._templates)} and none "
-            f"called {DEFAULT_TEMPLATE}",
-            "choose one of them with --template FILE",
-        )
+        name = TOOL_TEMPLATE if tools and TOOL_TEMPLATE in self._templates else DEFAULT_TEMPLATE
+        return self._templates[name]
 
     def _render(
         self,
         template: ChatTemplate,
         messages: Sequence[Message],
         tools: Sequence[Tool],
-        control: list[str],
+        marks: Marks,
     ) -> str:
-        calls = [call.name for message in messages for call in message.tool_calls]
-        names = [*calls, *(tool.name for tool in tools)]
+        names = [call.name for message in messages for call in message.tool_calls]
+        names += [tool.name for tool in tools]
+        described = _tool_tables(tools, marks)
+        lost = []
         # Some templates write tool calls only of messages without content, not of those with "".
         for empty in ("", None):
-            tables = [_mark(_template_message(message, empty), control) for message in messages]
-            described = [_mark(tool.to_dict(), control) for tool in tools] or None
-            rendered = template.render(self._variables(tables, described, True))
-            lost = [name for name in names if name not in rendered]
+            tables = _message_tables(messages, marks, empty)
+            lost = self._left_out(template, tables, described, names)
             if not lost:
-                return rendered
+                return template.render(self._variables(tables, described, True))
         raise BadInput(
             f"the chat template of {self._directory} leaves out the tool {lost[0]!r}",
             "leave tools out, or give a template that writes them with --template FILE",
         )
+
+    def _left_out(
+        self,
+        template: ChatTemplate,
+        tables: list[dict[str, Any]],
+        described: list[dict[str, Any]] | None,
+        names: list[str],
+    ) -> list[str]:
+        """Those of `names`, of the tool calls and then of the tools, that the template does not
+        write. It is rendered with other names, which occur nowhere else.
+        """
+        if not names:
+            return []
+        others = [f"f{secrets.token_hex(15)}" for _ in names]
+        given = iter(others)
+
+        def rename(each: dict[str, Any]) -> dict[str, Any]:
+            return each | {"function": each["function"] | {"name": next(given)}}
+
+        tables = [
+            table | {"tool_calls": [rename(call) for call in table["tool_calls"]]}
+            if table.get("tool_calls")
+            else table
+            for table in tables
+        ]
+        described = [rename(tool) for tool in described or []] or None
+        rendered = template.render(self._variables(tables, described, True))
+        return [name for name, other in zip(names, others, strict=True) if other not in rendered]
 
     def _variables(
         self, messages: list[Any], tools: list[Any] | None, generation_prompt: bool
@@ -176,45 +197,27 @@ def _open(directory: Path, sources: Mapping[str, str]) -> Vocabulary:
     return PublishedTokenizer(directory, table)
 
 
-def _template_message(message: Message, empty: str | None) -> dict[str, Any]:
-    """The mapping that templates read. Reasoning also has another name that some use for it, and
-    `empty` is the content of a message that only calls tools.
+def _message_tables(
+    messages: Sequence[Message], marks: Marks, empty: str | None = ""
+) -> list[dict[str, Any]]:
+    """The mappings that templates read, with marks. Reasoning also has another name that some use
+    for it, and `empty` is the content of a message that only calls tools.
+
+    What templates compare stays as it is: roles and types.
     """
-    table = message.to_dict()
-    if message.reasoning is not None:
-        table["thinking"] = message.reasoning
-    if message.tool_calls and not message.content:
-        table["content"] = empty
-    return table
+    tables = []
+    for message in messages:
+        table = marks.put(message.to_dict()) | {"role": message.role}
+        if message.reasoning is not None:
+            table["thinking"] = table["reasoning_content"]
+        for call in table.get("tool_calls", ()):
+            call["type"] = "function"
+        if message.tool_calls and not message.content:
+            table["content"] = empty
+        tables.append(table)
+    return tables
 
 
-def _mark(value: Any, control: Sequence[str]) -> Any:
-    """`value` with marks around each of the tokens `control` in its strings; keys stay."""
-    if isinstance(value, str):
-        text = value.translate(_NO_MARKS)
-        return _pattern(control).sub(f"{_OPEN}\\g<0>{_CLOSE}", text) if control else text
-    if isinstance(value, Mapping):
-        return {key: _mark(each, control) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_mark(each, control) for each in value]
-    return value
-
-
-def _pattern(control: Sequence[str]) -> re.Pattern[str]:
-    """Matches any of the tokens, the longest first."""
-    return re.compile("|".join(re.escape(token) for token in sorted(control, key=len)[::-1]))
-
-
-def _encode_marked(
-    tokenizer: PublishedTokenizer, rendered: str, control: Sequence[str]
-) -> list[int]:
-    """Ids of a rendered conversation. A marked token becomes ordinary characters. A template may
-    have cut a text between two marks: a mark that is left alone only separates what is around it.
-    """
-    tokens = _pattern(control).pattern if control else "(?!)"
-    parts = re.split(f"{_OPEN}({tokens}){_CLOSE}|[{_OPEN}{_CLOSE}]", rendered)
-    ids: list[int] = []
-    for number, part in enumerate(parts):
-        if part:
-            ids += tokenizer.encode_text(part) if number % 2 else tokenizer.encode(part)
-    return ids
+def _tool_tables(tools: Sequence[Tool], marks: Marks) -> list[dict[str, Any]] | None:
+    """The tools that templates read, with marks; None if there are none."""
+    return [marks.put(tool.to_dict()) | {"type": "function"} for tool in tools] or None

@@ -6,6 +6,7 @@ form of a conversation (conversation).
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from xushi.base.config import shorten
 from xushi.base.errors import BadInput
 from xushi.base.model_directory import (
+    TOKEN_FLAGS,
+    added_tokens,
     begins_with_bos,
     end_token_ids,
     named_tokens,
-    read_settings,
     tokenizer_settings,
 )
+from xushi.base.published_files import DAMAGED, read_published_json, shown
 from xushi.tokenizer.config import TOOL_TOKENS
 from xushi.tokenizer.tokenizer import encodable, is_own
 from xushi.tokenizer.vocabulary import Beginning, ToolIds, Vocabulary, token_bytes
@@ -29,8 +32,6 @@ if TYPE_CHECKING:
 MARKS = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 # Files of tokenizers that only their own code or another library reads.
 _SLOW = ("tokenizer.model", "tiktoken.model", "vocab.json", "vocab.txt", "spiece.model")
-_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-_GET_AGAIN = "get the file again, it is damaged"
 
 
 class PublishedTokenizer(Vocabulary):
@@ -121,14 +122,20 @@ class PublishedTokenizer(Vocabulary):
 
     def control_tokens(self, template: str) -> list[str]:
         """The tokens that a user's text must not form in a conversation: special ones, and those
-        that the template writes.
+        that the template writes. Where a normalizer changes a token, its other form is one too.
         """
-        added = self._backend.get_added_tokens_decoder().values()
-        return [
-            token.content
-            for token in added
-            if token.special or (token.content in template and not token.content.isspace())
-        ]
+        found: list[str] = []
+        for token in self._backend.get_added_tokens_decoder().values():
+            forms = {token.content, self.normalised(token.content)} - {""}
+            written = any(form in template and not form.isspace() for form in forms)
+            if token.special or written:
+                found += sorted(forms)
+        return found
+
+    def normalised(self, text: str) -> str:
+        """`text` as the tokenizer's normalizer, if it has one, changes it before it is cut."""
+        normalizer = self._backend.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(encodable(text)))
 
 
 def read_tokenizer_file(directory: Path) -> dict[str, Any]:
@@ -136,7 +143,7 @@ def read_tokenizer_file(directory: Path) -> dict[str, Any]:
     that names it.
     """
     path = directory / "tokenizer.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         slow = [name for name in _SLOW if (directory / name).exists()]
         if slow:
             raise BadInput(
@@ -149,7 +156,7 @@ def read_tokenizer_file(directory: Path) -> dict[str, Any]:
             f"{path} does not exist",
             "give a directory with a tokenizer: a downloaded model, or runs/demo/export/base",
         )
-    return read_settings(directory, "tokenizer.json")
+    return read_published_json(directory, "tokenizer.json")
 
 
 def _backend(table: dict[str, Any], path: Path) -> "tokenizers.Tokenizer":
@@ -167,8 +174,7 @@ def _backend(table: dict[str, Any], path: Path) -> "tokenizers.Tokenizer":
     try:
         backend = Backend.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for a file it cannot read
-        message = " ".join(str(error).split())
-        raise BadInput(f"{path} is damaged: {message}", _GET_AGAIN) from None
+        raise BadInput(f"{path} is damaged: {shown(str(error))}", DAMAGED) from None
     # The file may have a length to cut or to fill texts to; nobody asks for that here.
     backend.no_truncation()
     backend.no_padding()
@@ -193,27 +199,16 @@ def _add_tokens(
     """
     from tokenizers import AddedToken
 
-    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    if isinstance(more, dict):  # tokens by the names that this model has for them
-        more = list(more.values())
-    try:
-        listed = [
-            AddedToken(table["content"], **{key: table[key] for key in _FLAGS if key in table})
-            for _, table in sorted(
-                (settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])
-            )
-        ]
-        texts = [*named, *(each["content"] if isinstance(each, dict) else each for each in more)]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(
-            f"{directory / 'tokenizer_config.json'}: its special tokens cannot be read: {error}",
-            _GET_AGAIN,
-        ) from None
+    tables, others = added_tokens(settings, directory)
+    listed = [
+        AddedToken(table["content"], **{key: table[key] for key in TOKEN_FLAGS if key in table})
+        for table in tables
+    ]
     present = {repr(token) for token in backend.get_added_tokens_decoder().values()}
     new = [token for token in listed if repr(token) not in present]
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     known |= {token.content for token in new}
-    for text in dict.fromkeys(str(text) for text in texts):
+    for text in dict.fromkeys([*named, *others]):
         if text not in known:
             new.append(AddedToken(text, special=True))
     for token in new:

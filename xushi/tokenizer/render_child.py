@@ -8,6 +8,7 @@ than given: beyond the time a signal ends the process.
 
 import contextlib
 import json
+import re
 import resource
 import signal
 import sys
@@ -36,6 +37,35 @@ class Generation(Extension):
 
     def _body(self, caller: Macro) -> str:
         return caller()
+
+
+# What conversation.py puts around special tokens that a message spells. They must reach the text.
+MARKS = "\ufdd0-\ufdd2"
+_TO_ESCAPE = re.compile(f"[^\0-~{MARKS}]")
+_ESCAPED_MARK = re.compile(r"(?<!\\)((?:\\\\)*)\\u(fdd[0-2])")
+
+
+class Text(str):
+    """A text of the variables, whose form within a printed list or mapping keeps the marks."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        """Python's form, with marks as they are."""
+        return _ESCAPED_MARK.sub(
+            lambda found: found[1] + chr(int(found[2], 16)), super().__repr__()
+        )
+
+
+def with_texts(value: Any) -> Any:
+    """A JSON value with each of its strings a `Text`."""
+    if isinstance(value, str):
+        return Text(value)
+    if isinstance(value, list):
+        return [with_texts(each) for each in value]
+    if isinstance(value, dict):
+        return {Text(key): with_texts(each) for key, each in value.items()}
+    return value
 
 
 class SafeNamespace(Namespace):
@@ -70,14 +100,11 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without Jinja's escapes for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+    """JSON without Jinja's escapes for HTML. `MARKS` are never escaped."""
+    text = json.dumps(
+        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    return _TO_ESCAPE.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
 
 def raise_exception(message: str) -> None:
@@ -96,18 +123,15 @@ def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 def answer(request: dict[str, Any], template: Any, characters: int) -> dict[str, str]:
-    """The rendered text, or what went wrong."""
+    """The rendered text, or that it is too long."""
     parts = []
     size = 0
-    try:
-        for part in template.generate(request):
-            size += len(part)
-            if size > characters:
-                return {"error": f"it writes more than {characters:,} characters"}
-            parts.append(part)
-        return {"text": "".join(parts)}
-    except Exception as error:  # whatever a template can cause
-        return {"error": describe(error)}
+    for part in template.generate(with_texts(request)):
+        size += len(part)
+        if size > characters:
+            return {"error": f"it writes more than {characters:,} characters"}
+        parts.append(part)
+    return {"text": "".join(parts)}
 
 
 def describe(error: Exception) -> str:
@@ -130,20 +154,20 @@ def main(seconds: float, characters: int, memory: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     template = None
     for line in sys.stdin:
-        request = json.loads(line)
         # Counts the processor's time, so a busy machine ends nothing. The signal's default action
         # ends the process, within any operation.
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        if template is None:
-            try:
+        try:
+            request = json.loads(line)
+            if template is None:
                 template = environment().from_string(request["template"])
-                reply = {"text": ""}
-            except Exception as error:  # whatever a template can cause
-                reply = {"error": describe(error)}
-        else:
-            reply = answer(request, template, characters)
+                reply = json.dumps({"text": ""})
+            else:
+                reply = json.dumps(answer(request, template, characters))
+        except Exception as error:  # whatever a template can cause
+            reply = json.dumps({"error": describe(error)})
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.write(reply + "\n")
         sys.stdout.flush()
 
 

@@ -7,7 +7,9 @@ could interrupt one long operation. The process is kept for the next rendering.
 Not here: where templates are found (base.model_directory), xushi's own form (chat).
 """
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +23,7 @@ from xushi.base.errors import BadInput
 SECONDS = 5.0
 CHARACTERS = 1 << 25
 MEMORY = 1 << 30
-_REMEDY = "change the messages, or give another template with --template FILE"
+_ANOTHER = "give another template with --template FILE"
 
 
 class ChatTemplate:
@@ -40,6 +42,7 @@ class ChatTemplate:
         self._seconds = seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._finalizer: weakref.finalize[..., ChatTemplate] | None = None
         with self._lock:
             self._start()
 
@@ -51,7 +54,7 @@ class ChatTemplate:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
-            return self._ask(variables)
+            return self._ask(variables, f"change the messages, or {_ANOTHER}")
 
     def _start(self) -> None:
         command = [
@@ -68,30 +71,51 @@ class ChatTemplate:
             encoding="ascii",
             start_new_session=True,
         )
+        self._stop()  # what is left of a process that ended
         self._process = process
-        weakref.finalize(self, _end, process)
-        self._ask({"template": self.source})
+        self._finalizer = weakref.finalize(self, _end, process)
+        try:
+            self._ask({"template": self.source}, _ANOTHER)
+        except BaseException:  # a process without a template must not be asked
+            self._stop()
+            raise
 
-    def _ask(self, request: Mapping[str, Any]) -> str:
-        assert self._process is not None
+    def _stop(self) -> None:
+        """End the process, if there is one, and close its pipes."""
+        if self._finalizer is not None:
+            self._finalizer()
+        self._process = None
+
+    def _ask(self, request: Mapping[str, Any], remedy: str) -> str:
+        process = self._process
+        assert process is not None
         line = json.dumps(request)
         try:
-            reply = _exchange(self._process, line)
+            reply = _exchange(process, line)
         except BaseException:  # such as Ctrl-C: its reply would be taken for the next request's
-            _end(self._process)
-            self._process = None
+            self._stop()
             raise
         if reply is None:
-            _end(self._process)
-            self._process = None
+            # It closed its output, so it ends by itself, unless it is stuck in that.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(self._seconds)
+            code = process.returncode
+            self._stop()
             raise BadInput(
-                f"chat template {self._where} was stopped: it took more than {self._seconds:g} "
-                f"seconds or {MEMORY >> 30} GiB of memory",
-                _REMEDY,
+                f"chat template {self._where} was stopped: {_why(code, self._seconds)}", remedy
             )
         if "error" in reply:
-            raise BadInput(f"chat template {self._where}: {reply['error']}", _REMEDY)
+            raise BadInput(f"chat template {self._where}: {reply['error']}", remedy)
         return reply["text"]
+
+
+def _why(code: int | None, seconds: float) -> str:
+    """What a process that ended with this code, negative for a signal, had done."""
+    if code == -signal.SIGPROF:
+        return f"it took more than {seconds:g} seconds"
+    if code == -signal.SIGKILL:
+        return "its process was killed, as a system does that lacks memory"
+    return f"its process ended with {'signal' if code and code < 0 else 'code'} {abs(code or 0)}"
 
 
 def _exchange(process: "subprocess.Popen[str]", line: str) -> dict[str, str] | None:

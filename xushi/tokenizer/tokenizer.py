@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from xushi.base.errors import BadInput, XushiError
 from xushi.base.files import write_atomic, write_json
+from xushi.base.published_files import shown
 from xushi.tokenizer.config import SPECIAL_TOKENS, TOOL_TOKENS, smallest_vocabulary
 from xushi.tokenizer.template import chat_template
 from xushi.tokenizer.unbroken import UnbrokenText
@@ -209,8 +210,7 @@ class Tokenizer(Vocabulary):
         except XushiError as error:
             raise BadInput(f"{path}: {error.problem}", error.remedy) from None
         except Exception as error:  # the library raises plain Exception for a file it cannot read
-            message = " ".join(str(error).split())
-            raise BadInput(f"{path} is damaged: {message}", _GET_AGAIN) from None
+            raise BadInput(f"{path} is damaged: {shown(str(error))}", _GET_AGAIN) from None
 
 
 def is_own(table: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from xushi.train.team import Team
 
 # How long to wait for another process, which may be reading a corpus.
 SECONDS_TO_WAIT = 24 * 3600
+MOST_PROCESSES = 1_000_000
 _OF_TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -34,7 +35,7 @@ def started_processes() -> tuple[int, int]:
             "start several processes with torchrun; for a single one, unset WORLD_SIZE",
         )
     if processes > 1:
-        _number("MASTER_PORT", 1)
+        _number("MASTER_PORT", 1, 65535)
     if rank >= processes:
         raise BadInput(
             f"RANK={rank} is not one of WORLD_SIZE={processes} processes",
@@ -48,14 +49,15 @@ def processes_on_this_machine() -> int:
     return _number("LOCAL_WORLD_SIZE", 1)
 
 
-def _number(name: str, least: int) -> int:
-    """A whole number from the environment, `least` at least and where it is not set."""
+def _number(name: str, least: int, most: int = MOST_PROCESSES) -> int:
+    """A whole number from the environment; `least` where it is not set."""
     text = os.environ.get(name, str(least))
     with contextlib.suppress(ValueError):  # not a number, or one of thousands of digits
-        if (number := int(text)) >= least:
+        if least <= (number := int(text)) <= most:
             return number
     raise BadInput(
-        f"the environment variable {name}={shorten(text)} is not a whole number from {least} on",
+        f"the environment variable {name}={shorten(text)} is not a whole number from {least} to "
+        f"{most}",
         f"unset {name}, or start with torchrun, which sets it",
     )
 

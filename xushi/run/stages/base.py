@@ -39,7 +39,7 @@ class Costs:
 
     training_token: float  # one token in a training step
     forward_token: float  # one token in evaluation
-    data: float  # the whole corpus
+    data: float  # the corpus as it is made or found in the cache, and its overlap
     tokenizer: float  # the vocabulary, and the whole corpus in tokens
     compressors: float  # the corpus, as evaluation compresses it
     heldout_tokens: int

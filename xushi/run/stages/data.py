@@ -1,7 +1,7 @@
 """The data stage: sources are read, cleaned, held out and written down as a corpus."""
 
-import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from xushi.data import (
     load_summary,
     make_document,
     obtain_corpus,
+    reading_corpus,
 )
 from xushi.data.left_out import LeftOut, counts, sentence
 from xushi.data.read_files import ReadFiles, difference, look_at
@@ -98,10 +99,14 @@ class Data(Stage):
     def run(self, place: RunPlace) -> DataResults:
         """Read, divide and write the corpus, or link the one that another run made of the same."""
         files = look_at(self.config)
-        summary = self.make(place, files)
+        obtain_corpus(self.config, self._transcripts(), place.corpus, files)
+        summary = load_summary(place.corpus)
         files.write(place.read_files)
-        left_out = [source.left_out for source in summary.sources]
+        left_out = left_out_of(summary, files)
         tell_left_out(left_out)
+        for source in files.sources:
+            for pattern in source.unmatched:
+                say(f"exclude = {pattern!r} matches nothing in source {source.name}")
         overlap = heldout_overlap(place.corpus)
         if overlap >= NOTABLE:
             say(f"data: {overlap:.1%} of the held-out text stands in the training text too")
@@ -118,23 +123,23 @@ class Data(Stage):
                 heldout_groups=len(summary.heldout_groups),
                 heldout_groups_named=", ".join(summary.heldout_groups[:GROUPS_NAMED]),
                 heldout_groups_sha256=sha256_json(summary.heldout_groups),
-                left_out=LeftOutFigures(counts=counts(left_out)),
+                left_out=LeftOutFigures(counts=counts(left_out.values())),
             )
         )
 
-    def make(self, place: RunPlace, files: ReadFiles) -> CorpusSummary:
-        """The corpus, of the files that `look_at` has just found."""
-        obtain_corpus(self.config, self._transcripts(), place.corpus, files)
-        return load_summary(place.corpus)
+    def reading(self, files: ReadFiles) -> AbstractContextManager[Path]:
+        """The corpus in the cache, of the files that `look_at` has just found, while the context
+        lasts; it is made if it is not there.
+        """
+        return reading_corpus(self.config, self._transcripts(), files)
 
     def prepare_again(self, place: RunPlace) -> None:
         """Make the corpus, which `run` then finds in the cache."""
-        with tempfile.TemporaryDirectory(prefix="xushi-") as temporary:
-            corpus = Path(temporary) / "corpus"
-            obtain_corpus(self.config, self._transcripts(), corpus, look_at(self.config))
+        with self.reading(look_at(self.config)):
+            pass
 
     def seconds(self, costs: Costs) -> float:
-        """As measured."""
+        """As measured: where the corpus was in the cache, without the time of making it."""
         return costs.data
 
     def reads(self) -> dict[str, Any]:
@@ -172,8 +177,21 @@ class Data(Stage):
         return {TRANSCRIPTS: ExtraSource(documents, self.environment.transcript_weight)}
 
 
-def tell_left_out(sources: Iterable[Iterable[LeftOut]]) -> None:
-    """Say what the sources leave out: a line for each reason."""
-    for left_out in sources:
+def left_out_of(summary: CorpusSummary, files: ReadFiles) -> dict[str, list[LeftOut]]:
+    """What each source leaves out: run directories, which are no part of the summary, and the
+    rest.
+    """
+    runs = {
+        source.name: [each for each in source.left_out if each.reason == "runs"]
+        for source in files.sources
+    }
+    return {each.name: [*runs.get(each.name, []), *each.left_out] for each in summary.sources}
+
+
+def tell_left_out(sources: Mapping[str, Iterable[LeftOut]]) -> None:
+    """Say what the sources leave out: a line for each reason, with the source if there are
+    several.
+    """
+    for name, left_out in sources.items():
         for each in left_out:
-            say(sentence(each))
+            say(f"{name}: {sentence(each)}" if len(sources) > 1 else sentence(each))

@@ -19,7 +19,7 @@ from xushi.evaluate import (
     Sampled,
     accuracy,
     bits_by_document,
-    bits_per_byte,
+    by_all_methods,
     play_greedily,
     play_sampled,
     shown,
@@ -132,11 +132,8 @@ class Evaluate(ModelStage):
         text = costs.heldout_tokens * costs.forward_token + costs.compressors
         if self.environment is None or self.final in (None, self.base):
             return text
-        greedy = 1 + (self.config.longer is not None)
-        measured = 1 + self.reinforced
-        answers = measured * (greedy + self.config.samples) + 1 + (self.control is not None)
         tokens = fewest_tokens(self.environment.make().longest_transcript())
-        return text + answers * self.config.tasks * tokens * costs.training_token
+        return text + self._episodes() * tokens * costs.training_token
 
     def run(self, place: RunPlace) -> EvaluateResults:
         """Measure the base model on text, and the tuned ones on tasks."""
@@ -167,7 +164,7 @@ class Evaluate(ModelStage):
         documents.write(place.path(HELDOUT_BITS))
         own = documents.total / len(text)
         say(f"{self.name}: the same bytes, by compressors")
-        others = {name: bits_per_byte(text, name) for name in ("gzip", "xz", "zstd")}
+        others = by_all_methods(text)
         primed = None
         if self.config.xz_primed:
             training = "".join(training_texts(place.corpus)).encode()

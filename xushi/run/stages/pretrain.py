@@ -72,7 +72,7 @@ class Pretrain(TrainingStage):
     def seconds(self, costs: Costs) -> float:
         """All tokens of all steps, and the measurements on held-out text between them."""
         measured = min(self.config.evaluate_tokens, costs.heldout_tokens)
-        measured *= self.config.steps // self.config.evaluate_every + 1
+        measured *= -(-self.config.steps // self.config.evaluate_every)  # the last step is one
         trained = self.config.tokens(self.sequence_length)
         return trained * costs.training_token + measured * costs.forward_token
 
