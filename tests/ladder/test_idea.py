@@ -101,9 +101,11 @@ def test_files_that_commands_name(tmp_path):
 
 @pytest.mark.parametrize("pattern", ["none/*.py", "/etc/host*", "../*", "a/../../*"])
 def test_patterns_stay_inside_and_match(tmp_path, pattern):
-    idea = Idea(**KEYS, reads=[pattern])
+    here = tmp_path / "here"
+    (here / "a").mkdir(parents=True)
+    (tmp_path / "outside").write_text("")
     with pytest.raises(BadInput, match="matches no file"):
-        files_read(idea, tmp_path)
+        files_read(Idea(**KEYS, reads=[pattern]), here)
 
 
 @given(st.sampled_from(sorted(KEYS)))

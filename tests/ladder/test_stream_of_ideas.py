@@ -104,6 +104,21 @@ def test_a_small_gain_is_better_and_not_promoted_where_the_stream_asks_for_more(
         assert not each.promoted or each.p <= each.level
 
 
+def test_without_confirmation_nothing_is_promoted_however_small_the_p_value(monkeypatch):
+    """The gain is there for the seeds that judge, and for no others."""
+    drawn = DrawnRuns.loss
+
+    def loss(self: DrawnRuns, command: list[str]) -> float:
+        is_fresh = int(command[2]) >= CONFIRMING_SEEDS
+        return drawn(self, [*command[:3], "0", *command[4:]] if is_fresh else command)
+
+    monkeypatch.setattr(DrawnRuns, "loss", loss)
+    results = [stream_of(stream, [4.0], 0.99, 1.0)[0] for stream in range(4)]
+    assert all(each.verdict == "better" for each in results)
+    assert any(each.p <= each.level for each in results)
+    assert not any(each.promoted for each in results)
+
+
 def test_what_other_variants_show_of_runs_is_known_and_fixed_when_an_idea_is_registered():
     ledger = LedgerInMemory()
     runner = DrawnRuns(ledger, 3)
@@ -172,7 +187,7 @@ def test_a_stream_without_gains_promotes_nothing(correlation, spread, monkeypatc
     .10 of the streams, which is what control of the share of false ones means where all are.
     Ideas that share baselines are dependent: the deviation of the share is taken between streams.
     """
-    streams, ideas = 40, 20
+    streams, ideas = 30, 20
     # Most of the time would go into p-values that are too large for any verdict.
     exact = trial.overall_p
     monkeypatch.setattr(

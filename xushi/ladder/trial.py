@@ -111,13 +111,12 @@ class Trial:
 
     def run(self) -> Result:
         """Judge the rungs, the smallest first; the next is paid for where the idea is better."""
-        top = len(self._idea.all_rungs()) - 1
-        for rung in range(top + 1):
+        for rung in range(len(self._idea.all_rungs())):
             decision = self._judge(rung)
             if decision.verdict != "better":
                 break
         confirmed = None
-        if decision.verdict == "better" and rung == top:
+        if decision.verdict == "better":
             confirmed = self._confirm(rung, decision)
         result = self._result(rung, decision, confirmed)
         self._ledger.decide(self._entry.number, rung, asdict(result))
