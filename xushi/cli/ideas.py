@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -121,6 +120,7 @@ def _judge_logs(
     as_json: bool,
 ) -> int:
     from xushi.ladder import judge, read_logs
+    from xushi.ladder.page import finite
 
     if smallest_effect is None or not smallest_effect > 0:
         raise BadInput(
@@ -139,21 +139,15 @@ def _judge_logs(
         pairs = [(named[0], named[1])]
     found = [judge(read, baseline, variant, smallest_effect) for baseline, variant in pairs]
     for each in found:
-        print(json.dumps(_finite(asdict(each))) if as_json else _line(each))
+        print(json.dumps(finite(asdict(each))) if as_json else _line(each))
     return EXIT_CODES[found[-1].verdict] if len(found) == 1 else 0
 
 
 def _as_json(result: "Result") -> dict[str, object]:
-    table = _finite(asdict(result))
+    from xushi.ladder.page import finite
+
+    table: dict[str, object] = finite(asdict(result))
     return table | {"interval": [table.pop("low"), table.pop("high")]}
-
-
-def _finite(table: dict[str, object]) -> dict[str, object]:
-    """JSON has no infinity: an end that an interval lacks is null."""
-    return {
-        key: None if isinstance(value, float) and math.isinf(value) else value
-        for key, value in table.items()
-    }
 
 
 def _sentence(result: "Result") -> str:

@@ -42,7 +42,7 @@ def write_idea_page(ledger: Ledger, number: int, command: str) -> Path:
     """
     found = facts(ledger, number)
     name = _file_name(found.entry.name, number)
-    write_json(ledger.directory / f"{name}.json", _finite({"command": command, **found.as_json()}))
+    write_json(ledger.directory / f"{name}.json", finite({"command": command, **found.as_json()}))
     path = ledger.directory / f"{name}.html"
     write_atomic(path, _idea_page(found, command))
     return path
@@ -51,19 +51,19 @@ def write_idea_page(ledger: Ledger, number: int, command: str) -> Path:
 def write_ledger_page(ledger: Ledger) -> Path:
     """Write index.html and index.json into the ledger's directory, and return the page's path."""
     found = account(ledger)
-    write_json(ledger.directory / "index.json", _finite(found.as_json()))
+    write_json(ledger.directory / "index.json", finite(found.as_json()))
     path = ledger.directory / "index.html"
     level = lord_level(len(found.lines) + 1, ledger.promoted())
     write_atomic(path, _ledger_page(found, level, ledger.directory))
     return path
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity: the ends of an interval without bounds are null."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
