@@ -292,15 +292,19 @@ def share_of(verdict: str, done: list[tuple[str, int, bool]]) -> float:
 
 
 CORRELATIONS, SPREADS, KNOWN = (0.0, 0.5, 0.9, 0.99), (1.0, 1.5, 2.0), (0, 16)
+# What is stated of unrelated runs (12,000 ladders each): .040 where the variant is as noisy as the
+# baseline, .055 at 1.5 times its spread and .062 at twice, if the ledger knows other runs. A noisy
+# variant that looks quiet in two pairs is the reason. Else the level of .05 holds.
+EXCESS = {1.0: 0.0, 1.5: 0.005, 2.0: 0.012}
 
 
 def check_level(count: int, correlation: float, spread: float, degrees: int) -> None:
-    """Without a gain, better at most at the level of .05."""
+    """Without a gain, better and worse at most at the level of .05, but for a noisier variant."""
     seed = round(1000 * correlation + 10 * spread + degrees)
     done = ladders(count, seed, 0.0, correlation, spread, degrees)
-    assert share_of("better", done) < allowed(ALPHA, count)
-    if spread == 1 and degrees == 0:
-        assert share_of("worse", done) < allowed(ALPHA, count)
+    stated = ALPHA + EXCESS[spread] if degrees and correlation == 0 else ALPHA
+    for verdict in ("better", "worse"):
+        assert share_of(verdict, done) < allowed(stated, count)
 
 
 @pytest.mark.parametrize(
