@@ -23,6 +23,7 @@ from xushi.ladder.verdict import (
     look_at_pairs,
     pairs_to_settle,
     settled,
+    smallest_shown,
     welch_degrees,
 )
 
@@ -291,15 +292,19 @@ def share_of(verdict: str, done: list[tuple[str, int, bool]]) -> float:
 
 
 CORRELATIONS, SPREADS, KNOWN = (0.0, 0.5, 0.9, 0.99), (1.0, 1.5, 2.0), (0, 16)
+# What is stated of unrelated runs (12,000 ladders each): .040 where the variant is as noisy as the
+# baseline, .055 at 1.5 times its spread and .062 at twice, if the ledger knows other runs. A noisy
+# variant that looks quiet in two pairs is the reason. Else the level of .05 holds.
+EXCESS = {1.0: 0.0, 1.5: 0.005, 2.0: 0.012}
 
 
 def check_level(count: int, correlation: float, spread: float, degrees: int) -> None:
-    """Without a gain, better at most at the level of .05."""
+    """Without a gain, better and worse at most at the level of .05, but for a noisier variant."""
     seed = round(1000 * correlation + 10 * spread + degrees)
     done = ladders(count, seed, 0.0, correlation, spread, degrees)
-    assert share_of("better", done) < allowed(ALPHA, count)
-    if spread == 1 and degrees == 0:
-        assert share_of("worse", done) < allowed(ALPHA, count)
+    stated = ALPHA + EXCESS[spread] if degrees and correlation == 0 else ALPHA
+    for verdict in ("better", "worse"):
+        assert share_of(verdict, done) < allowed(stated, count)
 
 
 @pytest.mark.parametrize(
@@ -353,3 +358,18 @@ def test_the_interval_of_one_look_covers_and_is_no_wider_than_it_must_be(correla
         look = look_at_pairs(base.tolist(), variant.tolist(), RunVariance(1.0, 16), ALPHA)
         missed += not look.low <= 0.5 <= look.high
     assert 0.025 < missed / 1000 < allowed(2 * ALPHA, 1000)
+
+
+def test_the_gain_that_can_be_shown_is_shown_in_four_of_five_cases():
+    """By the run test alone, as it is said before anything runs: 400 looks at unrelated runs, four
+    deviations are .08, and the paired test adds a little.
+    """
+    level = nominal_levels(LOOKS, ALPHA)[-1]
+    effect = smallest_shown(8, math.sqrt(2), 40, level)
+    random = np.random.default_rng(43)
+    shown = 0
+    for base, own in random.normal(size=(400, 2, 8)):
+        known = RunVariance(float(random.chisquare(40)) / 40, 40)
+        look = look_at_pairs(base.tolist(), (own - effect).tolist(), known, level)
+        shown += look.p_gain <= look.level
+    assert 0.72 < shown / 400 < 0.9
