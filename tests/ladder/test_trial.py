@@ -53,7 +53,7 @@ def test_a_gain_is_better_and_confirmed_on_fresh_seeds(place, write_idea, runs):
     assert (result.verdict, result.entry, result.rungs) == ("better", 1, 1)
     assert result.low < 0.5 < result.high
     judged, confirmed = (metrics(place, 1, purpose) for purpose in ("judge", "confirm"))
-    assert len(judged["baseline"]) == len(confirmed["baseline"]) == result.pairs
+    assert (len(judged["baseline"]), len(confirmed["baseline"])) == (result.pairs, 4) == (2, 4)
     gains = [b - v for b, v in zip(*judged.values(), strict=True)]
     assert result.difference == pytest.approx(sum(gains) / len(gains), rel=1e-12)
     # The p-value by its parts: of the looks, and by Fisher of the confirmation.
@@ -71,7 +71,7 @@ def test_a_gain_is_better_and_confirmed_on_fresh_seeds(place, write_idea, runs):
     assert sorted(seed for seed in seeds if seed < CONFIRMING_SEEDS) == sorted(
         [*range(1, result.pairs + 1)] * 2 + [1]
     )
-    assert len(seeds) == 4 * result.pairs + 1
+    assert len(seeds) == 2 * (result.pairs + 4) + 1
 
 
 def test_the_same_idea_twice_runs_nothing_and_says_the_same(place, write_idea, runs):
@@ -185,10 +185,14 @@ def test_runs_that_say_nothing_are_refused(write_idea, program, problem):
     assert problem in refused(path).problem  # and no second time something else
 
 
-def test_one_arm_may_be_the_same_for_all_seeds(write_idea):
-    """The other's spread is known."""
-    program = "print(json.dumps({'loss': seed * (arm == 'variant')}))"
-    assert try_here(write_idea("steady", program, pairs=2)).verdict == "unsettled"
+@pytest.mark.parametrize("moving", ["baseline", "variant"])
+def test_one_arm_that_is_the_same_for_four_seeds(moving, write_idea):
+    """Two that agree may be rounding, and the other arm's spread is known."""
+    program = f"print(json.dumps({{'loss': seed * (arm == {moving!r})}}))"
+    assert try_here(write_idea("two", program, pairs=2)).verdict == "unsettled"
+    error = refused(write_idea("four", program, pairs=4))
+    still = "variant" if moving == "baseline" else "baseline"
+    assert f"seeds 1, 2, 3, 4 in {still}: the seed does nothing" in error.problem
 
 
 def test_what_another_variant_printed_is_no_run_variance(write_idea, place):

@@ -187,7 +187,7 @@ def _confirmation_section(found: Facts) -> str:
     if look is None:
         return ""
     text = (
-        f"As many pairs again, on seeds that nothing had seen: the mean gain is "
+        f"{look.pairs} pairs on seeds that nothing had seen: the mean gain is "
         f"{digits(look.difference)} ({_interval(look.low, look.high)}), p against "
         f'"no gain" {_short(look.p_gain)}.'
     )

@@ -29,6 +29,8 @@ from xushi.ladder.verdict import (
 
 # Baselines get other seeds after so many ideas: those that share baseline runs share their luck.
 IDEAS_PER_SEEDS = 10
+CONFIRMING_PAIRS = 4
+SEEDS_THAT_DIFFER = 4
 CONFIRMING_SEEDS = 1_000_000_000  # from here on are seeds that no judgement has used
 
 
@@ -163,8 +165,10 @@ class Trial:
         say(cost)
 
     def _confirm(self, rung: int, decision: Decision) -> Look:
-        """As many pairs as decided, on seeds that nothing has seen."""
-        pairs = decision.looks[-1].pairs
+        """As many pairs as decided, but no fewer than four if so many were planned, on seeds that
+        nothing has seen. Two would miss large gains too often.
+        """
+        pairs = max(decision.looks[-1].pairs, min(CONFIRMING_PAIRS, self._idea.pairs))
         first = CONFIRMING_SEEDS + 1000 * self._entry.number
         seeds = [first + number for number in range(pairs)]
         say(f"{self._entry.name}: better; {pairs} fresh pairs confirm it, or do not")
@@ -233,10 +237,13 @@ class Trial:
     ) -> None:
         """Refuse runs that say nothing about the question."""
         metric = self._idea.metric
-        if all(len(set(values[arm])) == 1 for arm in ARMS):
+        same = [arm for arm in ARMS if len(set(values[arm])) == 1]
+        # Two runs that agree may be rounding; four are not.
+        if same == list(ARMS) or (same and len(seeds) >= SEEDS_THAT_DIFFER):
             raise BadInput(
-                f"{metric} is the same for seeds {', '.join(map(str, seeds))} in both arms: the "
-                "seed does nothing, or too few digits are printed",
+                f"{metric} is the same for seeds {', '.join(map(str, seeds))} in "
+                f"{'both arms' if len(same) > 1 else same[0]}: the seed does nothing, or too few "
+                "digits are printed",
                 "use {seed} in the program for its initial weights and the order of its data",
             )
         if values[BASELINE] == values[VARIANT]:

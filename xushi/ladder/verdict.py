@@ -82,13 +82,7 @@ def look_at_pairs(
     pair_sd = stdev(gains)
     if pair_sd <= _ROUNDING * max(map(abs, (*baseline, *variant))):
         pair_sd = 0.0
-    degrees: float = known.degrees + count - 1
-    of_base = (known.degrees * known.value + (count - 1) * variance(baseline)) / degrees
-    of_both = 2 * of_base
-    # The variant may be noisier than what is known of the baseline, and is not taken as quieter.
-    if (own := variance(variant)) > of_base:
-        degrees = welch_degrees(of_base, degrees, own, count - 1)
-        of_both = of_base + own
+    of_both, degrees = _run_variance(variance(baseline), variance(variant), count, known)
     errors = (
         (pair_sd / math.sqrt(count), count - 1.0),
         (math.sqrt(of_both / count), degrees),
@@ -109,6 +103,24 @@ def look_at_pairs(
         run_sd=math.sqrt(of_both),
         run_degrees=degrees,
     )
+
+
+def _run_variance(
+    baseline: float, variant: float, count: int, known: RunVariance
+) -> tuple[float, float]:
+    """The variance of a gain between unpaired runs, and its degrees of freedom. Each arm has that
+    of the baseline's runs and of what is known together, or its own where that is larger: earlier
+    runs, and the baseline's, may have been quieter.
+    """
+    degrees = known.degrees + count - 1
+    together = (known.degrees * known.value + (count - 1) * baseline) / degrees
+    if together >= max(baseline, variant):
+        return 2 * together, degrees
+    arms = [
+        (own, count - 1) if own > together else (together, degrees) for own in (baseline, variant)
+    ]
+    (first, of_first), (second, of_second) = arms
+    return first + second, welch_degrees(first, of_first, second, of_second)
 
 
 def welch_degrees(first: float, of_first: float, second: float, of_second: float) -> float:
