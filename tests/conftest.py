@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections import defaultdict
@@ -56,6 +57,9 @@ def pytest_configure(config: pytest.Config) -> None:
     The session has an empty cache, which workers of pytest-xdist share. Compiled kernels are taken
     from, and kept in, the user's own cache: to compile them takes as long as many tests.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in a shell's background job. Programs that tests start and stop would ignore it, too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     fresh = not IN_CI
     settings.register_profile(
         "xushi", deadline=None, max_examples=50, print_blob=True, derandomize=not fresh

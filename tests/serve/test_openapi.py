@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 from fastapi import FastAPI
 from pydantic import ValidationError
@@ -17,8 +18,6 @@ from xushi.serve.protocol import ChatBody, CompletionBody
 
 from .test_clients import installed
 
-jsonschema = pytest.importorskip("jsonschema")  # test-slow installs ray, which brings it
-pytestmark = pytest.mark.slow
 API = describe_api()
 KINDS = {"ChatBody": ChatBody, "CompletionBody": CompletionBody}
 CHAT = {"model": "reasoning", "messages": [{"role": "user", "content": "a"}]}
@@ -150,6 +149,7 @@ def schemathesis(address, checks, examples, *more):
     )
 
 
+@pytest.mark.slow
 def test_no_described_request_is_a_server_error(address):
     checks = "not_a_server_error,content_type_conformance,response_schema_conformance"
     done = schemathesis(address, checks, 25)
@@ -157,6 +157,7 @@ def test_no_described_request_is_a_server_error(address):
     assert "Test cases:" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_not_as_described_is_told(serving):
     """The check above can fail: a server whose answers have a key less."""
     app = FastAPI(openapi_url=None)
