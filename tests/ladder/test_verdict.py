@@ -268,18 +268,24 @@ def test_fishers_combination_is_uniform_for_two_uniform_values():
 
 
 def ladders(
-    count: int, seed: int, effect: float, correlation: float, spread: float, degrees: int
+    count: int,
+    seed: int,
+    effect: float,
+    correlation: float,
+    spread: float,
+    degrees: int,
+    earlier: float = 1.0,
 ) -> list[tuple[str, int, bool]]:
     """(verdict, pairs, whether the interval covers) of pairs of runs: the baseline has a spread of
-    one, the variant another, the gain is `effect`, and the ledger knows the variance of a run with
-    `degrees` of freedom, as well as so many runs show it.
+    one, the variant another, the gain is `effect`, and the ledger knows the variance of runs with
+    the spread `earlier` with `degrees` of freedom, as well as so many runs show it.
     """
     random = np.random.default_rng(seed)
     done = []
     for _ in range(count):
         base, own = random.normal(size=(2, 8))
         variant = spread * (correlation * base + math.sqrt(1 - correlation**2) * own) - effect
-        value = random.chisquare(degrees) / degrees if degrees else 0.0
+        value = earlier**2 * random.chisquare(degrees) / degrees if degrees else 0.0
         known = RunVariance(float(value), degrees)
         decision = decide(base.tolist(), variant.tolist(), 1e-9, LOOKS, known)
         last = decision.looks[-1]
@@ -292,19 +298,16 @@ def share_of(verdict: str, done: list[tuple[str, int, bool]]) -> float:
 
 
 CORRELATIONS, SPREADS, KNOWN = (0.0, 0.5, 0.9, 0.99), (1.0, 1.5, 2.0), (0, 16)
-# What is stated of unrelated runs (12,000 ladders each): .040 where the variant is as noisy as the
-# baseline, .055 at 1.5 times its spread and .062 at twice, if the ledger knows other runs. A noisy
-# variant that looks quiet in two pairs is the reason. Else the level of .05 holds.
-EXCESS = {1.0: 0.0, 1.5: 0.005, 2.0: 0.012}
 
 
-def check_level(count: int, correlation: float, spread: float, degrees: int) -> None:
-    """Without a gain, better and worse at most at the level of .05, but for a noisier variant."""
+def check_level(
+    count: int, correlation: float, spread: float, degrees: int, earlier: float = 1.0
+) -> None:
+    """Without a gain, better and worse at most at the level of .05."""
     seed = round(1000 * correlation + 10 * spread + degrees)
-    done = ladders(count, seed, 0.0, correlation, spread, degrees)
-    stated = ALPHA + EXCESS[spread] if degrees and correlation == 0 else ALPHA
+    done = ladders(count, seed, 0.0, correlation, spread, degrees, earlier)
     for verdict in ("better", "worse"):
-        assert share_of(verdict, done) < allowed(stated, count)
+        assert share_of(verdict, done) < allowed(ALPHA, count)
 
 
 @pytest.mark.parametrize(
@@ -321,6 +324,14 @@ def test_without_a_gain_better_is_seldom_said(correlation, spread, degrees):
 @pytest.mark.parametrize("correlation", CORRELATIONS)
 def test_without_a_gain_better_is_seldom_said_for_all_kinds_of_pairs(correlation, spread, degrees):
     check_level(1000, correlation, spread, degrees)
+
+
+@pytest.mark.slow
+def test_without_a_gain_better_is_seldom_said_where_earlier_runs_were_quieter():
+    """8,000 ladders called .053 better and .048 worse. An arm's own spread counts where it is
+    larger: by the earlier runs alone it would be .10.
+    """
+    check_level(2000, 0.0, 1.0, 40, earlier=0.5)
 
 
 @pytest.mark.parametrize(
