@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -96,6 +97,21 @@ def tried(ledger: LedgerOption = Path("ladder"), as_json: JsonOption = False) ->
         print(json.dumps(found.as_json()))
     else:
         print(found.table())
+
+
+@app.command(hidden=True)
+def arm(
+    recipe: Path,
+    assignments: Annotated[list[str] | None, typer.Argument()] = None,
+) -> None:
+    """Pretrain a recipe and print what it came to: what `xushi try` runs for an idea about one."""
+    from xushi.ladder.arm import measure
+    from xushi.ladder.jobs import DIRECTORY
+
+    place = os.environ.get(DIRECTORY)
+    if not place:
+        raise BadInput(f"{DIRECTORY} is not set", "use xushi try, which runs this")
+    print(json.dumps(measure(recipe, assignments or [], Path(place) / "run")))
 
 
 def _write_pages(directory: Path, entry: int, idea: Path) -> None:

@@ -1,4 +1,5 @@
-"""An idea: a question about two commands, stated before anything runs.
+"""An idea: a question about two commands, or about two versions of a recipe, stated before anything
+runs.
 
 Not here: running them (`jobs`), what the runs say (`verdict`).
 """
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import tomli_w
 from pydantic import Field, model_validator
 
 from xushi.base.config import StrictConfig, parse, read_toml
@@ -18,6 +20,7 @@ from xushi.base.files import sha256_file, sha256_json
 
 BASELINE, VARIANT = "baseline", "variant"
 ARMS = (BASELINE, VARIANT)
+ARM = "xushi-arm"  # stands for the program of this Python that trains and measures a recipe
 MOST_PAIRS = 64
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][A-Za-z_0-9]*)\}")
 
@@ -30,6 +33,9 @@ class Idea(StrictConfig):
     print a JSON object as their last line of standard output, and `metric` is a key of it. Smaller
     is better, unless `higher_is_better`.
 
+    With `recipe`, a file, they are tables of its keys with other values; the keys of the rungs are
+    keys of the recipe too, and what is printed is that of `xushi.ladder.arm`.
+
     `smallest_effect`: in units of the metric, what would not interest anybody. `sizes`: what {size}
     is at each rung, the smallest first; `rungs` gives keys of any other name. `pairs`: the most
     pairs of runs at a rung. `reads`: patterns of further files that the commands read, so that a
@@ -37,31 +43,39 @@ class Idea(StrictConfig):
     """
 
     question: Text
-    baseline: Text
-    variant: Text
+    recipe: Text | None = None
+    baseline: Text | dict[str, Any] = Field(default={})
+    variant: Text | dict[str, Any]
     metric: Text
     smallest_effect: float = Field(gt=0, le=1e12)
     higher_is_better: bool = False
     sizes: list[Value] = Field(default=[], max_length=8)
-    rungs: list[dict[str, Value]] = Field(default=[], max_length=8)
+    rungs: list[dict[str, Any]] = Field(default=[], max_length=8)
     pairs: int = Field(default=8, ge=2, le=MOST_PAIRS)
     reads: list[Text] = Field(default=[], max_length=100)
     deadline_seconds: float = Field(default=86_400, gt=0, le=1e8)
 
     @model_validator(mode="after")
-    def check_commands(self) -> "Idea":
+    def check(self) -> "Idea":
         if self.sizes and self.rungs:
             raise ValueError("give sizes or rungs, not both")
-        if self.baseline.split() == self.variant.split():
-            raise ValueError("baseline and variant are the same command: the idea changes nothing")
         keys = {frozenset(rung) for rung in self.all_rungs()}
         if len(keys) > 1:
             raise ValueError("every rung must have the same keys")
-        known = {"seed", *next(iter(keys))}
-        if len(known) == len(next(iter(keys))):
+        if "seed" in next(iter(keys)):
             raise ValueError("rungs cannot set seed: the tool chooses the seeds")
+        if self.recipe is None:
+            self._check_commands(set(next(iter(keys))))
+        else:
+            self._check_tables(set(next(iter(keys))))
+        return self
+
+    def _check_commands(self, rung_keys: set[str]) -> None:
         for arm in ARMS:
             command = getattr(self, arm)
+            if not isinstance(command, str):
+                missing = f"{arm} is missing" if not command else f"{arm} is a table"
+                raise ValueError(f"{missing}; give a command, or recipe = FILE and tables of keys")
             if "\0" in command:
                 raise ValueError(f"{arm} is not a command: it has a zero byte")
             try:
@@ -73,33 +87,71 @@ class Idea(StrictConfig):
                 raise ValueError(
                     f"{arm} has no {{seed}}: without seeds nothing can be told from chance"
                 )
-            if unknown := sorted(used - known):
+            if unknown := sorted(used - rung_keys - {"seed"}):
                 raise ValueError(
                     f"{arm} has {{{unknown[0]}}}, which is no key of sizes or rungs; it can have "
                     "{seed} and the keys of the rungs"
                 )
-            if unused := sorted(known - used):
+            if unused := sorted(rung_keys - used):
                 raise ValueError(f"{arm} has no {{{unused[0]}}}, which the rungs give")
-        return self
+        for rung in self.rungs:
+            for key, value in rung.items():
+                if isinstance(value, bool) or not isinstance(value, str | int | float):
+                    raise ValueError(f"rungs: {key} must be a text or a number")
+        if str(self.baseline).split() == str(self.variant).split():
+            raise ValueError("baseline and variant are the same command: the idea changes nothing")
 
-    def all_rungs(self) -> list[dict[str, Value]]:
+    def _check_tables(self, rung_keys: set[str]) -> None:
+        if self.sizes:
+            raise ValueError("a recipe has no {size}; give rungs, tables of its keys")
+        for arm in ARMS:
+            table = getattr(self, arm)
+            if not isinstance(table, dict):
+                raise ValueError(f"{arm} is a command, but recipe is given; give a table of keys")
+            keys = _flat(table)
+            if both := sorted(set(keys) & rung_keys):
+                raise ValueError(f"{arm} sets {both[0]}, which the rungs set")
+            if "seed" in keys:
+                raise ValueError(f"{arm} cannot set seed: the tool chooses the seeds")
+        if self.baseline == self.variant:
+            raise ValueError("baseline and variant set the same: the idea changes nothing")
+
+    def all_rungs(self) -> list[dict[str, Any]]:
         """The keys of each rung, the smallest first. Without sizes there is one rung without
         keys.
         """
         if self.sizes:
             return [{"size": size} for size in self.sizes]
-        return self.rungs or [{}]
+        return [_flat(rung) for rung in self.rungs] or [{}]
 
     def command(self, arm: str, rung: int, seed: int | str) -> list[str]:
         """The words of an arm's command. What a value has in it is never split or read by a
-        shell.
+        shell. With a recipe the first word is `ARM`.
         """
         values = self.all_rungs()[rung] | {"seed": seed}
-        template = getattr(self, arm)
+        if self.recipe is not None:
+            keys = {**_flat(getattr(self, arm)), **values}
+            return [ARM, self.recipe, *(f"{key}={_toml(keys[key])}" for key in sorted(keys))]
         return [
             _PLACEHOLDER.sub(lambda found: str(values[found[1]]), word)
-            for word in shlex.split(template)
+            for word in shlex.split(getattr(self, arm))
         ]
+
+
+def _flat(table: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Dotted keys: {"pretrain": {"steps": 1}} and {"pretrain.steps": 1} are the same."""
+    keys: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            keys |= _flat(value, f"{before}{key}.")
+        else:
+            keys[before + key] = value
+    return keys
+
+
+def _toml(value: Any) -> str:
+    """A value as `--set` reads it."""
+    return tomli_w.dumps({"value": value}).partition("=")[2].strip()
 
 
 def read_idea(path: Path) -> Idea:

@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +21,14 @@ from typing import IO, Any
 
 from xushi.base.errors import BadInput, Failed
 from xushi.base.files import disk_errors, sha256_file, sha256_json
-from xushi.base.machine import inspect
+from xushi.base.machine import Machine, inspect
+from xushi.ladder.idea import ARM
 from xushi.ladder.ledger import JobRecord, Ledger
 
 # So that two runs at once do not take each other's cores, and sums are in the same order each time.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+# A directory that a job may keep files in: what is there stays if it is killed and run again.
+DIRECTORY = "XUSHI_JOB_DIRECTORY"
 SECONDS_TO_STOP = 5.0  # between asking a process to end and ending it
 _SECONDS_BETWEEN_LOOKS = 0.05
 _CHANGED = "changed while the idea was tried"
@@ -58,13 +62,17 @@ def make_job(
     """A job. `files`: the hashes of the files that it reads. `repeat`: 0, or the number of times
     that the same was run before.
     """
+    machine = _machine()
+    compiled = [sorted(machine.features), bool(machine.compilers), os.environ.get("XUSHI_OPS", "")]
     decides = {
         "command": command,
         "files": dict(files),
         "threads": {name: os.environ.get(name, "1") for name in _THREADS},
-        "processor": _processor(),
+        "processor": machine.cpu,
         "repeat": repeat,
     }
+    if command[0] == ARM:
+        decides["forms"] = compiled  # which forms of the ops run, and in what dtype
     return Job(command, sha256_json(decides), files, deadline_seconds, title)
 
 
@@ -128,7 +136,7 @@ class Runner:
     def _start(self, job: Job) -> _Running:
         place = self.output(job.hash)
         with disk_errors(place), contextlib.ExitStack() as stack:
-            place.mkdir(parents=True, exist_ok=True)
+            (place / "files").mkdir(parents=True, exist_ok=True)
             for name in ("stdout.txt", "stderr.txt"):  # a lost process may still write to the old
                 (place / name).unlink(missing_ok=True)
             files = (
@@ -138,12 +146,12 @@ class Runner:
             stack.pop_all()
         try:
             process = subprocess.Popen(
-                job.command,
+                _program(job.command),
                 cwd=self._where,
                 stdin=subprocess.DEVNULL,
                 stdout=files[0],
                 stderr=files[1],
-                env=_environment(),
+                env={**_environment(), DIRECTORY: str((place / "files").resolve())},
                 start_new_session=True,
             )
         except OSError as error:
@@ -201,6 +209,8 @@ class Runner:
     def _changed(self, job: Job) -> str:
         """The first file of a job that is not what it was when the idea was read; "" if none."""
         for name, hash in job.files.items():
+            if name.startswith("("):  # no file: what else a recipe reads
+                continue
             path = self._where / name
             try:
                 status = path.stat()
@@ -221,6 +231,7 @@ class Runner:
             )
         place = self.output(job.hash)
         lines = _tail(place / "stderr.txt").splitlines() or [""]
+        lines += [line for line in lines if line.startswith("error: ")]
         said = f": {lines[-1].strip()[:200]}" if lines[-1].strip() else ""
         return Failed(
             f"{job.title}: {record.problem}{said}",
@@ -230,8 +241,15 @@ class Runner:
 
 
 @functools.cache
-def _processor() -> str:
-    return inspect().cpu
+def _machine() -> Machine:
+    return inspect()
+
+
+def _program(command: list[str]) -> list[str]:
+    """The words that are started: an arm of a recipe is run by this Python."""
+    if command[0] != ARM:
+        return command
+    return [sys.executable, "-m", "xushi", "arm", *command[1:]]
 
 
 def _environment() -> dict[str, str]:

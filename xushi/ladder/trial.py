@@ -74,7 +74,7 @@ def try_idea(path: Path, directory: Path, workers: int, where: Path) -> Result:
                 )
             entry = _registered(ledger, path.stem, idea, where)
             with Runner(ledger, workers, where) as runner:
-                files = {arm: files_read(idea, where, [arm]) for arm in ARMS}
+                files = {arm: _all_files(idea, where, [arm]) for arm in ARMS}
                 trial = Trial(ledger, runner, entry, files, workers)
                 return trial.run()
     finally:
@@ -83,7 +83,7 @@ def try_idea(path: Path, directory: Path, workers: int, where: Path) -> Result:
 
 def _registered(ledger: Ledger, name: str, idea: Idea, where: Path) -> Entry:
     """The entry of the idea; a changed question, or changed files, are a new one."""
-    files = files_read(idea, where)
+    files = _all_files(idea, where, ARMS)
     hash = entry_hash(idea, files)
     entry = ledger.entry(hash)
     if entry is None:
@@ -93,6 +93,16 @@ def _registered(ledger: Ledger, name: str, idea: Idea, where: Path) -> Entry:
         say(f"{name}: registered as entry {entry.number} of the ledger{changed}")
     say(f"{name}: {idea.question}")
     return entry
+
+
+def _all_files(idea: Idea, where: Path, arms: Sequence[str]) -> dict[str, str]:
+    """The hashes of what the arms read, by name."""
+    files = files_read(idea, where, arms)
+    if idea.recipe is not None:
+        from xushi.ladder.arm import recipe_files  # it needs PyTorch, which commands do not
+
+        files |= recipe_files(idea, where, arms)
+    return files
 
 
 class Trial:

@@ -30,13 +30,18 @@ END = "end"  # broadcast in place of a stage's name when the run is over
 
 
 def run(
-    recipe: Recipe, directory: Path, update: bool = False, asked: str = ""
+    recipe: Recipe,
+    directory: Path,
+    update: bool = False,
+    asked: str = "",
+    until: str | None = None,
 ) -> dict[str, Any] | None:
     """Run `recipe` in `directory` and return its results; the same call continues a killed run.
 
     A directory of another recipe is refused unless `update`, which runs the changed stages again.
     Where files that a finished stage has read changed, a finished run reads them again, as `update`
-    does; one that is not finished goes on with what it has read. `asked`: see `claim`.
+    does; one that is not finished goes on with what it has read. `asked`: see `claim`. With
+    `until` the stages after the one of that name are left for later, and so is results.json.
     Under torchrun all processes call this, and only the first one has results.
     """
     check_format(directory)  # first: records of another format would be told as damaged
@@ -60,7 +65,7 @@ def run(
         place = RunPlace(directory, Tracking(directory / "tracking.sqlite"), layout)
         try:
             _set_up(recipe, place, machine, processes_here)
-            results = _run_stages(recipe, place)
+            results = _run_stages(recipe, place, until)
         finally:
             place.tracking.close()
         _tell(place, END)
@@ -124,7 +129,7 @@ def _heard(place: RunPlace) -> Any:
         ) from None
 
 
-def _run_stages(recipe: Recipe, place: RunPlace) -> dict[str, Any]:
+def _run_stages(recipe: Recipe, place: RunPlace, until: str | None) -> dict[str, Any]:
     began = time.monotonic()
     results: dict[str, Any] = {}
     seconds: dict[str, float] = {}
@@ -141,6 +146,8 @@ def _run_stages(recipe: Recipe, place: RunPlace) -> dict[str, Any]:
         before = record.after
         results |= record.results
         seconds[f"seconds.{stage.name}"] = record.seconds
+        if stage.name == until:
+            return results | seconds
     results |= seconds
     results["seconds.total"] = sum(seconds.values())
     results["seconds.this_start"] = time.monotonic() - began

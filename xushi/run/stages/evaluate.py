@@ -14,6 +14,7 @@ from xushi.data import HeldoutText, heldout_bytes, training_texts
 from xushi.engine import SamplingParams, generate_ids
 from xushi.envs import Environment
 from xushi.evaluate import (
+    DocumentBits,
     Episode,
     Rate,
     Sampled,
@@ -150,17 +151,21 @@ class Evaluate(ModelStage):
         write_json(place.path("samples.json"), samples)
         return EvaluateResults(evaluate=bits, rl=answers)
 
-    def _bits(self, place: RunPlace) -> BitsFigures:
-        text = heldout_bytes(place.corpus)
+    def documents(self, place: RunPlace) -> DocumentBits:
+        """What the base model needs for each held-out document."""
         model = self.trained_model(place, self.base)
         sequences = HeldoutText.open(place.tokens).packed.sequences
         with StepProgress(self.name, sequences) as progress:
-            documents = bits_by_document(
+            return bits_by_document(
                 model,
                 place.tokens,
                 ROWS_AT_ONCE,
                 lambda done: progress.update(done, "sequences of held-out text"),
             )
+
+    def _bits(self, place: RunPlace) -> BitsFigures:
+        text = heldout_bytes(place.corpus)
+        documents = self.documents(place)
         documents.write(place.path(HELDOUT_BITS))
         own = documents.total / len(text)
         say(f"{self.name}: the same bytes, by compressors")
