@@ -16,6 +16,7 @@ from typing import Any
 
 import xushi
 from xushi.base.errors import BadInput
+from xushi.base.files import sha256_json
 from xushi.base.tracking import Tracking
 from xushi.data import heldout_bytes
 from xushi.data.read_files import look_at
@@ -74,6 +75,7 @@ def recipe_files(idea: Idea, where: Path, arms: Sequence[str] = ARMS) -> dict[st
     arms that are the same recipe.
     """
     found = {"(the code of xushi)": code_hash()}
+    texts: set[str] = set()
     for rung in range(len(idea.all_rungs())):
         recipes = {}
         for arm in ARMS:
@@ -85,9 +87,8 @@ def recipe_files(idea: Idea, where: Path, arms: Sequence[str] = ARMS) -> dict[st
                 f"both arms of {idea.recipe} are the same recipe: the idea changes nothing",
                 "set a key of [variant] to another value than the recipe has",
             )
-        for arm in arms:
-            text = look_at(recipes[arm].data).hash
-            found[f"(the text of {arm}, rung {rung + 1})"] = text
+        texts |= {look_at(recipes[arm].data).hash for arm in arms}
+    found["(the text)"] = sha256_json(sorted(texts))
     return found
 
 

@@ -39,7 +39,8 @@ class Rung:
 @dataclass(frozen=True, slots=True)
 class Facts:
     """A question that has a result. `result` is the last one, as `xushi try` gave it. `repeated` is
-    the metric of the baseline's first seed, run twice; None where it was not.
+    the metric of the baseline's first seed, run twice; None where it was not. `arms`: what the
+    first run of each arm of a recipe printed, at the largest rung; empty for commands.
     """
 
     entry: Entry
@@ -48,6 +49,7 @@ class Facts:
     confirming: tuple[Pair, ...]
     confirmation: Look | None
     repeated: tuple[float, float] | None
+    arms: dict[str, dict[str, Any]]
 
     def as_json(self) -> dict[str, Any]:
         """Everything under stable names."""
@@ -74,6 +76,7 @@ class Facts:
                 "look": asdict(self.confirmation),
             },
             "repeated": self.repeated,
+            "arms": self.arms,
         }
 
 
@@ -96,10 +99,19 @@ def facts(ledger: Ledger, number: int) -> Facts:
         if len(confirming) > 1
         else None,
         repeated=_repeated(entry, uses),
+        arms=_arms(uses, len(rungs) - 1) if entry.idea.recipe else {},
     )
 
 
 Uses = Sequence[tuple[int, str, str, int, JobRecord]]
+
+
+def _arms(uses: Uses, rung: int) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for where, why, arm, _, job in uses:
+        if (where, why) == (rung, "judge") and job.printed:
+            found.setdefault(arm, job.printed)
+    return found
 
 
 def _rung(entry: Entry, uses: Uses, rung: int) -> Rung:

@@ -124,6 +124,14 @@ class Idea(StrictConfig):
             return [{"size": size} for size in self.sizes]
         return [_flat(rung) for rung in self.rungs] or [{}]
 
+    def shown(self, arm: str) -> str:
+        """An arm for a person: its command, or its recipe and the keys that it sets."""
+        given = getattr(self, arm)
+        if isinstance(given, str):
+            return given
+        keys = [f"{key} = {_toml(value)}" for key, value in _flat(given).items()]
+        return f"{self.recipe} with {', '.join(keys)}" if keys else f"{self.recipe} as it is"
+
     def command(self, arm: str, rung: int, seed: int | str) -> list[str]:
         """The words of an arm's command. What a value has in it is never split or read by a
         shell. With a recipe the first word is `ARM`.

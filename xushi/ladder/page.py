@@ -14,6 +14,7 @@ from xushi.base.files import write_atomic, write_json
 from xushi.ladder import sentences
 from xushi.ladder.account import Account, Line, account
 from xushi.ladder.facts import Facts, Pair, Rung, facts
+from xushi.ladder.idea import ARMS, BASELINE
 from xushi.ladder.ledger import Ledger
 from xushi.ladder.numbers import finite
 from xushi.ladder.stream import lord_level
@@ -206,11 +207,13 @@ def _question_section(found: Facts, command: str) -> str:
                 digits(math.sqrt(known.value)) if known.degrees else "nothing",
             ),
             ("its degrees of freedom", str(known.degrees) if known.degrees else ""),
+            *_document_facts(found),
         ]
     )
     stated = found.entry.idea.model_dump(exclude_defaults=True)
     body = (
         grid
+        + _arms_table(found)
         + f"<pre>{escape(tomli_w.dumps(stated).strip())}</pre>"
         + paragraph("The command that repeats it:")
         + f"<pre>{escape(command)}</pre>"
@@ -220,6 +223,31 @@ def _question_section(found: Facts, command: str) -> str:
         )
     )
     return section("question", "The question, as it was registered", body)
+
+
+def _document_facts(found: Facts) -> list[tuple[str, str]]:
+    error = found.result.get("document_error")
+    if error is None:
+        return []
+    documents = len(found.arms[BASELINE]["documents"])
+    return [(f"standard error of the gain over {documents} held-out documents", digits(error))]
+
+
+def _arms_table(found: Facts) -> str:
+    """What is the same for both arms of a recipe, and what is not."""
+    if not found.arms:
+        return ""
+    rows = [
+        [title, *(count(round(found.arms[arm][key])) for arm in ARMS)]
+        for key, title in (
+            ("tokens", "tokens trained on"),
+            ("flops", "training FLOPs"),
+            ("parameters", "parameters"),
+            ("active_parameters", "active parameters"),
+            ("cache_bytes_per_token", "bytes of cache per token, bf16"),
+        )
+    ]
+    return table(["", *ARMS], rows)
 
 
 def _repetition(found: Facts) -> str:

@@ -3,6 +3,7 @@
 import math
 
 from xushi.ladder.facts import Facts
+from xushi.ladder.idea import BASELINE, VARIANT
 from xushi.ladder.verdict import ALPHA
 from xushi.report.numbers import duration
 
@@ -55,6 +56,17 @@ def promotion(facts: Facts) -> str:
     )
 
 
+def documents(facts: Facts) -> str:
+    """How far the gain may be another one on other text; "" where it is not known."""
+    error = facts.result.get("document_error")
+    if error is None:
+        return ""
+    return (
+        "These seeds say how sure the gain is on this held-out text; over its documents the gain "
+        f"has a standard error of {number(error)}."
+    )
+
+
 def to_paste(facts: Facts, command: str) -> str:
     """A paragraph for a paper or a pull request."""
     idea, result = facts.entry.idea, facts.result
@@ -63,14 +75,15 @@ def to_paste(facts: Facts, command: str) -> str:
     keys = ", ".join(f"{name} {value}" for name, value in facts.rungs[-1].keys.items())
     said = [
         f"{idea.question} {verdict(facts)}",
-        f"A gain means that {idea.metric} is {better} with the variant ({idea.variant}) than with "
-        f"the baseline ({idea.baseline}); both arms of a pair had the same seed (seeds {seeds}"
+        f"A gain means that {idea.metric} is {better} with the variant ({idea.shown(VARIANT)}) "
+        f"than with the baseline ({idea.shown(BASELINE)}); both arms of a pair had the same seed (seeds {seeds}"
         f"{f'; {keys}' if keys else ''}).",
         f"It was stated beforehand that {number(idea.smallest_effect)} is the smallest effect of "
         f"interest and that there would be at most {idea.pairs} pairs; the interval leaves "
         f"{ALPHA:.0%} on either side over all planned looks.",
         f'p = {number(result["p"], 2)} against "no gain", e-value {number(result["e_value"], 3)}.',
         promotion(facts) or more(facts),
+        documents(facts),
         f"The runs took {result['seconds']:.0f} s. To repeat it: {command}",
     ]
     return " ".join(sentence for sentence in said if sentence)

@@ -7,10 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from xushi.base.errors import BadInput, Failed
 from xushi.base.locks import exclusive
 from xushi.base.progress import say
+from xushi.ladder.documents import document_error
 from xushi.ladder.e_value import e_value
 from xushi.ladder.idea import ARMS, BASELINE, VARIANT, Idea, entry_hash, files_read, read_idea
 from xushi.ladder.jobs import Job, Runner, make_job
@@ -57,6 +59,7 @@ class Result:
     seconds: float
     rungs: int
     more_pairs: int | None
+    document_error: float | None
 
 
 def try_idea(path: Path, directory: Path, workers: int, where: Path) -> Result:
@@ -224,23 +227,27 @@ class Trial:
         }
 
     def _metric(self, rung: int, purpose: str, arm: str, seed: int) -> float:
-        job = self._job(rung, arm, seed, repeat=int(purpose == "repeat"))
-        record = self._ledger.job(job.hash)
-        assert record is not None and record.printed is not None
-        name = self._idea.metric
-        value = number_of(record.printed, name)
+        printed = self._printed(rung, purpose, arm, seed)
+        name, title = self._idea.metric, self._job(rung, arm, seed).title
+        value = number_of(printed, name)
         if value is None:
-            known = ", ".join(sorted(record.printed)) or "nothing"
+            known = ", ".join(sorted(printed)) or "nothing"
             raise BadInput(
-                f"{job.title} printed no number {name} in its last line",
+                f"{title} printed no number {name} in its last line",
                 f"set metric to a key that is there ({known}), or print it",
             )
         if not math.isfinite(value):
             raise Failed(
-                f"{job.title}: {name} is {value}: the run diverged",
+                f"{title}: {name} is {value}: the run diverged",
                 "change what makes it diverge: a mean over it would say nothing",
             )
         return value
+
+    def _printed(self, rung: int, purpose: str, arm: str, seed: int) -> dict[str, Any]:
+        job = self._job(rung, arm, seed, repeat=int(purpose == "repeat"))
+        record = self._ledger.job(job.hash)
+        assert record is not None and record.printed is not None
+        return record.printed
 
     def _check_values(
         self, rung: int, seeds: Sequence[int], values: dict[str, list[float]]
@@ -327,7 +334,18 @@ class Trial:
             more_pairs=pairs_to_settle(look, self._idea.smallest_effect) - look.pairs
             if is_open
             else None,
+            document_error=self._document_error(rung, look.pairs),
         )
+
+    def _document_error(self, rung: int, pairs: int) -> float | None:
+        """Where the runs of a recipe were judged by their bits per byte."""
+        if self._idea.recipe is None or self._idea.metric != "bits_per_byte":
+            return None
+        runs = {
+            arm: [self._printed(rung, "judge", arm, seed) for seed in self._seeds()[:pairs]]
+            for arm in ARMS
+        }
+        return document_error(*([run["documents"] for run in runs[arm]] for arm in ARMS))
 
 
 def combined(first: float, second: float) -> float:
