@@ -158,7 +158,12 @@ def _flat(table: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _toml(value: Any) -> str:
-    """A value as `--set` reads it."""
+    """A value as `--set` reads it, on one line."""
+    if isinstance(value, dict):
+        pairs = (f"{_toml(str(key))} = {_toml(inner)}" for key, inner in value.items())
+        return f"{{ {', '.join(pairs)} }}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
     return tomli_w.dumps({"value": value}).partition("=")[2].strip()
 
 

@@ -76,8 +76,8 @@ def to_paste(facts: Facts, command: str) -> str:
     said = [
         f"{idea.question} {verdict(facts)}",
         f"A gain means that {idea.metric} is {better} with the variant ({idea.shown(VARIANT)}) "
-        f"than with the baseline ({idea.shown(BASELINE)}); both arms of a pair had the same seed (seeds {seeds}"
-        f"{f'; {keys}' if keys else ''}).",
+        f"than with the baseline ({idea.shown(BASELINE)}); both arms of a pair had the same seed "
+        f"(seeds {seeds}{f'; {keys}' if keys else ''}).",
         f"It was stated beforehand that {number(idea.smallest_effect)} is the smallest effect of "
         f"interest and that there would be at most {idea.pairs} pairs; the interval leaves "
         f"{ALPHA:.0%} on either side over all planned looks.",
