@@ -301,7 +301,7 @@ def test_patterns_to_exclude_that_match_nothing(tmp_path: Path) -> None:
     assert [file.meta["path"] for file in result.files] == ["book.txt"]
     assert result.unmatched == wrong
     packages = SourceConfig(name="s", kind="packages", packages=["pytest"], exclude=["x", "py*"])
-    assert find_files(packages).unmatched == ["x"]
+    assert find_files(packages).unmatched == []  # they are for other versions, too
 
 
 def test_what_may_not_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,8 @@ class SourceFile(NamedTuple):
 class SourceFiles:
     """What a source has: its files in the order of their paths, and what is left out.
 
-    `unmatched`: the patterns of `exclude` that match no path of the source.
+    `unmatched`: the patterns of `exclude` that match no path of the source. Those for packages are
+    not told: they are written for other versions, too.
     """
 
     files: list[SourceFile] = field(default_factory=list)
@@ -358,17 +359,14 @@ def _run_between(root: Path, path: Path) -> bool:
 def _find_packages(source: SourceConfig) -> SourceFiles:
     """The `.py` files in the RECORD of each distribution, sorted by posix path over all."""
     found = SourceFiles()
-    matched: set[str] = set()
     for name in source.packages:
         for inside, path in sorted(_package_files(name, source.name)):
-            if excluding := _patterns_for(source, [inside]):
-                matched |= excluding
+            if _patterns_for(source, [inside]):
                 found.left_out.add("excluded", inside)
             else:
                 meta = {"path": inside, "package": canonical_package(name)}
                 found.files.append(SourceFile(path, meta))
     found.files.sort(key=lambda file: (file.meta["path"], file.meta["package"]))
-    found.unmatched = [pattern for pattern in source.exclude if pattern not in matched]
     return found
 
 
