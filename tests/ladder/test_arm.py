@@ -15,9 +15,10 @@ import tomli_w
 from xushi.base.config import override
 from xushi.base.errors import BadInput
 from xushi.ladder import Ledger, jobs, try_idea
-from xushi.ladder.arm import code_hash, measure, recipe_files
+from xushi.ladder.arm import arm_recipe, code_hash, measure, recipe_files
 from xushi.ladder.facts import facts
 from xushi.ladder.idea import ARM, Idea
+from xushi.plan import train_flops_per_token
 
 from ..miniature import MINIATURE, ROOT, read_results, xushi, xushi_here
 
@@ -167,6 +168,10 @@ def test_an_arm_measures_every_document(place):
     )
     assert not (place / "run" / "results.json").exists()
     assert found["tokens"] == 2 * 1024
+    recipe = arm_recipe(place / "tiny.toml", [])
+    assert recipe.threads == 1 and recipe.stages == ["data", "tokenizer", "pretrain"]
+    config = recipe.sized_model
+    assert found["flops"] == 2048 * train_flops_per_token(config, 64, True)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Runs of commands, with real processes: failures, deadlines, what is left behind and what is not."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from xushi.base.errors import BadInput, Failed, XushiError
 from xushi.ladder import jobs
+from xushi.ladder.idea import ARM
 from xushi.ladder.jobs import Job, Runner, make_job
 from xushi.ladder.ledger import JobRecord, Ledger
 
@@ -148,9 +150,29 @@ def test_all_that_decides_a_result_is_in_its_hash(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     others.append(hash())
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(jobs, "_processor", lambda: "another processor")
+    here = jobs._machine()
+    monkeypatch.setattr(jobs, "_machine", lambda: dataclasses.replace(here, cpu="another"))
     others.append(hash())
     assert len({before, *others}) == 6
+
+
+def test_the_forms_of_the_ops_decide_an_arms_result(monkeypatch):
+    """Those of a recipe's arm; a command may have nothing to do with them."""
+    here = jobs._machine()
+
+    def hashes() -> list[str]:
+        return [make_job([word, "a"], {}, 60, "title", 0).hash for word in (ARM, "python")]
+
+    before = hashes()
+    for other in (
+        dataclasses.replace(here, features=here.features ^ {"amx_bf16"}),
+        dataclasses.replace(here, compilers=() if here.compilers else ("c++",)),
+    ):
+        monkeypatch.setattr(jobs, "_machine", lambda other=other: other)
+        assert hashes()[0] != before[0] and hashes()[1] == before[1]
+    monkeypatch.setattr(jobs, "_machine", lambda: here)
+    monkeypatch.setenv("XUSHI_OPS", "reference")
+    assert hashes()[0] != before[0] and hashes()[1] == before[1]
 
 
 CHILD = """
