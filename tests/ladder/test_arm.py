@@ -17,7 +17,8 @@ from xushi.base.errors import BadInput
 from xushi.ladder import Ledger, jobs, try_idea
 from xushi.ladder.arm import arm_recipe, code_hash, measure, recipe_files
 from xushi.ladder.facts import facts
-from xushi.ladder.idea import ARM, Idea
+from xushi.ladder.idea import ARM, ARMS, Idea
+from xushi.ladder.trial import _all_files
 from xushi.plan import train_flops_per_token
 
 from ..miniature import MINIATURE, ROOT, read_results, xushi, xushi_here
@@ -99,6 +100,7 @@ def test_what_decides_the_results(place, monkeypatch):
     found = recipe_files(idea(), place)
     assert set(found) == {"(the code of xushi)", "(the text)"}
     assert found["(the code of xushi)"] == code_hash() == code_hash.__wrapped__()
+    assert set(_all_files(idea(), place, ARMS)) == {*found, "tiny.toml"}
     more = recipe_files(idea(rungs=[{STEPS: 20}, {STEPS: 40}]), place)
     assert more == found  # the same text at each rung
     other = {"data": {"sources": [{"name": "p", "kind": "packages", "packages": ["idna"]}]}}
@@ -168,8 +170,9 @@ def test_an_arm_measures_every_document(place):
     )
     assert not (place / "run" / "results.json").exists()
     assert found["tokens"] == 2 * 1024
+    assert arm_recipe(ROOT / "recipes" / "demo.toml", []).threads == 1
     recipe = arm_recipe(place / "tiny.toml", [])
-    assert recipe.threads == 1 and recipe.stages == ["data", "tokenizer", "pretrain"]
+    assert recipe.stages == ["data", "tokenizer", "pretrain"]
     config = recipe.sized_model
     assert found["flops"] == 2048 * train_flops_per_token(config, 64, True)
 

@@ -142,7 +142,7 @@ def test_a_renamed_folder_goes_on_under_either_name(user: User) -> None:
 
 @pytest.mark.slow
 def test_a_run_does_not_read_itself(user: User) -> None:
-    told = "left out: 1 run directory of xushi (runs)"
+    told = "left out: 1 run directory of xushi (runs/text)"
     assert told in user.train(".", folder=user.notes)  # it lies there while it runs
     run = user.notes / "runs" / "text"
     text = read_results(run)["data.sha256"]
