@@ -119,6 +119,35 @@ def test_what_decides_the_results(place, monkeypatch):
     assert first != code_hash.__wrapped__() != found["(the code of xushi)"]
 
 
+def test_a_file_that_a_recipe_names_decides_too(place):
+    game = ROOT / "tests" / "contracts" / "game.py"
+    (place / "game.py").write_text(game.read_text())
+    with open(place / "tiny.toml", "a") as recipe:
+        recipe.write('\n[environment]\nkind = "game.py:Counting"\n')
+    before = recipe_files(idea(), place)
+    assert len(before) == 3
+    with open(place / "game.py", "a") as file:
+        file.write("# changed\n")
+    after = recipe_files(idea(), place)
+    assert [name for name in before if before[name] != after[name]] == ["(game.py)"]
+
+
+def test_what_another_recipe_showed_is_no_run_variance(place):
+    """Without a table of its own a baseline is the recipe as it is, which says nothing of which."""
+    ledger = Ledger(place / "ladder")
+    first = ledger.register("a", "a", idea(), {})
+    for seed, value in ((1, 2.0), (2, 3.0)):
+        ledger.start(f"job {seed}", ["x"], 1, "")
+        ledger.end(f"job {seed}", 5.0, {"bits_per_byte": value}, None)
+        ledger.use(first.number, 0, "judge", "variant", seed, f"job {seed}")
+    other = idea(variant={"pretrain": {"learning_rate": 0.1}})
+    assert ledger.register("b", "b", other, {}).known[0].degrees == 1
+    another = other.model_copy(update={"recipe": "other.toml"})
+    assert ledger.register("c", "c", another, {}).known[0].degrees == 0
+    assert ledger.seconds_per_run(other, 0) == 5.0 and ledger.seconds_per_run(another, 0) is None
+    ledger.close()
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [

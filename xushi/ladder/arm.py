@@ -16,7 +16,7 @@ from typing import Any
 
 import xushi
 from xushi.base.errors import BadInput
-from xushi.base.files import sha256_json
+from xushi.base.files import sha256_file, sha256_json
 from xushi.base.tracking import Tracking
 from xushi.data import heldout_bytes
 from xushi.data.read_files import look_at
@@ -87,7 +87,10 @@ def recipe_files(idea: Idea, where: Path, arms: Sequence[str] = ARMS) -> dict[st
                 f"both arms of {idea.recipe} are the same recipe: the idea changes nothing",
                 "set a key of [variant] to another value than the recipe has",
             )
-        texts |= {look_at(recipes[arm].data).hash for arm in arms}
+        for arm in arms:
+            texts.add(look_at(recipes[arm].data).hash)
+            for name, source in recipes[arm].files.items():  # an environment's
+                found[f"({name})"] = sha256_file(source)
     found["(the text)"] = sha256_json(sorted(texts))
     return found
 

@@ -223,12 +223,15 @@ class Ledger:
         return sum(seconds.values()) / len(seconds) if seconds else None
 
     def _same(self, idea: Idea, rung: int) -> list[tuple[Entry, int]]:
-        """(entry, its rung) of all questions with this baseline and metric at this rung."""
+        """(entry, its rung) of all questions with this baseline and metric at this rung. The
+        baselines of two recipes may set the same keys, or none.
+        """
         keys = idea.all_rungs()[rung]
+        asked = (idea.recipe, idea.baseline, idea.metric)
         return [
             (entry, number)
             for entry in self.entries()
-            if (entry.idea.baseline, entry.idea.metric) == (idea.baseline, idea.metric)
+            if (entry.idea.recipe, entry.idea.baseline, entry.idea.metric) == asked
             for number, each in enumerate(entry.idea.all_rungs())
             if each == keys
         ]
